@@ -1,0 +1,74 @@
+# The menu. `make help` lists it; continuous integration calls `make test`.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# torch goes in first, at one exact version, so that nothing else picks a build for us.
+TORCH ?= torch==2.13.0
+# For a CPU-only wheel from PyTorch's own index: TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_ARGS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+CODE := server engine model preprocessing wire demo tests benchmarks
+
+.PHONY: help setup serve test lint fmt types imports unit clean lock demo evaluate bench
+
+help:  ## list the recipes
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+	  || { echo "Python 3.11 or 3.12 is needed; set PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "python3 -m venv failed; on Debian: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+
+# A stamp is newer than pyproject.toml when nothing has to be installed again.
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "setting up $(VENV): torch ..."
+	@$(PIP) --upgrade 'pip>=25.1'
+	@$(PIP) $(TORCH_ARGS) '$(TORCH)'
+	@echo "setting up $(VENV): the server ..."
+	@$(PIP) --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "setting up $(VENV): the tests' tools ..."
+	@$(PIP) --constraint constraints.txt --group dev
+	@touch $@
+
+setup: $(VENV)/.dev  ## prepare .venv with everything, tests' tools included
+
+serve: $(VENV)/.runtime  ## serve the embedded demo model on 127.0.0.1:8000 (ARGS="--port 9000")
+	@exec $(BIN)/internvl serve $(ARGS)
+
+test: lint unit  ## everything that must pass before a change lands
+
+unit: $(VENV)/.dev  ## the test suite without the linters (ARGS="tests/api -k stream")
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## style, types and the walls between the packages
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check $(CODE)
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+fmt: $(VENV)/.dev  ## format the code and repair what can be repaired
+	@$(BIN)/ruff format $(CODE)
+	@$(BIN)/ruff check --fix $(CODE)
+
+demo: $(VENV)/.runtime  ## train the embedded demo model again, from nothing (hours on a CPU)
+	@$(BIN)/python -m demo.train $(ARGS)
+
+evaluate: $(VENV)/.runtime  ## measure the served demo model skill by skill (needs `make serve`)
+	@$(BIN)/python -m demo.evaluate $(ARGS)
+
+lock: $(VENV)/.dev  ## write the installed versions to constraints.txt
+	@{ echo "# Versions the project is tested with; written by 'make lock'. torch is chosen by the Makefile."; \
+	  $(BIN)/pip freeze --exclude-editable | grep -viE '^(torch|triton|nvidia-|cuda-|setuptools|pip|internvl)' | sort -f; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:  ## remove .venv and everything that was generated
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""Schedule, cache, run: the engine process, and the client the front end talks to it through."""

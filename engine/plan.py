@@ -1,0 +1,82 @@
+"""What the scheduler tells the runner, and what the runner answers. Both are frozen.
+
+The runner keeps one row per sequence it has been told of: a sequence is sent whole once, as a
+``NewRow``; later steps send only what changed. The runner never decides anything: a plan names
+every token to compute, every picture to encode and every tensor to drop, in that order.
+"""
+
+import msgspec
+
+from wire.sampling import SamplingParams
+
+
+class VisionSpan(msgspec.Struct, frozen=True):
+    """Encoder output ``digest`` fills prompt positions ``offset : offset + length``."""
+
+    digest: bytes
+    offset: int
+    length: int
+
+
+class NewRow(msgspec.Struct, frozen=True):
+    """A sequence the runner does not hold: new, or back from preemption.
+
+    ``token_ids`` are all tokens known so far (prompt and, after preemption, output);
+    ``prompt_len`` of them are prompt, which keys sampling draws by output position.
+    """
+
+    id: str
+    token_ids: list[int]
+    prompt_len: int
+    sampling: SamplingParams
+    spans: list[VisionSpan]
+
+
+class Work(msgspec.Struct, frozen=True):
+    """Compute positions ``start : start + count`` of row ``id`` in this step.
+
+    ``new_blocks`` are appended to the row's block table before. With ``sample`` the last
+    position computed is the sequence's last token, and the next one is drawn and appended to
+    the row by the runner itself.
+    """
+
+    id: str
+    start: int
+    count: int
+    new_blocks: list[int]
+    sample: bool
+
+
+class EncodeItem(msgspec.Struct, frozen=True):
+    """Encode the raw tiles of ``digest``, uploaded with request ``request_id``, buffer ``buffer``."""
+
+    digest: bytes
+    request_id: str
+    buffer: int
+    tiles: int
+
+
+class StepPlan(msgspec.Struct, frozen=True):
+    """One step. Order of application: remove, drop, add, encode, compute, sample."""
+
+    step: int
+    new_rows: list[NewRow]
+    work: list[Work]
+    encode: list[EncodeItem]
+    drop: list[bytes]
+    removed: list[str]
+
+
+class Sampled(msgspec.Struct, frozen=True):
+    """The token drawn for row ``id``; ``error`` instead when its logits were not finite."""
+
+    id: str
+    token_id: int
+    error: str | None = None
+
+
+class StepResult(msgspec.Struct, frozen=True):
+    """The runner's answer: one Sampled per Work with ``sample``, in the plan's order."""
+
+    step: int
+    sampled: list[Sampled]

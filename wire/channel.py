@@ -1,0 +1,169 @@
+"""Framed messages over a connected stream socket, with a blocking and an asyncio end.
+
+A frame is a header (payload bytes as u32, number of buffers as u32, little endian), the msgspec
+payload, then each raw buffer behind its u64 length. Payloads are decoded into the declared type
+only: whatever a peer sends, nothing but that type comes out, so a compromised peer can send
+wrong data but never code. A peer's death is its socket's end of file: it ends ``receive`` at
+once with ``ChannelClosed``, and no heartbeat is needed.
+"""
+
+import asyncio
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+Buffer = bytes | bytearray | memoryview
+
+_HEADER = struct.Struct("<II")
+_LENGTH = struct.Struct("<Q")
+DEFAULT_LIMIT = 1 << 30
+
+
+class ChannelClosed(Exception):
+    """The peer is gone, or sent something that is not a frame of the agreed type."""
+
+
+class _Codec(Generic[T]):
+    def __init__(self, receives: Any, limit: int) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
+        self._limit = limit
+
+    def frames(self, message: object, buffers: Sequence[Buffer]) -> list[Buffer]:
+        payload = self._encoder.encode(message)
+        frames: list[Buffer] = [_HEADER.pack(len(payload), len(buffers)) + payload]
+        for buffer in buffers:
+            view = memoryview(buffer).cast("B")
+            frames += [_LENGTH.pack(view.nbytes), view]
+        return frames
+
+    def check(self, total: int) -> None:
+        if total > self._limit:
+            raise ChannelClosed("a frame is larger than this channel allows")
+
+    def decode(self, payload: Buffer) -> T:
+        try:
+            return self._decoder.decode(payload)
+        except msgspec.DecodeError as error:  # ValidationError is one of these
+            raise ChannelClosed(f"not a message of this channel: {error}") from None
+
+
+class Channel(Generic[T]):
+    """The blocking end. ``receives`` is the type (or union) of incoming messages.
+
+    ``send`` may be called from several threads; ``receive`` from one. ``limit`` bounds the bytes
+    of one incoming frame, buffers included.
+    """
+
+    def __init__(self, sock: socket.socket, receives: Any, limit: int = DEFAULT_LIMIT) -> None:
+        sock.setblocking(True)
+        self._sock = sock
+        self._codec: _Codec[T] = _Codec(receives, limit)
+        self._lock = threading.Lock()
+
+    def send(self, message: object, buffers: Sequence[Buffer] = ()) -> None:
+        """Write one message and its buffers. Raises ChannelClosed when the peer is gone."""
+        frames = self._codec.frames(message, buffers)
+        try:
+            with self._lock:
+                for frame in frames:
+                    self._sock.sendall(frame)
+        except OSError as error:
+            raise ChannelClosed("the peer is gone") from error
+
+    def receive(self) -> tuple[T, list[bytearray]]:
+        """Block for the next message and its buffers. Raises ChannelClosed at end of file."""
+        size, count = _HEADER.unpack(self._read(_HEADER.size))
+        total = size
+        self._codec.check(total)
+        payload = self._read(size)
+        buffers = []
+        for _ in range(count):
+            (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+            total += length + _LENGTH.size
+            self._codec.check(total)
+            buffers.append(self._read(length))
+        return self._codec.decode(payload), buffers
+
+    def _read(self, size: int) -> bytearray:
+        data = bytearray(size)
+        view = memoryview(data)
+        while view.nbytes:
+            try:
+                read = self._sock.recv_into(view)
+            except OSError as error:
+                raise ChannelClosed("the peer is gone") from error
+            if read == 0:
+                raise ChannelClosed("the peer closed the channel")
+            view = view[read:]
+        return data
+
+    def close(self) -> None:
+        """Close the socket; a ``receive`` blocked in another thread ends with ChannelClosed."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+
+class AsyncChannel(Generic[T]):
+    """The asyncio end; same frames. Open it with ``await AsyncChannel.open(sock, type)``."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        receives: Any,
+        limit: int,
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._codec: _Codec[T] = _Codec(receives, limit)
+        self._lock = asyncio.Lock()
+
+    @classmethod
+    async def open(
+        cls, sock: socket.socket, receives: Any, limit: int = DEFAULT_LIMIT
+    ) -> "AsyncChannel[T]":
+        """Wrap a connected socket; it belongs to the channel from now on."""
+        sock.setblocking(False)
+        reader, writer = await asyncio.open_connection(sock=sock, limit=1 << 20)
+        return cls(reader, writer, receives, limit)
+
+    async def send(self, message: object, buffers: Sequence[Buffer] = ()) -> None:
+        """Write one message and its buffers; waits while the peer does not keep up."""
+        frames = self._codec.frames(message, buffers)
+        try:
+            async with self._lock:
+                for frame in frames:
+                    self._writer.write(frame)
+                    await self._writer.drain()
+        except (OSError, RuntimeError) as error:
+            raise ChannelClosed("the peer is gone") from error
+
+    async def receive(self) -> tuple[T, list[bytes]]:
+        """Wait for the next message and its buffers. Raises ChannelClosed at end of file."""
+        try:
+            size, count = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
+            total = size
+            self._codec.check(total)
+            payload = await self._reader.readexactly(size)
+            buffers = []
+            for _ in range(count):
+                (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+                total += length + _LENGTH.size
+                self._codec.check(total)
+                buffers.append(await self._reader.readexactly(length))
+        except (asyncio.IncompleteReadError, OSError) as error:
+            raise ChannelClosed("the peer closed the channel") from error
+        return self._codec.decode(payload), buffers
+
+    def close(self) -> None:
+        """Close the socket without waiting for unsent bytes."""
+        self._writer.transport.abort()

@@ -1,0 +1,16 @@
+"""Content digests. BLAKE2b with 32 bytes and a personalisation per use, so that a digest made
+for one purpose can never be mistaken for one made for another."""
+
+import hashlib
+from collections.abc import Iterable
+
+Buffer = bytes | bytearray | memoryview
+
+
+def media_digest(parts: Iterable[Buffer]) -> bytes:
+    """Digest of a picture's encoded bytes and of everything that decides its tiles."""
+    digest = hashlib.blake2b(digest_size=32, person=b"internvl-media")
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()

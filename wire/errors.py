@@ -1,0 +1,115 @@
+"""The error tree.
+
+    ServiceError
+    ├── ClientError            the caller can fix it (4xx)
+    │   ├── InvalidRequest     400
+    │   ├── ContextTooLong     400, code context_length_exceeded
+    │   ├── MediaRefused       400, the part could not be fetched or decoded
+    │   ├── Unauthorized       401
+    │   ├── NotFound           404
+    │   ├── BodyTooLarge       413
+    │   └── TooManyRequests    429, with Retry-After
+    └── ServerError            the caller cannot (5xx)
+        ├── Unavailable        503, with Retry-After
+        └── EngineFailed       500
+
+Messages are written for the client: they name the field and what is allowed, and never hold a
+path, an address or the text of somebody else's exception.
+"""
+
+
+class ServiceError(Exception):
+    """An error with a place in the OpenAI envelope ``{"error": {message, type, param, code}}``."""
+
+    status: int = 500
+    type: str = "server_error"
+    code: str = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+        if code is not None:
+            self.code = code
+
+
+class ClientError(ServiceError):
+    """The request was wrong; sending it again unchanged gives the same answer."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class InvalidRequest(ClientError):
+    """A field has a value that is not allowed."""
+
+    code = "invalid_value"
+
+
+class ContextTooLong(ClientError):
+    """Prompt and requested completion do not fit in the context."""
+
+    code = "context_length_exceeded"
+
+
+class MediaRefused(ClientError):
+    """A picture could not be fetched or decoded, or was not allowed."""
+
+    code = "invalid_media"
+
+
+class Unauthorized(ClientError):
+    """No key, or a wrong one."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class NotFound(ClientError):
+    """No such route, model or object."""
+
+    status = 404
+    code = "not_found"
+
+
+class BodyTooLarge(ClientError):
+    """The request body is larger than the server accepts."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class TooManyRequests(ClientError):
+    """The server is full; the same request may succeed later."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many_requests"
+
+
+class ServerError(ServiceError):
+    """The request was fine; the server could not answer it."""
+
+
+class Unavailable(ServerError):
+    """Starting, draining or without an engine; the same request may succeed later."""
+
+    status = 503
+    type = "service_unavailable"
+    code = "unavailable"
+
+
+class EngineFailed(ServerError):
+    """The engine gave up on this request."""
+
+    code = "engine_error"

@@ -1,0 +1,42 @@
+"""What the front end must know of a model in order to build a prompt for it.
+
+The engine reads these facts from config.json and sends them once, inside ``Ready``; the front
+end never opens the model's config itself, so one function decides every number.
+"""
+
+import msgspec
+
+
+class VisionGeometry(msgspec.Struct, frozen=True):
+    """How a picture becomes tiles and tiles become prompt tokens.
+
+    ``tile_size`` is the side in pixels (448 for InternVL3), ``tokens_per_tile`` the number of
+    context tokens one tile fills (256). ``mean`` and ``std`` are per channel, for pixels scaled
+    to 0..1; they are applied on the device, tiles travel as uint8.
+    """
+
+    tile_size: int
+    tokens_per_tile: int
+    min_tiles: int = 1
+    max_tiles: int = 12
+    use_thumbnail: bool = True
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of one uint8 tile ``[3, tile_size, tile_size]``."""
+        return 3 * self.tile_size * self.tile_size
+
+
+class PromptFormat(msgspec.Struct, frozen=True):
+    """Which chat template the checkpoint was trained with.
+
+    ``template`` is "internvl2_5" (original checkpoints: a default system sentence, pictures
+    numbered when there are several) or "hf" (native checkpoints: neither). ``system`` is the
+    sentence used when the client sends no system message; None means no system turn.
+    """
+
+    template: str
+    system: str | None
+    number_images: bool

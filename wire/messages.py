@@ -1,0 +1,125 @@
+"""The messages between the front end and the engine: one tagged union per direction.
+
+Pixels do not travel inside a message: a ``VisionItem`` names the index of its raw buffer, which
+the channel sends beside the message.
+"""
+
+import msgspec
+
+from wire.geometry import PromptFormat, VisionGeometry
+from wire.sampling import SamplingParams
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+
+class VisionItem(msgspec.Struct, frozen=True, array_like=True):
+    """One picture inside a prompt.
+
+    ``digest`` identifies pixels and tile settings. The picture's context tokens stand at
+    ``prompt[offset : offset + length]`` and ``length == tiles * tokens_per_tile``; ``<img>``
+    and ``</img>`` are outside. ``buffer`` is the index of the raw uint8 buffer
+    ``[tiles, 3, side, side]`` that travels beside the request.
+    """
+
+    digest: bytes
+    offset: int
+    length: int
+    tiles: int
+    buffer: int
+
+
+class EngineRequest(msgspec.Struct, frozen=True, tag="request"):
+    """One sequence to generate. ``prompt`` holds token ids, pictures already as context ids."""
+
+    id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    items: list[VisionItem] = []
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Forget these requests and free what they hold; unknown ids are ignored."""
+
+    ids: list[str]
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """Leave the step loop and exit; whatever still runs is dropped."""
+
+
+ToEngine = EngineRequest | Abort | Stop
+
+
+class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request. ``finish_reason`` is None or one of FINISH_REASONS.
+
+    A stop token ends a request with "stop" and is the last of ``token_ids``;
+    ``error`` says what went wrong when the reason is "error".
+    """
+
+    id: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_token: int | None = None
+    cached_tokens: int = 0
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """Gauges after a step, and counters since the engine started."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0
+    blocks_total: int = 0
+    vision_bytes: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    encoded_tiles: int = 0
+    preemptions: int = 0
+
+
+class StepReport(msgspec.Struct, frozen=True, tag="report"):
+    """What one engine step produced."""
+
+    outputs: list[EngineOutput]
+    stats: EngineStats
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """Start-up progress: ``done`` of ``total`` units of ``stage``; total 0 means unknown."""
+
+    stage: str
+    done: int = 0
+    total: int = 0
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The engine can serve. Everything the front end must know about the model.
+
+    ``max_model_len`` bounds prompt plus completion in tokens; ``eos_token_ids`` end every turn.
+    ``vocab_size`` bounds the ids the model accepts.
+    """
+
+    geometry: VisionGeometry
+    prompt_format: PromptFormat
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    block_size: int
+    blocks_total: int
+    device: str
+    dtype: str
+    attention: str
+    parameters: int
+
+
+class Fault(msgspec.Struct, frozen=True, tag="fault"):
+    """The engine is about to exit: ``kind`` is "load" or "step"; ``text`` is for the log only."""
+
+    kind: str
+    text: str
+
+
+FromEngine = StepReport | Progress | Ready | Fault

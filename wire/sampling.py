@@ -1,0 +1,46 @@
+"""Sampling parameters, with the checks that need no model."""
+
+import msgspec
+
+from wire.errors import InvalidRequest
+
+MAX_SEED = 2**63 - 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How to choose the next token of one sequence.
+
+    ``temperature`` 0 means greedy, whatever the filters say. ``top_k`` 0 means all tokens.
+    ``seed`` makes draws repeatable: the draw at position i of a sequence depends on (seed, i)
+    and the logits alone, never on the batch. ``stop_token_ids`` end the sequence with reason
+    "stop"; they are not part of the visible text.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    max_tokens: int = 16
+    stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0 or self.top_k == 1
+
+    def check(self) -> None:
+        """Raise InvalidRequest for a value outside its range."""
+        _within("temperature", self.temperature, 0.0, 2.0)
+        _within("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("top_k", self.top_k, 0, 2**31 - 1)
+        _within("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
+        _within("max_completion_tokens", self.max_tokens, 1, 2**31 - 1)
+
+
+def _within(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
+    # Written so that NaN, for which every comparison is false, is refused too.
+    if not ((low < value if low_open else low <= value) and value <= high):
+        opening = "(" if low_open else "["
+        raise InvalidRequest(f"{name} must be in {opening}{low}, {high}], got {value}", param=name)

@@ -1,0 +1,219 @@
+"""Every setting of the server, once.
+
+A setting is a field of a frozen dataclass, grouped by the component that owns it; a component is
+handed its own group and no other. The field's help text is the only description: the command
+line, the environment mirror (``INTERNVL_`` + the name in capitals) and docs/settings.md are
+generated from it. Precedence: command line, environment, TOML file, default. A value that cannot
+be parsed is fatal wherever it came from.
+"""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ENV_PREFIX = "INTERNVL_"
+
+
+class SettingError(ValueError):
+    """A setting has an unknown name or a value that is not allowed."""
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    secret: bool = False,
+) -> Any:
+    """A dataclass field that is a setting; ``low`` and ``high`` are inclusive bounds."""
+    return dataclasses.field(
+        default=default,
+        metadata={"help": help, "choices": choices, "low": low, "high": high, "secret": secret},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerSettings:
+    """HTTP front end."""
+
+    host: str = knob("127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces.")
+    port: int = knob(8000, "TCP port to listen on; 0 picks a free one.", low=0, high=65535)
+    served_model_name: str = knob("", "Model name in the API; default: the checkpoint's name.")
+    api_key: tuple[str, ...] = knob(
+        (), "Key a client must send as bearer token; comma-separated for several.", secret=True
+    )
+    max_request_bytes: int = knob(
+        64 << 20, "Largest request body in bytes; larger ones get 413.", low=1024
+    )
+    max_concurrent_requests: int = knob(
+        256, "Requests in the server at once; more get 429 with Retry-After.", low=1
+    )
+    drain_timeout: float = knob(
+        30.0, "Seconds that running requests may finish in after SIGTERM.", low=0
+    )
+    keep_alive_interval: float = knob(
+        15.0, "Seconds of silence after which a stream gets an SSE comment.", low=0.1
+    )
+    system_prompt: str = knob(
+        "auto",
+        "System sentence used when the client sends none: 'auto' (the checkpoint's), 'none', "
+        "or a text.",
+    )
+    image_labels: str = knob(
+        "auto",
+        "'Image-1: ' before each picture when there are several: 'auto' follows the checkpoint's "
+        "format.",
+        choices=("auto", "always", "never"),
+    )
+    log_level: str = knob(
+        "info", "Least severe level logged.", choices=("debug", "info", "warning", "error")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaSettings:
+    """Fetching and decoding of pictures."""
+
+    media_workers: int = knob(1, "Decode processes.", low=1, high=64)
+    media_timeout: float = knob(20.0, "Seconds to decode and tile one picture.", low=0.1)
+    fetch_timeout: float = knob(10.0, "Seconds to download one picture, all redirects.", low=0.1)
+    max_media_bytes: int = knob(32 << 20, "Largest encoded picture in bytes.", low=1)
+    max_image_pixels: int = knob(
+        178_956_970, "Most pixels of one picture (default: Pillow's bomb limit).", low=1
+    )
+    max_images: int = knob(64, "Most pictures in one request.", low=0)
+    allow_private_media: bool = knob(
+        False, "Let image URLs point at private, loopback and link-local addresses."
+    )
+    allowed_media_domains: tuple[str, ...] = knob(
+        (), "If set, image URLs may only name these hosts; comma-separated."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """Model, memory and scheduling."""
+
+    model: str = knob("", "Checkpoint folder (internvl_chat or -hf); default: the demo model.")
+    device: str = knob("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
+    dtype: str = knob(
+        "auto",
+        "Weights and activations; 'auto' is the checkpoint's type on CUDA and float32 on the CPU "
+        "for small models.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    attention_backend: str = knob("auto", "Attention implementation.", choices=("auto", "sdpa"))
+    max_model_len: int = knob(
+        0, "Most tokens of prompt plus completion; 0: the model's own limit.", low=0
+    )
+    max_num_seqs: int = knob(64, "Sequences in one step.", low=1)
+    max_num_batched_tokens: int = knob(2048, "Tokens computed in one step.", low=1)
+    max_num_encoder_tiles: int = knob(16, "Picture tiles encoded in one step.", low=1)
+    encoder_cache_bytes: int = knob(
+        256 << 20, "Memory for encoded pictures that wait for their prefill.", low=1
+    )
+    block_size: int = knob(16, "Tokens per block of the KV cache.", low=1, high=1024)
+    num_kv_blocks: int = knob(0, "Blocks of the KV cache; 0: sized from kv_cache_memory.", low=0)
+    kv_cache_memory: int = knob(0, "Bytes for the KV cache; 0: measured from what is free.", low=0)
+    gpu_memory_utilization: float = knob(
+        0.9, "Share of the GPU's memory that the server may use.", low=0.05, high=1.0
+    )
+    threads: int = knob(0, "CPU threads of the engine; 0: one per core.", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All groups. Build it with ``load``."""
+
+    server: ServerSettings = ServerSettings()
+    media: MediaSettings = MediaSettings()
+    engine: EngineSettings = EngineSettings()
+
+
+def each_setting() -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
+    """Yield (group name, field, its type) for every setting, in documentation order."""
+    groups = {"server": ServerSettings, "media": MediaSettings, "engine": EngineSettings}
+    for name, group in groups.items():
+        hints = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            yield name, field, hints[field.name]
+
+
+def load(cli: Mapping[str, str], env: Mapping[str, str], file: Path | None = None) -> Settings:
+    """Build the settings from the three sources; raises SettingError naming the culprit.
+
+    ``cli`` holds only the flags that were given, as text, keyed by field name.
+    """
+    table = _read_file(file)
+    known = {field.name for _, field, _ in each_setting()}
+    for name in (*cli, *table):
+        if name not in known:
+            raise SettingError(f"unknown setting {name!r}")
+    given: dict[str, dict[str, Any]] = {"server": {}, "media": {}, "engine": {}}
+    for group, field, kind in each_setting():
+        variable = ENV_PREFIX + field.name.upper()
+        if field.name in cli:
+            source, raw = "--" + field.name.replace("_", "-"), cli[field.name]
+        elif variable in env:
+            source, raw = variable, env[variable]
+        elif field.name in table:
+            source, raw = f"{field.name} in the settings file", table[field.name]
+        else:
+            continue
+        given[group][field.name] = _parse(source, raw, kind, field.metadata)
+    return Settings(
+        server=ServerSettings(**given["server"]),
+        media=MediaSettings(**given["media"]),
+        engine=EngineSettings(**given["engine"]),
+    )
+
+
+def _read_file(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingError(f"the settings file cannot be read: {error}") from error
+
+
+def _parse(source: str, raw: Any, kind: Any, metadata: types.MappingProxyType[Any, Any]) -> Any:
+    try:
+        value = _convert(raw, kind)
+    except (TypeError, ValueError):
+        name = kind.__name__ if isinstance(kind, type) else "list"
+        raise SettingError(f"{source}: {raw!r} is not a valid {name}") from None
+    low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
+    if choices and value not in choices:
+        raise SettingError(f"{source}: {value!r} is not one of {', '.join(choices)}")
+    # Negated comparisons, so that NaN is outside every range.
+    too_low = low is not None and not value >= low
+    too_high = high is not None and not value <= high
+    if too_low or too_high:
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise SettingError(f"{source}: {value} must be {bounds}")
+    return value
+
+
+def _convert(raw: Any, kind: Any) -> Any:
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if isinstance(raw, bool):
+            return raw
+        if str(raw).lower() not in words:
+            raise ValueError(raw)
+        return words[str(raw).lower()]
+    if typing.get_origin(kind) is tuple:
+        items = raw if isinstance(raw, list) else str(raw).split(",")
+        return tuple(str(item).strip() for item in items if str(item).strip())
+    if isinstance(raw, bool) or (kind is not str and not isinstance(raw, str | int | float)):
+        raise TypeError(raw)
+    if kind is int and isinstance(raw, float):
+        raise TypeError(raw)
+    return kind(raw)
