@@ -1,0 +1,82 @@
+"""What the server calls: a picture of a request in, its tiles out.
+
+``MediaPipeline`` owns the fetcher and the decode workers. It holds no picture longer than the
+call that asked for it, and knows nothing of prompts or tokens.
+"""
+
+import asyncio
+
+from preprocessing.pool import DecodePool, PoolStats
+from preprocessing.sources import Fetcher
+from preprocessing.types import MediaPart, TiledMedia, TileSettings
+from wire.digest import media_digest
+from wire.errors import Unavailable
+from wire.geometry import VisionGeometry
+from wire.settings import MediaSettings
+
+_LONG = 1 << 18  # bytes that take a thread longer to hash than a thread takes to start
+
+
+class MediaPipeline:
+    """Fetch, decode and tile. ``load`` may run many times at once.
+
+    Raises SettingError when the settings contradict themselves.
+    """
+
+    def __init__(self, settings: MediaSettings) -> None:
+        self._pool = DecodePool(settings)
+        self._fetcher = Fetcher(settings)
+        self._geometry: VisionGeometry | None = None
+
+    @property
+    def stats(self) -> PoolStats:
+        """Counters of the decode workers since the start."""
+        return self._pool.stats
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the decode workers."""
+        return self._pool.pids
+
+    async def start(self, geometry: VisionGeometry) -> None:
+        """Start the decode workers for a model; again with the same geometry does nothing.
+
+        Raises Unavailable when the workers do not start.
+        """
+        if geometry == self._geometry:
+            return
+        await self._pool.close()
+        await self._pool.start(TileSettings.of(geometry))
+        self._geometry = geometry
+
+    async def load(self, part: MediaPart) -> TiledMedia:
+        """Fetch, decode and tile one picture.
+
+        Raises MediaRefused naming the part, or Unavailable when there is no worker to ask.
+        """
+        if self._geometry is None:
+            raise Unavailable("The picture decoder is not running.", retry_after=5)
+        settings = TileSettings.of(self._geometry, part.max_tiles)
+        encoded = await self._fetcher.fetch(part.url, part.param)
+        result, tiles = await self._pool.tile(encoded, settings, part.param)
+        parts = (encoded, settings.digest_bytes)
+        digest = (
+            media_digest(parts)
+            if len(encoded) < _LONG
+            else await asyncio.to_thread(media_digest, parts)
+        )
+        return TiledMedia(
+            digest=digest,
+            tiles=tiles,
+            count=result.count,
+            columns=result.columns,
+            rows=result.rows,
+            width=result.width,
+            height=result.height,
+        )
+
+    async def close(self) -> None:
+        """End the workers and give up all connections, for good. Idempotent."""
+        self._geometry = None
+        await self._fetcher.close()
+        await self._pool.close()

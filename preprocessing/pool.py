@@ -1,0 +1,310 @@
+"""The asyncio side of the decode workers: spawn, dispatch, time out, kill, replace.
+
+Owned by the media pipeline. A worker has one job at a time; whoever waits is served in order.
+A worker that dies or overruns costs the job it had and nothing else: it is replaced, and only
+when many die in a short time does the pool stop taking jobs for a moment. What a worker sends
+is checked as if it came from outside.
+"""
+
+import asyncio
+import collections
+import dataclasses
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from preprocessing.types import (
+    REASONS,
+    Confine,
+    Confined,
+    FromWorker,
+    Refused,
+    Tiled,
+    TileJob,
+    TileSettings,
+)
+from wire.channel import AsyncChannel, ChannelClosed
+from wire.errors import MediaRefused, Unavailable
+from wire.settings import MediaSettings
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT = 30.0
+QUEUE_TIMEOUT = 60.0
+# So many unexpected deaths within so many seconds close the pool for so long.
+DEATHS, DEATHS_WINDOW, PAUSE = 5, 30.0, 5.0
+# Decoded, turned and composited, Pillow holds at most this many bytes of one pixel.
+BYTES_PER_PIXEL = 16
+SPARE_MEMORY = 256 << 20
+SLACK = 4096  # bytes of a reply that are not tiles
+
+# The worker gets these variables and no other: the server's own may hold keys.
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "HOME", "SYSTEMROOT", "LANG")
+
+
+@dataclasses.dataclass
+class PoolStats:
+    """Counters since the start. ``deaths`` are unexpected ends, time-outs not among them."""
+
+    decoded: int = 0
+    refused: int = 0
+    timeouts: int = 0
+    deaths: int = 0
+    busy: int = 0
+
+
+class _Worker:
+    """One child and its channel; ``channel`` is None until ``ready`` returned."""
+
+    def __init__(self, settings: MediaSettings, reply_limit: int) -> None:
+        self._settings = settings
+        self._reply_limit = reply_limit
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "preprocessing.worker", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env={
+                        **{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                        "PYTHONPATH": str(Path(__file__).parents[1]),
+                    },
+                )
+            except BaseException:
+                ours.close()
+                raise
+        self._socket = ours
+        self._channel: AsyncChannel[FromWorker] | None = None
+
+    async def ready(self) -> list[str]:
+        """Wait until the worker has confined itself; the names of the layers it lacks."""
+        settings = self._settings
+        self._channel = await AsyncChannel.open(self._socket, FromWorker, self._reply_limit)
+        limits = Confine(
+            memory=BYTES_PER_PIXEL * settings.max_image_pixels
+            + 4 * settings.max_media_bytes
+            + SPARE_MEMORY,
+            cpu=int(settings.media_timeout) + 1,
+        )
+        async with asyncio.timeout(START_TIMEOUT):
+            await self._channel.send(limits)
+            answer, _ = await self._channel.receive()
+        if not isinstance(answer, Confined):
+            raise ChannelClosed("a worker did not confine itself")
+        return answer.missing
+
+    async def run(self, job: TileJob, encoded: bytes) -> tuple[Tiled | Refused, bytes]:
+        """One job; the tiles are empty after a refusal. Raises ChannelClosed, TimeoutError."""
+        if self._channel is None:
+            raise ChannelClosed("a worker is not ready")
+        async with asyncio.timeout(self._settings.media_timeout):
+            await self._channel.send(job, [encoded])
+            answer, buffers = await self._channel.receive()
+        if isinstance(answer, Refused) and not buffers:
+            return answer, b""
+        if isinstance(answer, Tiled) and len(buffers) == 1:
+            _check(answer, buffers[0], job.settings)
+            return answer, buffers[0]
+        raise ChannelClosed("a worker sent an answer to another question")
+
+    async def end(self) -> None:
+        """Kill the child and reap it. Idempotent."""
+        if self._channel is None:
+            self._socket.close()
+        else:
+            self._channel.close()
+        self.process.kill()
+        await asyncio.to_thread(self.process.wait)
+
+
+def _check(answer: Tiled, tiles: bytes, settings: TileSettings) -> None:
+    """Raise ChannelClosed for a result that no honest worker sends."""
+    grid = answer.columns * answer.rows
+    thumbnail = settings.use_thumbnail and grid > 1
+    if not (
+        min(answer.columns, answer.rows, answer.width, answer.height) >= 1
+        and settings.min_tiles <= grid <= settings.max_tiles
+        and answer.count == grid + thumbnail
+        and len(tiles) == answer.count * 3 * settings.side * settings.side
+    ):
+        raise ChannelClosed("a worker sent tiles that do not fit the question")
+
+
+class DecodePool:
+    """``settings.media_workers`` children, at most one job each."""
+
+    def __init__(self, settings: MediaSettings) -> None:
+        self._settings = settings
+        self._reply_limit = 0
+        self._workers: set[_Worker] = set()
+        self._idle: asyncio.Queue[_Worker | None] = asyncio.Queue()  # None: the pool has closed
+        self._waiting = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS)
+        self._paused_until = 0.0
+        self._open = False
+        self.stats = PoolStats()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the children."""
+        return [worker.process.pid for worker in self._workers]
+
+    async def start(self, most: TileSettings) -> None:
+        """Start the children and wait for them; ``most`` bounds the tiles of any later job.
+
+        Raises Unavailable when a child does not start.
+        """
+        self._reply_limit = most.most_bytes + SLACK
+        self._open = True
+        outcomes = await asyncio.gather(
+            *(self._hire() for _ in range(self._settings.media_workers)), return_exceptions=True
+        )
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                await self.close()
+                raise Unavailable("The picture decoder cannot be started.") from outcome
+            if outcome:
+                log.warning("decode worker runs without sandbox layers=%s", ",".join(outcome))
+
+    async def close(self) -> None:
+        """End every child and whatever waits for one. Idempotent."""
+        self._open = False
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(worker.end() for worker in self._workers))
+        self._workers.clear()
+        self._idle = asyncio.Queue()
+        for _ in range(self._waiting):
+            self._idle.put_nowait(None)
+
+    async def tile(self, encoded: bytes, settings: TileSettings, param: str) -> tuple[Tiled, bytes]:
+        """Decode and tile one picture. Raises MediaRefused naming ``param``, or Unavailable."""
+        worker = await self._next_idle(param)
+        # A task of its own: when the caller leaves, the worker still comes back to the others.
+        task = self._spawn(self._serve(worker, settings, encoded, param))
+        await asyncio.wait([task])
+        if task.cancelled():
+            raise Unavailable("The server is stopping.", param=param)
+        return task.result()
+
+    async def _next_idle(self, param: str) -> _Worker:
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(QUEUE_TIMEOUT):
+                while True:
+                    self._check_open(param)
+                    worker = await self._idle.get()
+                    if worker is not None:
+                        if worker.process.poll() is None:
+                            return worker
+                        self._died(worker, "while idle")
+        except TimeoutError:
+            raise Unavailable(
+                "Too many pictures are waiting to be decoded.", param=param, retry_after=10
+            ) from None
+        finally:
+            self._waiting -= 1
+
+    def _check_open(self, param: str) -> None:
+        if not self._open:
+            raise Unavailable("The picture decoder is not running.", param=param, retry_after=5)
+        pause = self._paused_until - time.monotonic()
+        if pause > 0:
+            raise Unavailable(
+                "The picture decoder failed repeatedly and rests.",
+                param=param,
+                retry_after=int(pause) + 1,
+            )
+
+    async def _serve(
+        self, worker: _Worker, settings: TileSettings, encoded: bytes, param: str
+    ) -> tuple[Tiled, bytes]:
+        self.stats.busy += 1
+        try:
+            job = TileJob(settings, self._settings.max_image_pixels)
+            answer, tiles = await worker.run(job, encoded)
+        except TimeoutError:
+            self.stats.timeouts += 1
+            log.warning("decode worker overran pid=%d", worker.process.pid)
+            self._replace(worker)
+            raise MediaRefused(
+                "The picture takes too long to decode.", param=param, code="media_timeout"
+            ) from None
+        except ChannelClosed as error:
+            self._died(worker, str(error))
+            raise MediaRefused("The picture could not be decoded.", param=param) from None
+        finally:
+            self.stats.busy -= 1
+        self._idle.put_nowait(worker)
+        if isinstance(answer, Refused):
+            self.stats.refused += 1
+            code, message = REASONS[answer.reason]
+            raise MediaRefused(message, param=param, code=code)
+        self.stats.decoded += 1
+        return answer, tiles
+
+    def _died(self, worker: _Worker, how: str) -> None:
+        log.warning("decode worker died pid=%d: %s", worker.process.pid, how)
+        self.stats.deaths += 1
+        now = time.monotonic()
+        self._deaths.append(now)
+        if len(self._deaths) == DEATHS and now - self._deaths[0] < DEATHS_WINDOW:
+            log.error("decode workers keep dying: no pictures for %.0f s", PAUSE)
+            self._paused_until = now + PAUSE
+            self._deaths.clear()
+        self._replace(worker)
+
+    def _replace(self, worker: _Worker) -> None:
+        self._spawn(self._retire(worker))
+        self._spawn(self._hire_again())
+
+    async def _retire(self, worker: _Worker) -> None:
+        await worker.end()
+        self._workers.discard(worker)
+
+    async def _hire(self) -> list[str]:
+        """Start one child; the names of the sandbox layers it lacks."""
+        worker = _Worker(self._settings, self._reply_limit)
+        self._workers.add(worker)
+        try:
+            missing = await worker.ready()
+        except BaseException:
+            await self._retire(worker)
+            raise
+        self._idle.put_nowait(worker)
+        return missing
+
+    async def _hire_again(self) -> None:
+        """Try until it succeeds, so that the pool does not stay smaller than it should be."""
+        while True:
+            try:
+                await self._hire()
+                return
+            except (ChannelClosed, TimeoutError, OSError) as error:
+                log.error("a decode worker cannot be started: %s", error)
+                await asyncio.sleep(PAUSE)
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run in the background; the set keeps the task alive, ``close`` cancels it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # a caller that left does not fetch it, and asyncio would complain

@@ -1,0 +1,71 @@
+"""The decode worker: ``python -m preprocessing.worker FD``, one child of the pool each.
+
+Hostile bytes are opened here and nowhere else. It reads one job at a time from the inherited
+socket, answers with tiles or a typed refusal, and ends at the socket's end of file. It must
+never import a network library, and nothing at all after it has entered its sandbox.
+"""
+
+import io
+import socket
+import sys
+
+from PIL import Image
+
+from preprocessing import images, sandbox, tiling
+from preprocessing.types import (
+    Confine,
+    Confined,
+    FromWorker,
+    Reason,
+    Refused,
+    Tiled,
+    TileJob,
+    TileSettings,
+    ToWorker,
+)
+from wire.channel import Buffer, Channel, ChannelClosed
+
+
+def main(descriptor: int) -> None:
+    """Serve jobs until the parent closes the channel."""
+    channel: Channel[ToWorker] = Channel(socket.socket(fileno=descriptor), ToWorker)
+    try:
+        first, _ = channel.receive()
+        if not isinstance(first, Confine):
+            return
+        _warm_up()
+        channel.send(Confined(sandbox.confine(first.memory)))
+        while True:
+            job, buffers = channel.receive()
+            if not isinstance(job, TileJob) or len(buffers) != 1:
+                return
+            sandbox.limit_processor(first.cpu)
+            channel.send(*answer(job, buffers.pop()))
+    except ChannelClosed:
+        return
+
+
+def answer(job: TileJob, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
+    """Decode and tile one picture: the message to send and its buffers."""
+    try:
+        picture = images.open_picture(encoded, job.max_pixels)
+        tiles, count, columns, rows = tiling.tile(picture, job.settings)
+    except images.Unreadable as refusal:
+        return Refused(refusal.reason), []
+    except MemoryError:
+        # Resizing an extreme strip takes more memory than the strip itself.
+        return Refused(Reason.TOO_LARGE), []
+    return Tiled(count, columns, rows, picture.width, picture.height), [tiles]
+
+
+def _warm_up() -> None:
+    """Decode one picture of each format, so that whatever is imported late is imported now."""
+    for name in images.FORMATS:
+        sample = io.BytesIO()
+        Image.new("RGB", (2, 2)).save(sample, name)
+        job = TileJob(TileSettings(16, 1, 4, True), max_pixels=4)
+        answer(job, bytearray(sample.getvalue()))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,368 @@
+"""What a person sees in a picture is what the model gets, and no file gets more than a refusal."""
+
+import contextlib
+import io
+import random
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from preprocessing.images import FORMATS, Unreadable, open_picture
+from preprocessing.types import REASONS, Reason
+
+LIMIT = 178_956_970
+
+# An asymmetric picture: no turn or flip of it equals another one.
+PIXELS = np.random.default_rng(5).integers(0, 256, (5, 8, 3), dtype=np.uint8)
+PICTURE = Image.fromarray(PIXELS, "RGB")
+
+
+def encode(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    sink = io.BytesIO()
+    picture.save(sink, kind, **options)
+    return sink.getvalue()
+
+
+def pixels(encoded: bytes, limit: int = LIMIT) -> NDArray[np.uint8]:
+    picture = open_picture(encoded, limit)
+    assert picture.mode == "RGB"
+    return np.asarray(picture)
+
+
+def refusal(encoded: bytes, limit: int = LIMIT) -> Reason:
+    with pytest.raises(Unreadable) as refused:
+        open_picture(encoded, limit)
+    return refused.value.reason
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    body = kind + data
+    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: bytes) -> bytes:
+    """A PNG written by hand; ``rows`` are unfiltered scan lines with their filter bytes."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            png_chunk(b"IHDR", header),
+            *extra,
+            png_chunk(b"IDAT", zlib.compress(rows)),
+            png_chunk(b"IEND", b""),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {}),
+     ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {"compression": "tiff_deflate"})],
+)  # fmt: skip
+def test_lossless_formats_give_the_same_pixels(kind: str, options: dict[str, Any]) -> None:
+    assert np.array_equal(pixels(encode(PICTURE, kind, **options)), PIXELS)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30}])
+def test_jpeg_gives_what_pillow_decodes(options: dict[str, Any]) -> None:
+    encoded = encode(PICTURE, "JPEG", **options)
+    expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    assert np.array_equal(pixels(encoded), expected)
+
+
+def test_a_jpeg_with_more_pictures_behind_it_gives_the_first() -> None:
+    plain = Image.new("RGB", (16, 16), (200, 30, 40))
+    encoded = encode(plain, "MPO", save_all=True, append_images=[Image.new("RGB", (16, 16))])
+    assert np.abs(pixels(encoded).astype(int) - (200, 30, 40)).max() < 6
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_an_animation_gives_its_first_frame(kind: str) -> None:
+    first = Image.new("RGB", (6, 4), (255, 0, 0))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("blue", "lime")]
+    encoded = encode(first, kind, save_all=True, append_images=frames, **options)
+    assert np.array_equal(pixels(encoded), np.asarray(first))
+
+
+STORED = {
+    # How a camera stores the upright picture A under each value of the orientation tag.
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a.swapaxes(0, 1)[::-1],
+    7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda a: a.swapaxes(0, 1)[:, ::-1],
+}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_every_orientation_comes_out_upright(orientation: int, kind: str) -> None:
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](PIXELS)), "RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert np.array_equal(pixels(encode(stored, kind, exif=exif, **options)), PIXELS)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_turned_photograph_comes_out_upright(orientation: int) -> None:
+    upright = np.zeros((48, 64, 3), np.uint8)
+    upright[:16, :16] = (250, 250, 250)  # a bright corner, top left
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)), "RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    seen = pixels(encode(stored, "JPEG", exif=exif))
+    assert seen.shape == upright.shape
+    assert seen[:12, :12].mean() > 200
+    assert seen[24:, 24:].mean() < 20
+
+
+@pytest.mark.parametrize(
+    "tag", [b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0" + b"\xff" * 40]
+)
+def test_a_damaged_orientation_tag_counts_as_upright(tag: bytes) -> None:
+    encoded = encode(PICTURE, "JPEG")
+    marker = b"\xff\xe1" + struct.pack(">H", len(tag) + 2) + tag
+    assert pixels(encoded[:2] + marker + encoded[2:]).shape == PIXELS.shape
+
+
+def test_unknown_orientations_change_nothing() -> None:
+    for value in (0, 9, 77):
+        exif = Image.Exif()
+        exif[0x0112] = value
+        assert np.array_equal(pixels(encode(PICTURE, exif=exif)), PIXELS)
+
+
+def test_half_transparent_red_is_pink() -> None:
+    encoded = encode(Image.new("RGBA", (3, 3), (255, 0, 0, 128)))
+    assert pixels(encoded)[0, 0].tolist() == [255, 127, 127]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_invisible_pixels_are_white_whatever_colour_hides_there(kind: str) -> None:
+    hidden = Image.new("RGBA", (4, 2), (10, 20, 30, 0))
+    hidden.putpixel((1, 1), (10, 20, 30, 255))
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    seen = pixels(encode(hidden, kind, **options))
+    assert seen[1, 1].tolist() == [10, 20, 30]
+    assert seen[0].tolist() == [[255, 255, 255]] * 4
+
+
+def test_grey_with_alpha_is_laid_on_white() -> None:
+    picture = Image.new("LA", (2, 1), (0, 0))
+    picture.putpixel((1, 0), (40, 255))
+    assert pixels(encode(picture))[0].tolist() == [[255] * 3, [40] * 3]
+
+
+def palette_picture() -> Image.Image:
+    picture = Image.new("P", (3, 1))
+    picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    picture.putdata([0, 1, 2])
+    return picture
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_a_transparent_palette_entry_is_white(kind: str) -> None:
+    encoded = encode(palette_picture(), kind, transparency=1)
+    assert pixels(encoded)[0].tolist() == [[255, 0, 0], [255, 255, 255], [0, 0, 255]]
+
+
+def test_palette_entries_with_their_own_alpha_are_mixed_with_white() -> None:
+    encoded = encode(palette_picture(), transparency=b"\xff\x00\x80")
+    assert pixels(encoded)[0].tolist() == [[255, 0, 0], [255, 255, 255], [127, 127, 255]]
+
+
+def test_a_palette_without_transparency_gives_its_colours() -> None:
+    expected = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+    assert pixels(encode(palette_picture()))[0].tolist() == expected
+
+
+def test_a_transparent_colour_is_white() -> None:
+    rgb = png(2, 1, 8, 2, b"\0\x0a\x14\x1e\x01\x02\x03", png_chunk(b"tRNS", b"\0\x0a\0\x14\0\x1e"))
+    assert pixels(rgb)[0].tolist() == [[255] * 3, [1, 2, 3]]
+    grey = png(2, 1, 8, 0, b"\0\x0a\x50", png_chunk(b"tRNS", b"\0\x0a"))
+    assert pixels(grey)[0].tolist() == [[255] * 3, [80] * 3]
+
+
+def test_a_transparent_16_bit_grey_is_white() -> None:
+    rows = b"\0" + struct.pack(">3H", 1000, 1001, 65535)
+    encoded = png(3, 1, 16, 0, rows, png_chunk(b"tRNS", struct.pack(">H", 1000)))
+    assert pixels(encoded)[0].tolist() == [[255] * 3, [4] * 3, [255] * 3]
+
+
+def test_16_bit_grey_is_scaled_not_clipped() -> None:
+    values = np.array([[0, 128, 129, 256, 257, 32768, 65406, 65407, 65535]], np.uint16)
+    seen = pixels(encode(Image.fromarray(values)))[0, :, 0]
+    assert seen.tolist() == np.round(values[0] / 257).astype(int).tolist()
+
+
+def test_16_bit_colour_keeps_its_high_byte() -> None:
+    encoded = png(2, 1, 16, 2, b"\0" + struct.pack(">6H", 0, 0x1234, 0xFFFF, 0x80FF, 0, 0x0100))
+    assert pixels(encoded)[0].tolist() == [[0, 0x12, 0xFF], [0x80, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0, 0.5, 1.0], [0, 128, 255]),
+        ([0.0, 100.0, 255.0], [0, 100, 255]),
+        ([-1.0, 0.0, 1.0], [0, 128, 255]),
+        ([7.0, 7.0, 7.0], [255, 255, 255]),
+        ([0.0, 0.0, 0.0], [0, 0, 0]),
+    ],
+)
+def test_float_grey_is_scaled_to_its_range(values: list[float], expected: list[int]) -> None:
+    picture = Image.fromarray(np.array([values], np.float32), "F")
+    assert pixels(encode(picture, "TIFF"))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_float_grey_without_a_range_is_refused(bad: float) -> None:
+    picture = Image.fromarray(np.array([[bad, 0.5]], np.float32), "F")
+    assert refusal(encode(picture, "TIFF")) is Reason.BROKEN
+
+
+def test_32_bit_grey_is_scaled_to_its_range() -> None:
+    narrow = Image.fromarray(np.array([[0, 257, 65535]], np.int32), "I")
+    assert pixels(encode(narrow, "TIFF"))[0, :, 0].tolist() == [0, 1, 255]
+    wide = Image.fromarray(np.array([[0, 1 << 20, 1 << 21]], np.int32), "I")
+    assert pixels(encode(wide, "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("mode", ["L", "1"])
+def test_grey_and_black_and_white_become_rgb(mode: str) -> None:
+    picture = Image.linear_gradient("L").convert(mode)
+    seen = pixels(encode(picture))
+    assert np.array_equal(seen, np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "TIFF")])
+def test_other_colour_spaces_keep_their_colour(mode: str, kind: str) -> None:
+    encoded = encode(Image.new("RGB", (16, 16), (200, 60, 20)).convert(mode), kind)
+    assert np.abs(pixels(encoded).astype(int) - (200, 60, 20)).max() <= 6
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 7)])
+def test_extreme_shapes_are_pictures(size: tuple[int, int]) -> None:
+    assert open_picture(encode(Image.new("RGB", size)), LIMIT).size == size
+
+
+def header_only(kind: str, width: int, height: int) -> bytes:
+    """A file that promises this size and has no pixels."""
+    if kind == "PNG":
+        return png(width, height, 8, 2, b"")
+    if kind == "GIF":
+        descriptor = struct.pack("<HHHH", 0, 0, width, height)
+        return (
+            b"GIF89a"
+            + struct.pack("<HHBBB", width, height, 0, 0, 0)
+            + b","
+            + descriptor
+            + b"\0\x08\0"
+        )
+    if kind == "BMP":
+        info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+        return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + info
+    if kind == "JPEG":
+        frame = b"\x08" + struct.pack(">HH", height, width) + b"\x01\x01\x11\0"
+        scan = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0"
+        return b"\xff\xd8\xff\xc0" + struct.pack(">H", len(frame) + 2) + frame + scan
+    tags = [(256, 4, width), (257, 4, height), (258, 3, 8), (259, 3, 1), (262, 3, 1), (273, 4, 8),
+            (277, 3, 1), (278, 4, height), (279, 4, 4)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, form, 1, value) for tag, form, value in tags)
+    return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + b"\0" * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "side"),
+    [("PNG", 100_000), ("GIF", 65_535), ("BMP", 100_000), ("JPEG", 65_500), ("TIFF", 100_000)],
+)
+def test_a_bomb_is_refused_from_its_header(kind: str, side: int) -> None:
+    # There are no pixels in the file: a decoder that looked for them would call it damaged.
+    assert refusal(header_only(kind, side, side)) is Reason.TOO_LARGE
+
+
+def test_a_webp_bomb_is_refused_from_its_header() -> None:
+    # A whole, valid file: one colour, 16383 x 16383 pixels in 34 bytes.
+    bomb = bytes.fromhex("524946461a000000574542505650384c0e0000002ffebfff0f071011fd0f4444ff03")
+    assert refusal(bomb) is Reason.TOO_LARGE
+
+
+def test_a_gif_whose_frame_outgrows_its_screen_is_refused() -> None:
+    bomb = bytearray(encode(Image.new("P", (4, 4)), "GIF"))
+    frame = bomb.index(b",", 13)
+    bomb[frame + 5 : frame + 9] = struct.pack("<HH", 65_535, 65_535)
+    assert refusal(bytes(bomb)) is Reason.TOO_LARGE
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_pixel_limit_is_exact(kind: str) -> None:
+    encoded = encode(Image.new("RGB", (40, 25)), kind)
+    assert open_picture(encoded, 1000).size == (40, 25)
+    assert refusal(encoded, 999) is Reason.TOO_LARGE
+
+
+def test_the_limit_may_be_higher_than_pillows_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert open_picture(encode(Image.new("RGB", (40, 25))), 1000).size == (40, 25)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "JPEG", "TIFF"])
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_a_picture_without_pixels_is_refused(kind: str, size: tuple[int, int]) -> None:
+    assert refusal(header_only(kind, *size)) in {Reason.EMPTY, Reason.BROKEN, Reason.UNSUPPORTED}
+
+
+def test_a_giant_text_chunk_is_refused() -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "a" * (70 << 20), zip=True)
+    assert refusal(encode(PICTURE, pnginfo=text)) in {Reason.BROKEN, Reason.UNSUPPORTED}
+
+
+@pytest.mark.parametrize("share", [0.15, 0.5, 0.9])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_truncated_file_is_refused(kind: str, share: float) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    encoded = encode(Image.fromarray(noise, "RGB"), kind)
+    assert refusal(encoded[: int(len(encoded) * share)]) in {Reason.BROKEN, Reason.UNSUPPORTED}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_flipped_bytes_give_a_picture_or_a_refusal_and_nothing_else(kind: str) -> None:
+    draw = random.Random(3)
+    encoded = encode(PICTURE.resize((64, 40)), kind)
+    for _ in range(150):
+        damaged = bytearray(encoded)
+        for _ in range(draw.randint(1, 8)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        with contextlib.suppress(Unreadable):
+            assert open_picture(damaged, 1_000_000).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [b"", b"\0", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.7\n",
+     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"P6 2 2 255 " + b"\0" * 12,
+     bytes(range(256)) * 40],
+)  # fmt: skip
+def test_what_is_no_picture_is_unsupported(encoded: bytes) -> None:
+    assert refusal(encoded) is Reason.UNSUPPORTED
+
+
+@pytest.mark.parametrize("kind", ["ICO", "PPM", "TGA", "JPEG2000", "PCX"])
+def test_formats_outside_the_list_are_unsupported(kind: str) -> None:
+    assert refusal(encode(PICTURE, kind)) is Reason.UNSUPPORTED
+
+
+def test_every_reason_has_a_sentence() -> None:
+    assert set(REASONS) == set(Reason)

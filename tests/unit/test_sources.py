@@ -1,0 +1,511 @@
+"""One fetcher, real sockets: what is fetched, what is refused, and what a refusal gives away."""
+
+import asyncio
+import base64
+import http.server
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preprocessing import sources
+from preprocessing.sources import Fetcher
+from wire.errors import MediaRefused
+from wire.settings import MediaSettings, SettingError
+
+PARAM = "messages[0].content[1].image_url"
+BODY = bytes(range(256)) * 40
+OPEN = {"allow_private_media": True}
+
+
+class Site:
+    """A web server on all loopback addresses, whose pages are functions of the handler."""
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self.pages: dict[str, Callable[[Any], None]] = {}
+        self.requests: list[tuple[str, dict[str, str]]] = []
+        self.stopping = threading.Event()
+        site = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                site.requests.append((self.path, dict(self.headers)))
+                site.pages.get(self.path, picture)(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_: object) -> None:
+                pass  # clients break off on purpose
+
+        self._server = Server(("", 0), Handler)
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.port = self._server.server_port
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+
+    def url(self, path: str = "/cat.png", host: str = "127.0.0.1") -> str:
+        return f"http://{host}:{self.port}{path}"
+
+    def close(self) -> None:
+        self.stopping.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def answer(handler: Any, status: int = 200, body: bytes = BODY, **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def picture(handler: Any) -> None:
+    answer(handler)
+
+
+def redirect(target: str, status: int = 302) -> Callable[[Any], None]:
+    return lambda handler: answer(handler, status, b"", Location=target)
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    site = Site()
+    yield site
+    site.close()
+
+
+async def fetch(url: str, **settings: Any) -> bytes:
+    fetcher = Fetcher(MediaSettings(**settings))
+    try:
+        return await fetcher.fetch(url, PARAM)
+    finally:
+        await fetcher.close()
+
+
+async def refusal(url: str, **settings: Any) -> MediaRefused:
+    with pytest.raises(MediaRefused) as refused:
+        await fetch(url, **settings)
+    error = refused.value
+    assert (error.status, error.param) == (400, PARAM)
+    assert error.__cause__ is None
+    for secret in ("127.0.0.1", "::1", "/etc", "Errno", "httpx", "Error", "cat.png"):
+        assert secret not in error.message
+    return error
+
+
+# data: URLs
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["data:image/png;base64,", "DATA:IMAGE/JPEG;BASE64,", "data:application/octet-stream;base64,",
+     "data:image/svg+xml;base64,"],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+async def test_a_data_url_gives_its_bytes(head: str, size: int) -> None:
+    assert await fetch(head + base64.b64encode(BODY[:size]).decode()) == BODY[:size]
+
+
+async def test_a_long_data_url_gives_its_bytes() -> None:
+    body = BODY * 300  # several chunks of base64
+    assert await fetch("data:image/png;base64," + base64.b64encode(body).decode()) == body
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:",
+        "data:,hello",
+        "data:image/png,hello",
+        "data:;base64,AAAA",
+        "data:text/html;base64,AAAA",
+        "data:video/jpeg;base64,AAAA",
+        "data:image/png;charset=utf-8;base64,AAAA",
+        "data:image/png;base64",
+        "data:image/png;base64,",
+        "data:image/png;base64,A",
+        "data:image/png;base64,AA",
+        "data:image/png;base64,AAA",
+        "data:image/png;base64,AA=",
+        "data:image/png;base64,AA==AA==",
+        "data:image/png;base64,A===",
+        "data:image/png;base64,====",
+        "data:image/png;base64,AAAA====",
+        "data:image/png;base64, AAA",
+        "data:image/png;base64,AAAA\n",
+        "data:image/png;base64,AA\nAA=",
+        "data:image/png;base64,AA-_",
+        "data:image/png;base64,AAA%3D",
+        "data:image/png;base64,AAAÄ",
+        "data:image/png;base64,\0\0\0\0",
+        " data:image/png;base64,AAAA",
+    ],
+)
+async def test_anything_but_strict_base64_is_refused(url: str) -> None:
+    assert (await refusal(url)).code == "invalid_media"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 98, 99, 100])
+async def test_the_size_cap_of_data_urls_is_exact(size: int) -> None:
+    url = "data:image/png;base64," + base64.b64encode(BODY[:size]).decode()
+    assert len(await fetch(url, max_media_bytes=size)) == size
+    if size > 1:
+        error = await refusal(url, max_media_bytes=size - 1)
+        assert error.code == "media_too_large"
+
+
+# http: URLs
+
+
+async def test_a_picture_is_downloaded(site: Site) -> None:
+    assert await fetch(site.url("/cat.png?size=1#top"), **OPEN) == BODY
+    path, headers = site.requests[0]
+    assert path == "/cat.png?size=1"
+    assert headers["Host"] == f"127.0.0.1:{site.port}"
+
+
+async def test_the_host_header_is_the_name_and_the_name_is_resolved_once(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up = resolve_to(monkeypatch, ["127.0.0.1"], ["127.0.0.9"])
+    url = site.url(host="pictures.example")
+    assert await fetch(url, **OPEN) == BODY
+    assert looked_up == ["pictures.example"]
+    assert site.requests[0][1]["Host"] == f"pictures.example:{site.port}"
+
+
+def resolve_to(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[str]:
+    """Make the n-th look-up of a name give the n-th list of addresses; the names asked for."""
+    asked: list[str] = []
+
+    def getaddrinfo(host: str, port: int, **_: object) -> list[Any]:
+        asked.append(host)
+        return [(0, 0, 0, "", (address, port)) for address in answers[len(asked) - 1]]
+
+    monkeypatch.setattr(sources.socket, "getaddrinfo", getaddrinfo)
+    return asked
+
+
+async def test_the_next_address_is_tried_when_the_first_does_not_answer(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve_to(monkeypatch, ["::1", "127.0.0.1"])  # the site speaks IPv4 only
+    assert await fetch(site.url(host="pictures.example"), **OPEN) == BODY
+
+
+async def test_one_private_address_among_public_ones_refuses_the_name(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve_to(monkeypatch, ["93.184.216.34", "127.0.0.1"])
+    assert (await refusal(site.url(host="pictures.example"))).code == "media_forbidden"
+    assert not site.requests
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3])
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_up_to_three_redirects_are_followed(site: Site, hops: int, status: int) -> None:
+    for hop in range(hops):
+        site.pages[f"/{hop}"] = redirect(f"/{hop + 1}" if hop < hops - 1 else site.url(), status)
+    assert await fetch(site.url("/0"), **OPEN) == BODY
+    assert len(site.requests) == hops + 1
+
+
+async def test_a_fourth_redirect_is_refused(site: Site) -> None:
+    site.pages["/loop"] = redirect("/loop")
+    assert (await refusal(site.url("/loop"), **OPEN)).code == "media_unreachable"
+    assert len(site.requests) == 4
+
+
+async def test_a_redirect_to_a_private_address_is_not_followed(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "is_public", lambda address: str(address) == "127.0.0.1")
+    site.pages["/away"] = redirect(site.url("/secret", host="127.0.0.2"))
+    assert await fetch(site.url()) == BODY
+    assert (await refusal(site.url("/away"))).code == "media_forbidden"
+    assert [path for path, _ in site.requests] == ["/cat.png", "/away"]
+
+
+async def test_a_name_that_changes_its_address_on_a_redirect_is_not_followed(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "is_public", lambda address: str(address) == "127.0.0.1")
+    resolve_to(monkeypatch, ["127.0.0.1"], ["127.0.0.2"])
+    site.pages["/again"] = redirect("/secret")
+    error = await refusal(site.url("/again", host="pictures.example"))
+    assert error.code == "media_forbidden"
+    assert [path for path, _ in site.requests] == ["/again"]
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:image/png;base64,AAAA", "gopher://127.0.0.1",
+     "http://user@127.0.0.1/", "http:\\\\127.0.0.1\\x", "javascript:1"],
+)  # fmt: skip
+async def test_a_redirect_to_anything_but_a_plain_web_address_is_refused(
+    site: Site, target: str
+) -> None:
+    site.pages["/away"] = redirect(target)
+    assert (await refusal(site.url("/away"), **OPEN)).code in {"invalid_media", "media_unreachable"}
+    assert len(site.requests) == 1
+
+
+async def test_a_redirect_outside_the_allowed_hosts_is_refused(site: Site) -> None:
+    site.pages["/away"] = redirect(site.url("/secret", host="127.0.0.2"))
+    error = await refusal(site.url("/away"), **OPEN, allowed_media_domains=("127.0.0.1",))
+    assert error.code == "media_forbidden"
+    assert len(site.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [("pictures.example", True), ("PICTURES.example", True), ("pictures.example.", True),
+     ("bücher.example", True), ("xn--bcher-kva.example", True), ("example", False),
+     ("evil.pictures.example", False), ("pictures.example.evil.test", False)],
+)  # fmt: skip
+async def test_allowed_hosts_are_compared_as_whole_names(
+    site: Site, monkeypatch: pytest.MonkeyPatch, host: str, allowed: bool
+) -> None:
+    resolve_to(monkeypatch, ["127.0.0.1"])
+    domains = ("Pictures.Example", "bücher.example")
+    if allowed:
+        assert await fetch(site.url(host=host), **OPEN, allowed_media_domains=domains) == BODY
+    else:
+        error = await refusal(site.url(host=host), **OPEN, allowed_media_domains=domains)
+        assert error.code == "media_forbidden"
+
+
+@pytest.mark.parametrize("name", ["https://pictures.example", "pictures.example:80", "a b", ""])
+def test_an_allowed_host_that_is_no_host_is_fatal(name: str) -> None:
+    with pytest.raises(SettingError):
+        Fetcher(MediaSettings(allowed_media_domains=(name,)))
+
+
+LOOPBACK_FORMS = [
+    "http://127.0.0.1:{port}/",
+    "http://localhost:{port}/",
+    "http://LOCALHOST:{port}/",
+    "http://localhost.:{port}/",
+    "http://127.1:{port}/",
+    "http://127.0.1:{port}/",
+    "http://127.255.255.254:{port}/",
+    "http://2130706433:{port}/",
+    "http://0x7f000001:{port}/",
+    "http://0x7f.0.0.1:{port}/",
+    "http://0x7f.1:{port}/",
+    "http://017700000001:{port}/",
+    "http://0177.0.0.1:{port}/",
+    "http://0:{port}/",
+    "http://0.0.0.0:{port}/",
+    "http://[::]:{port}/",
+    "http://[::1]:{port}/",
+    "http://[0:0:0:0:0:0:0:1]:{port}/",
+    "http://[::ffff:127.0.0.1]:{port}/",
+    "http://[::ffff:7f00:1]:{port}/",
+    "http://[::127.0.0.1]:{port}/",
+    "http://[64:ff9b::127.0.0.1]:{port}/",
+    "http://[64:ff9b:1::127.0.0.1]:{port}/",
+    "http://[2002:7f00:1::1]:{port}/",
+    "http://[::1%25lo]:{port}/",
+    "http://[fe80::1%25lo]:{port}/",
+    "http://127。0。0。1:{port}/",
+    "http://①②⑦.⓪.⓪.①:{port}/",
+    "http://%31%32%37.0.0.1:{port}/",
+    "http://127.0.0.1%00.example:{port}/",
+    "http://user@127.0.0.1:{port}/",
+    "http://user:secret@127.0.0.1:{port}/",
+    "http://example.com@127.0.0.1:{port}/",
+    "http://example.com:80@127.0.0.1:{port}/",
+    "http://127.0.0.1:{port}\\@example.com/",
+    "http://example.com\\@127.0.0.1:{port}/",
+    "http://127.0.0.1:{port}#@example.com/",
+    "http://127.0.0.1:{port}?@example.com/",
+    "http:127.0.0.1:{port}/",
+    "http:/127.0.0.1:{port}/",
+    "http:///127.0.0.1:{port}/",
+    "//127.0.0.1:{port}/",
+    "127.0.0.1:{port}/",
+    "http:\\\\127.0.0.1:{port}\\",
+    " http://127.0.0.1:{port}/",
+    "http://127.0.0.1:{port}/\r\nX: y",
+    "http://127.0.0.1\t:{port}/",
+    "https://127.0.0.1:{port}/",
+    "HTTP://127.0.0.1:{port}/",
+    "ftp://127.0.0.1:{port}/",
+    "gopher://127.0.0.1:{port}/",
+    "ws://127.0.0.1:{port}/",
+    "http+unix://127.0.0.1:{port}/",
+    "jar:http://127.0.0.1:{port}/!/",
+    "file:///etc/passwd",
+    "file://localhost/etc/passwd",
+    "/etc/passwd",
+    "cat.png",
+    "",
+    "http://",
+    "http://:{port}/",
+    "http://[::1",
+    "http://127.0.0.1:99999/",
+    "http://127.0.0.1:-1/",
+    "http://127.0.0.1:0/",
+    "http://169.254.169.254/latest/meta-data/",
+    "http://[fd00:ec2::254]/latest/meta-data/",
+    "http://192.0.0.192/opc/v2/instance/",
+    "http://" + "a" * 9000,
+]
+
+
+@pytest.mark.parametrize("form", LOOPBACK_FORMS)
+async def test_no_form_of_a_url_reaches_a_private_address(site: Site, form: str) -> None:
+    error = await refusal(form.replace("{port}", str(site.port)))
+    assert error.code in {"invalid_media", "media_forbidden", "media_unreachable"}
+    assert not site.requests
+
+
+# what a hostile or broken server may do
+
+
+async def test_a_body_over_the_cap_is_refused_from_its_announcement(site: Site) -> None:
+    error = await refusal(site.url(), **OPEN, max_media_bytes=len(BODY) - 1)
+    assert error.code == "media_too_large"
+    assert await fetch(site.url(), **OPEN, max_media_bytes=len(BODY)) == BODY
+
+
+async def test_an_endless_body_is_cut_at_the_cap(site: Site) -> None:
+    sent = 0
+    broke_off = threading.Event()
+
+    def endless(handler: Any) -> None:
+        nonlocal sent
+        handler.send_response(200)
+        handler.end_headers()
+        try:
+            while not site.stopping.is_set():
+                sent += handler.wfile.write(b"x" * 65536)
+        except OSError:
+            broke_off.set()
+
+    site.pages["/endless"] = endless
+    error = await refusal(site.url("/endless"), **OPEN, max_media_bytes=1 << 20)
+    assert error.code == "media_too_large"
+    assert await asyncio.to_thread(broke_off.wait, 10)
+    assert sent < 32 << 20
+
+
+@pytest.mark.parametrize("when", ["before the head", "within the head", "within the body"])
+async def test_a_slow_server_costs_no_more_than_the_deadline(site: Site, when: str) -> None:
+    def slow(handler: Any) -> None:
+        if when != "before the head":
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        if when == "within the body":
+            handler.wfile.write(b"Content-Length: 1000\r\n\r\n")
+            while not site.stopping.wait(0.02):  # each read is quick; only the whole is slow
+                handler.wfile.write(b"x")
+        site.stopping.wait(30)
+
+    site.pages["/slow"] = slow
+    async with asyncio.timeout(5):
+        error = await refusal(site.url("/slow"), **OPEN, fetch_timeout=0.3)
+    assert error.code == "media_unreachable"
+
+
+@pytest.mark.parametrize("status", [204, 206, 304, 400, 401, 403, 404, 429, 500, 503])
+async def test_any_status_but_200_is_refused(site: Site, status: int) -> None:
+    site.pages["/no"] = lambda handler: answer(handler, status, b"")
+    error = await refusal(site.url("/no"), **OPEN)
+    assert error.code == "media_unreachable"
+    assert str(status) in error.message
+
+
+async def test_compressed_answers_are_refused(site: Site) -> None:
+    site.pages["/gzip"] = lambda handler: answer(handler, Content_Encoding="gzip")
+    assert (await refusal(site.url("/gzip"), **OPEN)).code == "media_unreachable"
+    assert site.requests[0][1]["Accept-Encoding"] == "identity"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nshort",
+     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+     b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", b"HTTP/1.1 302 Found\r\n\r\n",
+     b"HTTP/1.1 302 Found\r\nLocation: http://[::1\r\n\r\n",
+     b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000 + b"\r\n\r\n"],
+)  # fmt: skip
+async def test_a_server_that_does_not_speak_http_is_refused(site: Site, raw: bytes) -> None:
+    site.pages["/raw"] = lambda handler: handler.wfile.write(raw)
+    assert (await refusal(site.url("/raw"), **OPEN)).code in {"media_unreachable", "invalid_media"}
+
+
+async def test_a_port_nobody_listens_on_is_a_client_error() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        error = await refusal(f"http://127.0.0.1:{closed.getsockname()[1]}/cat.png", **OPEN)
+    assert error.code == "media_unreachable"
+
+
+async def test_a_name_that_does_not_exist_is_a_client_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def nothing(*_: object, **__: object) -> list[Any]:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(sources.socket, "getaddrinfo", nothing)
+    assert (await refusal("http://pictures.example/", **OPEN)).code == "media_unreachable"
+
+
+async def test_cookies_of_one_fetch_are_not_sent_with_the_next(site: Site) -> None:
+    site.pages["/set"] = lambda handler: answer(handler, Set_Cookie="who=alice")
+    fetcher = Fetcher(MediaSettings(**OPEN))
+    for path in ("/set", "/cat.png"):
+        assert await fetcher.fetch(site.url(path), PARAM) == BODY
+    await fetcher.close()
+    assert "Cookie" not in site.requests[1][1]
+
+
+async def test_proxies_of_the_environment_are_not_used(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert await fetch(site.url(), **OPEN) == BODY
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+async def test_a_certificate_is_checked_against_the_name_not_the_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-nodes", "-days", "2", "-subj", "/CN=test", "-addext",
+         "subjectAltName=DNS:pictures.example", "-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    asked: list[str] = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    context.sni_callback = lambda _sock, name, _context: asked.append(name)
+    secure = Site(context)
+    try:
+        resolve_to(monkeypatch, ["127.0.0.1"], ["127.0.0.1"])
+        assert await fetch(f"https://pictures.example:{secure.port}/", **OPEN) == BODY
+        assert asked == ["pictures.example"]
+        error = await refusal(f"https://other.example:{secure.port}/", **OPEN)
+        assert error.code == "media_unreachable"
+        assert len(secure.requests) == 1
+    finally:
+        secure.close()
