@@ -3,6 +3,8 @@
 The runner keeps one row per sequence it has been told of: a sequence is sent whole once, as a
 ``NewRow``; later steps send only what changed. The runner never decides anything: a plan names
 every token to compute, every picture to encode and every tensor to drop, in that order.
+
+``gc=False``: hundreds of these are made per step, and none can be part of a cycle.
 """
 
 import msgspec
@@ -32,7 +34,7 @@ class NewRow(msgspec.Struct, frozen=True):
     spans: list[VisionSpan]
 
 
-class Work(msgspec.Struct, frozen=True):
+class Work(msgspec.Struct, frozen=True, gc=False):
     """Compute positions ``start : start + count`` of row ``id`` in this step.
 
     ``new_blocks`` are appended to the row's block table before. With ``sample`` the last
@@ -48,7 +50,7 @@ class Work(msgspec.Struct, frozen=True):
 
 
 class EncodeItem(msgspec.Struct, frozen=True):
-    """Encode the raw tiles of ``digest``, uploaded with request ``request_id``, buffer ``buffer``."""
+    """Encode the tiles of ``digest``: buffer number ``buffer`` of request ``request_id``."""
 
     digest: bytes
     request_id: str
@@ -57,7 +59,12 @@ class EncodeItem(msgspec.Struct, frozen=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """One step. Order of application: remove, drop, add, encode, compute, sample."""
+    """One step. Order of application: remove, drop, add, encode, compute, sample.
+
+    ``removed`` sequences never come back: their row, if there is one (a sequence may end before
+    its first step), and their raw tiles go. ``preempted`` rows go too, but their raw tiles stay:
+    the sequence comes back as a NewRow with an empty block table.
+    """
 
     step: int
     new_rows: list[NewRow]
@@ -65,9 +72,10 @@ class StepPlan(msgspec.Struct, frozen=True):
     encode: list[EncodeItem]
     drop: list[bytes]
     removed: list[str]
+    preempted: list[str] = []
 
 
-class Sampled(msgspec.Struct, frozen=True):
+class Sampled(msgspec.Struct, frozen=True, gc=False):
     """The token drawn for row ``id``; ``error`` instead when its logits were not finite."""
 
     id: str

@@ -50,7 +50,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 ToEngine = EngineRequest | Abort | Stop
 
 
-class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
+class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one request. ``finish_reason`` is None or one of FINISH_REASONS.
 
     A stop token ends a request with "stop" and is the last of ``token_ids``;
@@ -99,7 +99,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The engine can serve. Everything the front end must know about the model.
 
     ``max_model_len`` bounds prompt plus completion in tokens; ``eos_token_ids`` end every turn.
-    ``vocab_size`` bounds the ids the model accepts.
+    ``vocab_size`` bounds the ids the model accepts. ``vision_token_bytes`` is what one encoded
+    picture token occupies (hidden size times element size); the vision cache counts with it.
     """
 
     geometry: VisionGeometry
@@ -113,6 +114,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     dtype: str
     attention: str
     parameters: int
+    vision_token_bytes: int = 0
 
 
 class Fault(msgspec.Struct, frozen=True, tag="fault"):

@@ -1,0 +1,116 @@
+"""The engine itself, without a process around it: requests in, one report per step out.
+
+``engine.process`` drives it in the engine process, ``engine.inproc`` in tests and benchmarks;
+both call it from one thread at a time. It joins the Scheduler, which decides, to a Runner, which
+computes, and knows nothing of either's insides.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from engine.plan import StepPlan, StepResult
+from engine.scheduler import Scheduler
+from engine.sequence import Refused
+from wire.channel import Buffer
+from wire.errors import InvalidRequest
+from wire.messages import Abort, EngineOutput, EngineRequest, Progress, Ready, StepReport
+from wire.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """What the engine needs of ``engine.runner.ModelRunner``; tests have a fake one."""
+
+    def ready(self) -> Ready:
+        """The facts of the model and of the memory it got."""
+
+    def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
+        """Keep the raw tiles of a request until a plan removes it."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute one step."""
+
+
+MakeRunner = Callable[[EngineSettings, Callable[[Progress], None]], Runner]
+"""Loads a model, reporting progress; ``ModelRunner`` itself is one."""
+
+
+class EngineCore:
+    """Add and abort requests, then ``step`` while there is work."""
+
+    def __init__(self, settings: EngineSettings, runner: Runner, ready: Ready) -> None:
+        self._runner = runner
+        self._ready = ready
+        self._scheduler = Scheduler(settings, ready)
+        self._refused: list[EngineOutput] = []
+
+    def take(self, message: EngineRequest | Abort, buffers: Sequence[Buffer]) -> None:
+        """Add or abort, as a message from the front end says."""
+        if isinstance(message, Abort):
+            self.abort(message.ids)
+        else:
+            self.add(message, buffers)
+
+    def add(self, request: EngineRequest, buffers: Sequence[Buffer] = ()) -> None:
+        """Take a request over. One that can never be computed ends with reason "error"."""
+        try:
+            self._check(request, buffers)
+            self._scheduler.add(request)
+        except Refused as refusal:
+            logger.warning("request=%s refused: %s", request.id, refusal)
+            self._refused.append(EngineOutput(request.id, [], "error", error=str(refusal)))
+            return
+        if request.items:
+            self._runner.upload(request, buffers)
+
+    def abort(self, ids: Sequence[str]) -> None:
+        """Forget requests; there will be no output for them. Unknown ids are ignored."""
+        self._refused = [output for output in self._refused if output.id not in ids]
+        for request_id in ids:
+            self._scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has something to do."""
+        return bool(self._refused) or self._scheduler.has_work
+
+    def step(self) -> StepReport | None:
+        """Plan, execute and commit one step; None if there was nothing to do."""
+        if not self.has_work:
+            return None
+        outputs, self._refused = self._refused, []
+        plan = self._scheduler.plan()
+        if plan is not None:
+            result = self._runner.execute(plan)
+            outputs += self._scheduler.commit(result)
+            self._scheduler.check_idle()
+        return StepReport(outputs, self._scheduler.stats)
+
+    def _check(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
+        """Raise Refused where a request contradicts itself or the model.
+
+        The front end has checked all this; one that got it wrong must not end the others.
+        """
+        try:
+            request.sampling.check()
+        except InvalidRequest as error:
+            raise Refused(error.message) from None
+        if request.prompt and not (
+            min(request.prompt) >= 0 and max(request.prompt) < self._ready.vocab_size
+        ):
+            raise Refused("the prompt holds an id that the model does not know")
+        geometry = self._ready.geometry
+        end = 0
+        for item in request.items:
+            if item.offset < end or item.length != item.tiles * geometry.tokens_per_tile:
+                raise Refused("a picture's place in the prompt is wrong")
+            if item.length == 0 or item.offset + item.length > len(request.prompt):
+                raise Refused("a picture's place in the prompt is wrong")
+            end = item.offset + item.length
+            if not (
+                0 <= item.buffer < len(buffers)
+                and memoryview(buffers[item.buffer]).nbytes == item.tiles * geometry.tile_bytes
+            ):
+                raise Refused("a picture's tiles are missing")

@@ -1,0 +1,98 @@
+"""The engine process: an inbox thread, a step loop, and a socket to the front end.
+
+``python -m engine`` calls ``serve``. The first frame from the front end holds the settings, then
+requests, aborts and Stop follow; Progress, Ready, a StepReport per step, or a Fault go back. The
+front end manages this process's life by the socket alone: when it closes, at whatever moment,
+the process exits at once.
+"""
+
+import logging
+import os
+import queue
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+
+from engine.core import EngineCore, MakeRunner
+from wire.channel import Channel, ChannelClosed
+from wire.messages import Fault, Stop, ToEngine
+from wire.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+Incoming = tuple[ToEngine, list[bytearray]]
+
+
+class Inbox:
+    """Messages from the front end, read by a thread of its own so that a step delays none.
+
+    Its end of file ends the process on the spot, mid-step or mid-load: nothing here outlives
+    the front end, and there is nothing to save.
+    """
+
+    def __init__(self, channel: Channel[ToEngine]) -> None:
+        self._channel = channel
+        self._queue: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                self._queue.put(self._channel.receive())
+            except ChannelClosed as reason:
+                logger.info("leaving: %s", reason)
+                os._exit(0)
+
+    def take(self, *, wait: bool) -> Iterator[Incoming]:
+        """Yield what has arrived; with ``wait``, block until there is at least one message."""
+        try:
+            yield self._queue.get(block=wait)
+            while True:
+                yield self._queue.get(block=False)
+        except queue.Empty:
+            return
+
+
+def serve(sock: socket.socket, make_runner: MakeRunner) -> int:
+    """Run an engine for the front end at the other end of ``sock``; returns the exit status."""
+    # A terminal's Ctrl-C and a supervisor's SIGTERM reach the whole group; the front end drains
+    # first and closes the socket when it wants this process gone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        settings, _ = Channel[EngineSettings](sock, EngineSettings).receive()
+    except ChannelClosed:
+        return 0
+    channel: Channel[ToEngine] = Channel(sock, ToEngine)
+    inbox = Inbox(channel)
+    stage = "load"
+    try:
+        runner = make_runner(settings, channel.send)
+        ready = runner.ready()
+        core = EngineCore(settings, runner, ready)
+        channel.send(ready)
+        stage = "step"
+        _run(core, inbox, channel)
+    except ChannelClosed:
+        return 0
+    except Exception as error:
+        logger.exception("the engine fails")
+        try:
+            channel.send(Fault(stage, f"{type(error).__name__}: {error}"))
+        except ChannelClosed:
+            return 0
+        return 1
+    return 0
+
+
+def _run(core: EngineCore, inbox: Inbox, channel: Channel[ToEngine]) -> None:
+    """Step while there is work, sleep on the inbox while there is none, until Stop."""
+    while True:
+        for message, buffers in inbox.take(wait=not core.has_work):
+            if isinstance(message, Stop):
+                return
+            core.take(message, buffers)
+        report = core.step()
+        if report is not None:
+            channel.send(report)

@@ -1,0 +1,127 @@
+"""What the runner keeps of each sequence: tokens and block tables, in arrays shared by all rows.
+
+A step's flat batch is put together by array operations over these tables; nothing here costs
+time in proportion to a sequence's length except adding it. Rows come and go as plans say.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.plan import NewRow, VisionSpan, Work
+from model.attention.base import AttentionBatch
+from wire.sampling import SamplingParams
+
+
+@dataclasses.dataclass
+class Row:
+    """One sequence. ``index`` is its line in the tables; ``vision_end`` ends its last picture."""
+
+    index: int
+    prompt_len: int
+    sampling: SamplingParams
+    spans: list[VisionSpan]
+    vision_end: int
+    length: int
+    blocks: int = 0
+
+    @property
+    def output_position(self) -> int:
+        """How many tokens were generated so far: the position of the next draw."""
+        return self.length - self.prompt_len
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBatch:
+    """The flat batch of one step: N tokens; ``starts[i]`` is where work i begins in it."""
+
+    ids: Tensor  # [N] int64
+    positions: Tensor  # [N] int64
+    attention: AttentionBatch
+    starts: list[int]
+
+
+class Rows:
+    """The tables of at most ``capacity`` sequences of at most ``max_len`` tokens."""
+
+    def __init__(
+        self, *, capacity: int, max_len: int, block_size: int, device: torch.device
+    ) -> None:
+        self._block_size = block_size
+        self._device = device
+        # Untouched lines of a zeroed array take no memory.
+        self._tokens = np.zeros((capacity, max_len), dtype=np.int64)
+        self._tables = np.zeros((capacity, -(-max_len // block_size)), dtype=np.int64)
+        self._owned = np.zeros(capacity, dtype=np.int64)
+        self._free = list(range(capacity - 1, -1, -1))
+        self._rows: dict[str, Row] = {}
+
+    def __getitem__(self, name: str) -> Row:
+        return self._rows[name]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, new: NewRow) -> None:
+        """Take a sequence in, whole, with an empty block table."""
+        index = self._free.pop()
+        length = len(new.token_ids)
+        self._tokens[index, :length] = new.token_ids
+        self._owned[index] = 0
+        end = max((span.offset + span.length for span in new.spans), default=0)
+        self._rows[new.id] = Row(index, new.prompt_len, new.sampling, new.spans, end, length)
+
+    def remove(self, name: str) -> None:
+        """Forget a sequence; unknown names are ignored."""
+        row = self._rows.pop(name, None)
+        if row is not None:
+            self._free.append(row.index)
+
+    def append_blocks(self, name: str, blocks: Sequence[int]) -> None:
+        """Lengthen a row's block table."""
+        row = self._rows[name]
+        self._tables[row.index, row.blocks : row.blocks + len(blocks)] = blocks
+        row.blocks += len(blocks)
+        self._owned[row.index] = row.blocks
+
+    def append_token(self, name: str, token: int) -> None:
+        """Lengthen a row by the token drawn for it."""
+        row = self._rows[name]
+        # The last token of a sequence of full length is never computed, nor kept.
+        if row.length < self._tokens.shape[1]:
+            self._tokens[row.index, row.length] = token
+        row.length += 1
+
+    def batch(self, work: Sequence[Work]) -> StepBatch:
+        """The flat batch of a plan's work, whose block tables are up to date."""
+        size, device = self._block_size, self._device
+        lines = np.array([self._rows[item.id].index for item in work])
+        first = np.array([item.start for item in work])
+        counts = np.array([item.count for item in work])
+        ends = counts.cumsum()
+        starts = ends - counts
+        owners = lines.repeat(counts)
+        positions = np.arange(ends[-1]) + (first - starts).repeat(counts)
+        slots = self._tables[owners, positions // size] * size + positions % size
+        contexts = first + counts
+        width = -(-int(contexts.max()) // size)
+        tables = self._tables[lines, :width]
+        # Entries that a row does not own must not name another row's blocks.
+        tables = np.where(np.arange(width) < self._owned[lines, None], tables, tables[:, :1])
+        attention = AttentionBatch(
+            query_starts=_to(np.append(starts, ends[-1]).astype(np.int32), device),
+            context_lengths=_to(contexts.astype(np.int32), device),
+            slots=_to(slots, device),
+            block_tables=_to(tables, device),
+            queries=tuple(counts.tolist()),
+            contexts=tuple(contexts.tolist()),
+        )
+        ids = self._tokens[owners, positions]
+        return StepBatch(_to(ids, device), _to(positions, device), attention, starts.tolist())
+
+
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)

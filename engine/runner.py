@@ -1,0 +1,192 @@
+"""ModelRunner: obeys a StepPlan with the model, and decides nothing.
+
+Owned by EngineCore, called from one thread. It holds all tensors of the engine: weights, KV
+cache, rows, encoder outputs. What is kept, computed and dropped is the scheduler's decision.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.memory import kv_blocks
+from engine.plan import Sampled, StepPlan, StepResult
+from engine.rows import Rows, StepBatch
+from engine.sampling.sampler import sample
+from engine.vision import EncoderOutputs
+from model import ModelConfig, build_model, count_parameters, load_config
+from model.attention import choose
+from model.kv_cache import KVCache
+from wire.channel import Buffer
+from wire.messages import EngineRequest, Progress, Ready
+from wire.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+# Up to this many parameters the CPU computes in fp32: exact, and no slower at that size.
+_SMALL = 100_000_000
+_NOT_FINITE = "the model's output is not a number"
+
+
+class ModelRunner:
+    """Loads the model of ``settings`` and runs steps.
+
+    Raises CheckpointError if the checkpoint cannot be served, ValueError if a setting does not
+    fit it. ``progress`` is told how far loading is.
+    """
+
+    def __init__(
+        self, settings: EngineSettings, progress: Callable[[Progress], None] = lambda _: None
+    ) -> None:
+        device = torch.device(_device(settings))
+        if device.type == "cpu":
+            torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+        progress(Progress("config"))
+        folder = Path(settings.model)
+        config = load_config(folder)
+        dtype = _dtype(settings, config, device)
+        self._model = build_model(
+            config, folder, device=device, dtype=dtype, progress=_reporter(progress)
+        )
+        self._attention = choose(settings.attention_backend, config.text, device, dtype)
+        progress(Progress("cache"))
+        limit = _max_model_len(settings, config)
+        blocks = kv_blocks(settings, self._model, self._attention, limit)
+        self._kv = KVCache(
+            config.text, blocks=blocks, block_size=settings.block_size, device=device, dtype=dtype
+        )
+        capacity = blocks * settings.block_size
+        if capacity < limit:
+            logger.warning("max_model_len=%d reduced to the KV cache's %d tokens", limit, capacity)
+            limit = capacity
+        self._rows = Rows(
+            capacity=settings.max_num_seqs,
+            max_len=limit,
+            block_size=settings.block_size,
+            device=device,
+        )
+        self._vision = EncoderOutputs(self._model)
+        self._ready = Ready(
+            geometry=config.geometry,
+            prompt_format=config.prompt_format,
+            max_model_len=limit,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            block_size=settings.block_size,
+            blocks_total=blocks,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            attention=self._attention.name,
+            parameters=sum(p.numel() for p in self._model.parameters()),
+            vision_token_bytes=config.text.hidden_size * dtype.itemsize,
+        )
+
+    def ready(self) -> Ready:
+        """The facts of the model and of the memory it got."""
+        return self._ready
+
+    def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
+        """Keep the raw tiles of a request until a plan removes it."""
+        self._vision.upload(request.id, buffers)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute one step, in the order that StepPlan states."""
+        self._forget(plan)
+        for new in plan.new_rows:
+            self._rows.add(new)
+        self._vision.encode(plan.encode)
+        sampled = self._compute(plan) if plan.work else []
+        return StepResult(plan.step, sampled)
+
+    def _forget(self, plan: StepPlan) -> None:
+        for name in plan.removed:
+            self._rows.remove(name)
+            self._vision.forget(name)
+        for name in plan.preempted:
+            self._rows.remove(name)
+        for digest in plan.drop:
+            self._vision.drop(digest)
+
+    def _compute(self, plan: StepPlan) -> list[Sampled]:
+        fresh = [block for work in plan.work for block in work.new_blocks]
+        if fresh:
+            self._kv.clear(fresh)
+        for work in plan.work:
+            if work.new_blocks:
+                self._rows.append_blocks(work.id, work.new_blocks)
+        batch = self._rows.batch(plan.work)
+        hidden = self._model(
+            self._embed(plan, batch), batch.positions, batch.attention, self._kv, self._attention
+        )
+        drawing = [(i, work) for i, work in enumerate(plan.work) if work.sample]
+        if not drawing:
+            return []
+        last = [batch.starts[i] + work.count - 1 for i, work in drawing]
+        rows = [self._rows[work.id] for _, work in drawing]
+        tokens = sample(
+            self._model.logits(hidden[last]),
+            [row.sampling for row in rows],
+            [row.output_position for row in rows],
+        )
+        return [
+            self._accept(work.id, token) for (_, work), token in zip(drawing, tokens, strict=True)
+        ]
+
+    def _embed(self, plan: StepPlan, batch: StepBatch) -> Tensor:
+        embeddings = self._model.embed(batch.ids)
+        for work, at in zip(plan.work, batch.starts, strict=True):
+            row = self._rows[work.id]
+            if work.start < row.vision_end:
+                self._vision.place(embeddings, row.spans, work.start, at, work.count)
+        return embeddings
+
+    def _accept(self, name: str, token: int | None) -> Sampled:
+        if token is None:
+            return Sampled(name, 0, _NOT_FINITE)
+        self._rows.append_token(name, token)
+        return Sampled(name, token)
+
+
+def _device(settings: EngineSettings) -> str:
+    if settings.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch finds no CUDA device")
+    return settings.device
+
+
+def _dtype(settings: EngineSettings, config: ModelConfig, device: torch.device) -> torch.dtype:
+    name = settings.dtype
+    if name == "auto":
+        small = device.type == "cpu" and count_parameters(config) <= _SMALL
+        name = "float32" if small else config.dtype
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _max_model_len(settings: EngineSettings, config: ModelConfig) -> int:
+    if settings.max_model_len > config.max_model_len:
+        raise ValueError(
+            f"max_model_len is {settings.max_model_len}, but the model's positions end at "
+            f"{config.max_model_len}"
+        )
+    return settings.max_model_len or config.max_model_len
+
+
+def _reporter(progress: Callable[[Progress], None]) -> Callable[[int, int], None]:
+    """Pass on loaded bytes, a hundred times at most."""
+    passed = -1
+
+    def report(done: int, total: int) -> None:
+        nonlocal passed
+        percent = 100 * done // total
+        if percent != passed:
+            passed = percent
+            progress(Progress("weights", done, total))
+
+    return report

@@ -1,0 +1,361 @@
+"""Decides what each step computes.
+
+There is no prefill phase and no decode phase. Every sequence has some positions computed and
+some tokens known, and each step lets the first catch up with the second: by one for a sequence
+that generates, by a chunk for one whose prompt is new, by everything for one that was preempted.
+One loop covers them all.
+
+EngineCore calls ``plan``, has the plan executed, then calls ``commit`` with the result; requests
+may be added and aborted at any time in between. The Scheduler owns the sequences, the block pool
+and the logical vision cache. It never sees a tensor, and it is deterministic: the same calls
+give the same plans, byte for byte.
+
+Order is strict. Running sequences come before waiting ones and both stand in order of arrival,
+so the sequences that run are always the ones that arrived first. This is what makes it free of
+starvation and deadlock: the first sequence can always have every block (later ones are preempted
+for it) and, once entries in use are released, the whole vision cache (while one sequence waits
+for room there, no later one may take any).
+"""
+
+from collections import deque
+
+from engine.blocks import BlockPool
+from engine.plan import EncodeItem, NewRow, Sampled, StepPlan, StepResult, Work
+from engine.sequence import Refused, Sequence, Status
+from engine.vision_cache import VisionCache
+from wire.messages import EngineOutput, EngineRequest, EngineStats, Ready, VisionItem
+from wire.settings import EngineSettings
+
+
+class _Draft:
+    """A plan being made, and what is left of the step's budgets."""
+
+    __slots__ = (
+        "encode",
+        "gate_open",
+        "new_rows",
+        "preempted",
+        "sequences",
+        "tiles",
+        "tokens",
+        "work",
+    )
+
+    def __init__(self, tokens: int, tiles: int) -> None:
+        self.tokens = tokens
+        self.tiles = tiles
+        self.gate_open = True
+        self.new_rows: list[NewRow] = []
+        self.work: list[Work] = []
+        self.sequences: list[Sequence] = []  # of each work, in its order
+        self.encode: list[EncodeItem] = []
+        self.preempted: list[str] = []
+
+    def add(self, sequence: Sequence, count: int, new_blocks: list[int]) -> None:
+        start = sequence.num_computed
+        sample = start + count == len(sequence.token_ids)
+        self.work.append(Work(sequence.id, start, count, new_blocks, sample))
+        self.sequences.append(sequence)
+        self.tokens -= count
+
+
+class Scheduler:
+    """The sequences of one engine and the two resources they compete for."""
+
+    def __init__(self, settings: EngineSettings, ready: Ready) -> None:
+        self._block_size = ready.block_size
+        self._max_model_len = ready.max_model_len
+        self._eos_ids = ready.eos_token_ids
+        self._bytes_per_token = ready.vision_token_bytes
+        self._max_tokens = settings.max_num_batched_tokens
+        self._max_tiles = settings.max_num_encoder_tiles
+        # A row that could never get a token would only hold blocks.
+        self._max_seqs = min(settings.max_num_seqs, settings.max_num_batched_tokens)
+        self._pool = BlockPool(ready.blocks_total)
+        # Blocks that admission leaves to the sequences already running.
+        self._watermark = max(1, ready.blocks_total // 100)
+        self._vision = VisionCache(settings.encoder_cache_bytes)
+        self._sequences: dict[str, Sequence] = {}
+        self._running: list[Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+        self._removed: list[str] = []
+        self._planned: tuple[StepPlan, list[Sequence]] | None = None
+        self._arrivals = 0
+        self._steps = 0
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+        self._encoded_tiles = 0
+        self._preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step is needed, be it only to have the runner forget something."""
+        return bool(self._sequences or self._removed or self._vision.has_dropped)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Gauges of this moment and the counters."""
+        return EngineStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            blocks_used=self._pool.total - self._pool.num_free,
+            blocks_total=self._pool.total,
+            vision_bytes=self._vision.used,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            encoded_tiles=self._encoded_tiles,
+            preemptions=self._preemptions,
+        )
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. Raises Refused if it could never be computed."""
+        length = len(request.prompt)
+        if request.id in self._sequences or request.id in self._removed:
+            raise Refused("a request with this id is still being handled")
+        if length == 0 or request.sampling.max_tokens < 1:
+            raise Refused("there is nothing to compute")
+        if length + 1 > self._max_model_len:
+            raise Refused(
+                f"the prompt has {length} tokens; with one more for the answer that is over "
+                f"the limit of {self._max_model_len}"
+            )
+        capacity = self._pool.total * self._block_size
+        if length > capacity:
+            raise Refused(f"the prompt has {length} tokens, the cache has room for {capacity}")
+        # The last token of a sequence is never computed, so it needs no place in the cache.
+        max_len = min(self._max_model_len, length + request.sampling.max_tokens, capacity + 1)
+        sequence = Sequence(request, self._arrivals, max_len, self._eos_ids)
+        self._arrivals += 1
+        self._sequences[request.id] = sequence
+        self._waiting.append(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """End a request without an output and free what it holds; unknown ids are ignored.
+
+        Between plan and commit this is safe too: what is freed here can only be used by a later
+        plan, and the runner executes plans in order.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._end(sequence)
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None if there is nothing to do. ``commit`` must follow."""
+        assert self._planned is None, "the last plan was not committed"
+        if not self.has_work:
+            return None
+        draft = _Draft(self._max_tokens, self._max_tiles)
+        self._plan_running(draft)
+        if not draft.preempted:
+            self._admit(draft)
+        assert draft.work or not self._sequences, "no sequence can go on: this is a bug"
+        removed, self._removed = self._removed, []
+        plan = StepPlan(
+            step=self._steps,
+            new_rows=draft.new_rows,
+            work=draft.work,
+            encode=draft.encode,
+            drop=self._vision.take_dropped(),
+            removed=removed,
+            preempted=draft.preempted,
+        )
+        self._steps += 1
+        self._planned = plan, draft.sequences
+        return plan
+
+    def _plan_running(self, draft: _Draft) -> None:
+        running, block_size = self._running, self._block_size
+        index = 0
+        while index < len(running) and draft.tokens > 0:
+            sequence = running[index]
+            index += 1
+            count = len(sequence.token_ids) - sequence.num_computed
+            if count > 1:
+                # One token is left for every later row: a long prompt delays no stream.
+                count = min(count, max(1, draft.tokens - (len(running) - index)))
+            if sequence.next_span < len(sequence.spans):
+                count = self._gate(sequence, count, draft)
+                if count == 0:
+                    continue
+            new_blocks: list[int] = []
+            if sequence.num_computed + count > len(sequence.blocks) * block_size:
+                grown = self._grow(sequence, draft)
+                if grown is None:
+                    continue
+                new_blocks = grown
+            draft.add(sequence, count, new_blocks)
+
+    def _grow(self, sequence: Sequence, draft: _Draft) -> list[int] | None:
+        """One more block, if need be from the sequences that arrived last.
+
+        The very last one just waits: it is preempted as soon as an earlier one needs its blocks,
+        and goes on without recomputing anything if one of them ends before.
+        """
+        while (blocks := self._pool.allocate(1)) is None:
+            victim = self._running[-1]
+            if victim is sequence:
+                return None
+            self._running.pop()
+            self._free(victim)
+            victim.rewind()
+            self._waiting.appendleft(victim)
+            draft.preempted.append(victim.id)
+            self._preemptions += 1
+        sequence.blocks += blocks
+        return blocks
+
+    def _admit(self, draft: _Draft) -> None:
+        """Start waiting sequences, in order, while blocks for all their known tokens are free.
+
+        All blocks are taken at once, so a prompt that has started always finishes its prefill:
+        only generated tokens ever need another block.
+        """
+        while self._waiting and draft.tokens > 0 and len(self._running) < self._max_seqs:
+            sequence = self._waiting[0]
+            need = -(-len(sequence.token_ids) // self._block_size)
+            if need > self._pool.num_free - (self._watermark if self._running else 0):
+                return
+            count = self._gate(sequence, min(len(sequence.token_ids), draft.tokens), draft)
+            if count == 0:
+                return
+            blocks = self._pool.allocate(need)
+            assert blocks is not None
+            self._waiting.popleft()
+            sequence.blocks = blocks
+            sequence.status = Status.RUNNING
+            self._running.append(sequence)
+            if not sequence.started:
+                sequence.started = True
+                self._prompt_tokens += sequence.prompt_len
+            draft.new_rows.append(sequence.new_row())
+            draft.add(sequence, count, list(blocks))
+
+    def _gate(self, sequence: Sequence, count: int, draft: _Draft) -> int:
+        """How many of the next ``count`` positions have their pictures encoded by then.
+
+        References every encoder output those positions read, and plans the encoding of those
+        that do not exist yet. Stops before the first picture that has to wait.
+        """
+        start = sequence.num_computed
+        for index in range(sequence.next_span, len(sequence.items)):
+            item = sequence.items[index]
+            if item.offset >= start + count:
+                break
+            if item.digest in sequence.held:
+                continue
+            if not (draft.gate_open and self._take(sequence, item, draft)):
+                draft.gate_open = False
+                return item.offset - start
+            sequence.held.append(item.digest)
+        return count
+
+    def _take(self, sequence: Sequence, item: VisionItem, draft: _Draft) -> bool:
+        if self._vision.acquire(item.digest):
+            return True
+        # A picture over the budget goes through when it is the step's only one.
+        if draft.encode and item.tiles > draft.tiles:
+            return False
+        if not self._vision.reserve(item.digest, item.length * self._bytes_per_token):
+            return False
+        draft.encode.append(EncodeItem(item.digest, sequence.id, item.buffer, item.tiles))
+        draft.tiles -= item.tiles
+        self._encoded_tiles += item.tiles
+        return True
+
+    def commit(self, result: StepResult) -> list[EngineOutput]:
+        """Take in what the planned step computed; the outputs stand in the plan's order."""
+        assert self._planned is not None, "there is no plan to commit"
+        plan, sequences = self._planned
+        self._planned = None
+        assert result.step == plan.step, "this result belongs to another plan"
+        outputs: list[EngineOutput] = []
+        sampled = iter(result.sampled)
+        for sequence, work in zip(sequences, plan.work, strict=True):
+            drawn = next(sampled) if work.sample else None
+            if sequence.status is not Status.RUNNING:
+                continue  # aborted since
+            sequence.num_computed += work.count
+            if sequence.held:
+                self._release_passed(sequence)
+            if drawn is not None:
+                assert drawn.id == sequence.id, "the result is not in the plan's order"
+                outputs.append(self._accept(sequence, drawn))
+        assert next(sampled, None) is None, "more was sampled than planned"
+        return outputs
+
+    def _accept(self, sequence: Sequence, drawn: Sampled) -> EngineOutput:
+        if drawn.error is not None:
+            self._end(sequence)
+            return EngineOutput(sequence.id, [], "error", error=drawn.error)
+        token = drawn.token_id
+        sequence.token_ids.append(token)
+        self._generated_tokens += 1
+        if token in sequence.stop_ids:
+            self._end(sequence)
+            return EngineOutput(sequence.id, [token], "stop", stop_token=token)
+        if len(sequence.token_ids) >= sequence.max_len:
+            self._end(sequence)
+            return EngineOutput(sequence.id, [token], "length")
+        return EngineOutput(sequence.id, [token])
+
+    def _release_passed(self, sequence: Sequence) -> None:
+        """Release every held encoder output but that of a picture computed in part."""
+        spans, computed = sequence.spans, sequence.num_computed
+        while sequence.next_span < len(spans):
+            span = spans[sequence.next_span]
+            if span.offset + span.length > computed:
+                break
+            sequence.next_span += 1
+        needed: list[bytes] = []
+        if sequence.next_span < len(spans) and spans[sequence.next_span].offset < computed:
+            needed.append(spans[sequence.next_span].digest)
+        for digest in sequence.held:
+            if digest not in needed:
+                self._vision.release(digest)
+        sequence.held = needed
+
+    def _end(self, sequence: Sequence) -> None:
+        if sequence.status is Status.RUNNING:
+            self._running.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+        self._free(sequence)
+        sequence.status = Status.ENDED
+        del self._sequences[sequence.id]
+        self._removed.append(sequence.id)
+
+    def _free(self, sequence: Sequence) -> None:
+        self._pool.free(sequence.blocks)
+        for digest in sequence.held:
+            self._vision.release(digest)
+
+    def check_idle(self) -> None:
+        """Raise AssertionError if anything is still held although no sequence is left."""
+        if not self._sequences:
+            assert self._pool.num_free == self._pool.total, "blocks leaked"
+            assert self._vision.num_referenced == 0, "encoder outputs leaked"
+
+    def check(self) -> None:
+        """Raise AssertionError where the state between two steps contradicts itself."""
+        self._pool.check()
+        self._vision.check()
+        self.check_idle()
+        everyone = [*self._running, *self._waiting]
+        arrivals = [sequence.arrival for sequence in everyone]
+        assert arrivals == sorted(arrivals), "a later sequence has overtaken an earlier one"
+        assert {s.id for s in everyone} == set(self._sequences)
+        owned: list[int] = []
+        references = set()
+        for sequence in self._running:
+            assert sequence.status is Status.RUNNING
+            assert sequence.num_computed < len(sequence.token_ids) < sequence.max_len
+            assert sequence.num_computed <= len(sequence.blocks) * self._block_size
+            owned += sequence.blocks
+            references |= set(sequence.held)
+        for sequence in self._waiting:
+            assert sequence.status is Status.WAITING
+            assert not any((sequence.num_computed, sequence.blocks, sequence.held))
+        assert len(owned) == len(set(owned)), "two sequences own one block"
+        assert len(owned) == self._pool.total - self._pool.num_free, "a block has no owner"
+        assert len(references) == self._vision.num_referenced

@@ -1,0 +1,83 @@
+"""One generating sequence inside the engine.
+
+The Scheduler owns every Sequence and is the only one to change it; a Sequence never leaves the
+engine. It has no phase: ``num_computed`` positions are in the KV cache and must catch up with
+``token_ids``, whether those came from the prompt or were generated.
+"""
+
+import enum
+
+from engine.plan import NewRow, VisionSpan
+from wire.messages import EngineRequest
+
+
+class Refused(Exception):
+    """This request cannot be computed, whatever else happens; the text may go to the client."""
+
+
+class Status(enum.Enum):
+    """Where a sequence is: in the waiting queue, in the batch, or gone."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    ENDED = enum.auto()
+
+
+class Sequence:
+    """Tokens, progress and holdings of one request.
+
+    ``max_len`` is the length in tokens (prompt and output) at which it ends with "length".
+    ``next_span`` is the index of the first vision span that is not wholly computed, ``held``
+    the digests whose encoder output this sequence keeps alive.
+    """
+
+    __slots__ = (
+        "arrival",
+        "blocks",
+        "held",
+        "id",
+        "items",
+        "max_len",
+        "next_span",
+        "num_computed",
+        "prompt_len",
+        "request",
+        "spans",
+        "started",
+        "status",
+        "stop_ids",
+        "token_ids",
+    )
+
+    def __init__(
+        self, request: EngineRequest, arrival: int, max_len: int, eos_ids: tuple[int, ...]
+    ) -> None:
+        self.id = request.id
+        self.request = request
+        self.arrival = arrival
+        self.token_ids = list(request.prompt)
+        self.prompt_len = len(request.prompt)
+        self.max_len = max_len
+        self.stop_ids = frozenset(request.sampling.stop_token_ids + eos_ids)
+        self.items = request.items
+        self.spans = [VisionSpan(item.digest, item.offset, item.length) for item in request.items]
+        self.status = Status.WAITING
+        self.started = False
+        self.num_computed = 0
+        self.blocks: list[int] = []
+        self.held: list[bytes] = []
+        self.next_span = 0
+
+    def new_row(self) -> NewRow:
+        """The whole sequence, for a runner that does not hold it."""
+        return NewRow(
+            self.id, list(self.token_ids), self.prompt_len, self.request.sampling, self.spans
+        )
+
+    def rewind(self) -> None:
+        """Forget all progress but the tokens; the caller has freed what the sequence held."""
+        self.status = Status.WAITING
+        self.num_computed = 0
+        self.next_span = 0
+        self.blocks = []
+        self.held = []

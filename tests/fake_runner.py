@@ -1,0 +1,268 @@
+"""A runner without a model, for everything above the runner.
+
+The next token is a function of the row's whole history: each position's state chains the state
+of the position before, *as it stands in the paged cache*, with the token or the encoder output
+that is put in. A position computed twice, in the wrong block, from a stale block or from another
+row's picture therefore changes what is generated. On top of that every plan is checked against
+the contract of ``engine.plan``, so that a mistake is named where it is made.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from engine.core import EngineCore
+from engine.plan import EncodeItem, NewRow, Sampled, StepPlan, StepResult, Work
+from wire.channel import Buffer
+from wire.geometry import PromptFormat, VisionGeometry
+from wire.messages import EngineOutput, EngineRequest, Progress, Ready, StepReport, VisionItem
+from wire.sampling import SamplingParams
+from wire.settings import EngineSettings
+
+GEOMETRY = VisionGeometry(tile_size=2, tokens_per_tile=4)
+TOKEN_BYTES = 10
+VOCAB = 97
+IMAGE = 96
+EOS = 95
+
+
+@dataclasses.dataclass
+class Row:
+    """What a runner keeps of one sequence."""
+
+    tokens: list[int]
+    prompt_len: int
+    seed: int
+    inputs: dict[int, tuple[bytes, int]]  # position -> (digest, index in the picture)
+    blocks: list[int] = dataclasses.field(default_factory=list)
+    states: list[int] = dataclasses.field(default_factory=list)
+
+
+class FakeRunner:
+    """Obeys plans; raises AssertionError at the first one that breaks the contract.
+
+    ``fail_at`` raises RuntimeError in that step; a token in ``bad_after`` makes the row whose
+    last token it is answer with an error. EOS is drawn only with ``draws_eos``.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        progress: Callable[[Progress], None] = lambda _: None,
+        *,
+        blocks: int = 64,
+        max_model_len: int = 256,
+        fail_at: int | None = None,
+        bad_after: frozenset[int] = frozenset(),
+        draws_eos: bool = False,
+    ) -> None:
+        progress(Progress("load", 1, 1))
+        self.settings = settings
+        self.fail_at = fail_at
+        self.bad_after = bad_after
+        self.num_draws = EOS + 1 if draws_eos else EOS
+        self.rows: dict[str, Row] = {}
+        self.raw: dict[str, list[bytes]] = {}
+        self.tensors: dict[bytes, list[bytes]] = {}
+        self.cache: dict[tuple[int, int], int] = {}
+        self.plans: list[StepPlan] = []
+        self._ready = Ready(
+            geometry=GEOMETRY,
+            prompt_format=PromptFormat("hf", None, False),
+            max_model_len=settings.max_model_len or max_model_len,
+            vocab_size=VOCAB,
+            eos_token_ids=(EOS,),
+            block_size=settings.block_size,
+            blocks_total=settings.num_kv_blocks or blocks,
+            device="cpu",
+            dtype="float32",
+            attention="fake",
+            parameters=0,
+            vision_token_bytes=TOKEN_BYTES,
+        )
+
+    def ready(self) -> Ready:
+        return self._ready
+
+    def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
+        assert request.id not in self.raw, "uploaded twice"
+        self.raw[request.id] = [bytes(buffer) for buffer in buffers]
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        if plan.step == self.fail_at:
+            raise RuntimeError("told to fail")
+        for name in plan.removed:
+            self.rows.pop(name, None)
+            self.raw.pop(name, None)
+        for name in plan.preempted:
+            del self.rows[name]
+        for digest in plan.drop:
+            del self.tensors[digest]
+        for new in plan.new_rows:
+            self._add(new)
+        for item in plan.encode:
+            self._encode(item)
+        self._check_budgets(plan)
+        return StepResult(
+            plan.step, [drawn for work in plan.work if (drawn := self._compute(work)) is not None]
+        )
+
+    def _add(self, new: NewRow) -> None:
+        assert new.id not in self.rows, "a row is sent that the runner holds"
+        assert 0 < new.prompt_len <= len(new.token_ids)
+        inputs = {}
+        for span in new.spans:
+            for index in range(span.length):
+                inputs[span.offset + index] = (span.digest, index)
+        assert len(inputs) == sum(span.length for span in new.spans)
+        self.rows[new.id] = Row(list(new.token_ids), new.prompt_len, new.sampling.seed, inputs)
+
+    def _encode(self, item: EncodeItem) -> None:
+        assert item.digest not in self.tensors, "encoded although it exists"
+        raw = self.raw[item.request_id][item.buffer]
+        assert len(raw) == item.tiles * GEOMETRY.tile_bytes
+        per_token = len(raw) // (item.tiles * GEOMETRY.tokens_per_tile)
+        self.tensors[item.digest] = [
+            raw[i * per_token : (i + 1) * per_token]
+            for i in range(item.tiles * GEOMETRY.tokens_per_tile)
+        ]
+
+    def _check_budgets(self, plan: StepPlan) -> None:
+        names = [work.id for work in plan.work]
+        assert len(names) == len(set(names)), "a row works twice"
+        assert {new.id for new in plan.new_rows} <= set(names), "a new row without work"
+        assert len(self.rows) <= self.settings.max_num_seqs
+        assert sum(work.count for work in plan.work) <= self.settings.max_num_batched_tokens
+        tiles = sum(item.tiles for item in plan.encode)
+        assert tiles <= self.settings.max_num_encoder_tiles or len(plan.encode) == 1
+        size = sum(len(tensor) for tensor in self.tensors.values()) * TOKEN_BYTES
+        assert size <= self.settings.encoder_cache_bytes or len(self.tensors) == 1
+        owned = [block for row in self.rows.values() for block in row.blocks]
+        owned += [block for work in plan.work for block in work.new_blocks]
+        assert len(owned) == len(set(owned)), "a block is owned twice"
+
+    def _compute(self, work: Work) -> Sampled | None:
+        row = self.rows[work.id]
+        size = self._ready.block_size
+        row.blocks += work.new_blocks
+        assert all(0 <= block < self._ready.blocks_total for block in work.new_blocks)
+        assert work.count > 0
+        assert work.start == len(row.states), "positions are not contiguous"
+        assert work.start + work.count <= len(row.tokens), "computed beyond the known tokens"
+        assert work.start + work.count <= len(row.blocks) * size, "no block for a position"
+        assert work.sample == (work.start + work.count == len(row.tokens))
+        for position in range(work.start):
+            slot = row.blocks[position // size], position % size
+            assert self.cache[slot] == row.states[position], "a cached position was overwritten"
+        for position in range(work.start, work.start + work.count):
+            state = zlib.crc32(self._input(row, position), row.states[-1] if row.states else 0)
+            self.cache[row.blocks[position // size], position % size] = state
+            row.states.append(state)
+        if not work.sample:
+            return None
+        if row.tokens[-1] in self.bad_after:
+            return Sampled(work.id, 0, "the logits are not finite")
+        draw = zlib.crc32(b"%d %d" % (row.seed, len(row.tokens) - row.prompt_len), row.states[-1])
+        row.tokens.append(draw % self.num_draws)
+        return Sampled(work.id, row.tokens[-1])
+
+    def _input(self, row: Row, position: int) -> bytes:
+        if position in row.inputs:
+            digest, index = row.inputs[position]
+            assert row.tokens[position] == IMAGE
+            return b"picture" + self.tensors[digest][index]
+        return b"token%d" % row.tokens[position]
+
+
+def picture(seed: int, tiles: int = 1) -> tuple[bytes, bytes]:
+    """A picture nobody else has: its digest and its raw tiles."""
+    size = GEOMETRY.tile_bytes * tiles
+    raw = b"".join(zlib.crc32(b"%d %d" % (seed, i)).to_bytes(4, "big") for i in range(size))
+    return b"picture-%d-%d" % (seed, tiles), raw[:size]
+
+
+def request(
+    name: str,
+    *parts: int | tuple[int, int],
+    max_tokens: int = 8,
+    seed: int = 0,
+    stop: tuple[int, ...] = (),
+) -> tuple[EngineRequest, list[bytes]]:
+    """A request and its buffers; a part is a number of text tokens or (picture seed, tiles)."""
+    prompt: list[int] = []
+    items: list[VisionItem] = []
+    buffers: list[bytes] = []
+    for part in parts:
+        if isinstance(part, int):
+            prompt += [(7 * len(prompt) + 3 * seed + i) % IMAGE for i in range(part)]
+            continue
+        digest, raw = picture(*part)
+        length = part[1] * GEOMETRY.tokens_per_tile
+        items.append(VisionItem(digest, len(prompt), length, part[1], len(buffers)))
+        prompt += [IMAGE] * length
+        buffers.append(raw)
+    sampling = SamplingParams(max_tokens=max_tokens, seed=seed, stop_token_ids=stop)
+    return EngineRequest(name, prompt, sampling, items), buffers
+
+
+class Engine:
+    """A core over a FakeRunner; remembers what each request got and checks every step."""
+
+    def __init__(
+        self, *, draws_eos: bool = False, bad_after: frozenset[int] = frozenset(), **settings: int
+    ) -> None:
+        defaults = {"block_size": 4, "num_kv_blocks": 64, "max_num_batched_tokens": 64}
+        self.settings = EngineSettings(**{**defaults, **settings})
+        self.runner = FakeRunner(self.settings, draws_eos=draws_eos, bad_after=bad_after)
+        self.core = EngineCore(self.settings, self.runner, self.runner.ready())
+        self.scheduler = self.core._scheduler
+        self.tokens: dict[str, list[int]] = {}
+        self.ends: dict[str, EngineOutput] = {}
+
+    def add(self, name: str, *parts: int | tuple[int, int], **options: Any) -> None:
+        self.core.add(*request(name, *parts, **options))
+
+    def step(self) -> StepPlan:
+        """One step; returns the last plan that was executed."""
+        report = self.core.step()
+        assert report is not None
+        self.take(report)
+        return self.runner.plans[-1]
+
+    def take(self, report: StepReport) -> None:
+        self.scheduler.check()
+        for output in report.outputs:
+            assert output.id not in self.ends, "an output after the last one"
+            self.tokens.setdefault(output.id, []).extend(output.token_ids)
+            if output.finish_reason is not None:
+                self.ends[output.id] = output
+
+    def finish(self) -> None:
+        """Step until nothing is left, then check that nothing is held."""
+        steps = 0
+        while (report := self.core.step()) is not None:
+            self.take(report)
+            steps += 1
+            assert steps < 5000, "this never ends"
+        assert not self.core.has_work
+        assert self.scheduler.stats.blocks_used == 0
+        assert not self.runner.rows
+        assert not self.runner.raw
+
+
+def alone(*parts: int | tuple[int, int], **options: Any) -> list[int]:
+    """The tokens of a request that has the engine to itself, its prompt in one chunk."""
+    draws_eos = options.pop("draws_eos", False)
+    engine = Engine(
+        num_kv_blocks=512,
+        max_num_batched_tokens=4096,
+        max_num_encoder_tiles=512,
+        max_model_len=options.pop("max_model_len", 256),
+        draws_eos=draws_eos,
+    )
+    engine.add("alone", *parts, **options)
+    engine.finish()
+    assert not any(work.start for work in engine.runner.plans[0].work)
+    return engine.tokens["alone"]

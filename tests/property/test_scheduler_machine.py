@@ -1,0 +1,118 @@
+"""Random traffic through a core with tiny budgets.
+
+After every step the scheduler's invariants hold and the runner has found nothing wrong with the
+plan; in the end every request has ended exactly once, with the tokens it gets alone, and nothing
+is held.
+"""
+
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from tests.fake_runner import GEOMETRY, TOKEN_BYTES, Engine, alone
+from wire.messages import StepReport
+
+Parts = list[int | tuple[int, int]]
+
+# The same picture seed may come with several tile counts: those are different pictures.
+PARTS = st.lists(
+    st.one_of(st.integers(1, 6), st.tuples(st.integers(0, 3), st.integers(1, 4))),
+    min_size=1,
+    max_size=5,
+)
+TILE_BYTES = GEOMETRY.tokens_per_tile * TOKEN_BYTES
+
+
+class Traffic(RuleBasedStateMachine):
+    """Arrivals, steps and aborts in any order."""
+
+    @initialize(
+        block_size=st.integers(1, 5),
+        blocks=st.integers(8, 40),
+        tokens=st.integers(1, 40),
+        seqs=st.integers(1, 6),
+        tiles=st.integers(1, 6),
+        cache_tiles=st.integers(1, 6),
+    )
+    def start(
+        self, block_size: int, blocks: int, tokens: int, seqs: int, tiles: int, cache_tiles: int
+    ) -> None:
+        self.capacity = block_size * blocks
+        self.engine = Engine(
+            block_size=block_size,
+            num_kv_blocks=blocks,
+            max_num_batched_tokens=tokens,
+            max_num_seqs=seqs,
+            max_num_encoder_tiles=tiles,
+            encoder_cache_bytes=cache_tiles * TILE_BYTES,
+            draws_eos=True,
+        )
+        self.requests: dict[str, tuple[Parts, dict[str, Any]]] = {}
+        self.aborted: set[str] = set()
+
+    @rule(
+        parts=PARTS,
+        max_tokens=st.integers(1, 25),
+        seed=st.integers(0, 3),
+        stop=st.sets(st.integers(0, 94), max_size=8),
+    )
+    def arrive(self, parts: Parts, max_tokens: int, seed: int, stop: set[int]) -> None:
+        name = f"r{len(self.requests)}"
+        options = {"max_tokens": max_tokens, "seed": seed, "stop": tuple(sorted(stop))}
+        self.requests[name] = parts, options
+        self.engine.add(name, *parts, **options)
+        self.engine.scheduler.check()
+
+    @precondition(lambda self: self.engine.core.has_work)
+    @rule(count=st.integers(1, 6))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            report = self.engine.core.step()
+            if report is not None:
+                self.engine.take(report)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.engine.core.abort([self.pick(data)])
+        self.engine.scheduler.check()
+
+    @precondition(lambda self: self.requests and self.engine.scheduler.has_work)
+    @rule(data=st.data())
+    def abort_while_a_step_runs(self, data: st.DataObject) -> None:
+        scheduler, runner = self.engine.scheduler, self.engine.runner
+        plan = scheduler.plan()
+        assert plan is not None
+        result = runner.execute(plan)
+        self.engine.core.abort([self.pick(data)])
+        self.engine.take(StepReport(scheduler.commit(result), scheduler.stats))
+
+    def pick(self, data: st.DataObject) -> str:
+        name = data.draw(st.sampled_from(sorted(self.requests)))
+        if name not in self.engine.ends:
+            self.aborted.add(name)
+        return name
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        self.engine.finish()
+        assert set(self.engine.ends) == set(self.requests) - self.aborted
+        for name, (parts, options) in self.requests.items():
+            length = sum(p if isinstance(p, int) else p[1] * 4 for p in parts)
+            if length > self.capacity:
+                if name in self.engine.ends:
+                    assert self.engine.ends[name].finish_reason == "error"
+                continue
+            whole = alone(
+                *parts, **options, draws_eos=True, max_model_len=min(self.capacity + 1, 256)
+            )
+            got = self.engine.tokens.get(name, [])
+            assert got == whole[: len(got)]
+            assert name in self.aborted or got == whole
+
+
+Traffic.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestTraffic = Traffic.TestCase
