@@ -1,0 +1,1 @@
+"""Container image, compose file and chart."""
