@@ -1,0 +1,15 @@
+"""Fixtures shared by the test folders."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers import Server
+
+
+@pytest.fixture(scope="session")
+def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server as a newcomer starts it, with the embedded demo model; shared by all tests."""
+    server = Server(tmp_path_factory.mktemp("server") / "log.txt", ["--allow-private-media"])
+    yield server
+    server.close()

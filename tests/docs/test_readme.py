@@ -1,0 +1,56 @@
+"""What the README shows works as printed, and what it points at exists."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.servers import ROOT, Server
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "demo" / "README.md"]
+
+
+def block(language: str, server: Server) -> str:
+    """The only README block of a language, aimed at the test's server."""
+    (text,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert "http://127.0.0.1:8000" in text
+    return text.replace("http://127.0.0.1:8000", server.url)
+
+
+def test_the_curl_line_answers_about_the_picture(demo_server: Server) -> None:
+    done = subprocess.run(
+        ["bash", "-c", block("bash", demo_server)], cwd=ROOT, capture_output=True, check=True
+    )
+    answer = json.loads(done.stdout)["choices"][0]["message"]["content"]
+    assert "red" in answer
+    assert "circle" in answer
+
+
+def test_the_sdk_example_answers_about_the_picture(demo_server: Server) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", block("python", demo_server)],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert "red" in done.stdout
+    assert "circle" in done.stdout
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        named = {a or b for a, b in re.findall(r"`make ([a-z]+)|^make ([a-z]+)$", page, re.M)}
+        assert named <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target

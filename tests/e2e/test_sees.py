@@ -1,0 +1,137 @@
+"""Through real processes and sockets, on the demo model: it sees, and requests never mix."""
+
+import http.server
+import itertools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from PIL import Image
+
+from tests.servers import COLOURS, SHAPES, Server, data_uri, draw, encode
+
+THINGS = list(itertools.product(COLOURS, SHAPES))
+
+
+@pytest.mark.parametrize("size", [(112, 112), (448, 448), (300, 200)])
+def test_it_names_the_colour_and_shape_of_every_thing(
+    demo_server: Server, size: tuple[int, int]
+) -> None:
+    wrong = []
+    for colour, shape in THINGS:
+        answer = demo_server.ask(draw(colour, shape, size), "What is in this picture?")
+        if colour not in answer or shape not in answer:
+            wrong.append((colour, shape, answer))
+    assert not wrong
+
+
+def test_a_streamed_answer_is_the_answer(demo_server: Server) -> None:
+    for colour, shape in THINGS[:4]:
+        question = (draw(colour, shape), "What shape is this and what colour is it?")
+        assert demo_server.ask(*question, stream=True) == demo_server.ask(*question)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mime"),
+    [
+        ("png", "image/png"),
+        ("jpeg", "image/jpeg"),
+        ("webp", "image/webp"),
+        ("gif", "image/gif"),
+    ],
+)
+def test_every_usual_encoding_is_seen_alike(demo_server: Server, kind: str, mime: str) -> None:
+    picture = data_uri(encode(draw("blue", "square"), kind), mime)
+    answer = demo_server.ask(picture, "What is in this picture?")
+    assert "blue" in answer
+    assert "square" in answer
+
+
+@pytest.fixture
+def picture_host() -> Iterator[str]:
+    body = encode(draw("green", "triangle"))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "image/png")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=host.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{host.server_port}/picture.png"
+    host.shutdown()
+    thread.join()
+    host.server_close()
+
+
+def test_a_picture_behind_a_url_is_seen(demo_server: Server, picture_host: str) -> None:
+    answer = demo_server.ask(picture_host, "What is in this picture?")
+    assert "green" in answer
+    assert "triangle" in answer
+
+
+def test_text_alone_and_several_turns_work(demo_server: Server) -> None:
+    with demo_server.client() as client:
+        messages: list = [{"role": "user", "content": "Hello!"}]
+        first = client.chat.completions.create(model="internvl-demo", messages=messages)
+        assert first.choices[0].message.content
+        picture = {
+            "type": "image_url",
+            "image_url": {"url": data_uri(encode(draw("red", "circle")))},
+        }
+        messages += [
+            {"role": "assistant", "content": first.choices[0].message.content},
+            {
+                "role": "user",
+                "content": [picture, {"type": "text", "text": "What is in this picture?"}],
+            },
+        ]
+        second = client.chat.completions.create(model="internvl-demo", messages=messages)
+        assert second.usage is not None
+        assert second.usage.prompt_tokens > first.usage.prompt_tokens + 16
+        assert second.choices[0].finish_reason == "stop"
+
+
+def test_fifty_concurrent_mixed_requests_each_get_their_own_answer(demo_server: Server) -> None:
+    """Answers under load must be the answers each request gets alone, to the letter."""
+    questions: list[tuple[Image.Image | str, ...]] = []
+    for index in range(50):
+        colour, shape = THINGS[index % len(THINGS)]
+        size = [(112, 112), (224, 224), (300, 200), (448, 150)][index % 4]
+        picture = draw(colour, shape, size)
+        if index % 5 == 4:
+            questions.append((f"Hello number {index}!",))
+        elif index % 5 == 3:
+            other = draw(*THINGS[(index + 5) % len(THINGS)])
+            questions.append((picture, other, "What is in the second picture?"))
+        else:
+            questions.append((picture, f"What is in picture {index}?"))
+    alone = [demo_server.ask(*question) for question in questions]
+    with ThreadPoolExecutor(50) as pool:
+        futures = [
+            pool.submit(demo_server.ask, *question, stream=index % 2 == 0)
+            for index, question in enumerate(questions)
+        ]
+        together = [future.result(timeout=120) for future in futures]
+    assert together == alone
+    assert len(set(alone)) > 5
+
+
+def test_a_seeded_draw_does_not_depend_on_the_batch(demo_server: Server) -> None:
+    question = (draw("yellow", "circle"), "Describe this picture.")
+    options = {"temperature": 1.0, "seed": 7, "top_p": 0.95}
+    alone = demo_server.ask(*question, **options)
+    with ThreadPoolExecutor(8) as pool:
+        noise = [pool.submit(demo_server.ask, *question, temperature=1.0, seed=s) for s in range(7)]
+        together = pool.submit(demo_server.ask, *question, **options).result(timeout=60)
+        for future in noise:
+            future.result(timeout=60)
+    assert together == alone

@@ -1,0 +1,282 @@
+"""The engine process and its client, with real processes and sockets; the model is a stub."""
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from engine.client import ProcessEngine
+from tests.fake_runner import request
+from wire.errors import EngineFailed, Unavailable
+from wire.messages import EngineOutput
+from wire.settings import EngineSettings
+
+DEADLINE = 20.0
+SETTINGS = EngineSettings(block_size=16, max_num_seqs=32)
+ENDLESS = 9_000
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def stub(*options: str) -> list[str]:
+    return [sys.executable, "-m", "tests.process.stub_engine", *options]
+
+
+@contextlib.asynccontextmanager
+async def engine(*options: str, wait: bool = True, **limits: float) -> AsyncIterator[ProcessEngine]:
+    client = ProcessEngine(SETTINGS, command=stub(*options), **limits)
+    await client.start()
+    try:
+        if wait:
+            await asyncio.wait_for(client.wait_ready(), DEADLINE)
+        yield client
+    finally:
+        await asyncio.wait_for(client.stop(), DEADLINE)
+
+
+async def collect(client: ProcessEngine, name: str, *parts: object, **options: object) -> list[int]:
+    tokens: list[int] = []
+    async for output in client.submit(*request(name, *parts, **options)):
+        tokens += output.token_ids
+        last = output
+    assert last.finish_reason == "length", last
+    return tokens
+
+
+async def until(condition: object, what: str) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, f"never happened: {what}"
+        await asyncio.sleep(0.01)
+
+
+def wait_gone(pidfd: int) -> None:
+    """Wait on a pidfd, which becomes readable when its process has ended, reaped or not."""
+    readable, _, _ = select.select([pidfd], [], [], DEADLINE)
+    os.close(pidfd)
+    assert readable, "the process is still there"
+
+
+async def first(stream: AsyncIterator[EngineOutput]) -> EngineOutput:
+    return await asyncio.wait_for(anext(stream), DEADLINE)
+
+
+async def test_concurrent_requests_each_get_their_own_tokens() -> None:
+    parts = [(3 + i, (i % 4, 1 + i % 3), 2) for i in range(24)]
+    options = [{"max_tokens": 20, "seed": 900 + i} for i in range(24)]
+    async with engine() as client:
+        together = await asyncio.gather(
+            *(collect(client, f"t{i}", *parts[i], **options[i]) for i in range(24))
+        )
+        alone = [await collect(client, f"a{i}", *parts[i], **options[i]) for i in range(24)]
+        assert together == alone
+        await until(lambda: client.stats.running == 0, "the engine is idle")
+        assert client.stats.blocks_used == 0
+
+
+async def test_start_up_progress_is_reported_while_loading() -> None:
+    async with engine("load=hang", wait=False) as client:
+        await until(lambda: client.progress is not None, "progress")
+        assert (client.progress.stage, client.state) == ("weights", "starting")
+        with pytest.raises(Unavailable):
+            await anext(client.submit(*request("r", 3)))
+
+
+async def test_closing_a_stream_early_frees_everything_it_held() -> None:
+    async with engine() as client:
+        stream = client.submit(*request("r", 5, (1, 2), 5, max_tokens=ENDLESS))
+        await first(stream)
+        await until(lambda: client.stats.blocks_used > 0, "blocks are in use")
+        await stream.aclose()
+        await until(lambda: client.stats.running == 0, "the request is gone")
+        assert client.stats.blocks_used == 0
+
+
+async def test_cancelling_the_reader_aborts_the_request() -> None:
+    async with engine() as client:
+        reader = asyncio.create_task(collect(client, "r", 5, max_tokens=ENDLESS))
+        await until(lambda: client.stats.running == 1, "the request runs")
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        await until(lambda: client.stats.running == 0, "the request is gone")
+
+
+async def test_a_reader_that_ends_at_the_last_output_sends_no_abort() -> None:
+    async with engine() as client:
+        async with contextlib.aclosing(client.submit(*request("r", 5, max_tokens=1))) as stream:
+            assert (await first(stream)).finish_reason == "length"
+        assert client._outbox.empty()
+
+
+async def test_a_request_that_cannot_fit_ends_with_an_error_and_the_others_go_on() -> None:
+    async with engine() as client:
+        other = asyncio.create_task(collect(client, "ok", 5, max_tokens=50))
+        output = await first(client.submit(*request("long", 10_000)))
+        assert output.finish_reason == "error"
+        assert "limit of 10000" in output.error
+        assert len(await other) == 50
+
+
+async def test_a_killed_engine_fails_every_stream_and_comes_back() -> None:
+    async with engine() as client:
+        streams = [client.submit(*request(f"r{i}", 4, max_tokens=ENDLESS)) for i in range(8)]
+        for stream in streams:
+            await first(stream)
+        old = client.pid
+        os.kill(old, signal.SIGKILL)
+
+        async def drain(stream: AsyncIterator[EngineOutput]) -> None:
+            async for _ in stream:
+                pass
+
+        results = await asyncio.wait_for(
+            asyncio.gather(*(drain(s) for s in streams), return_exceptions=True), DEADLINE
+        )
+        assert [type(result) for result in results] == [EngineFailed] * 8
+        await asyncio.wait_for(client.wait_ready(), DEADLINE)
+        assert client.pid != old
+        assert client.restarts == 1
+        assert len(await collect(client, "again", 5, max_tokens=9)) == 9
+
+
+async def test_deaths_in_a_row_leave_the_engine_failed() -> None:
+    async with engine() as client:
+        for _ in range(3):
+            await asyncio.wait_for(client.wait_ready(), DEADLINE)
+            os.kill(client.pid, signal.SIGKILL)
+            await until(lambda: client.state != "ready", "the death is noticed")
+        await until(lambda: client.state == "failed", "the engine gives up")
+        with pytest.raises(Unavailable):
+            await client.wait_ready()
+        with pytest.raises(Unavailable):
+            await anext(client.submit(*request("r", 3)))
+
+
+async def test_deaths_long_ago_do_not_count() -> None:
+    async with engine(max_deaths=2, death_window=0.0) as client:
+        for _ in range(3):
+            await asyncio.wait_for(client.wait_ready(), DEADLINE)
+            os.kill(client.pid, signal.SIGKILL)
+            await until(lambda: client.state != "ready", "the death is noticed")
+        await asyncio.wait_for(client.wait_ready(), DEADLINE)
+
+
+async def test_a_fault_in_a_step_ends_the_process_and_a_fresh_one_serves() -> None:
+    async with engine("fail_at=3") as client:
+        old = client.pid
+        with pytest.raises(EngineFailed) as caught:
+            await asyncio.wait_for(collect(client, "r", 5, max_tokens=50), DEADLINE)
+        assert "told to fail" not in str(caught.value)
+        await asyncio.wait_for(client.wait_ready(), DEADLINE)
+        assert client.pid != old
+        assert len(await collect(client, "short", 5, max_tokens=2)) == 2
+
+
+async def test_a_load_that_fails_says_why_and_is_not_repeated() -> None:
+    async with engine("load=fail", wait=False) as client:
+        with pytest.raises(Unavailable) as caught:
+            await asyncio.wait_for(client.wait_ready(), DEADLINE)
+        assert "weights" not in str(caught.value)
+        assert client.failure == "load: ValueError: there are no weights here"
+        assert (client.state, client.restarts) == ("failed", 0)
+
+
+async def test_a_restart_that_cannot_load_gives_up(tmp_path: Path) -> None:
+    async with engine(f"load=fail_after:{tmp_path / 'started'}") as client:
+        os.kill(client.pid, signal.SIGKILL)
+        await until(lambda: client.state == "failed", "the engine gives up")
+        assert client.restarts == 2
+
+
+async def test_a_command_that_does_not_exist_fails_the_start() -> None:
+    client = ProcessEngine(SETTINGS, command=[str(ROOT / "no-such-program")])
+    await client.start()
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(client.wait_ready(), DEADLINE)
+    await client.stop()
+
+
+@pytest.mark.parametrize("load", ["load=hang", "load=now"])
+async def test_stop_ends_the_process_and_every_stream(load: str) -> None:
+    async with engine(load, wait=load == "load=now") as client:
+        await until(lambda: client.pid is not None and client.progress, "the process runs")
+        pidfd = os.pidfd_open(client.pid)
+        stream = client.submit(*request("r", 4, max_tokens=ENDLESS))
+        if client.state == "ready":
+            await first(stream)
+        await asyncio.wait_for(client.stop(), DEADLINE)
+        wait_gone(pidfd)
+        with pytest.raises(Unavailable):
+            async for _ in stream:
+                pass
+        await client.stop()
+        assert client.state == "stopped"
+
+
+async def test_a_process_that_ignores_the_closed_socket_is_killed() -> None:
+    code = "import sys, time; sys.stdin.close(); time.sleep(600)"
+    client = ProcessEngine(SETTINGS, command=[sys.executable, "-c", code], stop_timeout=0.2)
+    await client.start()
+    await until(lambda: client.pid is not None, "the process runs")
+    pidfd = os.pidfd_open(client.pid)
+    await asyncio.wait_for(client.stop(), DEADLINE)
+    wait_gone(pidfd)
+
+
+async def test_signals_for_the_whole_group_do_not_end_the_engine() -> None:
+    async with engine() as client:
+        os.kill(client.pid, signal.SIGTERM)
+        os.kill(client.pid, signal.SIGINT)
+        assert len(await collect(client, "r", 5, max_tokens=9)) == 9
+        assert client.restarts == 0
+
+
+@pytest.mark.parametrize("load", ["load=hang", "load=now"])
+def test_the_engine_leaves_when_its_parent_is_killed(load: str) -> None:
+    parent = textwrap.dedent(
+        f"""
+        import asyncio, sys
+        from engine.client import ProcessEngine
+        from tests.fake_runner import request
+        from tests.process.test_engine_process import SETTINGS, stub, until, ENDLESS
+
+        async def main():
+            client = ProcessEngine(SETTINGS, command=stub({load!r}))
+            await client.start()
+            await until(lambda: client.progress is not None, "progress")
+            if {load!r} == "load=now":
+                await client.wait_ready()
+                stream = client.submit(*request("r", 4, max_tokens=ENDLESS))
+                await anext(stream)
+            print(client.pid, flush=True)
+            await asyncio.Event().wait()
+
+        asyncio.run(main())
+        """
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        try:
+            pidfd = os.pidfd_open(int(process.stdout.readline()))
+        finally:
+            process.kill()
+        wait_gone(pidfd)
+
+
+async def test_a_stop_token_is_the_last_of_a_stream() -> None:
+    async with engine() as client:
+        whole = await collect(client, "whole", 4, max_tokens=30)
+        stop = whole[12]
+        stream = client.submit(*request("r", 4, max_tokens=30, stop=(stop,)))
+        outputs = [output async for output in stream]
+        assert [t for o in outputs for t in o.token_ids] == whole[: whole.index(stop) + 1]
+        assert (outputs[-1].finish_reason, outputs[-1].stop_token) == ("stop", stop)

@@ -1,0 +1,420 @@
+"""The media pipeline with real decode workers: what it gives, and what a worker's end costs."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from preprocessing import MediaPart, MediaPipeline, TiledMedia, pool
+from preprocessing.images import open_picture
+from preprocessing.tiling import tile
+from preprocessing.types import TileSettings
+from tests.process import lying_worker
+from wire.errors import MediaRefused, ServiceError, Unavailable
+from wire.geometry import VisionGeometry
+from wire.settings import MediaSettings
+
+ROOT = Path(__file__).parents[2]
+GEOMETRY = VisionGeometry(tile_size=lying_worker.SIDE, tokens_per_tile=1)
+PARAM = "messages[0].content[1].image_url"
+DEADLINE = 30.0
+
+
+def encode(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    sink = io.BytesIO()
+    picture.save(sink, kind, **options)
+    return sink.getvalue()
+
+
+def part(encoded: bytes, max_tiles: int | None = None) -> MediaPart:
+    url = "data:image/png;base64," + base64.b64encode(encoded).decode()
+    return MediaPart(url, PARAM, max_tiles)
+
+
+def plain(colour: str = "red", size: tuple[int, int] = (30, 20)) -> MediaPart:
+    return part(encode(Image.new("RGB", size, colour)))
+
+
+@contextlib.asynccontextmanager
+async def pipeline(
+    geometry: VisionGeometry = GEOMETRY, **settings: Any
+) -> AsyncIterator[MediaPipeline]:
+    media = MediaPipeline(MediaSettings(**settings))
+    try:
+        await media.start(geometry)
+        yield media
+    finally:
+        await media.close()
+
+
+async def refusal(media: MediaPipeline, asked: MediaPart) -> MediaRefused:
+    with pytest.raises(MediaRefused) as refused:
+        await media.load(asked)
+    assert refused.value.param == PARAM
+    return refused.value
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until something has happened."""
+    async with asyncio.timeout(DEADLINE):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def gone(pid: int) -> bool:
+    """Wait for the end of a process that may not be our child."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        readable, _, _ = await asyncio.to_thread(select.select, [handle], [], [], DEADLINE)
+        return bool(readable)
+    finally:
+        os.close(handle)
+
+
+@contextlib.asynccontextmanager
+async def hanging_job(
+    media: MediaPipeline, asked: MediaPart
+) -> AsyncIterator[tuple[int, "asyncio.Task[TiledMedia]"]]:
+    """A job whose worker stands still: its process id and the waiting call."""
+    (pid,) = media.worker_pids
+    os.kill(pid, signal.SIGSTOP)
+    waiting = asyncio.create_task(media.load(asked))
+    await until(lambda: media.stats.busy == 1)
+    yield pid, waiting
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
+# what it gives
+
+
+@pytest.mark.parametrize(
+    ("size", "max_tiles"), [((30, 20), None), ((100, 12), None), ((30, 20), 1), ((7, 90), 6)]
+)
+async def test_tiles_are_those_of_the_picture(size: tuple[int, int], max_tiles: int | None) -> None:
+    picture = Image.effect_noise(size, 60).convert("RGB")
+    settings = TileSettings.of(GEOMETRY, max_tiles)
+    tiles, count, columns, rows = tile(picture, settings)
+    async with pipeline() as media:
+        loaded = await media.load(part(encode(picture), max_tiles))
+    assert (loaded.tiles, loaded.count) == (tiles, count)
+    assert (loaded.columns, loaded.rows) == (columns, rows)
+    assert (loaded.width, loaded.height) == size
+
+
+async def test_at_full_size_thirteen_tiles_come_back() -> None:
+    geometry = VisionGeometry(tile_size=448, tokens_per_tile=256)
+    async with pipeline(geometry) as media:
+        loaded = await media.load(plain(size=(640, 480)))
+        assert (loaded.count, loaded.columns, loaded.rows) == (13, 4, 3)
+        assert len(loaded.tiles) == 13 * 3 * 448 * 448
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+async def test_every_format_is_decoded_inside_the_sandbox(kind: str) -> None:
+    picture = Image.effect_noise((60, 40), 60).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"exif": exif} if kind in {"PNG", "JPEG", "WEBP", "TIFF"} else {}
+    encoded = encode(picture, kind, **options)
+    async with pipeline() as media:
+        loaded = await media.load(part(encoded))
+        assert media.stats.deaths == 0
+    upright = open_picture(encoded, 10_000)
+    assert (loaded.width, loaded.height) == upright.size == ((40, 60) if options else (60, 40))
+    assert loaded.tiles == tile(upright, TileSettings.of(GEOMETRY))[0]
+
+
+async def test_the_digest_says_whether_tiles_are_the_same() -> None:
+    red, blue = (
+        encode(Image.new("RGB", (30, 20), "red")),
+        encode(Image.new("RGB", (30, 20), "blue")),
+    )
+    async with pipeline() as media:
+        asked = [part(red), part(red), part(blue), part(red, 1), part(red, 6), part(red, 12)]
+        digests = [(await media.load(one)).digest for one in asked]
+    assert digests[0] == digests[1] == digests[5]
+    assert len(set(digests)) == 4
+    assert all(len(digest) == 32 for digest in digests)
+
+
+async def test_many_at_once_each_get_their_own() -> None:
+    colours = [(value, 255 - value, 7) for value in range(0, 240, 8)]
+    async with pipeline(media_workers=2) as media:
+        asked = [part(encode(Image.new("RGB", (16, 16), colour))) for colour in colours]
+        loaded = await asyncio.gather(*map(media.load, asked))
+        assert len(media.worker_pids) == 2
+        assert media.stats.decoded == len(colours)
+    for colour, one in zip(colours, loaded, strict=True):
+        assert (one.tiles[0], one.tiles[256], one.tiles[512]) == colour
+
+
+# what it refuses
+
+
+def bomb() -> bytes:
+    encoded = bytearray(encode(Image.new("RGB", (1, 1))))
+    encoded[16:24] = struct.pack(">II", 100_000, 100_000)
+    return bytes(encoded)
+
+
+NOISE = Image.effect_noise((200, 200), 90).convert("RGB")
+
+
+@pytest.mark.parametrize(
+    ("encoded", "code"),
+    [
+        (b"not a picture", "unsupported_media"),
+        (bytes(1000), "unsupported_media"),
+        (bomb(), "media_too_large"),
+        (encode(Image.new("1", (1001, 1000))), "media_too_large"),
+        *(
+            (encode(NOISE, kind)[:-3000], "invalid_media")
+            for kind in ("PNG", "JPEG", "GIF", "WEBP")
+        ),
+    ],
+)
+async def test_a_bad_picture_is_refused_and_the_worker_lives_on(encoded: bytes, code: str) -> None:
+    async with pipeline(max_image_pixels=1_000_000) as media:
+        before = media.worker_pids
+        for _ in range(2):
+            assert (await refusal(media, part(encoded))).code == code
+        assert (await media.load(plain())).count
+        assert media.worker_pids == before
+        assert (media.stats.refused, media.stats.deaths) == (2, 0)
+
+
+async def test_a_strip_that_would_grow_beyond_memory_is_refused() -> None:
+    """Stretched sideways, this strip would take 36 GB on the way to its tiles."""
+    strip = encode(Image.new("1", (1, 20_000_000)))
+    geometry = VisionGeometry(tile_size=448, tokens_per_tile=256)
+    async with pipeline(geometry, max_image_pixels=20_000_000) as media:
+        assert (await refusal(media, part(strip))).code == "media_too_large"
+        assert (await media.load(plain())).count == 7
+        assert media.stats.deaths == 0
+
+
+async def test_a_picture_that_takes_too_long_is_refused() -> None:
+    slow = part(encode(Image.new("RGB", (5000, 5000)), compress_level=1))
+    async with pipeline(media_timeout=0.1) as media:
+        (before,) = media.worker_pids
+        assert (await refusal(media, slow)).code == "media_timeout"
+        assert (await media.load(plain())).count
+        assert before not in media.worker_pids
+
+
+# what a worker's end costs
+
+
+async def test_a_worker_killed_at_work_costs_that_request_only() -> None:
+    async with pipeline() as media, hanging_job(media, plain()) as (pid, waiting):
+        next_one = asyncio.create_task(media.load(plain("blue")))
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(MediaRefused) as refused:
+            await waiting
+        assert (refused.value.param, refused.value.code) == (PARAM, "invalid_media")
+        assert (await next_one).count
+        assert media.stats.deaths == 1
+        assert await gone(pid)
+
+
+async def test_a_worker_that_hangs_is_killed_at_the_deadline_and_replaced() -> None:
+    async with pipeline(media_timeout=0.3) as media:
+        async with hanging_job(media, plain()) as (pid, waiting):
+            with pytest.raises(MediaRefused) as refused:
+                await waiting
+            assert (refused.value.param, refused.value.code) == (PARAM, "media_timeout")
+            assert await gone(pid)
+        assert (await media.load(plain())).count
+        assert (media.stats.timeouts, media.stats.deaths) == (1, 0)
+
+
+async def test_a_hanging_worker_does_not_hold_up_the_others() -> None:
+    async with pipeline(media_workers=2) as media:
+        victim, healthy = media.worker_pids
+        os.kill(victim, signal.SIGSTOP)
+        jobs = [asyncio.create_task(media.load(plain())) for _ in range(6)]
+        await until(lambda: sum(job.done() for job in jobs) == 5)
+        os.kill(victim, signal.SIGKILL)
+        outcomes = await asyncio.gather(*jobs, return_exceptions=True)
+        assert sum(isinstance(outcome, MediaRefused) for outcome in outcomes) == 1
+        assert healthy in media.worker_pids
+
+
+async def test_a_worker_killed_while_idle_costs_nothing() -> None:
+    async with pipeline() as media:
+        (pid,) = media.worker_pids
+        os.kill(pid, signal.SIGKILL)
+        assert await gone(pid)
+        assert (await media.load(plain())).count
+        assert media.stats.deaths == 1
+
+
+async def test_a_caller_that_leaves_gives_its_worker_back() -> None:
+    async with pipeline() as media, hanging_job(media, plain()) as (pid, waiting):
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        os.kill(pid, signal.SIGCONT)
+        assert (await media.load(plain())).count
+        assert media.worker_pids == [pid]
+
+
+async def test_workers_that_keep_dying_close_the_pool_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "PAUSE", 0.5)
+    async with pipeline() as media:
+        for count in range(1, pool.DEATHS + 1):
+            await until(lambda: media.stats.busy == 0)
+            asked = asyncio.create_task(media.load(plain()))
+            while not asked.done():
+                for pid in media.worker_pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                await asyncio.sleep(0)
+                if media.stats.deaths >= count:
+                    break
+            await asyncio.gather(asked, return_exceptions=True)
+        with pytest.raises(Unavailable) as refused:
+            await media.load(plain())
+        assert refused.value.status == 503
+        assert refused.value.retry_after == 1
+        async with asyncio.timeout(DEADLINE):
+            while True:
+                with contextlib.suppress(ServiceError):
+                    assert (await media.load(plain())).count
+                    break
+                await asyncio.sleep(0.05)
+
+
+# a worker in an attacker's hands
+
+
+def lie(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Make the pool start tests.process.lying_worker instead of its own worker."""
+    start = subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> Any:
+        module = command.index("preprocessing.worker")
+        told = [*command[:module], "tests.process.lying_worker", mode, *command[module + 1 :]]
+        return start(told, **options)
+
+    monkeypatch.setattr(pool.subprocess, "Popen", popen)
+
+
+@pytest.mark.parametrize(
+    "mode", [*lying_worker.REPLIES, "half a frame", "endless frame", "dies at work"]
+)
+async def test_a_lying_worker_is_replaced(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    lie(monkeypatch, mode)
+    async with pipeline() as media:
+        (pid,) = media.worker_pids
+        monkeypatch.undo()
+        error = await refusal(media, plain(size=(5, 5)))
+        assert error.message == "The picture could not be decoded."
+        assert (await media.load(plain(size=(5, 5)))).count == 1
+        assert media.stats.deaths == 1
+        assert await gone(pid)
+
+
+async def test_workers_that_do_not_start_are_an_error_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lie(monkeypatch, "dies at start")
+    media = MediaPipeline(MediaSettings())
+    with pytest.raises(Unavailable):
+        await media.start(GEOMETRY)
+    assert media.worker_pids == []
+    await media.close()
+
+
+# life and death of the whole
+
+
+async def test_before_the_start_and_after_the_close_there_is_no_decoder() -> None:
+    media = MediaPipeline(MediaSettings())
+    with pytest.raises(Unavailable):
+        await media.load(plain())
+    await media.start(GEOMETRY)
+    (pid,) = media.worker_pids
+    await media.start(GEOMETRY)
+    assert media.worker_pids == [pid]
+    await media.close()
+    await media.close()
+    assert await gone(pid)
+    with pytest.raises(Unavailable):
+        await media.load(plain())
+
+
+async def test_closing_ends_the_job_at_work_and_those_that_wait() -> None:
+    async with pipeline() as media, hanging_job(media, plain()) as (pid, at_work):
+        waiting = asyncio.create_task(media.load(plain()))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await media.close()
+            outcomes = await asyncio.gather(at_work, waiting, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [Unavailable, Unavailable]
+        assert await gone(pid)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_no_worker_outlives_its_parent(stopped: bool) -> None:
+    code = """
+import asyncio, sys
+from preprocessing import MediaPipeline
+from wire.geometry import VisionGeometry
+from wire.settings import MediaSettings
+
+async def main():
+    media = MediaPipeline(MediaSettings(media_workers=2))
+    await media.start(VisionGeometry(16, 1))
+    print(*media.worker_pids, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pids = list(map(int, (await asyncio.to_thread(parent.stdout.readline)).split()))
+        assert len(pids) == 2
+        if stopped:  # a worker that cannot notice the closed socket
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+        parent.kill()
+    for pid in pids:
+        assert await gone(pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_a_serving_worker_is_confined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERNVL_API_KEY", "secret")
+    async with pipeline() as media:
+        assert (await media.load(plain())).count
+        (pid,) = media.worker_pids
+        status = dict(
+            line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        )
+        assert status["Seccomp"].strip() == "2"
+        assert status["NoNewPrivs"].strip() == "1"
+        assert int(status["CapEff"], 16) == 0
+        assert int(status["Uid"].split()[0]) != 0
+        with contextlib.suppress(PermissionError):
+            assert b"secret" not in Path(f"/proc/{pid}/environ").read_bytes()
