@@ -49,7 +49,7 @@ class EngineClient(Protocol):
     """What the engine said when it became ready; None before."""
 
     stats: EngineStats
-    """From the last step report."""
+    """From the last step report; zeros while no engine is there to report."""
 
     async def start(self) -> None:
         """Start loading; returns at once."""
@@ -245,6 +245,7 @@ class ProcessEngine:
 
     def _lose(self, reason: str) -> None:
         self.failure = self.failure or reason
+        self.stats = EngineStats()
         self._enter("starting")
         self._streams.fail(lambda: EngineFailed("the engine failed during this request"))
 

@@ -69,8 +69,7 @@ class Scheduler:
         self._bytes_per_token = ready.vision_token_bytes
         self._max_tokens = settings.max_num_batched_tokens
         self._max_tiles = settings.max_num_encoder_tiles
-        # A row that could never get a token would only hold blocks.
-        self._max_seqs = min(settings.max_num_seqs, settings.max_num_batched_tokens)
+        self._max_seqs = settings.max_num_seqs
         self._pool = BlockPool(ready.blocks_total)
         # Blocks that admission leaves to the sequences already running.
         self._watermark = max(1, ready.blocks_total // 100)
@@ -351,6 +350,11 @@ class Scheduler:
             assert sequence.status is Status.RUNNING
             assert sequence.num_computed < len(sequence.token_ids) < sequence.max_len
             assert sequence.num_computed <= len(sequence.blocks) * self._block_size
+            assert sequence.held == [
+                span.digest
+                for span in sequence.spans
+                if span.offset < sequence.num_computed < span.offset + span.length
+            ], "an encoder output is held too long or not long enough"
             owned += sequence.blocks
             references |= set(sequence.held)
         for sequence in self._waiting:

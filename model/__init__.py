@@ -1,0 +1,56 @@
+"""InternVL3 in torch: configuration, weights, forward pass. Knows no requests and no pictures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from model.config import load_config
+from model.internvl import InternVL
+from model.names import names_for
+from model.schema import CheckpointError, ModelConfig
+from model.weights import WeightFiles, fill
+
+__all__ = [
+    "CheckpointError",
+    "InternVL",
+    "ModelConfig",
+    "build_model",
+    "count_parameters",
+    "load_config",
+]
+
+
+def build_model(
+    config: ModelConfig,
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> InternVL:
+    """Load a checkpoint folder's weights. Raises CheckpointError if they do not fit ``config``.
+
+    A stored output matrix is used whatever tie_word_embeddings says: published checkpoints have
+    the flag wrong, and a dropped matrix gives fluent nonsense.
+    """
+    files = WeightFiles(folder)
+    names = names_for(config, files.shapes)
+    tied = names.head not in names.slots
+    if tied and not config.text.tied:
+        raise CheckpointError(f"the weights do not fit config.json: missing (1): {names.head}")
+    model = skeleton(config, tied=tied)
+    fill(model, names, files, device=device, dtype=dtype, progress=progress)
+    model.vision.fit(config.tile_grid)
+    return model.eval()
+
+
+def skeleton(config: ModelConfig, *, tied: bool) -> InternVL:
+    """The model without memory: every parameter on the meta device."""
+    with torch.device("meta"):
+        return InternVL(config, tied=tied)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the model that ``config`` describes; needs no weights."""
+    return sum(p.numel() for p in skeleton(config, tied=config.text.tied).parameters())

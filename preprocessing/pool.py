@@ -186,9 +186,9 @@ class DecodePool:
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(worker.end() for worker in self._workers))
         self._workers.clear()
-        self._idle = asyncio.Queue()
         for _ in range(self._waiting):
             self._idle.put_nowait(None)
+        self._idle = asyncio.Queue()
 
     async def tile(self, encoded: bytes, settings: TileSettings, param: str) -> tuple[Tiled, bytes]:
         """Decode and tile one picture. Raises MediaRefused naming ``param``, or Unavailable."""
@@ -207,10 +207,11 @@ class DecodePool:
                 while True:
                     self._check_open(param)
                     worker = await self._idle.get()
-                    if worker is not None:
-                        if worker.process.poll() is None:
-                            return worker
-                        self._died(worker, "while idle")
+                    if worker is None or not self._open:
+                        continue
+                    if worker.process.poll() is None:
+                        return worker
+                    self._died(worker, "while idle")
         except TimeoutError:
             raise Unavailable(
                 "Too many pictures are waiting to be decoded.", param=param, retry_after=10

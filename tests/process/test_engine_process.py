@@ -5,6 +5,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -16,8 +17,9 @@ import pytest
 
 from engine.client import ProcessEngine
 from tests.fake_runner import request
+from wire.channel import Channel
 from wire.errors import EngineFailed, Unavailable
-from wire.messages import EngineOutput
+from wire.messages import EngineOutput, FromEngine, Stop
 from wire.settings import EngineSettings
 
 DEADLINE = 20.0
@@ -144,6 +146,7 @@ async def test_a_killed_engine_fails_every_stream_and_comes_back() -> None:
         await asyncio.wait_for(client.wait_ready(), DEADLINE)
         assert client.pid != old
         assert client.restarts == 1
+        assert client.stats.running == 0
         assert len(await collect(client, "again", 5, max_tokens=9)) == 9
 
 
@@ -237,6 +240,40 @@ async def test_signals_for_the_whole_group_do_not_end_the_engine() -> None:
         os.kill(client.pid, signal.SIGINT)
         assert len(await collect(client, "r", 5, max_tokens=9)) == 9
         assert client.restarts == 0
+
+
+def test_stop_and_fault_give_the_exit_status() -> None:
+    for options, messages, status in (
+        ([], [Stop()], 0),
+        (["fail_at=0"], [request("r", 3)[0]], 1),
+        (["load=fail"], [], 1),
+    ):
+        ours, theirs = socket.socketpair()
+        with (
+            theirs,
+            subprocess.Popen(
+                [*stub(*options), str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT
+            ) as process,
+        ):
+            channel: Channel[FromEngine] = Channel(ours, FromEngine)
+            channel.send(SETTINGS)
+            for message in messages:
+                channel.send(message)
+            assert process.wait(DEADLINE) == status
+        channel.close()
+
+
+def test_a_first_frame_that_holds_no_settings_ends_the_process() -> None:
+    ours, theirs = socket.socketpair()
+    with (
+        ours,
+        theirs,
+        subprocess.Popen(
+            [*stub(), str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT
+        ) as process,
+    ):
+        Channel(ours, FromEngine).send(["no", "settings"])
+        assert process.wait(DEADLINE) == 0
 
 
 @pytest.mark.parametrize("load", ["load=hang", "load=now"])

@@ -87,16 +87,6 @@ def test_waiting_requests_start_in_order_of_arrival() -> None:
     engine.finish()
 
 
-def test_no_more_sequences_run_than_a_step_has_tokens() -> None:
-    engine = Engine(max_num_batched_tokens=2, max_num_seqs=8)
-    for name in "abc":
-        engine.add(name, 1, max_tokens=4)
-    while not engine.ends:
-        assert len(engine.step().work) <= 2
-        assert engine.scheduler.stats.running <= 2
-    engine.finish()
-
-
 # Ends
 
 
@@ -315,6 +305,14 @@ def test_the_encoder_budget_spreads_pictures_over_steps() -> None:
     assert engine.tokens["a"] == alone(2, (1, 2), 1, (2, 2), 1, max_tokens=2)
 
 
+def test_a_picture_is_not_encoded_before_the_step_that_reaches_it() -> None:
+    engine = Engine(max_num_batched_tokens=6)
+    engine.add("a", 6, (1, 1), max_tokens=2)
+    assert not engine.step().encode
+    assert engine.step().encode
+    engine.finish()
+
+
 def test_a_picture_over_the_encoder_budget_is_encoded_alone() -> None:
     engine = Engine(max_num_encoder_tiles=2)
     engine.add("small", 1, (1, 1), max_tokens=2)
@@ -437,6 +435,15 @@ def test_the_same_calls_give_the_same_plans_byte_for_byte() -> None:
         return [msgspec.msgpack.encode(plan) for plan in engine.runner.plans]
 
     assert run() == run()
+
+
+def test_a_plan_never_changes_after_it_was_made() -> None:
+    engine = Engine()
+    engine.add("a", 7, max_tokens=20)
+    plan = engine.step()
+    before = msgspec.msgpack.encode(plan)
+    engine.finish()
+    assert msgspec.msgpack.encode(plan) == before
 
 
 def test_counters_count_each_request_once_even_when_it_was_preempted() -> None:

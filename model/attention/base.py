@@ -1,0 +1,82 @@
+"""The contract of an attention backend.
+
+A step's batch is flat: the new tokens of all rows one behind the other. A backend looks at the
+batch once (``plan``), then for every layer stores the new keys and values (``write``) and mixes
+(``attend``). It never allocates blocks and never sees token ids.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from model.kv_cache import KVCache
+from model.schema import TextConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionBatch:
+    """One step: R rows with N new tokens in all.
+
+    Row r's new tokens are ``query_starts[r] : query_starts[r + 1]`` of the flat batch and the
+    last ones of its ``context_lengths[r]`` tokens; they attend causally. ``slots[n]`` is token
+    n's place in the cache (block times block size plus offset). ``block_tables[r]`` lists row
+    r's blocks in order; entries beyond them name blocks of the same row. The tuples repeat the
+    lengths on the host, so that nothing waits for the device.
+    """
+
+    query_starts: Tensor  # [R + 1] int32
+    context_lengths: Tensor  # [R] int32
+    slots: Tensor  # [N] int64
+    block_tables: Tensor  # [R, most blocks of a row] int64
+    queries: tuple[int, ...]
+    contexts: tuple[int, ...]
+
+
+class AttentionBackend(ABC):
+    """One implementation for one decoder."""
+
+    name: ClassVar[str]
+    graph_safe: ClassVar[bool]
+    """Whether a plan can be captured in a CUDA graph and replayed with other lengths."""
+
+    def __init__(self, config: TextConfig) -> None:
+        self.heads = config.heads
+        self.kv_heads = config.kv_heads
+        self.head_dim = config.head_dim
+
+    @abstractmethod
+    def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None, or why this backend cannot be used there."""
+
+    @abstractmethod
+    def plan(self, batch: AttentionBatch, cache: KVCache) -> Any:
+        """What all layers of this step share; handed back to ``write`` and ``attend``."""
+
+    @abstractmethod
+    def write(self, cache: Tensor, key: Tensor, value: Tensor, plan: Any) -> None:
+        """Store ``[N, kv_heads, head_dim]`` keys and values in one layer's cache."""
+
+    @abstractmethod
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: Any) -> Tensor:
+        """Mix ``[N, heads, head_dim]`` queries with the rows' contexts, same shape back.
+
+        ``key`` and ``value`` are the new ones, which ``write`` has stored already.
+        """
+
+
+class AttentionStep:
+    """A backend, its plan and the cache, bound for one forward pass."""
+
+    def __init__(self, backend: AttentionBackend, batch: AttentionBatch, cache: KVCache) -> None:
+        self._backend = backend
+        self._cache = cache
+        self._plan = backend.plan(batch, cache)
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of ``layer`` for the step's tokens."""
+        cache = self._cache.layers[layer]
+        self._backend.write(cache, key, value, self._plan)
+        return self._backend.attend(query, key, value, cache, self._plan)

@@ -1,0 +1,63 @@
+"""The whole model: tiles to token embeddings, ids to embeddings, embeddings to logits.
+
+The engine calls it with flat batches. It keeps no state between calls; what must be kept lies in
+the KV cache, and pictures that were encoded are the engine's.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model.attention.base import AttentionBackend, AttentionBatch, AttentionStep
+from model.decoder import Decoder
+from model.kv_cache import KVCache
+from model.projector import Projector
+from model.schema import ModelConfig
+from model.vision import VisionModel
+
+
+class InternVL(nn.Module):
+    """InternViT, projector and decoder. Built by ``model.build_model``, which fills it."""
+
+    def __init__(self, config: ModelConfig, *, tied: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionModel(config.vision)
+        self.projector = Projector(config.projector)
+        self.decoder = Decoder(config.text, tied=tied)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.decoder.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of weights and hidden states."""
+        return self.decoder.embedding.weight.dtype
+
+    def encode_tiles(self, tiles: Tensor) -> Tensor:
+        """uint8 ``[T, 3, side, side]`` to embeddings ``[T, tokens_per_tile, hidden]``."""
+        geometry = self.config.geometry
+        mean = torch.tensor(geometry.mean, device=self.device).view(3, 1, 1) * 255
+        std = torch.tensor(geometry.std, device=self.device).view(3, 1, 1) * 255
+        pixels = (tiles.to(self.device).float() - mean) / std
+        return self.projector(self.vision(pixels.to(self.dtype)))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids ``[N]`` to embeddings ``[N, hidden]``."""
+        return self.decoder.embedding(ids)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        batch: AttentionBatch,
+        kv: KVCache,
+        attention: AttentionBackend,
+    ) -> Tensor:
+        """Embeddings ``[N, hidden]`` at ``positions`` [N] to hidden states ``[N, hidden]``."""
+        return self.decoder(embeddings, positions, AttentionStep(attention, batch, kv))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``[M, hidden]`` to fp32 logits ``[M, vocab]``."""
+        return self.decoder.logits(hidden).float()

@@ -1,0 +1,64 @@
+"""The small layers everything else is built from: linear, norms. Weights come from the loader.
+
+Parameters are created on the meta device by whoever builds the skeleton, and never initialised
+here: a layer that the loader did not fill must not exist.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    """An empty parameter that takes no gradient."""
+    return nn.Parameter(torch.empty(shape), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """``[..., inputs] -> [..., outputs]``; the weight is stored ``[outputs, inputs]``."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = parameter(outputs, inputs)
+        self.bias = parameter(outputs) if bias else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional.linear(hidden, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """Ids ``[N]`` to rows ``[N, size]``."""
+
+    def __init__(self, count: int, size: int) -> None:
+        super().__init__()
+        self.weight = parameter(count, size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return functional.embedding(ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = parameter(size)
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(hidden.dtype) * self.weight
+
+
+class LayerNorm(nn.Module):
+    """Affine layer norm over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = parameter(size)
+        self.bias = parameter(size)
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional.layer_norm(hidden, (len(self.weight),), self.weight, self.bias, self.eps)

@@ -1,0 +1,153 @@
+"""Fills the skeleton from safetensors files, one tensor at a time.
+
+Names and shapes are compared before anything is copied, and the comparison is strict: whatever
+is missing, unexpected or of another shape is listed and nothing is loaded. Only safetensors is
+read: other formats can run code.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from model.names import Names, Slot
+from model.schema import CheckpointError, read_json
+
+Progress = Callable[[int, int], None]
+
+_FLOATS = {"F32", "F16", "BF16"}
+_LISTED = 8
+
+
+class WeightFiles:
+    """The safetensors files of a folder: ``shapes`` of all tensors, and the tensors themselves."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        index: dict[str, Any] | None = None
+        if (folder / "model.safetensors.index.json").exists():
+            section = read_json(folder / "model.safetensors.index.json")
+            index = dict(section.section("weight_map").values)
+            names = sorted({str(name) for name in index.values()})
+        else:
+            names = ["model.safetensors"]
+        for name in names:
+            if Path(name).name != name:
+                raise CheckpointError(f"{folder}: the index names {name!r}, which is elsewhere")
+            if not (folder / name).is_file():
+                raise CheckpointError(_absent(folder, name))
+            self._read_header(folder / name)
+        if index is not None:
+            lost = [key for key in index if key not in self.shapes]
+            if lost:
+                raise CheckpointError(f"{folder}: the index lists tensors no file has{_some(lost)}")
+
+    def _read_header(self, path: Path) -> None:
+        with _open(path) as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                part = file.get_slice(key)
+                if part.get_dtype() not in _FLOATS:
+                    raise CheckpointError(
+                        f"{path}: tensor {key} has type {part.get_dtype()}; "
+                        "only unquantised weights for now"
+                    )
+                if key in self._files:
+                    raise CheckpointError(f"{path}: tensor {key} is in another file too")
+                self._files[key] = path
+                self.shapes[key] = tuple(part.get_shape())
+
+    def each(self, wanted: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
+        """Yield the wanted tensors, file by file."""
+        keys = set(wanted)
+        for path in sorted(set(self._files.values())):
+            with _open(path) as file:
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    if key in keys:
+                        yield key, file.get_tensor(key)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _absent(folder: Path, name: str) -> str:
+    message = f"{folder / name} does not exist"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        message += "; weights in *.bin or *.pt files are refused because loading them can run code"
+    return message
+
+
+def _some(keys: Iterable[str]) -> str:
+    listed = sorted(keys)
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return f" ({len(listed)}): " + ", ".join(listed[:_LISTED]) + more
+
+
+def fill(
+    skeleton: nn.Module,
+    names: Names,
+    files: WeightFiles,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> None:
+    """Give every parameter of a meta-device ``skeleton`` its values.
+
+    ``progress`` is called with bytes copied and bytes in all, as stored in the model.
+    """
+    meta = dict(skeleton.named_parameters())
+    _compare(meta, names, files)
+    filled: dict[str, nn.Parameter] = {}
+    total = sum(parameter.numel() for parameter in meta.values()) * dtype.itemsize
+    done = 0
+    progress(0, total)
+    for key, tensor in files.each(names.slots):
+        slot = names.slots[key]
+        if slot.parameter not in filled:
+            empty = torch.empty(meta[slot.parameter].shape, device=device, dtype=dtype)
+            filled[slot.parameter] = nn.Parameter(empty, requires_grad=False)
+            owner, _, leaf = slot.parameter.rpartition(".")
+            setattr(skeleton.get_submodule(owner), leaf, filled[slot.parameter])
+        target = filled[slot.parameter].data
+        (target if slot.rows is None else target[slice(*slot.rows)]).copy_(tensor)
+        done += tensor.numel() * dtype.itemsize
+        progress(done, total)
+
+
+def _expected_shape(slot: Slot, meta: dict[str, nn.Parameter]) -> tuple[int, ...]:
+    shape = tuple(meta[slot.parameter].shape)
+    return shape if slot.rows is None else (slot.rows[1] - slot.rows[0], *shape[1:])
+
+
+def _compare(meta: dict[str, nn.Parameter], names: Names, files: WeightFiles) -> None:
+    missing = [key for key in names.slots if key not in files.shapes]
+    unexpected = [
+        key for key in files.shapes if key not in names.slots and key not in names.ignored
+    ]
+    wrong = []
+    for key, slot in names.slots.items():
+        shape = _expected_shape(slot, meta)
+        if key in files.shapes and files.shapes[key] != shape:
+            wrong.append(f"{key} is {list(files.shapes[key])} instead of {list(shape)}")
+    problems = [
+        f"{title}{_some(keys)}"
+        for title, keys in (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError("the weights do not fit config.json: " + "; ".join(problems))
+    covered: dict[str, int] = {}
+    for slot in names.slots.values():
+        size = math.prod(_expected_shape(slot, meta))
+        covered[slot.parameter] = covered.get(slot.parameter, 0) + size
+    if covered != {name: parameter.numel() for name, parameter in meta.items()}:
+        raise AssertionError("the name table does not cover the model: this is a bug")

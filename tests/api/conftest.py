@@ -1,0 +1,93 @@
+"""The application over ASGI with a scripted engine."""
+
+import dataclasses
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import httpx2
+import pytest
+from fastapi import FastAPI
+from openai import AsyncOpenAI
+
+from server.app import create_app
+from server.lifecycle import Service
+from tests import small_tokenizer
+from tests.fake_engine import FakeEngine, FakeMedia
+from wire.settings import EngineSettings, MediaSettings, ServerSettings, Settings
+
+
+@dataclasses.dataclass
+class House:
+    """An application and everything a test wants to reach in it."""
+
+    app: FastAPI
+    engine: FakeEngine
+    media: FakeMedia
+    http: httpx.AsyncClient
+    sdk: AsyncOpenAI
+
+    @property
+    def service(self) -> Service:
+        return self.app.state.service
+
+    async def ask(self, **body: Any) -> httpx.Response:
+        """POST a chat request; one short user message unless the test gives others."""
+        body = {"messages": [{"role": "user", "content": "Hello!"}]} | body
+        return await self.http.post("/v1/chat/completions", json=body)
+
+
+class Houses:
+    """Makes applications and ends them after the test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = small_tokenizer.save(folder / "tiny")
+        self._open: list[House] = []
+
+    async def open(
+        self, engine: FakeEngine | None = None, *, wait: bool = True, **server: Any
+    ) -> House:
+        settings = Settings(
+            ServerSettings(served_model_name="tiny", **server),
+            MediaSettings(max_images=4),
+            EngineSettings(model=str(self.folder)),
+        )
+        engine = engine or FakeEngine()
+        media = FakeMedia()
+        app = create_app(settings, engine, media)
+        house = House(
+            app,
+            engine,
+            media,
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server"),
+            AsyncOpenAI(
+                base_url="http://server/v1",
+                api_key="key",
+                max_retries=0,
+                http_client=httpx2.AsyncClient(transport=httpx2.ASGITransport(app)),
+            ),
+        )
+        self._open.append(house)
+        await house.service.start()
+        if wait:
+            await house.service.settled.wait()
+        return house
+
+    async def close(self) -> None:
+        for house in self._open:
+            await house.http.aclose()
+            await house.sdk.close()
+            await house.service.stop()
+
+
+@pytest.fixture
+async def houses(tmp_path: Path) -> AsyncIterator[Houses]:
+    made = Houses(tmp_path)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def house(houses: Houses) -> House:
+    return await houses.open()

@@ -1,0 +1,314 @@
+"""Answers, whole and streamed, through the official client and as bytes."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from tests.api.conftest import House, Houses
+from tests.fake_engine import CHAT, EOS, FakeEngine, make_ready, say
+from tests.small_tokenizer import encode_rendered
+from wire.messages import EngineOutput
+
+HELLO: Any = [{"role": "user", "content": "Hello!"}]
+WEATHER: Any = {
+    "type": "function",
+    "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}},
+}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+
+
+def picture(name: str, detail: str = "auto") -> dict[str, Any]:
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{name}", "detail": detail},
+    }
+
+
+async def test_the_official_client_reads_a_whole_answer(house: House) -> None:
+    answer = await house.sdk.chat.completions.create(model="tiny", messages=HELLO)
+    assert answer.choices[0].message.content == "A red circle."
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.model == "tiny"
+    assert answer.object == "chat.completion"
+    prompt = len(encode_rendered("<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n"))
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == prompt
+    assert answer.usage.completion_tokens == len(encode_rendered("A red circle.")) + 1
+    assert answer.usage.total_tokens == prompt + answer.usage.completion_tokens
+
+
+async def test_the_official_client_reads_a_stream(house: House) -> None:
+    stream = await house.sdk.chat.completions.create(
+        model="tiny", messages=HELLO, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(texts) == "A red circle."
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+async def test_whole_and_streamed_answers_have_exactly_the_official_fields(house: House) -> None:
+    whole = (await house.ask()).json()
+    ChatCompletion.model_validate(whole, strict=True)
+    assert set(whole) <= set(ChatCompletion.model_fields)
+    for options in ({}, {"stream_options": {"include_usage": True}}):
+        for event in events((await house.ask(stream=True, **options)).text):
+            ChatCompletionChunk.model_validate(event, strict=True)
+            assert set(event) <= set(ChatCompletionChunk.model_fields)
+            assert ("usage" in event) == bool(options)
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """The JSON of every event; checks the form around it."""
+    *parts, done, end = text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    return [json.loads(part.removeprefix("data: ")) for part in parts]
+
+
+async def test_a_stream_is_these_bytes(house: House) -> None:
+    house.engine.script = lambda request: [
+        encode_rendered("Yes"),
+        encode_rendered("."),
+        EngineOutput(request.id, [EOS], "stop", EOS),
+    ]
+    answer = await house.ask(stream=True)
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["x-accel-buffering"] == "no"
+    assert "content-length" not in answer.headers
+    text = re.sub(
+        r'"id":"chatcmpl-[0-9a-f]{32}","created":\d+', '"id":"ID","created":0', answer.text
+    )
+    head = 'data: {"id":"ID","created":0,"model":"tiny","choices":[{"delta":'
+    tail = '}],"object":"chat.completion.chunk"}\n\n'
+    rest = '"index":0,"logprobs":null,"finish_reason":'
+    deltas = ['{"role":"assistant","content":""}', '{"content":"Yes"}', '{"content":"."}']
+    assert text == (
+        "".join(f"{head}{delta},{rest}null{tail}" for delta in deltas)
+        + f'{head}{{}},{rest}"stop"{tail}data: [DONE]\n\n'
+    )
+
+
+async def test_text_and_pictures_keep_their_order_and_earlier_turns_their_pictures(
+    house: House,
+) -> None:
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": [picture("a"), {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": "A circle."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "And"},
+                picture("b", "low"),
+                {"type": "text", "text": "beside"},
+                picture("a"),
+            ],
+        },
+    ]
+    answer = await house.ask(messages=messages)
+    assert answer.status_code == 200
+    context = "<IMG_CONTEXT>" * 3
+    (request,) = house.engine.requests
+    assert request.prompt == encode_rendered(
+        "<|im_start|>system\nBe short.<|im_end|>\n"
+        f"<|im_start|>user\n<img>{context * 2}</img>\nWhat is this?<|im_end|>\n"
+        "<|im_start|>assistant\nA circle.<|im_end|>\n"
+        f"<|im_start|>user\nAnd<img>{context}</img>\nbeside<img>{context * 2}</img>\n<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert [item.tiles for item in request.items] == [2, 1, 2]
+    # The picture that is shown twice travels once.
+    assert [item.buffer for item in request.items] == [0, 1, 0]
+    assert [len(buffer) for buffer in house.engine.buffers[0]] == [2 * 48, 48]
+    assert [part.param for part in house.media.parts] == [
+        "messages[1].content[0].image_url.url",
+        "messages[3].content[1].image_url.url",
+        "messages[3].content[3].image_url.url",
+    ]
+    assert answer.json()["usage"]["prompt_tokens_details"] == {
+        "cached_tokens": 0,
+        "image_tokens": 15,
+    }
+
+
+async def test_the_original_format_has_its_sentence_and_numbers_pictures(houses: Houses) -> None:
+    house = await houses.open(FakeEngine(make_ready(CHAT)))
+    content = [picture("a"), picture("b", "low"), {"type": "text", "text": "Compare."}]
+    await house.ask(messages=[{"role": "user", "content": content}])
+    context = "<IMG_CONTEXT>" * 3
+    assert house.engine.requests[0].prompt == encode_rendered(
+        f"<|im_start|>system\n{CHAT.system}<|im_end|>\n"
+        f"<|im_start|>user\nImage-1: <img>{context * 2}</img>\nImage-2: <img>{context}</img>\n"
+        "Compare.<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+async def test_the_operators_choice_of_system_and_labels_wins(houses: Houses) -> None:
+    house = await houses.open(
+        FakeEngine(make_ready(CHAT)), system_prompt="Be kind.", image_labels="never"
+    )
+    await house.ask(messages=[{"role": "user", "content": [picture("a", "low")] * 2}])
+    context = "<img>" + "<IMG_CONTEXT>" * 3 + "</img>\n"
+    assert house.engine.requests[0].prompt == encode_rendered(
+        f"<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n{context * 2}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+async def test_sampling_fields_reach_the_engine(house: House) -> None:
+    await house.ask(
+        temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, seed=-3, max_tokens=5, stop_token_ids=[9]
+    )
+    (request,) = house.engine.requests
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 7)
+    assert (sampling.min_p, sampling.seed, sampling.max_tokens) == (0.1, -3, 5)
+    assert sampling.stop_token_ids == (*make_ready().eos_token_ids, 9)
+
+
+async def test_what_is_not_given_comes_from_the_checkpoint_and_the_context(house: House) -> None:
+    await house.ask(top_k=-1)
+    await house.ask(ignore_eos=True)
+    first, second = house.engine.requests
+    assert first.sampling.temperature == 0  # do_sample is false in this checkpoint
+    assert first.sampling.top_k == 0
+    assert first.sampling.max_tokens == 512 - len(first.prompt)
+    assert first.sampling.seed != second.sampling.seed
+    assert second.sampling.stop_token_ids == ()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_ends_the_answer_and_the_engines_work(
+    house: House, stream: bool
+) -> None:
+    answer = await house.ask(stop=["cir", "never"], stream=stream)
+    if stream:
+        chunks = events(answer.text)
+        text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+        reason = chunks[-1]["choices"][0]["finish_reason"]
+    else:
+        choice = answer.json()["choices"][0]
+        text, reason = choice["message"]["content"], choice["finish_reason"]
+    assert (text, reason) == ("A red ", "stop")
+    assert house.engine.aborted == [house.engine.requests[0].id]
+
+
+async def test_a_stop_token_of_the_client_is_not_part_of_the_text(house: House) -> None:
+    (dot,) = encode_rendered(".")
+    house.engine.script = lambda request: [
+        encode_rendered("Yes"),
+        EngineOutput(request.id, [dot], "stop", dot),
+    ]
+    answer = (await house.ask(stop_token_ids=[dot])).json()
+    assert answer["choices"][0]["message"]["content"] == "Yes"
+    assert answer["usage"]["completion_tokens"] == len(encode_rendered("Yes")) + 1
+
+
+async def test_a_character_split_over_tokens_arrives_whole(house: House) -> None:
+    house.engine.script = say("naïve 🙂 \u9fa5!")
+    chunks = events((await house.ask(stream=True)).text)
+    texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(texts) == "naïve 🙂 \u9fa5!"
+    assert not any("\ufffd" in text for text in texts)
+
+
+async def test_special_tokens_are_shown_only_when_asked_for(house: House) -> None:
+    house.engine.script = say("<ref>dog</ref>")
+    assert content(await house.ask()) == "dog"
+    assert content(await house.ask(skip_special_tokens=False)) == "<ref>dog</ref>"
+
+
+def content(answer: Any) -> Any:
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+async def test_a_length_limit_is_reported_as_length(house: House) -> None:
+    house.engine.script = say("A red", finish="length", cached=16)
+    answer = (await house.ask(max_completion_tokens=2)).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 16
+
+
+async def test_the_official_client_gets_tool_calls_whole_and_streamed(house: House) -> None:
+    house.engine.script = say(f"Let me look.\n{CALL}\n{CALL}")
+    answer = await house.sdk.chat.completions.create(model="tiny", messages=HELLO, tools=[WEATHER])
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "Let me look."
+    assert choice.message.tool_calls is not None
+    first, second = choice.message.tool_calls
+    assert first.type == "function"
+    assert (first.function.name, first.function.arguments) == ("get_weather", '{"city": "Paris"}')
+    assert first.id != second.id
+
+    stream = house.sdk.chat.completions.stream(model="tiny", messages=HELLO, tools=[WEATHER])
+    async with stream as source:
+        final = await source.get_final_completion()
+    assert final.choices[0].finish_reason == "tool_calls"
+    assert final.choices[0].message.content == "Let me look."
+    calls = final.choices[0].message.tool_calls or []
+    assert [call.function.name for call in calls] == ["get_weather", "get_weather"]
+
+
+async def test_one_call_at_a_time_ends_after_the_first(house: House) -> None:
+    house.engine.script = say(f"{CALL}\n{CALL}")
+    answer = (await house.ask(tools=[WEATHER], parallel_tool_calls=False)).json()
+    assert answer["choices"][0]["finish_reason"] == "tool_calls"
+    assert answer["choices"][0]["message"]["content"] is None
+    assert len(answer["choices"][0]["message"]["tool_calls"]) == 1
+    assert house.engine.aborted
+
+
+async def test_without_tools_or_with_choice_none_a_call_is_text(house: House) -> None:
+    house.engine.script = say(CALL)
+    assert content(await house.ask()) == CALL
+    assert content(await house.ask(tools=[WEATHER], tool_choice="none")) == CALL
+    assert all(len(request.prompt) < 50 for request in house.engine.requests)
+
+
+async def test_a_malformed_call_stays_text(house: House) -> None:
+    house.engine.script = say("<tool_call>\nget weather!\n</tool_call>")
+    answer = (await house.ask(tools=[WEATHER])).json()["choices"][0]
+    assert answer["finish_reason"] == "stop"
+    assert answer["message"]["content"] == "<tool_call>\nget weather!\n</tool_call>"
+
+
+async def test_tokens_and_answers_are_counted(house: House) -> None:
+    await house.ask()
+    await house.ask(messages=[{"role": "user", "content": [picture("a")]}])
+    page = (await house.http.get("/metrics")).text
+    assert 'internvl_requests_total{status="200"} 2.0' in page
+    assert 'internvl_completions_total{finish_reason="stop"} 2.0' in page
+    assert "internvl_media_seconds_count 1.0" in page
+    assert "internvl_time_to_first_token_seconds_count 2.0" in page
+    assert "internvl_requests_in_flight 0.0" in page
+    assert "internvl_requests_running 1.0" in page
+    assert "internvl_kv_blocks_used 3.0" in page
+    sizes = [len(request.prompt) for request in house.engine.requests]
+    assert f"internvl_prompt_tokens_total {float(sum(sizes))}" in page
+
+
+async def test_models_are_listed_and_found_by_name(house: House) -> None:
+    assert [model.id async for model in house.sdk.models.list()] == ["tiny"]
+    model = await house.sdk.models.retrieve("tiny")
+    assert (model.id, model.object) == ("tiny", "model")
+    assert (await house.http.get("/v1/models/tiny")).json()["max_model_len"] == 512
+
+
+async def test_the_openapi_page_describes_the_chat_request(house: House) -> None:
+    page = (await house.http.get("/openapi.json")).json()
+    chat = page["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"messages", "temperature", "top_k"} <= set(chat)
+    references = re.findall(r'"\$ref": "#/components/schemas/(\w+)"', json.dumps(page))
+    assert "Message" in references
+    assert set(references) <= set(page["components"]["schemas"])

@@ -1,0 +1,362 @@
+"""Every refusal: its status, its envelope, the field it names, and what it must never say."""
+
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from server.schemas.chat import IGNORED, REFUSED, ChatRequest
+from tests.api.conftest import House, Houses
+from tests.fake_engine import say
+from wire.errors import EngineFailed
+
+HELLO: Any = [{"role": "user", "content": "Hello!"}]
+JSON = {"Content-Type": "application/json"}
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """The envelope, after checking that it is one and gives nothing away."""
+    assert answer.status_code >= 400
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-request-id"]
+    body = answer.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    for leak in ("Traceback", "pydantic", "Error:", "server/", "/tmp", "<", "0x"):
+        assert leak not in body["error"]["message"]
+    return dict(body["error"])
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+
+WRONG: list[tuple[dict[str, Any], str, str]] = [
+    ({"messages": None}, "messages", "array"),
+    ({"messages": []}, "messages", "empty"),
+    ({"messages": "Hello"}, "messages", "array"),
+    ({"messages": HELLO * 3000}, "messages", "2048"),
+    ({"messages": [{"content": "x"}]}, "messages[0].role", "missing"),
+    ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "'user'"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "string or an array"),
+    (user("x"), "messages[0].content[0]", "object"),
+    (user({"text": "x"}), "messages[0].content[0].type", "image_url"),
+    (user({"type": "video_url"}), "messages[0].content[0].type", "'video_url'"),
+    (user({"type": "input_audio"}), "messages[0].content[0].type", "'input_audio'"),
+    (user({"type": "text"}), "messages[0].content[0].text", "missing"),
+    (user({"type": "text", "text": 1}), "messages[0].content[0].text", "string"),
+    (user({"type": "image_url"}), "messages[0].content[0].image_url", "missing"),
+    (
+        user({"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": 7}}),
+        "messages[0].content[1].image_url.url",
+        "string",
+    ),
+    (
+        user({"type": "image_url", "image_url": {"url": "data:x", "detail": "ultra"}}),
+        "messages[0].content[0].image_url.detail",
+        "'low'",
+    ),
+    (
+        user({"type": "image_url", "image_url": "data:bad"}),
+        "messages[0].content[0].image_url.url",
+        "damaged",
+    ),
+    (user(*[{"type": "image_url", "image_url": "data:x"}] * 5), "messages", "at most 4"),
+    (
+        {"messages": [{"role": "system", "content": [{"type": "image_url", "image_url": "x"}]}]},
+        "messages[0].content[0].type",
+        "system",
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}
+            ]
+        },
+        "messages[0].tool_calls",
+        "assistant",
+    ),
+    (
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}],
+                }
+            ]
+        },
+        "messages[0].tool_calls[0].function.arguments",
+        "JSON object",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "x", "function_call": {"name": "f"}}]},
+        "messages[0].function_call",
+        "not supported",
+    ),
+    ({"temperature": 2.5}, "temperature", "at most 2"),
+    ({"temperature": "1"}, "temperature", "number"),
+    ({"temperature": True}, "temperature", "number"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"min_p": -1}, "min_p", "at least 0"),
+    ({"top_k": -2}, "top_k", "at least -1"),
+    ({"top_k": 1.5}, "top_k", "integer"),
+    ({"seed": 2**63}, "seed", "at most"),
+    ({"seed": 10**30}, "seed", "at most"),
+    ({"max_tokens": 0}, "max_tokens", "at least 1"),
+    ({"max_completion_tokens": "5"}, "max_completion_tokens", "integer"),
+    ({"stop": ["a"] * 17}, "stop", "16"),
+    ({"stop": [""]}, "stop[0]", "empty"),
+    ({"stop": 5}, "stop", "array"),
+    ({"stop_token_ids": [1, 9999]}, "stop_token_ids[1]", "less than"),
+    ({"stream": "yes"}, "stream", "true or false"),
+    ({"stream_options": 1}, "stream_options", "object"),
+    ({"tools": [{"type": "retrieval"}]}, "tools[0].type", "'function'"),
+    ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name", "missing"),
+    ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "'required'"),
+    ({"tools": [TOOL], "tool_choice": TOOL}, "tool_choice", "'function'"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "says"), WRONG, ids=[f"{p}-{s}" for _, p, s in WRONG])
+async def test_a_wrong_field_is_named_as_the_client_wrote_it(
+    house: House, body: dict[str, Any], param: str, says: str
+) -> None:
+    answer = await house.ask(**body)
+    error = error_of(answer)
+    assert answer.status_code == 400
+    assert error["param"] == param
+    assert says in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert not house.engine.requests
+
+
+NOT_NEUTRAL: dict[str, Any] = {
+    "n": 2,
+    "logprobs": True,
+    "response_format": {"type": "json_object"},
+    "modalities": ["text", "audio"],
+    "echo": True,
+    "add_generation_prompt": False,
+    "logit_bias": {"5": 1},
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+async def test_a_refused_field_is_refused_by_name_unless_it_asks_for_nothing(
+    house: House, name: str
+) -> None:
+    error = error_of(await house.ask(**{name: NOT_NEUTRAL.get(name, 7)}))
+    assert error["param"] == name
+    assert error["code"] == "unsupported_parameter"
+    for neutral in (None, *REFUSED[name]):
+        assert (await house.ask(**{name: neutral})).status_code == 200
+
+
+@pytest.mark.parametrize("name", [*sorted(IGNORED), "something_new"])
+async def test_an_ignored_field_changes_nothing(house: House, name: str) -> None:
+    await house.ask()
+    assert (await house.ask(**{name: {"anything": [1]}})).status_code == 200
+    plain, other = house.engine.requests
+    assert plain.prompt == other.prompt
+
+
+async def test_a_null_is_as_good_as_a_missing_field(house: House) -> None:
+    nulls = {name: None for name in ChatRequest.model_fields if name != "messages"}
+    assert (await house.ask(**nulls)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "body", "status", "code"),
+    [
+        ("GET", "/nowhere", {}, b"", 404, "not_found"),
+        ("GET", "/v1/models/other", {}, b"", 404, "model_not_found"),
+        ("GET", "/v1/chat/completions", {}, b"", 405, "method_not_allowed"),
+        ("POST", "/v1/models", {}, b"", 405, "method_not_allowed"),
+        ("POST", "/v1/chat/completions", {}, b"{}", 415, "unsupported_media_type"),
+        ("POST", "/v1/chat/completions", {"Content-Type": "text/plain"}, b"{}", 415, None),
+        ("POST", "/v1/chat/completions", JSON, b"", 400, "invalid_json"),
+        ("POST", "/v1/chat/completions", JSON, b'{"messages": [', 400, "invalid_json"),
+        ("POST", "/v1/chat/completions", JSON, b'{"temperature": NaN}', 400, "invalid_json"),
+        ("POST", "/v1/chat/completions", JSON, b'"\\ud800"', 400, "invalid_json"),
+        ("POST", "/v1/chat/completions", JSON, b"\xff\xfe", 400, "invalid_json"),
+        ("POST", "/v1/chat/completions", JSON, b"[" * 100_000, 400, "invalid_json"),
+        ("POST", "/v1/chat/completions", JSON, b"[]", 400, "invalid_value"),
+        ("POST", "/v1/chat/completions", JSON, b"{}", 400, "missing_required_parameter"),
+    ],
+)
+async def test_every_wrong_request_gets_the_envelope(
+    house: House,
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    body: bytes,
+    status: int,
+    code: str | None,
+) -> None:
+    answer = await house.http.request(method, path, headers=headers, content=body)
+    assert answer.status_code == status
+    error = error_of(answer)
+    assert code is None or error["code"] == code
+
+
+async def test_an_unknown_model_is_404_and_no_model_is_fine(house: House) -> None:
+    with pytest.raises(openai.NotFoundError) as refused:
+        await house.sdk.chat.completions.create(model="gpt-4o", messages=HELLO)
+    assert refused.value.code == "model_not_found"
+    assert refused.value.param == "model"
+    assert (await house.ask()).status_code == 200
+
+
+async def test_what_cannot_fit_is_told_with_the_numbers(house: House) -> None:
+    answer = await house.ask(messages=[{"role": "user", "content": "word " * 600}])
+    error = error_of(answer)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert "512" in error["message"]
+    error = error_of(await house.ask(max_tokens=510))
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
+    assert "510" in error["message"]
+
+
+async def test_a_hopeless_text_is_refused_without_being_tokenised(house: House) -> None:
+    error = error_of(await house.ask(messages=[{"role": "user", "content": "x" * 3_000_000}]))
+    assert error["code"] == "context_length_exceeded"
+
+
+async def test_a_body_that_is_too_large_is_413_announced_or_not(houses: Houses) -> None:
+    house = await houses.open(max_request_bytes=2000)
+
+    async def unannounced() -> Any:
+        for _ in range(5):
+            yield b"x" * 1000
+
+    for content in (b"x" * 3000, unannounced()):
+        answer = await house.http.post("/v1/chat/completions", headers=JSON, content=content)
+        assert answer.status_code == 413
+        assert "2000" in error_of(answer)["message"]
+
+
+async def test_keys_guard_everything_but_the_probes(houses: Houses) -> None:
+    house = await houses.open(api_key=("first", "second"))
+    for key in ("first", "second"):
+        good = await house.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+        assert good.status_code == 200
+    for headers in ({}, {"Authorization": "Bearer firs"}, {"Authorization": "Basic first"}):
+        for path in ("/v1/models", "/openapi.json", "/nowhere", "//live"):
+            answer = await house.http.get(path, headers=headers)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert error_of(answer)["code"] == "invalid_api_key"
+    for path in ("/live", "/ready", "/health", "/version", "/metrics"):
+        assert (await house.http.get(path)).status_code == 200
+
+
+async def test_request_ids_are_echoed_when_they_are_harmless(house: House) -> None:
+    answer = await house.http.get("/live", headers={"X-Request-Id": "abc-1"})
+    assert answer.headers["x-request-id"] == "abc-1"
+    for wrong in ("a b", "x" * 129, ""):
+        answer = await house.http.get("/live", headers={"X-Request-Id": wrong})
+        assert answer.headers["x-request-id"] not in (wrong, "")
+
+
+async def test_an_engine_that_fails_at_once_is_500_even_for_a_stream(house: House) -> None:
+    house.engine.script = lambda _: [EngineFailed("the engine failed during this request")]
+    for stream in (False, True):
+        answer = await house.ask(stream=stream)
+        assert answer.status_code == 500
+        assert error_of(answer)["code"] == "engine_error"
+
+
+async def test_an_error_after_the_first_byte_arrives_in_the_stream(house: House) -> None:
+    house.engine.script = say("A red", finish="error")
+    answer = await house.ask(stream=True)
+    assert answer.status_code == 200
+    *_, event, done, _ = answer.text.split("\n\n")
+    assert done == "data: [DONE]"
+    error = json.loads(event.removeprefix("data: "))["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "details for the log" not in answer.text
+    with pytest.raises(openai.APIError):
+        async for _ in await house.sdk.chat.completions.create(
+            model="tiny", messages=HELLO, stream=True
+        ):
+            pass
+    answer = await house.ask()
+    assert answer.status_code == 500
+    assert "details" not in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_unexpected_exception_is_a_500_without_its_text(
+    house: House, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.engine.script = lambda _: [RuntimeError("secret at 0x7f00")]
+    answer = await house.ask(stream=stream)
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert error_of(answer)["code"] == "internal_error"
+    assert "secret" in caplog.text
+
+
+NAMES = [*ChatRequest.model_fields, *REFUSED, *IGNORED, "role", "content", "type", "text"]
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20)
+    | st.sampled_from(["user", "text", "image_url", "function", "auto", "<|im_end|>", "data:bad"])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+BODIES = st.one_of(
+    st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5),
+    st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3).map(
+        lambda extra: {"messages": HELLO} | extra
+    ),
+    st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["system", "user", "assistant", "tool", "developer"])},
+            optional={
+                "content": st.text(max_size=30)
+                | VALUES
+                | st.lists(
+                    st.fixed_dictionaries(
+                        {"type": st.sampled_from(["text", "image_url", "refusal"])},
+                        optional={
+                            "text": st.text(max_size=20),
+                            "image_url": st.just("data:x") | VALUES,
+                        },
+                    ),
+                    max_size=4,
+                ),
+                "tool_calls": VALUES,
+            },
+        ),
+        max_size=4,
+    ).map(lambda messages: {"messages": messages}),
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(body=BODIES)
+async def test_no_body_makes_the_server_fail(house: House, body: dict[str, Any]) -> None:
+    content = json.dumps(body).encode()
+    answer = await house.http.post("/v1/chat/completions", headers=JSON, content=content)
+    assert answer.status_code < 500
+    if answer.status_code != 200:
+        error_of(answer)

@@ -1,0 +1,202 @@
+"""Starting, full, draining, failed; and clients that leave. Driven over plain ASGI messages where
+the moment matters."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from tests.api.conftest import House, Houses
+from tests.fake_engine import FakeEngine
+from tests.small_tokenizer import encode_rendered
+
+HELLO = {"messages": [{"role": "user", "content": "Hello!"}]}
+
+
+class Client:
+    """One request over ASGI whose answer can be watched, and which can leave."""
+
+    def __init__(self, house: House, body: dict[str, Any]) -> None:
+        self.received: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._to_server: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._to_server.put_nowait({"type": "http.request", "body": json.dumps(body).encode()})
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": "/v1/chat/completions",
+            "raw_path": b"/v1/chat/completions",
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        self.task = asyncio.ensure_future(
+            house.app(scope, self._to_server.get, self.received.put)  # type: ignore[arg-type]
+        )
+
+    def leave(self) -> None:
+        self._to_server.put_nowait({"type": "http.disconnect"})
+
+    async def read_until(self, text: bytes) -> None:
+        while text not in (await self.received.get()).get("body", b""):
+            pass
+
+
+async def within(work: Any) -> Any:
+    """Nothing in these tests may wait for long."""
+    return await asyncio.wait_for(work, 5)
+
+
+def stuck(engine: FakeEngine) -> asyncio.Event:
+    """Make the engine write one word and then wait for the returned event."""
+    go_on = asyncio.Event()
+    engine.script = lambda _: [encode_rendered("Yes"), go_on, [*make_end(engine)]]
+    return go_on
+
+
+def make_end(engine: FakeEngine) -> list[int]:
+    return encode_rendered(" No")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_ends_its_work(house: House, stream: bool) -> None:
+    stuck(house.engine)
+    client = Client(house, HELLO | {"stream": stream})
+    if stream:
+        await within(client.read_until(b"Yes"))
+    else:
+        while not house.engine.requests:
+            await asyncio.sleep(0)
+    client.leave()
+    await within(house.engine.abort_seen.wait())
+    await within(client.task)
+    assert house.engine.aborted == [house.engine.requests[0].id]
+    assert house.service.gate.idle.is_set()
+
+
+async def test_a_client_that_leaves_early_ends_the_fetching_of_its_pictures(house: House) -> None:
+    house.media.gate.clear()
+    part = {"type": "image_url", "image_url": "data:x"}
+    client = Client(house, {"messages": [{"role": "user", "content": [part, part]}]})
+    while len(house.media.parts) < 2:
+        await asyncio.sleep(0)
+    client.leave()
+    await within(client.task)
+    assert house.media.cancelled == 2
+    assert not house.engine.requests
+    assert house.service.gate.idle.is_set()
+
+
+async def test_one_bad_picture_ends_the_fetching_of_the_others(house: House) -> None:
+    house.media.gate.clear()
+    content = [{"type": "image_url", "image_url": url} for url in ("data:x", "data:bad")]
+    answer = await within(house.ask(messages=[{"role": "user", "content": content}]))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[0].content[1].image_url.url"
+    assert house.media.cancelled == 1
+
+
+async def test_silence_is_filled_with_comments(houses: Houses) -> None:
+    house = await houses.open(keep_alive_interval=0.1)
+    go_on = asyncio.Event()
+    house.engine.script = lambda _: [go_on]
+    client = Client(house, HELLO | {"stream": True})
+    start = await within(client.received.get())
+    assert start["status"] == 200  # the headers do not wait for the first token
+    for _ in range(2):
+        assert (await within(client.received.get()))["body"] == b": keep-alive\n\n"
+    client.leave()
+    await within(client.task)
+    assert house.engine.aborted
+
+
+async def test_more_than_the_permitted_requests_are_told_to_come_back(houses: Houses) -> None:
+    house = await houses.open(max_concurrent_requests=2)
+    go_on = stuck(house.engine)
+    running = [asyncio.ensure_future(house.ask(stream=stream)) for stream in (True, False)]
+    while len(house.engine.requests) < 2:
+        await asyncio.sleep(0)
+    refused = await house.ask()
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["error"]["code"] == "too_many_requests"
+    go_on.set()
+    await within(asyncio.gather(*running))
+    assert (await within(house.ask())).status_code in (200, 500)
+
+
+async def test_while_it_loads_it_lives_but_is_not_ready(houses: Houses) -> None:
+    engine = FakeEngine()
+    engine.load.clear()
+    house = await houses.open(engine, wait=False)
+    assert (await house.http.get("/live")).status_code == 200
+    for path in ("/ready", "/health"):
+        answer = await house.http.get(path)
+        assert answer.status_code == 503
+        assert answer.json()["reason"] == "loading the model"
+        assert answer.json()["progress"] == {"stage": "weights", "done": 1, "total": 2}
+    for answer in (await house.ask(), await house.http.get("/v1/models")):
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "5"
+        assert answer.json()["error"]["type"] == "service_unavailable"
+    engine.load.set()
+    await within(house.service.settled.wait())
+    assert (await house.http.get("/ready")).json() == {"status": "ready"}
+    assert house.media.geometry == engine._facts.geometry
+    assert (await house.ask()).status_code == 200
+
+
+async def test_an_engine_that_starts_again_makes_it_unready_meanwhile(house: House) -> None:
+    house.engine.state = "starting"
+    answer = await house.http.get("/ready")
+    assert (answer.status_code, answer.json()["reason"]) == (503, "the engine is starting again")
+    assert (await house.ask()).status_code == 503
+    house.engine.state = "ready"
+    assert (await house.http.get("/ready")).status_code == 200
+
+
+async def test_a_model_that_cannot_be_loaded_is_a_failure(houses: Houses) -> None:
+    engine = FakeEngine()
+    engine.fails_to_load = True
+    house = await houses.open(engine)
+    assert house.service.failed.is_set()
+    assert (await house.http.get("/ready")).json()["status"] == "failed"
+    assert (await house.ask()).status_code == 503
+
+
+async def test_a_checkpoint_without_a_usable_tokenizer_is_a_failure(houses: Houses) -> None:
+    (houses.folder / "tokenizer.json").write_text("{}")
+    house = await houses.open()
+    assert house.service.failed.is_set()
+    assert str(houses.folder) not in (await house.http.get("/ready")).text
+
+
+async def test_a_drain_lets_running_work_finish_and_refuses_new_work(house: House) -> None:
+    go_on = stuck(house.engine)
+    client = Client(house, HELLO | {"stream": True})
+    await within(client.read_until(b"Yes"))
+    drained = asyncio.ensure_future(house.service.drain())
+    await asyncio.sleep(0)
+    assert (await house.http.get("/ready")).status_code == 503
+    assert (await house.http.get("/live")).status_code == 200
+    refused = await house.ask()
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+    assert not drained.done()
+    go_on.set()
+    await within(client.read_until(b" No"))
+    await within(client.task)
+    await within(drained)
+
+
+async def test_a_drain_ends_at_its_deadline(houses: Houses) -> None:
+    house = await houses.open(drain_timeout=0.05)
+    stuck(house.engine)
+    client = Client(house, HELLO | {"stream": True})
+    await within(client.read_until(b"Yes"))
+    await within(house.service.drain())
+    assert not house.service.gate.idle.is_set()
+    client.leave()
+    await within(client.task)

@@ -1,0 +1,132 @@
+"""Our logits equal transformers' for every flag of the architecture."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import InternVL, build_model, load_config
+from model.attention import choose
+from model.attention.base import AttentionBatch
+from model.kv_cache import KVCache
+from tests.checkpoints import IMAGE_TOKEN, SIX_B_LIKE, Shape, make_checkpoint
+from tests.parity.reference import Reference
+
+# Both sides compute in fp32 and differ only in the order of sums. The logits' standard deviation
+# is about 3; the largest error seen over all cases is near 3e-5, so 2e-4 leaves room for another
+# machine's kernels while a wrong epsilon, activation or order is off by 1e-2 and more.
+TOLERANCE = 2e-4
+
+BASE = Shape()
+SHAPES = {
+    "300M-like": BASE,
+    "6B-like": SIX_B_LIKE,
+    "tied": dataclasses.replace(BASE, tied=True),
+    "6B-like, tied, no attention biases": dataclasses.replace(
+        SIX_B_LIKE, tied=True, text_bias=False
+    ),
+    "one query head per key head": dataclasses.replace(BASE, kv_heads=4),
+    "seven query heads per key head": dataclasses.replace(
+        BASE, size=56, heads=14, kv_heads=2, head_dim=8
+    ),
+    "head size unlike hidden size by heads": dataclasses.replace(BASE, head_dim=24),
+    "no attention biases": dataclasses.replace(BASE, text_bias=False),
+    "layer norm without qkv bias": dataclasses.replace(BASE, qkv_bias=False),
+    "rms norm with qkv bias": dataclasses.replace(BASE, norm="rms_norm"),
+    "layer norm with qk norm": dataclasses.replace(BASE, qk_norm=True),
+    "last vision layer not used": dataclasses.replace(BASE, vision_layers=3, select_layer=-2),
+    "vision layer counted from the front": dataclasses.replace(
+        BASE, vision_layers=3, select_layer=1
+    ),
+    "norm behind the vision layers": dataclasses.replace(BASE, mean_pooling=False),
+    "tiles larger than the position embedding": dataclasses.replace(BASE, tile_size=112),
+    "tiles smaller than the position embedding": dataclasses.replace(BASE, image_size=112),
+    "plain rotary embedding": dataclasses.replace(BASE, dynamic=False, theta=1e6),
+}
+
+
+def run(model: InternVL, ids: list[int], tiles: Tensor | None) -> Tensor:
+    """fp32 logits ``[tokens, vocab]`` of one prompt, in one pass."""
+    count, size = len(ids), 16
+    attention = choose("sdpa", model.config.text, model.device, model.dtype)
+    blocks = -(-count // size)
+    kv = KVCache(
+        model.config.text, blocks=blocks, block_size=size, device=model.device, dtype=model.dtype
+    )
+    positions = torch.arange(count)
+    batch = AttentionBatch(
+        query_starts=torch.tensor([0, count], dtype=torch.int32),
+        context_lengths=torch.tensor([count], dtype=torch.int32),
+        slots=positions,
+        block_tables=torch.arange(blocks)[None],
+        queries=(count,),
+        contexts=(count,),
+    )
+    with torch.inference_mode():
+        embeddings = model.embed(torch.tensor(ids))
+        if tiles is not None:
+            embeddings[torch.tensor(ids) == IMAGE_TOKEN] = model.encode_tiles(tiles).flatten(0, 1)
+        return model.logits(model(embeddings, positions, batch, kv, attention))
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> InternVL:
+    return build_model(load_config(folder), folder, device=torch.device("cpu"), dtype=dtype)
+
+
+def prompt(shape: Shape, tiles: list[int], seed: int = 0) -> tuple[list[int], Tensor | None]:
+    """A prompt with a picture of so many tiles each, text around them, and all tiles."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def text(count: int) -> list[int]:
+        return torch.randint(0, 256, (count,), generator=generator).tolist()
+
+    ids = text(9)
+    for count in tiles:
+        ids += [IMAGE_TOKEN] * (count * shape.tokens_per_tile) + text(4)
+    side = shape.tile_size
+    pixels = torch.randint(0, 256, (sum(tiles), 3, side, side), generator=generator)
+    return ids, pixels.to(torch.uint8) if tiles else None
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_equal_the_reference(name: str, tmp_path: Path) -> None:
+    shape = SHAPES[name]
+    folder = make_checkpoint(tmp_path, shape=shape)
+    ours, theirs = load(folder), Reference(folder)
+    for tiles in ([], [1], [5], [1, 3, 2]):
+        ids, pixels = prompt(shape, tiles)
+        expected = theirs.logits(ids, pixels)
+        assert expected.std() > 1  # otherwise the tolerance would mean nothing
+        error = (run(ours, ids, pixels) - expected).abs().max()
+        assert error < TOLERANCE, f"{tiles}: {error}"
+
+
+def test_a_prompt_up_to_the_last_position_equals_the_reference(tmp_path: Path) -> None:
+    """Dynamic scaling must not set in anywhere inside the positions the model was trained on."""
+    shape = dataclasses.replace(BASE, positions=160)
+    folder = make_checkpoint(tmp_path, shape=shape)
+    ids = torch.randint(0, 256, (160,), generator=torch.Generator().manual_seed(1)).tolist()
+    error = (run(load(folder), ids, None) - Reference(folder).logits(ids)).abs().max()
+    assert error < TOLERANCE
+
+
+def test_the_picture_changes_the_logits(tmp_path: Path) -> None:
+    ours = load(make_checkpoint(tmp_path))
+    ids, pixels = prompt(BASE, [1])
+    assert pixels is not None
+    change = (run(ours, ids, pixels) - run(ours, ids, 255 - pixels)).abs().max()
+    assert change > 100 * TOLERANCE
+
+
+def test_both_formats_and_all_spellings_give_the_same_bits(tmp_path: Path) -> None:
+    for shape in (BASE, SIX_B_LIKE, dataclasses.replace(BASE, tied=True)):
+        outcomes = []
+        for format, spelling in (("hf", "new"), ("hf", "old"), ("chat", "")):
+            folder = tmp_path / f"{shape.norm}{shape.tied}{format}{spelling}"
+            make_checkpoint(folder, format=format, spelling=spelling, shape=shape, shards=3)
+            ids, pixels = prompt(shape, [1, 2])
+            outcomes.append(run(load(folder), ids, pixels))
+        assert torch.equal(outcomes[0], outcomes[1])
+        assert torch.equal(outcomes[0], outcomes[2])

@@ -1,0 +1,126 @@
+"""Where settings come from and what is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from wire.settings import (
+    ENV_PREFIX,
+    EngineSettings,
+    MediaSettings,
+    ServerSettings,
+    SettingError,
+    Settings,
+    each_setting,
+    load,
+)
+
+
+def test_nothing_given_means_the_defaults() -> None:
+    assert load({}, {}) == Settings()
+
+
+def test_the_command_line_beats_the_environment_beats_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("port = 1\nhost = 'file'\nblock_size = 4\n")
+    env = {"INTERNVL_PORT": "2", "INTERNVL_HOST": "environment"}
+    settings = load({"port": "3"}, env, file)
+    assert (settings.server.port, settings.server.host) == (3, "environment")
+    assert settings.engine.block_size == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("port", "8080", 8080),
+        ("drain_timeout", "2.5", 2.5),
+        ("allow_private_media", "yes", True),
+        ("allow_private_media", "False", False),
+        ("api_key", "one, two,,", ("one", "two")),
+        ("api_key", "", ()),
+        ("model", "/a/b", "/a/b"),
+        ("max_model_len", "0", 0),
+        ("gpu_memory_utilization", "1", 1.0),
+    ],
+)
+def test_text_becomes_the_settings_type(name: str, text: str, value: object) -> None:
+    settings = load({}, {ENV_PREFIX + name.upper(): text})
+    group = next(g for g, field, _ in each_setting() if field.name == name)
+    found = getattr(getattr(settings, group), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("port", "65536"),
+        ("port", "-1"),
+        ("port", "eighty"),
+        ("port", "80.5"),
+        ("port", ""),
+        ("drain_timeout", "nan"),
+        ("drain_timeout", "-0.1"),
+        ("gpu_memory_utilization", "1.01"),
+        ("allow_private_media", "perhaps"),
+        ("device", "tpu"),
+        ("block_size", "0"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_fatal_and_names_its_source(name: str, text: str) -> None:
+    with pytest.raises(SettingError, match=ENV_PREFIX + name.upper()):
+        load({}, {ENV_PREFIX + name.upper(): text})
+    with pytest.raises(SettingError, match="--" + name.replace("_", "-")):
+        load({name: text}, {})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "port = '80x'",
+        "port = 80.5",
+        "port = true",
+        "port = [1]",
+        "allow_private_media = 2",
+        "unknown = 1",
+        "port = ",
+    ],
+)
+def test_a_wrong_file_is_fatal(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(line)
+    with pytest.raises(SettingError):
+        load({}, {}, file)
+
+
+def test_a_file_may_hold_lists_and_booleans(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("api_key = ['a', 'b']\nallow_private_media = true\n")
+    settings = load({}, {}, file)
+    assert settings.server.api_key == ("a", "b")
+    assert settings.media.allow_private_media is True
+
+
+def test_a_missing_file_is_fatal(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="cannot be read"):
+        load({}, {}, tmp_path / "absent.toml")
+
+
+def test_an_unknown_flag_is_fatal_but_other_environment_variables_are_not_ours() -> None:
+    with pytest.raises(SettingError, match="no_such"):
+        load({"no_such": "1"}, {})
+    assert load({}, {"PORT": "1", "INTERNVL_SOMETHING_ELSE": "x"}) == Settings()
+
+
+def test_names_are_unique_and_every_setting_has_a_help_text_and_a_valid_default() -> None:
+    names = [field.name for _, field, _ in each_setting()]
+    assert len(set(names)) == len(names)
+    groups = (ServerSettings, MediaSettings, EngineSettings)
+    assert len(names) == sum(len(dataclasses.fields(group)) for group in groups)
+    for _, field, _ in each_setting():
+        metadata = field.metadata
+        assert metadata["help"].rstrip().endswith((".", ")"))
+        assert metadata["choices"] is None or field.default in metadata["choices"]
+        assert metadata["low"] is None or field.default >= metadata["low"]
+        assert metadata["high"] is None or field.default <= metadata["high"]
