@@ -1,0 +1,75 @@
+"""The ASGI application: routes, layers, and the service behind them. Knows nothing of uvicorn or
+signals; tests run it as it is."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI
+
+from engine.client import EngineClient
+from server.admission import Admission
+from server.auth import BearerAuth
+from server.chat.prepare import Media
+from server.errors import Boundary, on_no_route, on_service_error, on_wrong_method
+from server.lifecycle import Service
+from server.routes import chat, models, ops
+from server.schemas.chat import ChatRequest
+from wire.errors import ServiceError
+from wire.settings import Settings
+
+
+def create_app(settings: Settings, engine: EngineClient, media: Media) -> FastAPI:
+    """The application, with its ``Service`` as ``app.state.service``. The lifespan starts and
+    ends ``engine`` and ``media``; it does not wait for the model."""
+    service = Service(settings, engine, media)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    app = FastAPI(
+        title="InternVL Server",
+        version=ops.installed_version(),
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={
+            ServiceError: on_service_error,
+            404: on_no_route,
+            405: on_wrong_method,
+        },
+    )
+    app.state.service = service
+    for routes in (chat, models, ops):
+        app.include_router(routes.router)
+    # The last one added is the outermost.
+    app.add_middleware(
+        Admission,
+        gate=service.gate,
+        refusal=service.refusal,
+        max_body=settings.server.max_request_bytes,
+    )
+    requests = service.metrics.requests
+    app.add_middleware(BearerAuth, keys=settings.server.api_key)
+    app.add_middleware(Boundary, observe=lambda status: requests.labels(str(status)).inc())
+    describe = app.openapi
+    app.openapi = lambda: _with_chat_schema(describe())  # type: ignore[method-assign]
+    return app
+
+
+def _with_chat_schema(page: dict[str, Any]) -> dict[str, Any]:
+    """Describe the body of a chat request, which is validated by hand, not by FastAPI."""
+    schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas = page.setdefault("components", {}).setdefault("schemas", {})
+    schemas |= schema.pop("$defs", {}) | {"ChatRequest": schema}
+    page["paths"]["/v1/chat/completions"]["post"]["requestBody"] = {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}},
+    }
+    return page

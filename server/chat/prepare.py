@@ -1,0 +1,288 @@
+"""From a validated request to everything that is needed to generate and to answer: pictures
+fetched and tiled, prompt built, sampling settled. Called once per request, before the engine
+hears of it; every refusal a client can cause after validation is raised here."""
+
+import asyncio
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from preprocessing import MediaPart, TiledMedia
+from server.chat.prompt import Prompt, PromptBuilder, Turn
+from server.schemas.chat import PART_TYPES, ChatRequest, ImagePart, Message, TextPart
+from server.tokenizer import Tokenizer
+from wire.channel import Buffer
+from wire.errors import ContextTooLong, InvalidRequest, NotFound
+from wire.geometry import VisionGeometry
+from wire.messages import EngineRequest, Ready
+from wire.sampling import MAX_SEED, SamplingParams
+from wire.settings import Settings
+
+# Texts above this are tokenised in a thread; below, a thread costs more than it saves.
+THREAD_CHARACTERS = 16_384
+
+_T = TypeVar("_T")
+
+
+class Media(Protocol):
+    """Fetches, decodes and tiles pictures; ``preprocessing.MediaPipeline`` or a test's own."""
+
+    async def start(self, geometry: VisionGeometry) -> None:
+        """Make ready for a model."""
+
+    async def load(self, part: MediaPart) -> TiledMedia:
+        """Tiles of one picture; raises MediaRefused."""
+
+    async def close(self) -> None:
+        """Free everything."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """Sampling where a request says nothing: the checkpoint's generation_config.json."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @classmethod
+    def load(cls, folder: Path) -> "Defaults":
+        """Read the file; without one, or with a strange one, OpenAI's defaults."""
+        try:
+            raw = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+            found = cls(
+                temperature=float(raw.get("temperature") or 1.0) if raw.get("do_sample") else 0.0,
+                top_p=float(raw.get("top_p") or 1.0),
+                top_k=int(raw.get("top_k") or 0),
+            )
+            if "do_sample" not in raw:
+                found = dataclasses.replace(found, temperature=float(raw.get("temperature") or 1.0))
+            SamplingParams(found.temperature, found.top_p, found.top_k).check()
+        except (OSError, ValueError, TypeError, AttributeError, InvalidRequest):
+            return cls()
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """Everything the front end knows of the model; made when the engine is ready."""
+
+    name: str
+    created: int
+    ready: Ready
+    tokenizer: Tokenizer
+    prompts: PromptBuilder
+    defaults: Defaults
+
+    @classmethod
+    def load(cls, name: str, created: int, ready: Ready, settings: Settings) -> "ServedModel":
+        """Read the tokenizer and settle the prompt's form. Slow: call it in a thread."""
+        folder = Path(settings.engine.model)
+        template = ready.prompt_format
+        if settings.server.system_prompt != "auto":
+            none = settings.server.system_prompt == "none"
+            system = None if none else settings.server.system_prompt
+            template = msgspec.structs.replace(template, system=system)
+        if settings.server.image_labels != "auto":
+            always = settings.server.image_labels == "always"
+            template = msgspec.structs.replace(template, number_images=always)
+        tokenizer = Tokenizer.load(folder)
+        prompts = PromptBuilder(
+            tokenizer, template, ready.geometry.tokens_per_tile, ready.max_model_len
+        )
+        return cls(name, created, ready, tokenizer, prompts, Defaults.load(folder))
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedChat:
+    """A request that can be generated and answered. ``buffers`` travel beside ``engine``."""
+
+    engine: EngineRequest
+    buffers: Sequence[Buffer]
+    model: ServedModel
+    image_tokens: int
+    stops: tuple[str, ...]
+    parse_tools: bool
+    max_calls: int | None
+    skip_special_tokens: bool
+    stream: bool
+    include_usage: bool
+    media_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """The turns of a request, and its pictures in the order in which they are shown."""
+
+    turns: list[Turn]
+    pictures: list[MediaPart]
+    characters: int
+
+
+def read_conversation(messages: Sequence[Message]) -> Conversation:
+    """Take messages apart. Raises InvalidRequest for what a role cannot hold."""
+    turns: list[Turn] = []
+    pictures: list[MediaPart] = []
+    characters = 0
+    for index, message in enumerate(messages):
+        content: list[str | int] = []
+        for number, part in enumerate(message.content or ()):
+            where = f"messages[{index}].content[{number}]"
+            allowed = PART_TYPES[message.role]
+            if part.type not in allowed:
+                raise InvalidRequest(
+                    f"{where}.type: a {message.role} message can hold "
+                    f"{' and '.join(map(repr, allowed))} only.",
+                    param=f"{where}.type",
+                )
+            if isinstance(part, ImagePart):
+                most = 1 if part.image_url.detail == "low" else None
+                content.append(len(pictures))
+                pictures.append(MediaPart(part.image_url.url, f"{where}.image_url.url", most))
+            else:
+                text = part.text if isinstance(part, TextPart) else part.refusal
+                characters += len(text)
+                if text:
+                    content.append(text)
+        if message.content is None and not message.tool_calls:
+            raise InvalidRequest(
+                f"messages[{index}].content is missing.",
+                param=f"messages[{index}].content",
+                code="missing_required_parameter",
+            )
+        role = "system" if message.role == "developer" else message.role
+        turns.append(Turn(role, tuple(content), _calls(message, index)))
+    return Conversation(turns, pictures, characters)
+
+
+def _calls(message: Message, index: int) -> tuple[tuple[str, dict[str, Any]], ...]:
+    if message.tool_calls and message.role != "assistant":
+        where = f"messages[{index}].tool_calls"
+        raise InvalidRequest(f"{where}: only assistant messages call tools.", param=where)
+    calls = []
+    for number, call in enumerate(message.tool_calls or ()):
+        try:
+            arguments = msgspec.json.decode(call.function.arguments or "{}")
+        except (msgspec.DecodeError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            where = f"messages[{index}].tool_calls[{number}].function.arguments"
+            raise InvalidRequest(f"{where} must be the text of a JSON object.", param=where)
+        calls.append((call.function.name, arguments))
+    return tuple(calls)
+
+
+async def prepare(
+    request: ChatRequest, identity: str, model: ServedModel, media: Media, max_images: int
+) -> PreparedChat:
+    """Check, fetch, tokenise. Raises ClientErrors; when one picture fails, the others stop."""
+    if request.model is not None and request.model != model.name:
+        raise NotFound(
+            f"This server does not serve that model; it serves {model.name!r}.",
+            param="model",
+            code="model_not_found",
+        )
+    sampling = _sampling(request, model)
+    conversation = read_conversation(request.messages)
+    if len(conversation.pictures) > max_images:
+        raise InvalidRequest(
+            f"The request has {len(conversation.pictures)} pictures; at most {max_images} are "
+            "allowed.",
+            param="messages",
+            code="too_many_images",
+        )
+    offered = []
+    if request.tools and request.tool_choice != "none":
+        offered = [tool.model_dump(exclude_unset=True) for tool in request.tools]
+    began = time.monotonic()
+    pictures = await _load_all(media, conversation.pictures)
+    media_seconds = time.monotonic() - began
+    if conversation.characters > THREAD_CHARACTERS:
+        prompt = await asyncio.to_thread(model.prompts.build, conversation.turns, pictures, offered)
+    else:
+        prompt = model.prompts.build(conversation.turns, pictures, offered)
+    options = request.stream_options
+    return PreparedChat(
+        engine=EngineRequest(
+            id=identity,
+            prompt=prompt.ids,
+            sampling=_with_room(sampling, request, prompt, model.ready.max_model_len),
+            items=prompt.items,
+        ),
+        buffers=[pictures[source].tiles for source in prompt.buffers],
+        model=model,
+        image_tokens=sum(item.length for item in prompt.items),
+        stops=tuple(request.stop or ()),
+        parse_tools=bool(offered),
+        max_calls=1 if request.parallel_tool_calls is False else None,
+        skip_special_tokens=request.skip_special_tokens is not False,
+        stream=bool(request.stream),
+        include_usage=bool(options is not None and options.include_usage),
+        media_seconds=media_seconds,
+    )
+
+
+def _sampling(request: ChatRequest, model: ServedModel) -> SamplingParams:
+    """Everything but the length, which depends on the prompt."""
+    defaults = model.defaults
+    stops = tuple(request.stop_token_ids or ())
+    for number, token in enumerate(stops):
+        if token >= model.ready.vocab_size:
+            where = f"stop_token_ids[{number}]"
+            raise InvalidRequest(
+                f"{where} must be less than {model.ready.vocab_size}.", param=where
+            )
+    eos = () if request.ignore_eos else model.ready.eos_token_ids
+    sampling = SamplingParams(
+        temperature=_or(request.temperature, defaults.temperature),
+        top_p=_or(request.top_p, defaults.top_p),
+        top_k=max(_or(request.top_k, defaults.top_k), 0),  # vLLM writes "all" as -1
+        min_p=_or(request.min_p, 0.0),
+        seed=_or(request.seed, secrets.randbelow(MAX_SEED)),
+        stop_token_ids=tuple(dict.fromkeys((*eos, *stops))),
+    )
+    sampling.check()
+    return sampling
+
+
+def _or(value: _T | None, default: _T) -> _T:
+    return default if value is None else value
+
+
+def _with_room(
+    sampling: SamplingParams, request: ChatRequest, prompt: Prompt, context: int
+) -> SamplingParams:
+    """With as many tokens as were asked for, or else as many as fit."""
+    room = context - len(prompt.ids)
+    asked = request.max_completion_tokens or request.max_tokens
+    if room < 1:
+        raise ContextTooLong(
+            f"The prompt has {len(prompt.ids)} tokens; this model's context is {context} tokens, "
+            "of which at least one must be left for the answer.",
+            param="messages",
+        )
+    if asked is not None and asked > room:
+        name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
+        raise ContextTooLong(
+            f"The prompt has {len(prompt.ids)} tokens and {name} is {asked}; together they must "
+            f"not be more than this model's context of {context} tokens.",
+            param=name,
+        )
+    return msgspec.structs.replace(sampling, max_tokens=room if asked is None else asked)
+
+
+async def _load_all(media: Media, parts: Sequence[MediaPart]) -> list[TiledMedia]:
+    """All pictures at once, in order; the first failure cancels the rest."""
+    tasks = [asyncio.ensure_future(media.load(part)) for part in parts]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,206 @@
+"""The prompt of a conversation, as token ids. It is put together from segments: special tokens by
+id, and between them runs of text in which no token name has a meaning. So nothing a client types
+can open a turn, close a picture or stand for one. Each run is as long as possible, which makes
+the ids equal to those of the whole rendered text wherever a client typed no token name.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from server.chat import tools
+from server.tokenizer import Tokenizer, TokenizerError
+from wire.errors import ContextTooLong
+from wire.geometry import PromptFormat
+from wire.messages import VisionItem
+
+# Names a client may use for the tokens they stand for: grounding marks, and the tags of tool
+# calls, which the tokenizer does not count among its special tokens.
+ALLOWED = (
+    *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"),
+    *(tools.CALL, tools.CALL_END),
+)
+_ALLOWED = re.compile("(" + "|".join(map(re.escape, ALLOWED)) + ")")
+
+TURN, TURN_END = "<|im_start|>", "<|im_end|>"
+PICTURE, PICTURE_END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+
+
+class TiledPicture(Protocol):
+    """What the prompt must know of a picture."""
+
+    @property
+    def digest(self) -> bytes:
+        """Identity of the pixels."""
+
+    @property
+    def count(self) -> int:
+        """Number of tiles, the thumbnail included."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One message. ``content`` holds texts, and pictures by their index in the conversation."""
+
+    role: str
+    content: tuple[str | int, ...]
+    calls: tuple[tuple[str, dict[str, Any]], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """``items`` stand in the order of their offsets; ``buffers`` names, for each raw buffer to
+    send, the picture it comes from (equal pictures share one)."""
+
+    ids: list[int]
+    items: list[VisionItem]
+    buffers: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Special:
+    token: str
+
+
+Segment = str | int | _Special
+
+
+class PromptBuilder:
+    """Renders conversations for one checkpoint. ``number_images`` and ``system`` are settled:
+    the checkpoint's habit, unless the operator chose otherwise."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: PromptFormat,
+        tokens_per_tile: int,
+        max_model_len: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._tokens_per_tile = tokens_per_tile
+        self._max_model_len = max_model_len
+        self._ids = {
+            token: self._required(token)
+            for token in (TURN, TURN_END, PICTURE, PICTURE_END, CONTEXT)
+        }
+        found = {token: tokenizer.token_id(token) for token in ALLOWED}
+        self._allowed = {token: id for token, id in found.items() if id is not None}
+
+    def _required(self, token: str) -> int:
+        found = self._tokenizer.token_id(token)
+        if found is None:
+            raise TokenizerError(f"the tokenizer has no {token} token")
+        return found
+
+    def build(
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[TiledPicture],
+        offered: Sequence[dict[str, Any]] = (),
+    ) -> Prompt:
+        """The prompt that asks for the next assistant turn; ``offered`` are tools.
+
+        Raises ContextTooLong, before any costly work, for a text that cannot fit.
+        """
+        segments = list(self._segments(turns, len(pictures), offered))
+        self._check_size(segments)
+        ids = list(self._tokenizer.bos)
+        items: list[VisionItem] = []
+        buffers: dict[bytes, int] = {}
+        sources: list[int] = []
+        run: list[str] = []
+        for segment in [*segments, None]:
+            if isinstance(segment, str):
+                run.append(segment)
+                continue
+            ids += self._encode("".join(run))
+            run.clear()
+            if isinstance(segment, _Special):
+                ids.append(self._ids[segment.token])
+            elif segment is not None:
+                picture = pictures[segment]
+                if picture.digest not in buffers:
+                    buffers[picture.digest] = len(sources)
+                    sources.append(segment)
+                length = picture.count * self._tokens_per_tile
+                items.append(
+                    VisionItem(
+                        digest=picture.digest,
+                        offset=len(ids),
+                        length=length,
+                        tiles=picture.count,
+                        buffer=buffers[picture.digest],
+                    )
+                )
+                ids += [self._ids[CONTEXT]] * length
+        return Prompt(ids, items, sources)
+
+    def _check_size(self, segments: Sequence[Segment]) -> None:
+        size = sum(len(segment.encode()) for segment in segments if isinstance(segment, str))
+        least = size // self._tokenizer.longest_token
+        if least > self._max_model_len:
+            raise ContextTooLong(
+                f"The prompt has more than {least} tokens; this model's context is "
+                f"{self._max_model_len} tokens.",
+                param="messages",
+            )
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in _ALLOWED.split(text):
+            token = self._allowed.get(part)
+            if token is not None:
+                ids.append(token)
+            elif part:
+                ids += self._tokenizer.encode(part)
+        return ids
+
+    def _segments(
+        self, turns: Sequence[Turn], pictures: int, offered: Sequence[dict[str, Any]]
+    ) -> Iterator[Segment]:
+        numbered = self._template.number_images and pictures > 1
+        turns = self._with_system(turns, offered)
+        for index, turn in enumerate(turns):
+            follows_result = index > 0 and turns[index - 1].role == "tool"
+            if turn.role == "tool":
+                # Results in a row share one user turn.
+                if not follows_result:
+                    yield from (_Special(TURN), "user")
+                text = "".join(part for part in turn.content if isinstance(part, str))
+                yield "\n" + tools.render_result(text)
+                if index + 1 < len(turns) and turns[index + 1].role == "tool":
+                    continue
+            else:
+                yield from (_Special(TURN), turn.role)
+                yield from self._content(turn, numbered)
+            yield from (_Special(TURN_END), "\n")
+        yield from (_Special(TURN), "assistant\n")
+
+    def _content(self, turn: Turn, numbered: bool) -> Iterator[Segment]:
+        # In an assistant turn made of calls alone, the first call follows the role directly.
+        if turn.content or not turn.calls:
+            yield "\n"
+        for part in turn.content:
+            if isinstance(part, str):
+                yield part
+            else:
+                if numbered:
+                    yield f"Image-{part + 1}: "
+                yield from (_Special(PICTURE), part, _Special(PICTURE_END), "\n")
+        for name, arguments in turn.calls:
+            yield "\n" + tools.render_call(name, arguments)
+
+    def _with_system(
+        self, turns: Sequence[Turn], offered: Sequence[dict[str, Any]]
+    ) -> Sequence[Turn]:
+        """The conversation with its system turn, which also offers the tools."""
+        first: tuple[str | int, ...] | None = None
+        if turns and turns[0].role == "system":
+            first, turns = turns[0].content, turns[1:]
+        elif self._template.system is not None:
+            first = (self._template.system,)
+        if offered:
+            first = (*(first or ()), tools.describe(offered))
+        return turns if first is None else [Turn("system", first), *turns]

@@ -1,0 +1,45 @@
+"""Stop strings, also across the borders of what arrives. Text that may be the beginning of one is
+held back until that is clear; a stop string itself is never shown."""
+
+from collections.abc import Sequence
+
+
+class StopMatcher:
+    """Cut a text before the first stop string. ``stopped`` says whether one was found.
+
+    The stop string that is complete first wins, so that the answer does not depend on the sizes
+    of the pieces in which the text arrives.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that is certainly before any stop string."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)[1]]
+        keep = longest_beginning(text, self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """What was held back and turned out not to be a stop string."""
+        text, self._held = self._held, ""
+        return text
+
+
+def longest_beginning(text: str, words: Sequence[str]) -> int:
+    """Length of the longest end of ``text`` that is the beginning of a word, but not all of it."""
+    for length in range(min(len(text), max(map(len, words), default=1) - 1), 0, -1):
+        end = text[-length:]
+        if any(len(word) > length and word.startswith(end) for word in words):
+            return length
+    return 0

@@ -1,0 +1,171 @@
+"""From engine outputs to chunks. The answer without streaming is a fold over the same chunks, so
+the two can never disagree."""
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterable
+
+import msgspec
+
+from engine.client import EngineClient
+from server.chat.detokenize import Detokenizer
+from server.chat.prepare import PreparedChat
+from server.chat.stops import StopMatcher
+from server.chat.tools import ToolCall, ToolParser
+from server.metrics import Metrics
+from server.schemas.chat import (
+    AnswerMessage,
+    Choice,
+    Chunk,
+    ChunkChoice,
+    Completion,
+    Delta,
+    FunctionDelta,
+    ToolCallAnswer,
+    ToolCallDelta,
+)
+from server.schemas.common import PromptTokensDetails, Usage
+from wire.errors import EngineFailed, Unavailable
+from wire.messages import EngineOutput
+
+logger = logging.getLogger(__name__)
+
+
+class ChoiceState:
+    """One answer on its way: ids in, deltas out. ``finish_reason`` is set when it is over."""
+
+    def __init__(self, chat: PreparedChat) -> None:
+        self._detokenizer = Detokenizer(
+            chat.model.tokenizer, skip_special_tokens=chat.skip_special_tokens
+        )
+        self._stops = StopMatcher(chat.stops)
+        self._tools = ToolParser() if chat.parse_tools else None
+        self._max_calls = chat.max_calls
+        self._calls = 0
+        self.finish_reason: str | None = None
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+
+    def feed(self, output: EngineOutput) -> list[Delta]:
+        """What ``output`` adds to the answer."""
+        self.completion_tokens += len(output.token_ids)
+        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        ids = output.token_ids
+        if output.stop_token is not None:
+            ids = ids[:-1]
+        text = self._stops.push(self._detokenizer.push(ids))
+        if output.finish_reason is not None and not self._stops.stopped:
+            text += self._stops.push(self._detokenizer.flush())
+            text += self._stops.flush()
+        ended = self._stops.stopped or output.finish_reason is not None
+        reason = "stop" if self._stops.stopped else output.finish_reason
+        deltas = self._deltas(text, ended=ended, complete=reason == "stop")
+        if ended and self.finish_reason is None:
+            self.finish_reason = "tool_calls" if self._calls and reason == "stop" else reason
+        return deltas
+
+    def _deltas(self, text: str, *, ended: bool, complete: bool) -> list[Delta]:
+        if self._tools is None:
+            return [Delta(content=text)] if text else []
+        pieces = self._tools.push(text)
+        if ended:
+            pieces += self._tools.flush(complete=complete)
+        deltas = []
+        for piece in pieces:
+            if isinstance(piece, str):
+                deltas.append(Delta(content=piece))
+                continue
+            deltas.append(Delta(tool_calls=[_call_delta(self._calls, piece)]))
+            self._calls += 1
+            if self._calls == self._max_calls:
+                self.finish_reason = "tool_calls"
+                break
+        return deltas
+
+
+def _call_delta(index: int, call: ToolCall) -> ToolCallDelta:
+    return ToolCallDelta(index, call.id, FunctionDelta(call.name, call.arguments))
+
+
+async def chunks(
+    chat: PreparedChat, engine: EngineClient, metrics: Metrics, began: float
+) -> AsyncGenerator[Chunk, None]:
+    """Generate, and yield the answer piece by piece; the last chunk holds the usage.
+
+    Closing the generator, or ending early at a stop string, aborts the request in the engine.
+    ``began`` is the ``time.monotonic`` of the request's arrival.
+    """
+    state = ChoiceState(chat)
+    created = int(time.time())
+
+    def chunk(delta: Delta, finish_reason: str | None = None) -> Chunk:
+        choice = ChunkChoice(delta, finish_reason=finish_reason)
+        return Chunk(chat.engine.id, created, chat.model.name, [choice])
+
+    metrics.prompt_tokens.inc(len(chat.engine.prompt))
+    role_sent = False
+    try:
+        async with contextlib.aclosing(engine.submit(chat.engine, chat.buffers)) as outputs:
+            async for output in outputs:
+                _check(output)
+                if not role_sent:
+                    role_sent = True
+                    metrics.time_to_first_token.observe(time.monotonic() - began)
+                    yield chunk(Delta(role="assistant", content=""))
+                for delta in state.feed(output):
+                    yield chunk(delta)
+                if state.finish_reason is not None:
+                    break
+        yield chunk(Delta(), state.finish_reason)
+        prompt, completion = len(chat.engine.prompt), state.completion_tokens
+        details = PromptTokensDetails(state.cached_tokens, chat.image_tokens)
+        usage = Usage(prompt, completion, prompt + completion, details)
+        yield Chunk(chat.engine.id, created, chat.model.name, [], usage)
+    finally:
+        metrics.generated_tokens.inc(state.completion_tokens)
+        metrics.finished.labels(state.finish_reason or "abort").inc()
+        metrics.request_time.observe(time.monotonic() - began)
+
+
+def _check(output: EngineOutput) -> None:
+    if output.finish_reason == "error":
+        logger.error("the engine ended request %s: %s", output.id, output.error)
+        raise EngineFailed("The engine could not finish this request.")
+    if output.finish_reason == "abort":
+        raise Unavailable("The server ended this request before it was finished.", retry_after=1)
+
+
+async def events(
+    source: AsyncIterable[Chunk], *, include_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    """The chunks as JSON, in the two forms OpenAI knows: with usage everywhere, or nowhere."""
+    encoder = msgspec.json.Encoder()
+    async for chunk in source:
+        if include_usage:
+            if chunk.usage is msgspec.UNSET:
+                chunk.usage = None
+        elif chunk.usage is not msgspec.UNSET:
+            continue
+        yield encoder.encode(chunk)
+
+
+async def fold(source: AsyncIterable[Chunk]) -> Completion:
+    """The whole answer."""
+    texts: list[str] = []
+    calls: list[ToolCallAnswer] = []
+    finish_reason = ""
+    async for chunk in source:
+        for choice in chunk.choices:
+            if isinstance(choice.delta.content, str):
+                texts.append(choice.delta.content)
+            for call in choice.delta.tool_calls or ():
+                calls.append(ToolCallAnswer(call.id, call.function))
+            finish_reason = choice.finish_reason or finish_reason
+        if isinstance(chunk.usage, Usage):
+            message = AnswerMessage(content="".join(texts) or (None if calls else ""))
+            if calls:
+                message.tool_calls = calls
+            choices = [Choice(message, finish_reason)]
+            return Completion(chunk.id, chunk.created, chunk.model, choices, chunk.usage)
+    raise EngineFailed("The engine could not finish this request.")

@@ -1,0 +1,190 @@
+"""The ``internvl`` command. Flags are generated from wire.settings, so a new setting is a new
+flag; only what was given on the command line is passed on, everything else is settled there."""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wire import logs
+from wire.settings import ENV_PREFIX, SettingError, Settings, each_setting, load
+
+DEMO_NAME = "internvl-demo"
+EXIT_USAGE = 2
+
+_GROUPS = {"server": "HTTP", "media": "pictures", "engine": "model, memory and scheduling"}
+
+_ABOUT = """\
+An OpenAI-compatible inference server for InternVL3.
+
+  internvl serve                          the embedded demo model on http://127.0.0.1:8000
+  internvl serve --model /models/InternVL3-2B --host 0.0.0.0 --port 9000
+  INTERNVL_API_KEY=secret internvl serve  clients must send this key
+  internvl serve --config server.toml     the same settings from a file
+
+Every setting can be given as a flag, as an environment variable (INTERNVL_ and its name in
+capitals) or in a TOML file; the flag wins, then the variable. `internvl serve --help` lists them.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    parser = _parser()
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given:
+        parser.print_help()
+        return EXIT_USAGE
+    options = parser.parse_args(given)
+    if options.command == "version":
+        return _version()
+    if options.command == "settings":
+        print(settings_page(), end="")
+        return 0
+    return _serve(options)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    given = {
+        name: value
+        for name, value in vars(options).items()
+        if value is not None and name not in ("command", "config")
+    }
+    try:
+        settings = with_model(load(given, os.environ, options.config))
+    except SettingError as error:
+        print(f"internvl serve: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    logs.setup(settings.server.log_level, "api")
+    # Imported late: `internvl --help` should not wait for a web framework.
+    from engine.client import ProcessEngine
+    from preprocessing import MediaPipeline
+    from server.app import create_app
+    from server.run import serve
+
+    app = create_app(settings, ProcessEngine(settings.engine), MediaPipeline(settings.media))
+    return serve(app, settings)
+
+
+def _version() -> int:
+    from server.routes.ops import installed_version
+
+    print(installed_version())
+    return 0
+
+
+def with_model(settings: Settings) -> Settings:
+    """Settings that name a folder: the demo checkpoint where none was given. Raises
+    SettingError if there is no such folder."""
+    folder = settings.engine.model
+    name = settings.server.served_model_name
+    if not folder:
+        folder, name = str(_demo_checkpoint()), name or DEMO_NAME
+    path = Path(folder).expanduser().resolve()
+    if not (path / "config.json").is_file():
+        raise SettingError(f"--model: {folder} is not a checkpoint folder (no config.json in it)")
+    return dataclasses.replace(
+        settings,
+        engine=dataclasses.replace(settings.engine, model=str(path)),
+        server=dataclasses.replace(settings.server, served_model_name=name or path.name),
+    )
+
+
+def _demo_checkpoint() -> Path:
+    # By path: the demo package stands above this one and must not be imported from here.
+    spec = importlib.util.find_spec("demo")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        folder = Path(place, "checkpoint", "hf")
+        if folder.is_dir():
+            return folder
+    raise SettingError("the demo checkpoint is not installed; name a checkpoint with --model")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "internvl", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", required=True
+    )
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a model over HTTP. Without --model, the embedded demo model.",
+    )
+    serve.add_argument("--config", type=Path, metavar="FILE", help="read settings from a TOML file")
+    groups = {name: serve.add_argument_group(title) for name, title in _GROUPS.items()}
+    for group, field, kind in each_setting():
+        _add_flag(groups[group], field, kind)
+    commands.add_parser("settings", help="print all settings as Markdown")
+    commands.add_parser("version", help="print the version")
+    return parser
+
+
+def _add_flag(group: Any, field: "dataclasses.Field[Any]", kind: Any) -> None:
+    choices = field.metadata["choices"]
+    group.add_argument(
+        flag(field),
+        dest=field.name,
+        nargs="?" if kind is bool else None,
+        const="true" if kind is bool else None,
+        metavar=_metavar(kind, choices),
+        help=f"{field.metadata['help']} [{_default(field)}]".replace("%", "%%"),
+    )
+
+
+def flag(field: "dataclasses.Field[Any]") -> str:
+    """The name of a setting on the command line."""
+    return "--" + field.name.replace("_", "-")
+
+
+def _metavar(kind: Any, choices: tuple[str, ...] | None) -> str:
+    if choices:
+        return "{" + ",".join(choices) + "}"
+    return {bool: "BOOL", int: "N", float: "X", str: "TEXT"}.get(kind, "LIST")
+
+
+def _default(field: "dataclasses.Field[Any]") -> str:
+    value = field.default
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(value) or "none"
+    return str(value) if value != "" else "none"
+
+
+def settings_page() -> str:
+    """docs/settings.md."""
+    lines = [
+        "# Settings",
+        "",
+        "Written by `internvl settings` from `wire/settings.py`; a test keeps it current.",
+        "",
+        "Each setting is a flag of `internvl serve`, an environment variable and a key of the TOML",
+        "file that `--config` names. The flag wins, then the variable, then the file. A value that",
+        "cannot be read is an error wherever it comes from.",
+    ]
+    group = ""
+    for name, field, _ in each_setting():
+        if name != group:
+            group = name
+            lines += ["", f"## {_GROUPS[name][0].upper()}{_GROUPS[name][1:]}", ""]
+            lines += ["| flag | environment | default | meaning |", "| --- | --- | --- | --- |"]
+        meaning = field.metadata["help"] + _bounds(field)
+        lines.append(
+            f"| `{flag(field)}` | `{ENV_PREFIX}{field.name.upper()}` | {_default(field)} | "
+            f"{meaning} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _bounds(field: "dataclasses.Field[Any]") -> str:
+    low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+    if choices:
+        return " One of " + ", ".join(f"`{choice}`" for choice in choices) + "."
+    if low is None:
+        return ""
+    return f" At least {low}." if high is None else f" Between {low} and {high}."

@@ -1,0 +1,108 @@
+"""What lives as long as the server: engine, media, model, metrics, and the state they are in
+together: starting, ready, draining or failed. Routes ask it; only the app and the process that
+runs it change it."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from pathlib import Path
+
+from engine.client import EngineClient
+from server.admission import Gate
+from server.chat.prepare import Media, ServedModel
+from server.metrics import Metrics
+from wire.errors import ServiceError, Unavailable
+from wire.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+WATCH_INTERVAL = 0.5
+RETRY_AFTER = 5
+
+
+class Service:
+    """Starts with ``start``, which returns at once; ``settled`` is set when the model is ready or
+    cannot be, ``failed`` when the server can never serve (again); ``stop`` ends everything."""
+
+    def __init__(self, settings: Settings, engine: EngineClient, media: Media) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.media = media
+        self.metrics = Metrics(lambda: engine.stats)
+        self.gate = Gate(settings.server.max_concurrent_requests, self.metrics.in_flight)
+        self.name = settings.server.served_model_name or Path(settings.engine.model).name
+        self.model: ServedModel | None = None
+        self.settled = asyncio.Event()
+        self.failed = asyncio.Event()
+        self._draining = False
+        self._created = int(time.time())
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to load; returns at once, so that the port can open."""
+        await self.engine.start()
+        self._task = asyncio.create_task(self._live(), name="service")
+
+    async def _live(self) -> None:
+        try:
+            ready = await self.engine.wait_ready()
+            await self.media.start(ready.geometry)
+            self.model = await asyncio.to_thread(
+                ServedModel.load, self.name, self._created, ready, self.settings
+            )
+            self.settled.set()
+            while True:
+                await asyncio.sleep(WATCH_INTERVAL)
+                await self.engine.wait_ready()  # raises when the engine is lost for good
+        except Unavailable as error:
+            logger.error("%s", error)  # the engine has logged why
+        except Exception as error:
+            logger.error("the server cannot start: %s", error)
+            logger.debug("reason", exc_info=True)
+        self.failed.set()
+        self.settled.set()
+
+    @property
+    def state(self) -> str:
+        """One of "starting", "ready", "draining", "failed"."""
+        if self.failed.is_set():
+            return "failed"
+        if self._draining:
+            return "draining"
+        loaded = self.model is not None and self.engine.state == "ready"
+        return "ready" if loaded else "starting"
+
+    @property
+    def reason(self) -> str:
+        """Why the state is not "ready", for clients and probes."""
+        if self.state == "starting":
+            return "loading the model" if self.model is None else "the engine is starting again"
+        return {"draining": "the server is shutting down"}.get(self.state, "the engine failed")
+
+    def refusal(self) -> ServiceError | None:
+        """Why no new work is taken now, or None."""
+        if self.state == "ready":
+            return None
+        return Unavailable(f"The server is not ready: {self.reason}.", retry_after=RETRY_AFTER)
+
+    def served(self) -> ServedModel:
+        """The model; raises Unavailable before it is loaded."""
+        if self.model is None:
+            raise self.refusal() or Unavailable("The server is not ready.")
+        return self.model
+
+    async def drain(self) -> None:
+        """Take no new work; return when the running work is done or its time is over."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.gate.idle.wait(), self.settings.server.drain_timeout)
+
+    async def stop(self) -> None:
+        """End engine and media."""
+        self._draining = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self.engine.stop()
+        await self.media.close()

@@ -1,0 +1,75 @@
+"""Every metric of the server, in one place. The registry belongs to one app, so that tests can
+have many. Engine numbers are read from the last step report when somebody scrapes."""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from wire.messages import EngineStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+# field of EngineStats -> (metric, whether it only grows, help)
+_ENGINE = {
+    "running": ("requests_running", False, "Requests in the engine's batch."),
+    "waiting": ("requests_waiting", False, "Requests waiting for room in the batch."),
+    "blocks_used": ("kv_blocks_used", False, "Blocks of the KV cache in use."),
+    "blocks_total": ("kv_blocks", False, "Blocks of the KV cache."),
+    "vision_bytes": ("vision_cache_bytes", False, "Memory held by encoded pictures."),
+    "steps": ("engine_steps", True, "Steps since the engine started."),
+    "encoded_tiles": ("encoded_tiles", True, "Picture tiles encoded since the engine started."),
+    "preemptions": ("preemptions", True, "Requests that lost their blocks and started again."),
+}
+
+
+class Metrics:
+    """Counters and histograms of the front end; attribute names are metric names."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "internvl_requests", "Answered HTTP requests.", ["status"], registry=self.registry
+        )
+        self.in_flight = Gauge(
+            "internvl_requests_in_flight", "Requests being answered.", registry=self.registry
+        )
+        self.finished = Counter(
+            "internvl_completions",
+            "Finished completions.",
+            ["finish_reason"],
+            registry=self.registry,
+        )
+        self.prompt_tokens = Counter(
+            "internvl_prompt_tokens", "Tokens in prompts.", registry=self.registry
+        )
+        self.generated_tokens = Counter(
+            "internvl_generated_tokens", "Tokens generated.", registry=self.registry
+        )
+        self.time_to_first_token = self._seconds(
+            "time_to_first_token", "From request to first token."
+        )
+        self.request_time = self._seconds("completion", "From request to last token.")
+        self.media_time = self._seconds("media", "To fetch, decode and tile a request's pictures.")
+        self.registry.register(_EngineCollector(stats))
+
+    def _seconds(self, name: str, help: str) -> Histogram:
+        return Histogram(f"internvl_{name}_seconds", help, buckets=_SECONDS, registry=self.registry)
+
+    def page(self) -> bytes:
+        """The page a scraper reads."""
+        return generate_latest(self.registry)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        for field, (name, grows, help) in _ENGINE.items():
+            family = CounterMetricFamily if grows else GaugeMetricFamily
+            yield family("internvl_" + name, help, value=getattr(stats, field))

@@ -1,0 +1,58 @@
+"""/v1/chat/completions."""
+
+import asyncio
+import time
+import uuid
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from server.chat.prepare import PreparedChat, prepare
+from server.chat.sse import ClientGone, EventStream, unless_gone
+from server.chat.stream import chunks, events, fold
+from server.errors import CLIENT_CLOSED, UnsupportedMediaType
+from server.lifecycle import Service
+from server.schemas.validate import parse_chat_request
+
+router = APIRouter()
+
+# Bodies above this are parsed in a thread.
+THREAD_BYTES = 1 << 18
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a conversation, whole or as a stream of server-sent events."""
+    began = time.monotonic()
+    service: Service = request.app.state.service
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise UnsupportedMediaType("Content-Type must be application/json.")
+    body = await request.body()
+    try:
+        return await unless_gone(request.receive, _answer(service, body, began))
+    except ClientGone:
+        return Response(status_code=CLIENT_CLOSED)
+
+
+async def _answer(service: Service, body: bytes, began: float) -> Response:
+    chat = await _prepare(service, body)
+    source = chunks(chat, service.engine, service.metrics, began)
+    if chat.stream:
+        encoded = events(source, include_usage=chat.include_usage)
+        return EventStream(encoded, service.settings.server.keep_alive_interval)
+    answer = await fold(source)
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+async def _prepare(service: Service, body: bytes) -> PreparedChat:
+    if len(body) > THREAD_BYTES:
+        parsed = await asyncio.to_thread(parse_chat_request, body)
+    else:
+        parsed = parse_chat_request(body)
+    identity = f"chatcmpl-{uuid.uuid4().hex}"
+    max_images = service.settings.media.max_images
+    chat = await prepare(parsed, identity, service.served(), service.media, max_images)
+    if chat.buffers:
+        service.metrics.media_time.observe(chat.media_seconds)
+    return chat

@@ -1,0 +1,40 @@
+"""/v1/models."""
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from server.chat.prepare import ServedModel
+from server.lifecycle import Service
+from server.schemas.common import Model, ModelList
+from wire.errors import NotFound
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Response:
+    """The one model that is served."""
+    service: Service = request.app.state.service
+    return _json(ModelList([_describe(service.served())]))
+
+
+@router.get("/v1/models/{model:path}")
+async def retrieve_model(model: str, request: Request) -> Response:
+    """The served model, by its name."""
+    service: Service = request.app.state.service
+    served = service.served()
+    if model != served.name:
+        raise NotFound(
+            f"This server does not serve that model; it serves {served.name!r}.",
+            param="model",
+            code="model_not_found",
+        )
+    return _json(_describe(served))
+
+
+def _describe(model: ServedModel) -> Model:
+    return Model(model.name, model.created, model.ready.max_model_len)
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

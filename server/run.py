@@ -1,0 +1,174 @@
+"""Runs the application in a uvicorn server: console, signals, drain, exit status. The port opens
+before the model is loaded, so that probes are answered from the first second."""
+
+import asyncio
+import importlib.util
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from server.lifecycle import Service
+from wire.messages import Progress
+from wire.settings import Settings
+
+EXIT_FAILED = 1
+REFRESH = 0.2
+# After the drain's own deadline; what still runs then is cancelled.
+SHUTDOWN_TIMEOUT = 2
+
+
+def serve(app: FastAPI, settings: Settings) -> int:
+    """Serve until a signal or a failure; the exit status."""
+    config = uvicorn.Config(
+        app,
+        host=settings.server.host,
+        port=settings.server.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
+    )
+    server = _Server(config, app.state.service)
+    try:
+        server.run()
+    except SystemExit as error:  # uvicorn's way to say that the port is taken
+        return EXIT_FAILED if error.code else 0
+    return EXIT_FAILED if server.service.failed.is_set() else 0
+
+
+class _Server(uvicorn.Server):
+    """A first signal drains, a second one ends at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._signals = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        if not self.should_exit:
+            self._spawn_announce()
+
+    def _spawn_announce(self) -> None:
+        port = self.servers[0].sockets[0].getsockname()[1]
+        for work in (announce(self.service, self.config.host, port), self._end_on_failure()):
+            task = asyncio.get_running_loop().create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _end_on_failure(self) -> None:
+        await self.service.failed.wait()
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by the interpreter between any two instructions of the main thread."""
+        self._signals += 1
+        if self._signals == 1 and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
+        else:
+            self.should_exit = True
+            self.force_exit = self._signals > 2
+
+    def _begin_drain(self, name: str) -> None:
+        if not self.service.gate.idle.is_set():
+            say(f"{name}: finishing what is running; send it again to stop at once")
+        task = asyncio.get_running_loop().create_task(self._drain())
+        self._tasks.add(task)
+
+    async def _drain(self) -> None:
+        await self.service.drain()
+        self.should_exit = True
+
+
+async def announce(service: Service, host: str, port: int) -> None:
+    """Tell the operator how loading goes, and then what to do with the server."""
+    address = f"http://{_reachable(host)}:{port}"
+    say(f"listening on {address}, loading {service.name}")
+    shown = ""
+    while not service.settled.is_set():
+        shown = _show(service.engine.progress, shown)
+        await asyncio.sleep(REFRESH)
+    _end_line(shown)
+    if service.model is None:
+        return
+    ready = service.model.ready
+    say(
+        f"ready: {service.model.name}, {ready.parameters / 1e6:.1f} M parameters, {ready.dtype} on "
+        f"{ready.device}, context {ready.max_model_len} tokens"
+    )
+    say(f"API at {address}/v1; try:\n\n{example(address, service)}\n")
+
+
+def example(address: str, service: Service) -> str:
+    """A command to paste into a shell: with a picture from the repository where there is one."""
+    text: list[object] = [{"type": "text", "text": "What is in this picture?"}]
+    picture = _picture()
+    if picture is None:
+        text = [{"type": "text", "text": "Hello! What can you do?"}]
+    else:
+        text.insert(0, {"type": "image_url", "image_url": {"url": "data:image/png;base64,%s"}})
+    body = {"model": service.name, "messages": [{"role": "user", "content": text}]}
+    # Escaped for printf (%) and for the single quotes around it.
+    form = json.dumps(body).replace("%", "%%").replace("%%s", "%s").replace("'", "'\\''")
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if service.settings.server.api_key else ""
+    data = "" if picture is None else f" \"$(base64 < '{picture}' | tr -d '\\n')\""
+    return (
+        f"printf '{form}'{data} |\n"
+        f"  curl -s {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d @-"
+    )
+
+
+def _picture() -> str | None:
+    """A picture of the demo package, as short as it can be named from here."""
+    spec = importlib.util.find_spec("demo")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(place, "pictures").glob("*.png")):
+            near = os.path.relpath(file)
+            return near if not near.startswith("..") else str(file)
+    return None
+
+
+def _reachable(host: str) -> str:
+    """An address that works on this machine for one that is listened on."""
+    if host in ("0.0.0.0", ""):  # noqa: S104 - compared, not bound
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host
+
+
+def say(text: str) -> None:
+    """To the console; the log is for machines too, this is for the operator alone."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _show(progress: Progress | None, shown: str) -> str:
+    """Write progress: over the same line on a terminal, else one line per stage."""
+    if progress is None:
+        return shown
+    share = f" {100 * progress.done // progress.total}%" if progress.total else ""
+    if sys.stderr.isatty():
+        line = f"  {progress.stage}{share}"
+        if line != shown:
+            sys.stderr.write(f"\r{line:<{len(shown)}}")
+            sys.stderr.flush()
+        return line
+    if progress.stage != shown:
+        say(f"  {progress.stage}")
+    return progress.stage
+
+
+def _end_line(shown: str) -> None:
+    if shown and sys.stderr.isatty():
+        say("")

@@ -1,0 +1,342 @@
+"""The chat request, field by field, and the answer. Every field of the OpenAI API is either in
+``ChatRequest``, in ``IGNORED`` or in ``REFUSED``; a test holds the three against the official
+client, and docs/api.md against the three. Incoming JSON is validated by pydantic, strictly;
+outgoing chunks are msgspec structs, because one is written per token.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+from server.schemas.common import Usage
+from wire.sampling import MAX_SEED
+
+MAX_MESSAGES = 2048
+MAX_PARTS = 1024
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+MAX_TOOLS = 128
+
+# Fields that change neither the answer nor its form here: bookkeeping, hints, and knobs of
+# features that this model family does not have.
+IGNORED = frozenset(
+    {
+        "metadata",
+        "moderation",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+    }
+)
+
+# Fields that would change the answer and are not implemented -> values that ask for nothing.
+# null always asks for nothing.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    # OpenAI
+    "audio": (),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "top_logprobs": (0,),
+    "web_search_options": (),
+    # vLLM
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "guided_choice": ([],),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "mm_processor_kwargs": ({},),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+
+PART_TYPES = {
+    "system": ("text",),
+    "developer": ("text",),
+    "user": ("text", "image_url"),
+    "assistant": ("text", "refusal"),
+    "tool": ("text",),
+}
+
+
+class _Model(BaseModel):
+    # Unknown fields are ignored; values are taken as they are, "1" is no number.
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+def _wrong(message: str, field: str = "") -> PydanticCustomError:
+    """An error whose message is written for the client; ``field`` is appended to its path."""
+    return PydanticCustomError("client", "{message}", {"message": message, "field": field})
+
+
+def clip(value: object) -> str:
+    """A client's own value, short enough to be repeated in a message."""
+    text = str(value)
+    return repr(text if len(text) <= 60 else text[:60] + "…")
+
+
+class TextPart(_Model):
+    """Text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(_Model):
+    """Something an assistant declined to do; rendered as its text."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+def _url_object(value: object) -> object:
+    return {"url": value} if isinstance(value, str) else value
+
+
+class ImageUrl(_Model):
+    """A data:, http: or https: URL. ``detail`` "low" means one tile."""
+
+    url: str = Field(min_length=1)
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(_Model):
+    """A picture."""
+
+    type: Literal["image_url"]
+    image_url: Annotated[ImageUrl, BeforeValidator(_url_object)]
+
+
+def _kind(value: object) -> str:
+    return f"<{value['type']}>" if isinstance(value, dict) else "<text>"
+
+
+def _check_part(value: object) -> object:
+    if not isinstance(value, dict):
+        raise _wrong("must be an object with a 'type'")
+    kind = value.get("type")
+    if kind not in ("text", "image_url", "refusal"):
+        raise _wrong(f"is {clip(kind)}; supported are 'text' and 'image_url'", "type")
+    return value
+
+
+# Tags are in angle brackets so that they can be told from field names in an error's path.
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[ImagePart, Tag("<image_url>")]
+    | Annotated[RefusalPart, Tag("<refusal>")],
+    Discriminator(_kind),
+    BeforeValidator(_check_part),
+]
+
+
+def _parts(value: object) -> object:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if isinstance(value, list):
+        return value
+    raise _wrong("must be a string or an array of parts")
+
+
+Content = Annotated[list[Part], Field(max_length=MAX_PARTS), BeforeValidator(_parts)]
+
+
+class FunctionCall(_Model):
+    """``arguments`` is the text of a JSON object."""
+
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str = "{}"
+
+
+class ToolCallMessage(_Model):
+    """A call that the assistant made in an earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(_Model):
+    """One message of any role."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    tool_calls: Annotated[list[ToolCallMessage], Field(max_length=MAX_TOOLS)] | None = None
+    # The older and the spoken form of an assistant's turn: refused unless null.
+    function_call: None = None
+    audio: None = None
+
+
+class FunctionDefinition(_Model):
+    """A function the model may call; ``parameters`` is a JSON schema."""
+
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Model):
+    """A tool the model may use."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class StreamOptions(_Model):
+    """``include_usage`` adds a last chunk with the token counts."""
+
+    include_usage: bool | None = None
+
+
+def _stops(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+
+def _tool_choice(value: object) -> object:
+    # Forcing a call needs constrained decoding, which the engine does not have.
+    if value in (None, "auto", "none"):
+        return value
+    kind = value.get("type") if isinstance(value, dict) else value
+    raise _wrong(f"is {clip(kind)}; supported are 'auto' and 'none'")
+
+
+class ChatRequest(_Model):
+    """POST /v1/chat/completions: the fields that have an effect."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    model: str | None = None
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
+    stop: Annotated[
+        Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_stops)
+    ] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Annotated[Literal["auto", "none"] | None, BeforeValidator(_tool_choice)] = None
+    parallel_tool_calls: bool | None = None
+    # vLLM's extensions
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=256)] | None = (
+        None
+    )
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+
+
+class FunctionDelta(msgspec.Struct):
+    """A called function; ``arguments`` is the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallDelta(msgspec.Struct):
+    """One call, always whole."""
+
+    index: int
+    id: str
+    function: FunctionDelta
+    type: str = "function"
+
+
+class Delta(msgspec.Struct, omit_defaults=True):
+    """What a chunk adds to the message."""
+
+    role: str | msgspec.UnsetType = msgspec.UNSET
+    content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCallDelta] | msgspec.UnsetType = msgspec.UNSET
+
+
+class ChunkChoice(msgspec.Struct):
+    """The one choice of a chunk."""
+
+    delta: Delta
+    index: int = 0
+    logprobs: None = None
+    finish_reason: str | None = None
+
+
+class Chunk(msgspec.Struct):
+    """One event of a stream."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    object: str = "chat.completion.chunk"
+
+
+class ToolCallAnswer(msgspec.Struct):
+    """One call of a whole answer."""
+
+    id: str
+    function: FunctionDelta
+    type: str = "function"
+
+
+class AnswerMessage(msgspec.Struct):
+    """The message of a whole answer."""
+
+    content: str | None
+    tool_calls: list[ToolCallAnswer] | msgspec.UnsetType = msgspec.UNSET
+    role: str = "assistant"
+    refusal: None = None
+
+
+class Choice(msgspec.Struct):
+    """The one choice of a whole answer."""
+
+    message: AnswerMessage
+    finish_reason: str
+    index: int = 0
+    logprobs: None = None
+
+
+class Completion(msgspec.Struct):
+    """A whole answer."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    object: str = "chat.completion"

@@ -1,0 +1,52 @@
+"""Outgoing structures that several routes share. They are msgspec structs, because one of them is
+written per token; a test checks them against the official client's models."""
+
+import msgspec
+
+
+class PromptTokensDetails(msgspec.Struct):
+    """``cached_tokens`` were not computed again; ``image_tokens`` stand for pictures."""
+
+    cached_tokens: int
+    image_tokens: int
+
+
+class Usage(msgspec.Struct):
+    """Tokens of one request. The token that ended the answer counts as generated."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class ErrorDetail(msgspec.Struct):
+    """What the OpenAI envelope holds; all four keys are always there."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct):
+    """The OpenAI error envelope."""
+
+    error: ErrorDetail
+
+
+class Model(msgspec.Struct):
+    """An entry of /v1/models."""
+
+    id: str
+    created: int
+    max_model_len: int
+    object: str = "model"
+    owned_by: str = "internvl-server"
+
+
+class ModelList(msgspec.Struct):
+    """/v1/models."""
+
+    data: list[Model]
+    object: str = "list"

@@ -1,0 +1,99 @@
+"""From a request body to a ``ChatRequest``, or to an error that names the field as a client would
+write it (``messages[0].content[1].image_url.url``) and what is allowed there. Nothing of the
+validator's own words, class names or values reaches the client."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from pydantic import ValidationError
+
+from server.schemas.chat import REFUSED, ChatRequest, clip
+from wire.errors import InvalidRequest
+
+_Sentence = Callable[[Mapping[str, Any]], str]
+
+# type of a pydantic error -> what the client reads after the field's name
+_SENTENCES: dict[str, _Sentence] = {
+    "missing": lambda _: "is missing",
+    "none_required": lambda _: "is not supported; leave it out",
+    "string_type": lambda _: "must be a string",
+    "int_type": lambda _: "must be an integer",
+    "int_parsing_size": lambda _: "is too large",
+    "float_type": lambda _: "must be a number",
+    "finite_number": lambda _: "must be a finite number",
+    "bool_type": lambda _: "must be true or false",
+    "list_type": lambda _: "must be an array",
+    "dict_type": lambda _: "must be an object",
+    "model_type": lambda _: "must be an object",
+    "model_attributes_type": lambda _: "must be an object",
+    "literal_error": lambda context: f"must be one of {context['expected']}",
+    "greater_than_equal": lambda context: f"must be at least {context['ge']}",
+    "greater_than": lambda context: f"must be greater than {context['gt']}",
+    "less_than_equal": lambda context: f"must be at most {context['le']}",
+    "less_than": lambda context: f"must be less than {context['lt']}",
+    "too_long": lambda context: f"must not have more than {context['max_length']} entries",
+    "too_short": lambda _: "must not be empty",
+    "string_too_short": lambda _: "must not be empty",
+    "string_too_long": lambda context: (
+        f"must not be longer than {context['max_length']} characters"
+    ),
+    "client": lambda context: str(context["message"]),
+}
+
+
+def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
+    """Decode and check a body. Raises InvalidRequest."""
+    try:
+        raw = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise InvalidRequest("The request body is not valid JSON.", code="invalid_json") from None
+    if not isinstance(raw, dict):
+        raise InvalidRequest("The request body must be a JSON object.")
+    _check_refused(raw)
+    try:
+        return ChatRequest.model_validate(raw)
+    except ValidationError as error:
+        raise _first(error) from None
+
+
+def _check_refused(raw: Mapping[str, Any]) -> None:
+    for name, neutral in REFUSED.items():
+        value = raw.get(name)
+        if value is None or any(_same(value, allowed) for allowed in neutral):
+            continue
+        hint = " or ".join(msgspec.json.encode(allowed).decode() for allowed in neutral)
+        raise InvalidRequest(
+            f"{name} is not supported by this server; leave it out"
+            + (f" or send {hint}." if hint else "."),
+            param=name,
+            code="unsupported_parameter",
+        )
+
+
+def _same(value: object, allowed: object) -> bool:
+    # False equals 0 in Python, but not in JSON.
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+def _first(error: ValidationError) -> InvalidRequest:
+    details = error.errors(include_url=False, include_input=False)[0]
+    context = details.get("ctx", {})
+    path = ""
+    for step in (*details["loc"], context.get("field", "")):
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif step and not step.startswith("<"):
+            path += f".{clip_name(step)}" if path else clip_name(step)
+    sentence = _SENTENCES.get(details["type"], _not_allowed)
+    code = "missing_required_parameter" if details["type"] == "missing" else None
+    return InvalidRequest(f"{path} {sentence(context)}.", param=path, code=code)
+
+
+def _not_allowed(_: Mapping[str, Any]) -> str:
+    return "has a value that is not allowed"
+
+
+def clip_name(name: str) -> str:
+    """A field's name, short enough to be repeated."""
+    return name if len(name) <= 60 else clip(name)

@@ -1,0 +1,136 @@
+"""Text to ids and ids to bytes, for the tokenizer of one checkpoint.
+
+Text is encoded with every added token switched off: whatever a client types, only bytes come
+out. The prompt builder puts special tokens between such texts by their id. Ids are mapped to
+bytes one by one, so that a stream can be decoded in constant time per token.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as RustTokenizer
+
+logger = logging.getLogger(__name__)
+
+CONVERT_TIMEOUT = 300.0
+
+
+class TokenizerError(Exception):
+    """The checkpoint's tokenizer cannot be used; the message is for the operator."""
+
+
+class Tokenizer:
+    """Encode text, look tokens up, and turn ids into bytes. Safe to share between threads.
+
+    ``special_ids`` are the tokens that the checkpoint marks as special: they are left out of
+    visible text. ``bos`` stands before every prompt (empty for Qwen2-based models).
+    ``longest_token`` is the most bytes one token can stand for.
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        """``spec`` is the parsed content of a tokenizer.json."""
+        added = spec["added_tokens"]
+        self.special_ids = frozenset(token["id"] for token in added if token["special"])
+        reference = RustTokenizer.from_str(json.dumps(spec))
+        self.bos: tuple[int, ...] = tuple(reference.encode("").ids)
+        # Special everywhere plus encode_special_tokens: no added token is recognised in text.
+        plain = {**spec, "added_tokens": [{**token, "special": True} for token in added]}
+        self._plain = RustTokenizer.from_str(json.dumps(plain))
+        self._plain.encode_special_tokens = True
+        self._added: dict[int, bytes] = {token["id"]: token["content"].encode() for token in added}
+        decoders = _decoders(spec.get("decoder"))
+        self._byte_level = "ByteLevel" in decoders
+        self.strips_first_space = "Strip" in decoders
+        self._bytes: dict[int, bytes] = {}
+        self.longest_token = max(len(token.encode()) for token in self._plain.get_vocab())
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Read the tokenizer in ``folder``; raises TokenizerError. Slow: call it in a thread."""
+        file = folder / "tokenizer.json"
+        try:
+            text = file.read_text(encoding="utf-8") if file.exists() else _convert(folder)
+            return cls(json.loads(text))
+        except TokenizerError:
+            raise
+        except Exception as error:  # the Rust library raises plain Exception
+            raise TokenizerError(f"the tokenizer in {folder} cannot be read: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, in which every token name is plain text."""
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of exactly this token, None if the checkpoint does not have it."""
+        found: int | None = self._plain.token_to_id(token)
+        return found
+
+    def token_bytes(self, token: int) -> bytes:
+        """What ``token`` adds to the text; empty for ids the tokenizer does not know."""
+        found = self._bytes.get(token)
+        if found is None:
+            found = self._bytes[token] = self._decode(token)
+        return found
+
+    def _decode(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token]
+        text = self._plain.id_to_token(token)
+        if text is None:
+            return b""
+        if self._byte_level:
+            try:
+                return bytes(_BYTE_OF[character] for character in text)
+            except KeyError:
+                return str(text).encode()
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            return bytes([int(text[3:5], 16)])
+        return str(text).replace("\u2581", " ").encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable stand-ins of GPT-2's byte-level alphabet, each with its byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    return table | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _decoders(spec: dict[str, Any] | None) -> set[str]:
+    if spec is None:
+        return set()
+    return {spec["type"]} | {name for part in spec.get("decoders", ()) for name in _decoders(part)}
+
+
+def _convert(folder: Path) -> str:
+    """tokenizer.json of a checkpoint that ships none, made by transformers.
+
+    In a process of its own, because transformers loads torch along the way.
+    """
+    logger.info("no tokenizer.json in the checkpoint; converting its tokenizer")
+    command = [sys.executable, "-c", _CONVERTER, str(folder)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, check=True, text=True, timeout=CONVERT_TIMEOUT
+        )
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        raise TokenizerError(
+            f"{folder} has no tokenizer.json and its tokenizer cannot be converted: {reason[0]}"
+        ) from error
+    return done.stdout
+
+
+_CONVERTER = """
+import sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], use_fast=True, local_files_only=True)
+sys.stdout.write(tokenizer.backend_tokenizer.to_str())
+"""
