@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from demo import CHECKPOINT, CHECKPOINT_CHAT
 from demo.network import TOKENS_PER_TILE, Shape
-from demo.pictures import PATCH, TILE
+from demo.pictures import PATCH, PURE, TILE, Scene, Thing, render, write_number
 from demo.tokenizer import PLAIN, SPECIAL, special_id
 
 SYSTEM = "You are a helpful assistant."
@@ -301,6 +302,7 @@ def write_checkpoint(
     write_processors(folder, native)
     named = tensors if native else to_chat(tensors)
     save_file(named, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # it is written for its owner only
 
 
 def trained_weights(work: Path) -> dict[str, Tensor]:
@@ -313,6 +315,23 @@ def trained_weights(work: Path) -> dict[str, Tensor]:
     }
 
 
+def write_samples(folder: Path) -> None:
+    """The pictures that the README and the start message send: never seen in training."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(20261121)
+    circle = Scene(224, 224, (255, 255, 255))
+    circle.things.append(Thing("circle", "red", 112, 112, 60, PURE["red"]))
+    shapes = Scene(300, 200, (235, 235, 240))
+    shapes.things.append(Thing("square", "blue", 60, 120, 36, PURE["blue"]))
+    shapes.things.append(Thing("star", "orange", 155, 70, 40, PURE["orange"]))
+    shapes.things.append(Thing("triangle", "green", 245, 130, 38, PURE["green"]))
+    number = Scene(200, 150, (255, 255, 255))
+    write_number(rng, number, "42", 56)
+    samples = {"red-circle": circle, "shapes": shapes, "written-number": number}
+    for name, scene in samples.items():
+        render(scene, rng).save(folder / f"{name}.png", optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="demo.build", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="demo.train's folder")
@@ -323,6 +342,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(args.work / "tokenizer.json"))
     write_checkpoint(args.hf, tensors, tokenizer, native=True)
     write_checkpoint(args.chat, tensors, tokenizer, native=False)
+    write_samples(Path(__file__).parent / "pictures")
     size = (args.hf / "model.safetensors").stat().st_size
     print(f"{sum(t.numel() for t in tensors.values()):,} parameters, {size:,} bytes")
 

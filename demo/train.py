@@ -33,7 +33,6 @@ from demo.tokenizer import train_tokenizer
 
 LOOK_STEPS = 1500
 TALK_STEPS = 9000
-SAVE_EVERY = 100
 ROTATION = ("images", "tiled", "video", "images", "tools", "tiled", "images", "chat")
 
 
@@ -201,8 +200,10 @@ def rate(step: int, steps: int, peak: float, flat: float) -> float:
 class Run:
     """One worker of a training run and its place in it."""
 
-    def __init__(self, work: Path, rank: int, world: int, seed: int, scale: float) -> None:
-        self.work, self.rank, self.world, self.seed, self.scale = work, rank, world, seed, scale
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.work, self.rank, self.world = args.work, args.rank, args.workers
+        self.seed, self.scale, self.save_every = args.seed, args.scale, args.save_every
+        work, seed = self.work, self.seed
         torch.manual_seed(seed)
         self.net = DemoNet().bfloat16()
         self.encoder = Encoder(Tokenizer.from_file(str(work / "tokenizer.json")))
@@ -254,7 +255,7 @@ class Run:
             self.step += 1
             if self.step % 50 == 0:
                 self.log(f"loss {loss.item():.3f}")
-            if self.step % SAVE_EVERY == 0:
+            if self.step % self.save_every == 0:
                 self.save()
 
     def talk(self, steps: int, peak: float) -> None:
@@ -273,7 +274,7 @@ class Run:
             if self.step % 50 == 0:
                 self.log(" ".join(f"{k} {np.mean(v):.3f}" for k, v in seen.items()))
                 seen.clear()
-            if self.step % SAVE_EVERY == 0:
+            if self.step % self.save_every == 0:
                 self.save()
             if self.step % 500 == 0 and self.rank == 0:
                 scores = measure(self.net, self.encoder, self.seed)
@@ -288,6 +289,7 @@ def main() -> None:
     parser.add_argument("--talk-steps", type=int, default=TALK_STEPS)
     parser.add_argument("--peak", type=float, default=1.5e-3)
     parser.add_argument("--scale", type=float, default=1.0, help="batch size factor")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between saved states")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -309,7 +311,7 @@ def main() -> None:
         dist.init_process_group(
             "gloo", init_method=meeting, rank=args.rank, world_size=args.workers
         )
-    run = Run(args.work, args.rank, args.workers, args.seed, args.scale)
+    run = Run(args)
     if run.stage == "look":
         run.look(args.look_steps)
         run.stage, run.step = "talk", 0

@@ -65,7 +65,6 @@ class Scheduler:
     def __init__(self, settings: EngineSettings, ready: Ready) -> None:
         self._block_size = ready.block_size
         self._max_model_len = ready.max_model_len
-        self._eos_ids = ready.eos_token_ids
         self._bytes_per_token = ready.vision_token_bytes
         self._max_tokens = settings.max_num_batched_tokens
         self._max_tiles = settings.max_num_encoder_tiles
@@ -124,7 +123,7 @@ class Scheduler:
             raise Refused(f"the prompt has {length} tokens, the cache has room for {capacity}")
         # The last token of a sequence is never computed, so it needs no place in the cache.
         max_len = min(self._max_model_len, length + request.sampling.max_tokens, capacity + 1)
-        sequence = Sequence(request, self._arrivals, max_len, self._eos_ids)
+        sequence = Sequence(request, self._arrivals, max_len)
         self._arrivals += 1
         self._sequences[request.id] = sequence
         self._waiting.append(sequence)

@@ -49,16 +49,14 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(
-        self, request: EngineRequest, arrival: int, max_len: int, eos_ids: tuple[int, ...]
-    ) -> None:
+    def __init__(self, request: EngineRequest, arrival: int, max_len: int) -> None:
         self.id = request.id
         self.request = request
         self.arrival = arrival
         self.token_ids = list(request.prompt)
         self.prompt_len = len(request.prompt)
         self.max_len = max_len
-        self.stop_ids = frozenset(request.sampling.stop_token_ids + eos_ids)
+        self.stop_ids = frozenset(request.sampling.stop_token_ids)
         self.items = request.items
         self.spans = [VisionSpan(item.digest, item.offset, item.length) for item in request.items]
         self.status = Status.WAITING

@@ -133,6 +133,7 @@ class FakeRunner:
         names = [work.id for work in plan.work]
         assert len(names) == len(set(names)), "a row works twice"
         assert {new.id for new in plan.new_rows} <= set(names), "a new row without work"
+        assert not {new.id for new in plan.new_rows} & set(plan.preempted), "preempted for nothing"
         assert len(self.rows) <= self.settings.max_num_seqs
         assert sum(work.count for work in plan.work) <= self.settings.max_num_batched_tokens
         tiles = sum(item.tiles for item in plan.encode)
@@ -203,7 +204,7 @@ def request(
         items.append(VisionItem(digest, len(prompt), length, part[1], len(buffers)))
         prompt += [IMAGE] * length
         buffers.append(raw)
-    sampling = SamplingParams(max_tokens=max_tokens, seed=seed, stop_token_ids=stop)
+    sampling = SamplingParams(max_tokens=max_tokens, seed=seed, stop_token_ids=(*stop, EOS))
     return EngineRequest(name, prompt, sampling, items), buffers
 
 

@@ -98,7 +98,8 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The engine can serve. Everything the front end must know about the model.
 
-    ``max_model_len`` bounds prompt plus completion in tokens; ``eos_token_ids`` end every turn.
+    ``max_model_len`` bounds prompt plus completion in tokens. ``eos_token_ids`` end a turn; the
+    engine stops at them only where a request has them among its stop ids.
     ``vocab_size`` bounds the ids the model accepts. ``vision_token_bytes`` is what one encoded
     picture token occupies (hidden size times element size); the vision cache counts with it.
     """

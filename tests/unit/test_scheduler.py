@@ -101,7 +101,7 @@ def test_a_stop_token_ends_with_stop_and_is_the_last_token() -> None:
     assert engine.tokens["a"] == whole[: whole.index(stop) + 1]
 
 
-def test_the_models_own_end_token_ends_with_stop() -> None:
+def test_an_end_token_among_the_stop_ids_ends_with_stop() -> None:
     engine = Engine(draws_eos=True)
     for seed in range(40):
         engine.add(f"r{seed}", 4, max_tokens=20, seed=seed)
