@@ -185,6 +185,8 @@ SIZES = {
 def make_batch(encoder: Encoder, rng: Rng, kind: str, hard: float, scale: float = 1.0) -> Batch:
     """One batch of a kind; ``hard`` in 0..1 opens the difficult skills."""
     cases, branches = SIZES[kind]
+    if hard == 0 and kind in ("single", "images"):
+        cases, branches = round(cases * 1.3), branches + 2
     cases = max(1, round(cases * scale))
     most = 1
     if kind == "single":
@@ -193,12 +195,12 @@ def make_batch(encoder: Encoder, rng: Rng, kind: str, hard: float, scale: float 
         made = [picture_case(rng, True, hard, branches) for _ in range(cases)]
         most = 12 if rng.random() < 0.7 else int(rng.choice([2, 4, 6]))
     elif kind == "images":
-        made = [images_case(rng, branches) for _ in range(cases)]
-        most = 1 if rng.random() < 0.7 else int(rng.choice([2, 4, 12]))
+        made = [images_case(rng, branches, hard) for _ in range(cases)]
+        most = 1 if hard == 0 or rng.random() < 0.7 else int(rng.choice([2, 4, 12]))
     elif kind == "video":
         made = [video_case(rng, branches) for _ in range(cases)]
     elif kind == "chat":
         made = [chat_case(rng, branches) for _ in range(cases)]
     else:
-        made = [tool_case(rng, branches) for _ in range(cases)]
+        made = [tool_case(rng, branches, hard) for _ in range(cases)]
     return collate(encoder, rng, [c for c in made if c.turns], most)

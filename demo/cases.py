@@ -30,6 +30,16 @@ from demo.talk import REFUSAL, outside
 Rng = np.random.Generator
 
 Maker = Callable[[Rng, Scene], Turn | None]
+BIND: tuple[Maker, ...] = (
+    colour_turn,
+    shape_turn,
+    exist_turn,
+    exist_turn,
+    where_turn,
+    relation_turn,
+    count_turn,
+)
+"""Short answers that need one or two look-ups: what the decoder must learn first."""
 EASY: tuple[Maker, ...] = (name_turn, colour_turn, shape_turn, exist_turn, count_turn)
 MORE: tuple[Maker, ...] = (
     *EASY,
@@ -46,6 +56,9 @@ MORE: tuple[Maker, ...] = (
 def picture_case(rng: Rng, tiled: bool, hard: float, branches: int) -> Case:
     """One picture and ``branches`` questions; ``hard`` 0..1 brings in the difficult ones."""
     scene = canvas(rng, tiled)
+    if hard == 0:
+        place(rng, scene, int(rng.choice([1, 2, 3], p=[0.3, 0.4, 0.3])))
+        return Case([scene], ask(rng, scene, BIND, branches))
     if rng.random() < 0.16 * hard:
         text = str(int(rng.integers(10 ** int(rng.integers(1, 4)))))
         low = min(scene.width, scene.height)
@@ -59,19 +72,24 @@ def picture_case(rng: Rng, tiled: bool, hard: float, branches: int) -> Case:
     place(rng, scene, count)
     if not scene.things:
         return Case([scene], [count_turn(rng, scene, 0), exist_turn(rng, scene)])
-    makers = MORE if rng.random() < hard else EASY
+    turns = ask(rng, scene, MORE if rng.random() < hard else EASY, branches)
+    if rng.random() < 0.1:
+        turns.append(Turn("refusal", outside(rng), REFUSAL))
+    return Case([scene], turns)
+
+
+def ask(rng: Rng, scene: Scene, makers: tuple[Maker, ...], branches: int) -> list[Turn]:
+    """Up to ``branches`` different questions about a scene."""
     turns: list[Turn] = []
     for _ in range(branches * 3):
         if len(turns) == branches:
             break
         turn = makers[int(rng.integers(len(makers)))](rng, scene)
-        if turn is not None and all(turn.question != t.question for t in turns):
-            if turn.skill == "list" and len(scene.things) > 3:
-                continue
+        if turn is None or any(turn.question == t.question for t in turns):
+            continue
+        if turn.skill != "list" or len(scene.things) <= 3:
             turns.append(turn)
-    if rng.random() < 0.1:
-        turns.append(Turn("refusal", outside(rng), REFUSAL))
-    return Case([scene], turns)
+    return turns
 
 
 WHICH = (
@@ -93,15 +111,15 @@ IN_ONE = (
 MANY = ("How many pictures are there?", "How many images did I send?", "Count the pictures.")
 
 
-def images_case(rng: Rng, branches: int) -> Case:
+def images_case(rng: Rng, branches: int, hard: float = 1.0) -> Case:
     """Two (sometimes three) pictures with one or two things each, no name in two of them."""
-    count = 2 if rng.random() < 0.75 else 3
+    count = 2 if rng.random() < 0.75 or hard == 0 else 3
     scenes: list[Scene] = []
     used: set[str] = set()
     for _ in range(count):
         scene = canvas(rng, rng.random() < 0.4)
         while not scene.things:
-            place(rng, scene, 1 if rng.random() < 0.6 else 2)
+            place(rng, scene, 1 if rng.random() < 0.6 or hard == 0 else 2)
             if used & {t.name for t in scene.things}:
                 scene.things.clear()
         used |= {t.name for t in scene.things}

@@ -326,9 +326,9 @@ def tool_question(rng: Rng, name: str) -> tuple[str, dict[str, Any]]:
     return pick(rng, questions).format(**values), values
 
 
-def tool_case(rng: Rng, branches: int) -> Case:
+def tool_case(rng: Rng, branches: int, hard: float = 1.0) -> Case:
     """One to three tools; mostly questions that call one, some that none fits."""
-    names = [str(n) for n in rng.permutation(list(TOOLS))[: int(rng.integers(1, 4))]]
+    names = [str(n) for n in rng.permutation(list(TOOLS))[: int(rng.integers(1, 4)) if hard else 1]]
     schemas = [tool_schema(n, rng) for n in names]
     turns = []
     for _ in range(branches):

@@ -1,7 +1,8 @@
 """Train the demo model from nothing: ``python -m demo.train``.
 
-Two stages. ``look`` teaches the vision encoder what is at every patch of a tile; ``talk`` trains
-everything together on conversations, the patch labels staying on as a second task. Schedules
+Three stages. ``look`` teaches the vision encoder what is at each patch of a tile; ``bind`` adds
+the decoder and trains both on short questions, with large steps, until words find their places
+in the picture; ``talk`` goes on with everything. The patch labels stay on as a second task. Schedules
 count steps, so a run that was stopped goes on where it was and ends with the same weights. Two
 single-threaded workers share every step; their gradients are averaged.
 """
@@ -31,9 +32,11 @@ from demo.skills import canvas
 from demo.talk import TOOLS_HEAD, TOOLS_TAIL, chat_case, tool_case
 from demo.tokenizer import train_tokenizer
 
-LOOK_STEPS = 1500
-TALK_STEPS = 9000
-ROTATION = ("images", "tiled", "video", "images", "tools", "tiled", "images", "chat")
+LOOK_STEPS = 1400
+BIND_STEPS = 1000
+TALK_STEPS = 5000
+BIND_ROTATION = ("images", "video", "tools", "images", "tools", "video", "images", "chat")
+TALK_ROTATION = ("images", "tiled", "video", "images", "tools", "tiled", "images", "chat")
 
 
 class Optimiser:
@@ -258,27 +261,34 @@ class Run:
             if self.step % self.save_every == 0:
                 self.save()
 
-    def talk(self, steps: int, peak: float) -> None:
+    def talk(self, steps: int, peak: float, flat: float, rotation: tuple[str, ...]) -> None:
+        """Train on conversations; in the stage "bind" on the short ones only."""
         seen: dict[str, list[float]] = defaultdict(list)
+        number = 2 if self.stage == "bind" else 3
         while self.step < steps:
-            rng = np.random.default_rng([self.seed, 2, self.step, self.rank])
-            hard = min(1.0, max(0.0, (self.step / steps - 0.03) / 0.1))
+            rng = np.random.default_rng([self.seed, number, self.step, self.rank])
+            hard = 0.0 if self.stage == "bind" else min(1.0, 0.3 + self.step / 200)
             total = torch.zeros(())
-            for kind in ("single", ROTATION[self.step % len(ROTATION)]):
+            for kind in ("single", rotation[self.step % len(rotation)]):
                 batch = make_batch(self.encoder, rng, kind, hard, self.scale)
                 loss, dense, _ = answer_loss(self.net, self.encoder, batch)
                 seen[kind].append(loss.item())
                 total = total + loss + (0.1 * dense if dense is not None else 0)
-            self.update(total / 2, rate(self.step, steps, peak, 0.4))
+            self.update(total / 2, rate(self.step, steps, peak, flat))
             self.step += 1
             if self.step % 50 == 0:
-                self.log(" ".join(f"{k} {np.mean(v):.3f}" for k, v in seen.items()))
+                self.log(" ".join(f"{k} {np.mean(v):.3f}" for k, v in sorted(seen.items())))
                 seen.clear()
             if self.step % self.save_every == 0:
                 self.save()
-            if self.step % 500 == 0 and self.rank == 0:
+            if self.step % 200 == 0 and self.rank == 0:
                 scores = measure(self.net, self.encoder, self.seed)
                 self.log(" | ".join(f"{k} {v:.2f}/{n}" for k, (v, n) in scores.items()))
+
+    def finish(self, stage: str) -> None:
+        """Go on to the next stage."""
+        self.stage, self.step = stage, 0
+        self.save()
 
 
 def main() -> None:
@@ -286,8 +296,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="state and logs")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--look-steps", type=int, default=LOOK_STEPS)
+    parser.add_argument("--bind-steps", type=int, default=BIND_STEPS)
     parser.add_argument("--talk-steps", type=int, default=TALK_STEPS)
-    parser.add_argument("--peak", type=float, default=1.5e-3)
     parser.add_argument("--scale", type=float, default=1.0, help="batch size factor")
     parser.add_argument("--save-every", type=int, default=100, help="steps between saved states")
     parser.add_argument("--workers", type=int, default=2)
@@ -314,9 +324,11 @@ def main() -> None:
     run = Run(args)
     if run.stage == "look":
         run.look(args.look_steps)
-        run.stage, run.step = "talk", 0
-        run.save()
-    run.talk(args.talk_steps, args.peak)
+        run.finish("bind")
+    if run.stage == "bind":
+        run.talk(args.bind_steps, 3e-3, 0.9, BIND_ROTATION)
+        run.finish("talk")
+    run.talk(args.talk_steps, 1.5e-3, 0.3, TALK_ROTATION)
     run.save()
     for other in others:
         other.wait()

@@ -18,10 +18,11 @@ class MediaPart:
     """One picture of a request, before anything was fetched.
 
     ``url`` is a data:, http: or https: URL; ``param`` is the field an error names, for example
-    "messages[0].content[1].image_url"; ``max_tiles`` can only lower the server's maximum.
+    "messages[0].content[1].image_url"; ``max_tiles`` can only lower the server's maximum. The
+    URL may hold a whole picture: it stays out of the repr, and so out of every log.
     """
 
-    url: str
+    url: str = dataclasses.field(repr=False)
     param: str
     max_tiles: int | None = None
 
@@ -36,7 +37,7 @@ class TiledMedia:
     """
 
     digest: bytes
-    tiles: bytes
+    tiles: bytes = dataclasses.field(repr=False)
     count: int
     columns: int
     rows: int

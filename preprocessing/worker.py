@@ -6,6 +6,7 @@ never import a network library, and nothing at all after it has entered its sand
 """
 
 import io
+import signal
 import socket
 import sys
 
@@ -28,6 +29,9 @@ from wire.channel import Buffer, Channel, ChannelClosed
 
 def main(descriptor: int) -> None:
     """Serve jobs until the parent closes the channel."""
+    # Meant for the server, which may want to finish what runs; it ends us when it is done.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     channel: Channel[ToWorker] = Channel(socket.socket(fileno=descriptor), ToWorker)
     try:
         first, _ = channel.receive()

@@ -147,7 +147,18 @@ def test_the_served_model_computes_what_was_trained(folder: Path, tokenizer: Tok
 
 
 def start(work: Path) -> subprocess.Popen[bytes]:
-    flags = ["--workers", "1", "--scale", "0.1", "--look-steps", "4", "--talk-steps", "3"]
+    flags = [
+        "--workers",
+        "1",
+        "--scale",
+        "0.1",
+        "--look-steps",
+        "4",
+        "--bind-steps",
+        "2",
+        "--talk-steps",
+        "2",
+    ]
     command = [sys.executable, "-m", "demo.train", "--work", str(work), "--save-every", "1"]
     return subprocess.Popen([*command, *flags], cwd=ROOT)
 

@@ -39,7 +39,7 @@ def main(mode: str, descriptor: int) -> None:
     if mode == "half a frame":
         sock.sendall(struct.pack("<II", 1000, 1) + b"x")
     elif mode == "endless frame":
-        sock.sendall(struct.pack("<II", 8, 1) + b"x" * 8 + struct.pack("<Q", 1 << 40))
+        sock.sendall(struct.pack("<II", 8, 1) + b"x" * 8 + struct.pack("<Q", 1 << 27))
         sock.recv(1)
     elif mode != "dies at work":
         channel.send(*REPLIES[mode])

@@ -154,6 +154,14 @@ async def test_the_digest_says_whether_tiles_are_the_same() -> None:
     assert all(len(digest) == 32 for digest in digests)
 
 
+async def test_neither_a_part_nor_its_tiles_can_end_up_in_a_log() -> None:
+    asked = plain()
+    async with pipeline() as media:
+        loaded = await media.load(asked)
+    assert "base64" not in repr(asked)
+    assert len(repr(loaded)) < 300
+
+
 async def test_many_at_once_each_get_their_own() -> None:
     colours = [(value, 255 - value, 7) for value in range(0, 240, 8)]
     async with pipeline(media_workers=2) as media:
@@ -267,6 +275,17 @@ async def test_a_worker_killed_while_idle_costs_nothing() -> None:
         assert await gone(pid)
         assert (await media.load(plain())).count
         assert media.stats.deaths == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_to_the_whole_group_does_not_end_a_worker(number: int) -> None:
+    """A terminal's Ctrl-C and systemd's stop reach every process; the server decides alone."""
+    async with pipeline() as media:
+        before = media.worker_pids
+        for pid in before:
+            os.kill(pid, number)
+        assert (await media.load(plain())).count
+        assert (media.worker_pids, media.stats.deaths) == (before, 0)
 
 
 async def test_a_caller_that_leaves_gives_its_worker_back() -> None:

@@ -206,6 +206,12 @@ async def test_the_next_address_is_tried_when_the_first_does_not_answer(
     assert await fetch(site.url(host="pictures.example"), **OPEN) == BODY
 
 
+@pytest.mark.parametrize("user", ["user", "user:secret", ":", "example.com:80"])
+async def test_a_url_with_a_user_in_it_is_refused(site: Site, user: str) -> None:
+    assert (await refusal(site.url(host=f"{user}@127.0.0.1"), **OPEN)).code == "invalid_media"
+    assert not site.requests
+
+
 async def test_one_private_address_among_public_ones_refuses_the_name(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

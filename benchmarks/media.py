@@ -1,0 +1,157 @@
+"""Pictures per second from encoded bytes to tiles, beside the reference's way on the same core.
+
+    python -m benchmarks.media [--seconds 3] [--out FILE]
+
+Three ways, on JPEG pictures of 1 and 12 megapixels. Figures are processor time, all processes
+together, so that other work on the machine disturbs them little; pictures per second are per core.
+
+- ``reference``: Pillow, then every tile scaled and normalised to float32 on the CPU, as the
+  model's own code does it;
+- ``ours``: the decode worker's function, uint8 tiles, in this process;
+- ``pipeline``: ``MediaPipeline.load`` with one worker: base64, sandbox, sockets and digest.
+
+Prints a table and writes JSON.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from preprocessing import MediaPart, MediaPipeline
+from preprocessing.tiling import choose_grid
+from preprocessing.types import Tiled, TileJob, TileSettings
+from preprocessing.worker import answer
+from wire.geometry import VisionGeometry
+from wire.settings import MediaSettings
+
+GEOMETRY = VisionGeometry(tile_size=448, tokens_per_tile=256)
+SETTINGS = TileSettings.of(GEOMETRY)
+SIZES = {"1 MP": (1152, 864), "12 MP": (4032, 3024)}
+MAX_PIXELS = MediaSettings().max_image_pixels
+
+
+def photograph(width: int, height: int) -> bytes:
+    """A JPEG with smooth areas, edges and noise; about as large as a camera's."""
+    draw = np.random.default_rng(7)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    planes = [
+        128 + 70 * np.sin(x / (90 + 9 * k) + y / (130 - 7 * k)) + 25 * ((x // 61 + y // 47) % 2)
+        for k in range(3)
+    ]
+    noisy = np.stack(planes, -1) + draw.normal(0, 5, (height, width, 1)).astype(np.float32)
+    sink = io.BytesIO()
+    Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(sink, "JPEG", quality=90)
+    return sink.getvalue()
+
+
+def reference(encoded: bytes) -> np.ndarray[Any, Any]:
+    """float32 ``[T, 3, 448, 448]``, normalised, as the published code makes them."""
+    picture = Image.open(io.BytesIO(encoded)).convert("RGB")
+    side = SETTINGS.side
+    columns, rows = choose_grid(*picture.size, side, SETTINGS.min_tiles, SETTINGS.max_tiles)
+    resized = picture.resize((columns * side, rows * side))
+    tiles = []
+    for index in range(columns * rows):
+        left, top = index % columns * side, index // columns * side
+        tiles.append(resized.crop((left, top, left + side, top + side)))
+    if len(tiles) > 1:
+        tiles.append(picture.resize((side, side)))
+    mean, std = np.float32(GEOMETRY.mean), np.float32(GEOMETRY.std)
+    floats = [(np.asarray(one, np.float32) / np.float32(255) - mean) / std for one in tiles]
+    return np.stack([one.transpose(2, 0, 1) for one in floats])
+
+
+def ours(encoded: bytes) -> bytes:
+    message, buffers = answer(TileJob(SETTINGS, MAX_PIXELS), bytearray(encoded))
+    assert isinstance(message, Tiled)
+    return bytes(memoryview(buffers[0]))
+
+
+def processor_time(pids: Sequence[int]) -> float:
+    """Seconds used by this process and by ``pids``, which Linux tells in hundredths."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure(
+    function: Callable[[], object], seconds: float, pids: Sequence[int] = ()
+) -> dict[str, float]:
+    """Call for a while; mean processor time and the shortest time on the clock."""
+    function()
+    times = []
+    used = -processor_time(pids)
+    while sum(times) < seconds or len(times) < 5:
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    used = (used + processor_time(pids)) / len(times)
+    return {
+        "pictures_per_second_per_core": round(1 / used, 2),
+        "processor_ms": round(used * 1e3, 2),
+        "best_wall_ms": round(min(times) * 1e3, 2),
+        "runs": len(times),
+    }
+
+
+def through_pipeline(encoded: bytes, seconds: float) -> dict[str, float]:
+    url = "data:image/jpeg;base64," + base64.b64encode(encoded).decode()
+    part = MediaPart(url, "picture")
+    with asyncio.Runner() as runner:
+        media = MediaPipeline(MediaSettings())
+        runner.run(media.start(GEOMETRY))
+        try:
+            return measure(lambda: runner.run(media.load(part)), seconds, media.worker_pids)
+        finally:
+            runner.run(media.close())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--seconds", type=float, default=3.0, help="per measurement")
+    parser.add_argument("--out", type=Path, help="file for the JSON result")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "pillow": PIL.__version__,
+        "pictures": {},
+    }
+    for name, (width, height) in SIZES.items():
+        encoded = photograph(width, height)
+        row = {
+            "encoded_bytes": len(encoded),
+            "tiles": len(reference(encoded)),
+            "reference": measure(lambda data=encoded: reference(data), arguments.seconds),
+            "ours": measure(lambda data=encoded: ours(data), arguments.seconds),
+            "pipeline": through_pipeline(encoded, arguments.seconds),
+        }
+        results["pictures"][name] = row
+        for way in ("reference", "ours", "pipeline"):
+            figures = row[way]
+            print(
+                f"{name:>6}  {way:<10} {figures['pictures_per_second_per_core']:7.2f} pictures/s"
+                f"  {figures['processor_ms']:8.2f} ms of processor time"
+            )
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    else:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
