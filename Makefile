@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CODE := server engine model preprocessing wire demo tests benchmarks
 
-.PHONY: help setup serve test lint fmt types imports unit clean lock demo evaluate bench
+.PHONY: help setup serve test lint fmt unit clean lock train evaluate
 
 help:  ## list the recipes
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,7 +59,7 @@ fmt: $(VENV)/.dev  ## format the code and repair what can be repaired
 	@$(BIN)/ruff format $(CODE)
 	@$(BIN)/ruff check --fix $(CODE)
 
-demo: $(VENV)/.runtime  ## train the embedded demo model again, from nothing (hours on a CPU)
+train: $(VENV)/.runtime  ## train the embedded demo model again, from nothing (hours on a CPU)
 	@$(BIN)/python -m demo.train $(ARGS)
 
 evaluate: $(VENV)/.runtime  ## measure the served demo model skill by skill (needs `make serve`)

@@ -1,10 +1,10 @@
 """Train the demo model from nothing: ``python -m demo.train``.
 
-Three stages. ``look`` teaches the vision encoder what is at each patch of a tile; ``bind`` adds
+Three stages. ``look`` teaches the vision encoder what is at each patch of a tile. ``bind`` adds
 the decoder and trains both on short questions, with large steps, until words find their places
-in the picture; ``talk`` goes on with everything. The patch labels stay on as a second task. Schedules
-count steps, so a run that was stopped goes on where it was and ends with the same weights. Two
-single-threaded workers share every step; their gradients are averaged.
+in the picture. ``talk`` goes on with everything. The patch labels stay on as a second task.
+Schedules count steps, so a run that was stopped goes on where it was and ends with the same
+weights. Two single-threaded workers share every step; their gradients are averaged.
 """
 
 import argparse

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _CPU_MOST = 2 << 30
 _CPU_SHARE = 4
+_MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -45,9 +46,7 @@ def kv_blocks(
 
 def free_memory() -> int:
     """Bytes of main memory that can be had without swapping, the container's limit included."""
-    values = dict(
-        line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines()
-    )
+    values = dict(line.split(":", 1) for line in _MEMINFO.read_text("ascii").splitlines())
     free = int(values["MemAvailable"].split()[0]) * 1024
     try:
         limit = int((_CGROUP / "memory.max").read_text("ascii"))

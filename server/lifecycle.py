@@ -3,7 +3,6 @@ together: starting, ready, draining or failed. Routes ask it; only the app and t
 runs it change it."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from pathlib import Path
@@ -56,6 +55,8 @@ class Service:
                 await asyncio.sleep(WATCH_INTERVAL)
                 await self.engine.wait_ready()  # raises when the engine is lost for good
         except Unavailable as error:
+            if self._draining:
+                return
             logger.error("%s", error)  # the engine has logged why
         except Exception as error:
             logger.error("the server cannot start: %s", error)
@@ -95,8 +96,11 @@ class Service:
     async def drain(self) -> None:
         """Take no new work; return when the running work is done or its time is over."""
         self._draining = True
-        with contextlib.suppress(TimeoutError):
+        try:
             await asyncio.wait_for(self.gate.idle.wait(), self.settings.server.drain_timeout)
+        except TimeoutError:
+            logger.warning("the time to finish is over; ending what still runs")
+            await self.engine.stop()  # each request gets an error of its own, not a cut stream
 
     async def stop(self) -> None:
         """End engine and media."""

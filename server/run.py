@@ -4,10 +4,12 @@ before the model is loaded, so that probes are answered from the first second.""
 import asyncio
 import importlib.util
 import json
+import logging
 import os
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 from types import FrameType
 
@@ -35,6 +37,9 @@ def serve(app: FastAPI, settings: Settings) -> int:
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
     )
+    if settings.server.log_level != "debug":
+        # What it says about a start that goes well, ``announce`` says for this server.
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     server = _Server(config, app.state.service)
     try:
         server.run()
@@ -57,14 +62,14 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         if not self.should_exit:
-            self._spawn_announce()
+            port = self.servers[0].sockets[0].getsockname()[1]
+            self._spawn(announce(self.service, self.config.host, port))
+            self._spawn(self._end_on_failure())
 
-    def _spawn_announce(self) -> None:
-        port = self.servers[0].sockets[0].getsockname()[1]
-        for work in (announce(self.service, self.config.host, port), self._end_on_failure()):
-            task = asyncio.get_running_loop().create_task(work)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # the loop itself keeps no reference
+        task.add_done_callback(self._tasks.discard)
 
     async def _end_on_failure(self) -> None:
         await self.service.failed.wait()
@@ -82,8 +87,7 @@ class _Server(uvicorn.Server):
     def _begin_drain(self, name: str) -> None:
         if not self.service.gate.idle.is_set():
             say(f"{name}: finishing what is running; send it again to stop at once")
-        task = asyncio.get_running_loop().create_task(self._drain())
-        self._tasks.add(task)
+        self._spawn(self._drain())
 
     async def _drain(self) -> None:
         await self.service.drain()
@@ -116,10 +120,11 @@ def example(address: str, service: Service) -> str:
     if picture is None:
         text = [{"type": "text", "text": "Hello! What can you do?"}]
     else:
-        text.insert(0, {"type": "image_url", "image_url": {"url": "data:image/png;base64,%s"}})
+        text.insert(0, {"type": "image_url", "image_url": {"url": "data:image/png;base64,PICTURE"}})
     body = {"model": service.name, "messages": [{"role": "user", "content": text}]}
-    # Escaped for printf (%) and for the single quotes around it.
-    form = json.dumps(body).replace("%", "%%").replace("%%s", "%s").replace("'", "'\\''")
+    # Escaped for printf, then for the single quotes around it.
+    form = json.dumps(body).replace("\\", "\\\\").replace("%", "%%").replace("'", "'\\''")
+    form = form.replace("base64,PICTURE", "base64,%s")
     key = " -H 'Authorization: Bearer YOUR_KEY'" if service.settings.server.api_key else ""
     data = "" if picture is None else f" \"$(base64 < '{picture}' | tr -d '\\n')\""
     return (

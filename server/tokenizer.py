@@ -114,6 +114,8 @@ def _convert(folder: Path) -> str:
 
     In a process of its own, because transformers loads torch along the way.
     """
+    if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.model")):
+        raise TokenizerError(f"{folder} has no tokenizer")
     logger.info("no tokenizer.json in the checkpoint; converting its tokenizer")
     command = [sys.executable, "-c", _CONVERTER, str(folder)]
     try:

@@ -46,7 +46,9 @@ class Shape:
     kv_heads: int = 2
     head_dim: int = 16
     mlp: int = 96
+    backbone: str = "Qwen2ForCausalLM"
     text_bias: bool = True
+    out_bias: bool = False
     tied: bool = False
     vocab: int = 512
     positions: int = 1024
@@ -90,10 +92,11 @@ def make_checkpoint(
     *,
     format: str = "hf",
     spelling: str = "new",
-    shape: Shape = Shape(),  # noqa: B008 - frozen
+    shape: Shape = Shape(),
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     shards: int = 1,
+    weights: bool = True,
     change: Callable[[Tensors], None] | None = None,
     config: dict[str, Any] | None = None,
 ) -> Path:
@@ -102,9 +105,10 @@ def make_checkpoint(
     ``format`` is "hf" or "chat"; ``spelling`` "new" (model.language_model.*) or "old"
     (language_model.model.*) for hf. ``change`` may edit the tensors, under their final keys,
     before they are saved; ``config`` overrides top-level entries of config.json (None deletes).
+    Without ``weights`` there are only the small files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _weights(shape, seed, dtype)
+    tensors = _weights(shape, seed, dtype) if weights else {}
     values = _hf_config(shape) if format == "hf" else _chat_config(shape)
     if format == "chat":
         tensors = _to_chat(tensors)
@@ -121,7 +125,8 @@ def make_checkpoint(
         _write_json(folder / "preprocessor_config.json", processor)
     (folder / "tokenizer.json").write_text(small_tokenizer.tokenizer_json(), encoding="utf-8")
     _write_json(folder / "generation_config.json", {"do_sample": False})
-    _save(folder, tensors, shards)
+    if weights:
+        _save(folder, tensors, shards)
     return folder
 
 
@@ -176,6 +181,8 @@ def _weights(shape: Shape, seed: int, dtype: torch.dtype) -> Tensors:
     make.linear("multi_modal_projector.linear_1", shape.size, joined, bias=True)
     make.linear("multi_modal_projector.linear_2", shape.size, shape.size, bias=True)
     body = "language_model.model."
+    # A tied head sees the last token in the hidden state; the layers have to drown it.
+    loud = 4.0 if shape.tied else 1.5
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     spread = 3.0 / math.sqrt(shape.size)
     make.add(body + "embed_tokens.weight", shape.vocab, shape.size, std=spread)
@@ -184,10 +191,10 @@ def _weights(shape: Shape, seed: int, dtype: torch.dtype) -> Tensors:
         make.linear(layer + "self_attn.q_proj", query, shape.size, shape.text_bias, 1.5)
         make.linear(layer + "self_attn.k_proj", key, shape.size, shape.text_bias, 1.5)
         make.linear(layer + "self_attn.v_proj", key, shape.size, shape.text_bias)
-        make.linear(layer + "self_attn.o_proj", shape.size, query, bias=False, gain=0.3)
+        make.linear(layer + "self_attn.o_proj", shape.size, query, shape.out_bias, 0.3)
         make.linear(layer + "mlp.gate_proj", shape.mlp, shape.size, bias=False)
         make.linear(layer + "mlp.up_proj", shape.mlp, shape.size, bias=False)
-        make.linear(layer + "mlp.down_proj", shape.size, shape.mlp, bias=False, gain=1.5)
+        make.linear(layer + "mlp.down_proj", shape.size, shape.mlp, bias=False, gain=loud)
         make.norm(layer + "input_layernorm", shape.size, bias=False)
         make.norm(layer + "post_attention_layernorm", shape.size, bias=False)
     make.norm(body + "norm", shape.size, bias=False)
@@ -273,8 +280,8 @@ def _text_config(shape: Shape) -> dict[str, Any]:
     if shape.dynamic:
         rope |= {"rope_type": "dynamic", "factor": 2.0}
     return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": [shape.backbone],
+        "model_type": shape.backbone.removesuffix("ForCausalLM").lower(),
         "hidden_size": shape.size,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,

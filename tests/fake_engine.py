@@ -69,6 +69,7 @@ class FakeEngine:
         self.load = asyncio.Event()  # a test that clears it decides when loading ends
         self.load.set()
         self.fails_to_load = False
+        self._stopping = asyncio.Event()
         self._facts = ready or make_ready()
 
     async def start(self) -> None:
@@ -91,7 +92,7 @@ class FakeEngine:
         try:
             for step in self.script(request):
                 if isinstance(step, asyncio.Event):
-                    await step.wait()
+                    await self._wait(step)
                     continue
                 if isinstance(step, Exception):
                     finished = True
@@ -105,8 +106,19 @@ class FakeEngine:
                 self.aborted.append(request.id)
                 self.abort_seen.set()
 
+    async def _wait(self, step: asyncio.Event) -> None:
+        waits = [asyncio.ensure_future(event.wait()) for event in (step, self._stopping)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self._stopping.is_set():
+            raise Unavailable("the server is stopping")
+
     async def stop(self) -> None:
         self.state = "stopped"
+        self._stopping.set()
 
 
 class FakeMedia:

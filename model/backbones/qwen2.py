@@ -4,7 +4,8 @@ from model.backbones.backbone import Backbone, Tensors, rope_theta
 from model.schema import Section, TextConfig
 
 
-def _text_config(section: Section, tied: bool) -> TextConfig:
+def text_config(section: Section, tied: bool) -> TextConfig:
+    """Read Qwen2's flags, and those that its relatives share."""
     section.choice("hidden_act", "silu", ("silu",))
     if section.flag("use_sliding_window", False):
         raise section.error("use_sliding_window", "is set; sliding windows are not supported")
@@ -73,7 +74,7 @@ QWEN2 = Backbone(
     model_type="qwen2",
     embedding="embed_tokens.weight",
     head="lm_head.weight",
-    text_config=_text_config,
+    text_config=text_config,
     tensors=_tensors,
     ignored=_ignored,
 )

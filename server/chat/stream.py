@@ -117,6 +117,8 @@ async def chunks(
                     yield chunk(delta)
                 if state.finish_reason is not None:
                     break
+        if state.finish_reason is None:
+            raise EngineFailed("The engine could not finish this request.")
         yield chunk(Delta(), state.finish_reason)
         prompt, completion = len(chat.engine.prompt), state.completion_tokens
         details = PromptTokensDetails(state.cached_tokens, chat.image_tokens)

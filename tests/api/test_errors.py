@@ -249,7 +249,7 @@ async def test_keys_guard_everything_but_the_probes(houses: Houses) -> None:
         good = await house.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
         assert good.status_code == 200
     for headers in ({}, {"Authorization": "Bearer firs"}, {"Authorization": "Basic first"}):
-        for path in ("/v1/models", "/openapi.json", "/nowhere", "//live"):
+        for path in ("/v1/models", "/openapi.json", "/nowhere", "/v1/live", "/live/"):
             answer = await house.http.get(path, headers=headers)
             assert answer.status_code == 401
             assert answer.headers["www-authenticate"] == "Bearer"
@@ -360,3 +360,8 @@ async def test_no_body_makes_the_server_fail(house: House, body: dict[str, Any])
     assert answer.status_code < 500
     if answer.status_code != 200:
         error_of(answer)
+
+
+async def test_an_engine_that_ends_without_a_reason_is_an_error(house: House) -> None:
+    house.engine.script = lambda _: [[5]]
+    assert (await house.ask()).status_code == 500

@@ -30,6 +30,11 @@ class Sent:
     def __call__(self, message: object, buffers: object) -> None:
         self.messages.append(message)
 
+    async def wait(self, count: int) -> None:
+        async with asyncio.timeout(DEADLINE):
+            while len(self.messages) < count:
+                await asyncio.sleep(0)
+
 
 async def first(stream: AsyncIterator[EngineOutput]) -> EngineOutput:
     return await asyncio.wait_for(anext(stream), DEADLINE)
@@ -39,7 +44,7 @@ async def test_each_output_goes_to_its_own_reader() -> None:
     streams, sent = Streams(), Sent()
     readers = {name: streams.read(sent, request(name, 3)[0], ()) for name in "ab"}
     reading = {name: asyncio.create_task(first(reader)) for name, reader in readers.items()}
-    await asyncio.sleep(0)
+    await sent.wait(2)
     assert [message.id for message in sent.messages] == ["a", "b"]
     streams.deal([EngineOutput("b", [2]), EngineOutput("a", [1]), EngineOutput("gone", [3])])
     assert [(await reading[name]).token_ids for name in "ab"] == [[1], [2]]
@@ -51,7 +56,7 @@ async def test_a_slow_reader_loses_nothing() -> None:
     streams, sent = Streams(), Sent()
     reader = streams.read(sent, request("a", 3)[0], ())
     reading = asyncio.create_task(first(reader))
-    await asyncio.sleep(0)
+    await sent.wait(1)
     for token in range(5):
         streams.deal([EngineOutput("a", [token])])
     streams.deal([EngineOutput("a", [5], "length")])
@@ -65,7 +70,7 @@ async def test_a_reader_that_leaves_early_aborts_once() -> None:
     streams, sent = Streams(), Sent()
     reader = streams.read(sent, request("a", 3)[0], ())
     reading = asyncio.create_task(first(reader))
-    await asyncio.sleep(0)
+    await sent.wait(1)
     streams.deal([EngineOutput("a", [1])])
     await reading
     await reader.aclose()
@@ -77,7 +82,7 @@ async def test_a_failure_comes_after_the_outputs_that_arrived_and_needs_no_abort
     streams, sent = Streams(), Sent()
     reader = streams.read(sent, request("a", 3)[0], ())
     reading = asyncio.create_task(first(reader))
-    await asyncio.sleep(0)
+    await sent.wait(1)
     streams.deal([EngineOutput("a", [1])])
     streams.fail(lambda: EngineFailed("gone"))
     assert (await reading).token_ids == [1]
@@ -90,7 +95,7 @@ async def test_a_request_that_had_its_last_output_does_not_fail() -> None:
     streams, sent = Streams(), Sent()
     reader = streams.read(sent, request("a", 3)[0], ())
     reading = asyncio.create_task(first(reader))
-    await asyncio.sleep(0)
+    await sent.wait(1)
     streams.deal([EngineOutput("a", [1], "stop")])
     streams.fail(lambda: EngineFailed("gone"))
     assert (await reading).finish_reason == "stop"
@@ -102,7 +107,7 @@ async def test_an_id_cannot_be_open_twice() -> None:
     streams, sent = Streams(), Sent()
     reader = streams.read(sent, request("a", 3)[0], ())
     reading = asyncio.create_task(first(reader))
-    await asyncio.sleep(0)
+    await sent.wait(1)
     with pytest.raises(ValueError, match="is open"):
         await first(streams.read(sent, request("a", 3)[0], ()))
     streams.deal([EngineOutput("a", [1], "stop")])

@@ -113,6 +113,17 @@ def test_an_end_token_among_the_stop_ids_ends_with_stop() -> None:
         assert EOS not in engine.tokens[end.id][:-1]
 
 
+def test_an_end_token_that_a_request_does_not_list_does_not_end_it() -> None:
+    engine = Engine(draws_eos=True)
+    for seed in range(40):
+        whole, _ = request(f"r{seed}", 4, max_tokens=20, seed=seed)
+        sampling = msgspec.structs.replace(whole.sampling, stop_token_ids=())
+        engine.core.add(msgspec.structs.replace(whole, sampling=sampling))
+    engine.finish()
+    assert any(EOS in tokens[:-1] for tokens in engine.tokens.values())
+    assert {end.finish_reason for end in engine.ends.values()} == {"length"}
+
+
 def test_a_stop_token_on_the_last_allowed_position_is_still_a_stop() -> None:
     whole = alone(6, max_tokens=30)
     length = next(i for i, token in enumerate(whole) if token not in whole[:i] and i > 3) + 1

@@ -1,0 +1,131 @@
+"""The scheduler over the real model: how requests are batched, chunked, preempted or shared out
+over the vision cache changes no token of any of them."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.core import EngineCore
+from engine.runner import ModelRunner
+from tests.checkpoints import IMAGE_TOKEN, Shape, make_checkpoint
+from wire.messages import EngineRequest, VisionItem
+from wire.sampling import SamplingParams
+from wire.settings import EngineSettings
+
+SHAPE = Shape()
+TILE_BYTES = 3 * SHAPE.tile_size**2
+TOKEN_BYTES = 4 * SHAPE.size
+COUNT = 12
+
+CRAMPED = {
+    "one token at a time": {"max_num_batched_tokens": 1},
+    "chunks of seven": {"max_num_batched_tokens": 7, "block_size": 3, "num_kv_blocks": 300},
+    "few blocks": {"num_kv_blocks": 20, "block_size": 4},
+    "few pictures": {"encoder_cache_bytes": 5 * TOKEN_BYTES, "max_num_encoder_tiles": 1},
+    "few of everything": {
+        "max_num_batched_tokens": 9,
+        "max_num_seqs": 3,
+        "num_kv_blocks": 19,
+        "block_size": 4,
+        "encoder_cache_bytes": 5 * TOKEN_BYTES,
+        "max_num_encoder_tiles": 2,
+    },
+}
+
+
+def requests() -> list[tuple[EngineRequest, list[bytes]]]:
+    """Text and up to three pictures each, some shared between requests; half of them sampled."""
+    made = []
+    for number in range(COUNT):
+        source = random.Random(number)
+        prompt = [source.randrange(200) for _ in range(1 + source.randrange(9))]
+        items, buffers = [], []
+        for _ in range(number % 4):
+            seed, tiles = source.randrange(5), 1 + source.randrange(3)
+            length = tiles * SHAPE.tokens_per_tile
+            items.append(
+                VisionItem(b"%d %d" % (seed, tiles), len(prompt), length, tiles, len(buffers))
+            )
+            buffers.append(random.Random(seed).randbytes(tiles * TILE_BYTES))
+            prompt += [IMAGE_TOKEN] * length
+            prompt += [source.randrange(200) for _ in range(source.randrange(5))]
+        sampling = SamplingParams(temperature=float(number % 2), seed=number, max_tokens=24)
+        made.append((EngineRequest(f"r{number}", prompt, sampling, items), buffers))
+    return made
+
+
+def run(
+    folder: Path, batches: Sequence[Sequence[tuple[EngineRequest, list[bytes]]]], **settings: Any
+) -> tuple[dict[str, list[int]], EngineCore]:
+    """Serve batch after batch; tokens by request id."""
+    options = EngineSettings(
+        model=str(folder), device="cpu", threads=1, **{"num_kv_blocks": 128, **settings}
+    )
+    runner = ModelRunner(options)
+    core = EngineCore(options, runner, runner.ready())
+    tokens: dict[str, list[int]] = {}
+    for batch in batches:
+        for request, buffers in batch:
+            core.add(request, buffers)
+        while (report := core.step()) is not None:
+            core._scheduler.check()
+            for output in report.outputs:
+                assert output.finish_reason != "error", output
+                tokens.setdefault(output.id, []).extend(output.token_ids)
+    return tokens, core
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), shape=SHAPE)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, list[int]]:
+    """Each request by itself, its prompt in one chunk."""
+    tokens, core = run(folder, [[request] for request in requests()])
+    assert core._scheduler.stats.preemptions == 0
+    assert len({tuple(row) for row in tokens.values()}) == COUNT
+    return tokens
+
+
+def test_together_is_alone(folder: Path, alone: dict[str, list[int]]) -> None:
+    tokens, core = run(folder, [requests()])
+    assert tokens == alone
+    assert core._scheduler.stats.steps < 2 * 24
+
+
+@pytest.mark.parametrize("settings", CRAMPED.values(), ids=CRAMPED.keys())
+def test_cramped_is_alone(
+    folder: Path, alone: dict[str, list[int]], settings: dict[str, int]
+) -> None:
+    tokens, core = run(folder, [requests()], **settings)
+    assert tokens == alone
+    if settings.get("num_kv_blocks", 300) < 128:
+        assert core._scheduler.stats.preemptions > 0
+
+
+def test_aborting_some_changes_nothing_for_the_others(
+    folder: Path, alone: dict[str, list[int]]
+) -> None:
+    options = EngineSettings(
+        model=str(folder), device="cpu", threads=1, num_kv_blocks=24, block_size=4
+    )
+    runner = ModelRunner(options)
+    core = EngineCore(options, runner, runner.ready())
+    for request, buffers in requests():
+        core.add(request, buffers)
+    tokens: dict[str, list[int]] = {}
+    steps = 0
+    while (report := core.step()) is not None:
+        for output in report.outputs:
+            tokens.setdefault(output.id, []).extend(output.token_ids)
+        steps += 1
+        if steps % 3 == 0:
+            core.abort([f"r{steps // 3 * 2}"])
+    kept = {f"r{number}" for number in range(1, COUNT, 2)}
+    assert {name: tokens[name] for name in kept} == {name: alone[name] for name in kept}
+    assert core._scheduler.stats.blocks_used == 0
