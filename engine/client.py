@@ -253,9 +253,15 @@ class ProcessEngine:
         """One engine process, from its start to its death; ``failure`` says how it died."""
         self.failure = None
         self._outbox = asyncio.Queue()
-        ours, process = await self._spawn()
-        self._process = process
-        channel: AsyncChannel[FromEngine] = await AsyncChannel.open(ours, FromEngine)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            channel: AsyncChannel[FromEngine] = await AsyncChannel.open(ours, FromEngine)
+            try:
+                process = self._process = await self._spawn(theirs)
+            except BaseException:
+                channel.close()
+                raise
+        # Nothing is awaited before the try: a stop at any moment must find the process reaped.
         writer = asyncio.create_task(self._write(channel), name="engine-outbox")
         try:
             while True:
@@ -268,21 +274,14 @@ class ProcessEngine:
             channel.close()
             await self._reap(process)
 
-    async def _spawn(self) -> tuple[socket.socket, asyncio.subprocess.Process]:
-        ours, theirs = socket.socketpair()
-        try:
-            with theirs:
-                process = await asyncio.create_subprocess_exec(
-                    *self._command,
-                    str(theirs.fileno()),
-                    pass_fds=[theirs.fileno()],
-                    stdin=asyncio.subprocess.DEVNULL,
-                    env=_environment(),
-                )
-        except BaseException:
-            ours.close()
-            raise
-        return ours, process
+    async def _spawn(self, sock: socket.socket) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *self._command,
+            str(sock.fileno()),
+            pass_fds=[sock.fileno()],
+            stdin=asyncio.subprocess.DEVNULL,
+            env=_environment(),
+        )
 
     async def _write(self, channel: AsyncChannel[FromEngine]) -> None:
         with contextlib.suppress(ChannelClosed):  # ``_live`` sees the end of file too

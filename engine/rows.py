@@ -62,9 +62,6 @@ class Rows:
     def __getitem__(self, name: str) -> Row:
         return self._rows[name]
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def add(self, new: NewRow) -> None:
         """Take a sequence in, whole, with an empty block table."""
         index = self._free.pop()

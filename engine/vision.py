@@ -27,9 +27,6 @@ class EncoderOutputs:
         self._tiles: dict[str, list[Tensor]] = {}
         self._outputs: dict[bytes, Tensor] = {}
 
-    def __len__(self) -> int:
-        return len(self._outputs)
-
     def upload(self, request_id: str, buffers: Sequence[Buffer]) -> None:
         """Keep a request's tiles, one buffer of uint8 ``[T, 3, side, side]`` per picture."""
         self._tiles[request_id] = [

@@ -264,19 +264,20 @@ def _tokens(folder: Path, root: Section, vocab_size: int) -> tuple[int, tuple[in
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    ids: dict[str, int | None] = {
-        token: tokenizer.token_to_id(token) for token in (IMAGE_TOKEN, END_OF_TURN, END_OF_TEXT)
-    }
-    for token in (IMAGE_TOKEN, END_OF_TURN):
-        if ids[token] is None:
-            raise CheckpointError(f"{path} has no token {token}")
-    for token, number in ids.items():
+
+    def find(token: str) -> int | None:
+        number = tokenizer.token_to_id(token)
         if number is not None and number >= vocab_size:
             raise CheckpointError(
                 f"{path}: token {token} has id {number}, the model knows only {vocab_size}"
             )
-    image = ids[IMAGE_TOKEN]
-    assert image is not None  # noqa: S101 - checked above
+        return number
+
+    image, end_of_turn, end_of_text = map(find, (IMAGE_TOKEN, END_OF_TURN, END_OF_TEXT))
+    if image is None or end_of_turn is None:
+        raise CheckpointError(
+            f"{path} has no token {IMAGE_TOKEN if image is None else END_OF_TURN}"
+        )
     stated = root.values.get("image_token_id")
     if stated is not None and stated != image:
         logger.warning(
@@ -286,8 +287,7 @@ def _tokens(folder: Path, root: Section, vocab_size: int) -> tuple[int, tuple[in
             IMAGE_TOKEN,
             image,
         )
-    ends = (ids[END_OF_TURN], ids[END_OF_TEXT])
-    return image, tuple(number for number in ends if number is not None)
+    return image, (end_of_turn,) if end_of_text is None else (end_of_turn, end_of_text)
 
 
 def _prompt_format(root: Section, chat: bool) -> PromptFormat:

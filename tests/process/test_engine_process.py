@@ -234,6 +234,21 @@ async def test_a_process_that_ignores_the_closed_socket_is_killed() -> None:
     wait_gone(pidfd)
 
 
+@pytest.mark.parametrize("spawned", [False, True])
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_stop_at_any_moment_of_the_start_leaves_no_process(
+    spawned: bool, turns: int
+) -> None:
+    client = ProcessEngine(SETTINGS, command=["sleep", "600"], stop_timeout=0.05)
+    await client.start()
+    while spawned and client.pid is None:
+        await asyncio.sleep(0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await asyncio.wait_for(client.stop(), DEADLINE)
+    assert client._process is None or client._process.returncode is not None
+
+
 async def test_signals_for_the_whole_group_do_not_end_the_engine() -> None:
     async with engine() as client:
         os.kill(client.pid, signal.SIGTERM)
