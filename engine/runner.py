@@ -42,11 +42,11 @@ class ModelRunner:
         self, settings: EngineSettings, progress: Callable[[Progress], None] = lambda _: None
     ) -> None:
         device = torch.device(_device(settings))
-        if device.type == "cpu":
-            torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
         progress(Progress("config"))
         folder = Path(settings.model)
         config = load_config(folder)
+        if device.type == "cpu":
+            torch.set_num_threads(settings.threads or _threads(config))
         dtype = _dtype(settings, config, device)
         self._model = build_model(
             config, folder, device=device, dtype=dtype, progress=_reporter(progress)
@@ -157,6 +157,11 @@ def _device(settings: EngineSettings) -> str:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch finds no CUDA device")
     return settings.device
+
+
+def _threads(config: ModelConfig) -> int:
+    """One per core; but a small model's operations are shorter than waking a second thread."""
+    return 1 if count_parameters(config) <= _SMALL else len(os.sched_getaffinity(0))
 
 
 def _dtype(settings: EngineSettings, config: ModelConfig, device: torch.device) -> torch.dtype:

@@ -124,7 +124,9 @@ class EngineSettings:
     gpu_memory_utilization: float = knob(
         0.9, "Share of the GPU's memory that the server may use.", low=0.05, high=1.0
     )
-    threads: int = knob(0, "CPU threads of the engine; 0: one per core.", low=0)
+    threads: int = knob(
+        0, "CPU threads of the engine; 0: one per core, or one for a small model.", low=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,28 +1,25 @@
-"""Server-sent events over plain ASGI: comments while nothing happens, an error in the stream's own
+"""Server-sent events: comments that keep a silent connection open, an error in the stream's own
 form after the first byte and an ordinary error answer before it, and an end at once when the
 client leaves."""
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Awaitable
 from typing import TypeVar
 
-from starlette.responses import Response
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import AppStatus
 from starlette.types import Receive, Scope, Send
 
-from server.errors import envelope, error_response, unexpected
+from server.errors import envelope, unexpected
 from wire.errors import ServiceError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}
+# Streams end by themselves when the server drains (server.lifecycle), not on the first signal.
+AppStatus.enable_automatic_graceful_drain = False
 
 
 class ClientGone(Exception):
@@ -52,72 +49,62 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response):
-    """Sends each item of ``events`` as one event, then ``[DONE]``.
+class EventStream(EventSourceResponse):
+    """Sends each item of ``events`` as one event, then ``[DONE]``; an error becomes an event.
 
-    The headers go out with the first event, or with the first comment after ``keep_alive``
-    seconds of silence; an error before that is answered with its own status. ``events`` is
-    closed in every case.
+    Make it with ``open``. ``events`` is closed in every case.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], keep_alive: float) -> None:
-        super().__init__(headers=_HEADERS)
-        del self.headers["Content-Length"]
+    def __init__(
+        self, first: "asyncio.Future[bytes]", events: AsyncGenerator[bytes, None], keep_alive: float
+    ) -> None:
+        super().__init__(
+            _framed(first, events),
+            headers={"Cache-Control": "no-cache"},
+            ping=keep_alive,
+            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
+        )
+        self._first = first
         self._events = events
-        self._keep_alive = keep_alive
-        self._last = time.monotonic()
-        self._started = False
-        self._lock = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, events: AsyncGenerator[bytes, None], keep_alive: float) -> "EventStream":
+        """Wait for the first event, so that an error before it is answered with its own status;
+        but for ``keep_alive`` seconds only, then the stream begins with a comment."""
+        first = asyncio.ensure_future(anext(events))
+        try:
+            await asyncio.wait({first}, timeout=keep_alive)
+            if first.done():
+                first.result()
+        except BaseException:
+            await _close(first, events)
+            raise
+        return cls(first, events, keep_alive)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
-        self._comments = asyncio.create_task(self._comment(send))
         try:
-            await unless_gone(receive, self._run(scope, receive, send))
-        except ClientGone:
-            logger.info("the client left the stream")
+            await super().__call__(scope, receive, send)
         finally:
-            await self._end_comments()
-            await self._events.aclose()
+            await _close(self._first, self._events)
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            async for event in self._events:
-                await self._write(send, b"data: " + event + b"\n\n")
-        except Exception as error:
-            if not isinstance(error, ServiceError):
-                logger.exception("unexpected error in a stream")
-            failure = error if isinstance(error, ServiceError) else unexpected()
-            await self._end_comments()
-            if not self._started:
-                await error_response(failure)(scope, receive, send)
-                return
-            await self._write(send, b"data: " + envelope(failure) + b"\n\n")
-        await self._end_comments()
-        await self._write(send, b"data: [DONE]\n\n", more=False)
 
-    async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
-        async with self._lock:
-            if not self._started:
-                self._started = True
-                await send(
-                    {
-                        "type": "http.response.start",
-                        "status": self.status_code,
-                        "headers": self.raw_headers,
-                    }
-                )
-            self._last = time.monotonic()
-            await send({"type": "http.response.body", "body": data, "more_body": more})
+async def _framed(
+    first: "asyncio.Future[bytes]", events: AsyncGenerator[bytes, None]
+) -> AsyncGenerator[bytes, None]:
+    try:
+        yield b"data: " + await first + b"\n\n"
+        async for event in events:
+            yield b"data: " + event + b"\n\n"
+    except Exception as error:
+        if not isinstance(error, ServiceError):
+            logger.exception("unexpected error in a stream")
+        failure = error if isinstance(error, ServiceError) else unexpected()
+        yield b"data: " + envelope(failure) + b"\n\n"
+    yield b"data: [DONE]\n\n"
 
-    async def _end_comments(self) -> None:
-        self._comments.cancel()
-        await asyncio.gather(self._comments, return_exceptions=True)
 
-    async def _comment(self, send: Send) -> None:
-        while True:
-            silence = time.monotonic() - self._last
-            if silence >= self._keep_alive:
-                await self._write(send, b": keep-alive\n\n")
-                silence = 0
-            await asyncio.sleep(self._keep_alive - silence)
+async def _close(first: "asyncio.Future[bytes]", events: AsyncGenerator[bytes, None]) -> None:
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    await events.aclose()

@@ -40,7 +40,7 @@ async def _answer(service: Service, body: bytes, began: float) -> Response:
     source = chunks(chat, service.engine, service.metrics, began)
     if chat.stream:
         encoded = events(source, include_usage=chat.include_usage)
-        return EventStream(encoded, service.settings.server.keep_alive_interval)
+        return await EventStream.open(encoded, service.settings.server.keep_alive_interval)
     answer = await fold(source)
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
