@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.sampling.sampler import sample
 from tests.checkpoints import SIX_B_LIKE, Shape, Tensors, make_checkpoint
-from tests.parity.direct import prompt
+from tests.parity.direct import load, prompt, run
 from tests.parity.driver import GREEDY, Driver
 from tests.parity.reference import Reference
 from wire.sampling import SamplingParams
@@ -141,6 +142,19 @@ def test_draws_depend_on_the_seed_and_the_position_alone(folder: Path) -> None:
     assert {name: batch.sequences[name].output for name in CASES} == expected
     assert batch.sequences["other"].output != expected["text"]
     assert batch.sequences["greedy"].output != expected["text"]
+
+
+def test_draws_are_counted_from_the_end_of_the_prompt(folder: Path) -> None:
+    ids, pictures = CASES["picture"]
+    model, driver = load(folder), Driver(folder)
+    params = [msgspec.structs.replace(WARM, seed=seed) for seed in range(5)]
+    for sampling in params:
+        driver.add(str(sampling.seed), ids, pictures, sampling)
+    drawn = [output[:2] for output in driver.generate(2)]
+    for sampling, (first, second) in zip(params, drawn, strict=True):
+        for position, known in ((0, []), (1, [first])):
+            logits = run(model, ids + known, torch.cat(pictures))[-1:]
+            assert sample(logits, [sampling], [position]) == [(first, second)[position]]
 
 
 def test_a_shared_picture_is_encoded_once(folder: Path, alone: dict[str, list[int]]) -> None:
