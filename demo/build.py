@@ -342,7 +342,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(args.work / "tokenizer.json"))
     write_checkpoint(args.hf, tensors, tokenizer, native=True)
     write_checkpoint(args.chat, tensors, tokenizer, native=False)
-    write_samples(Path(__file__).parent / "pictures")
+    write_samples(Path(__file__).parent / "samples")
     size = (args.hf / "model.safetensors").stat().st_size
     print(f"{sum(t.numel() for t in tensors.values()):,} parameters, {size:,} bytes")
 

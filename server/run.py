@@ -137,7 +137,7 @@ def _picture() -> str | None:
     """A picture of the demo package, as short as it can be named from here."""
     spec = importlib.util.find_spec("demo")
     for place in (spec.submodule_search_locations or ()) if spec else ():
-        for file in sorted(Path(place, "pictures").glob("*.png")):
+        for file in sorted(Path(place, "samples").glob("*.png")):
             near = os.path.relpath(file)
             return near if not near.startswith("..") else str(file)
     return None
