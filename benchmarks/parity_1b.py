@@ -4,7 +4,7 @@
 
 Makes both checkpoint formats in DIR (2 x 1.9 GB, kept for the next run), then compares logits in
 fp32 and bf16, greedy tokens through the engine's runner, and our logits between the formats.
-Needs about 6 GB of memory and, on one core, a quarter of an hour. ``--hf`` and ``--chat`` name
+Needs about 7 GB of memory and some five minutes of one core. ``--hf`` and ``--chat`` name
 checkpoints to use instead.
 """
 
