@@ -12,7 +12,9 @@ from model.kv_cache import KVCache
 from tests.checkpoints import IMAGE_TOKEN, Shape
 
 
-def run(model: InternVL, ids: list[int], tiles: Tensor | None) -> Tensor:
+def run(
+    model: InternVL, ids: list[int], tiles: Tensor | None, image_token: int = IMAGE_TOKEN
+) -> Tensor:
     """fp32 logits ``[tokens, vocab]`` of one prompt, in one pass."""
     count, size = len(ids), 16
     attention = choose("sdpa", model.config.text, model.device, model.dtype)
@@ -32,7 +34,7 @@ def run(model: InternVL, ids: list[int], tiles: Tensor | None) -> Tensor:
     with torch.inference_mode():
         embeddings = model.embed(torch.tensor(ids))
         if tiles is not None:
-            embeddings[torch.tensor(ids) == IMAGE_TOKEN] = model.encode_tiles(tiles).flatten(0, 1)
+            embeddings[torch.tensor(ids) == image_token] = model.encode_tiles(tiles).flatten(0, 1)
         return model.logits(model(embeddings, positions, batch, kv, attention))
 
 
