@@ -98,10 +98,13 @@ def ask_count_by_kind(rng: Rng) -> Question:
     return ask_turn(rng, lambda r, s: skills.count_turn(r, s, int(r.integers(1, 3))), 1, 5)
 
 
-def ask_yes_no(rng: Rng) -> Question:
-    """Presence and relations, half and half, each with as many yes as no."""
-    if rng.random() < 0.5:
-        return ask_turn(rng, skills.exist_turn, 1, 5)
+def ask_presence(rng: Rng) -> Question:
+    """Is it there? As many yes as no; most of the no are near misses."""
+    return ask_turn(rng, skills.exist_turn, 1, 5)
+
+
+def ask_relation(rng: Rng) -> Question:
+    """Is one thing left of, right of, above or below another? As many yes as no."""
     return ask_turn(rng, skills.relation_turn, 2, 4)
 
 
@@ -231,7 +234,8 @@ def ask_box(rng: Rng) -> Question:
 SKILLS: dict[str, Skill] = {
     "colour and shape of one object": Skill(ask_name, floor=0.97),
     "counting up to five": Skill(ask_count, floor=0.90),
-    "yes/no questions": Skill(ask_yes_no, floor=0.90),
+    "yes/no: is it there": Skill(ask_presence, floor=0.90),
+    "yes/no: left of, above another": Skill(ask_relation, floor=0.90),
     "which of two pictures": Skill(ask_which, floor=0.85),
     "position: left, right, top, bottom": Skill(ask_side, floor=0.85),
     "direction of motion over frames": Skill(ask_motion, floor=0.90),
