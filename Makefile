@@ -31,7 +31,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) --upgrade 'pip>=25.1'
 	@$(PIP) $(TORCH_ARGS) '$(TORCH)'
 	@echo "setting up $(VENV): the server ..."
-	@$(PIP) --constraint constraints.txt --editable .
+	@PYTHONWARNINGS=ignore $(PIP) --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
