@@ -31,7 +31,8 @@ def test_every_module_says_what_it_is_for(path: Path) -> None:
 def test_package_names_belong_to_this_distribution_alone() -> None:
     owners = importlib.metadata.packages_distributions()
     for package in PACKAGES:
-        assert owners.get(package, ["internvl-server"]) == ["internvl-server"]
+        # Once per place that describes it: an editable install has two.
+        assert set(owners[package]) == {"internvl-server"}
 
 
 def test_no_module_shadows_the_standard_library() -> None:
