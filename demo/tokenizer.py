@@ -56,18 +56,7 @@ SPECIAL = [
     "</box>",
     "<video>",
 ]
-PLAIN = frozenset(
-    [
-        "<tool_call>",
-        "</tool_call>",
-        "<|fim_prefix|>",
-        "<|fim_middle|>",
-        "<|fim_suffix|>",
-        "<|fim_pad|>",
-        "<|repo_name|>",
-        "<|file_sep|>",
-    ]
-)
+PLAIN = frozenset(SPECIAL[SPECIAL.index("<tool_call>") : SPECIAL.index("<img>")])
 """Added tokens that are not special: they survive decoding."""
 
 VOCAB = 1152
