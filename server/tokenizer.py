@@ -62,7 +62,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, in which every token name is plain text."""
-        return list(self._plain.encode(text, add_special_tokens=False).ids)
+        # As a batch of one: only then does the library let other threads run meanwhile.
+        return list(self._plain.encode_batch([text], add_special_tokens=False)[0].ids)
 
     def token_id(self, token: str) -> int | None:
         """The id of exactly this token, None if the checkpoint does not have it."""

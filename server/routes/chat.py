@@ -6,6 +6,7 @@ import uuid
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from starlette.requests import ClientDisconnect
 
 from server.chat.prepare import PreparedChat, prepare
 from server.chat.sse import ClientGone, EventStream, unless_gone
@@ -28,10 +29,10 @@ async def create_chat_completion(request: Request) -> Response:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise UnsupportedMediaType("Content-Type must be application/json.")
-    body = await request.body()
     try:
+        body = await request.body()
         return await unless_gone(request.receive, _answer(service, body, began))
-    except ClientGone:
+    except (ClientGone, ClientDisconnect):
         return Response(status_code=CLIENT_CLOSED)
 
 
