@@ -139,7 +139,7 @@ def collate(encoder: Encoder, rng: Rng, cases: list[Case], most: int) -> Batch:
             counts.append(len(array))
         rows.append(encoder.pack(rng, case, counts))
     length = max(len(p) + sum(len(b[0]) for b in bs) for p, bs in rows)
-    length = -(-length // 64) * 64  # few distinct shapes: the CPU kernels are compiled per shape
+    length = -(-length // 32) * 32  # few distinct shapes: the CPU kernels are compiled per shape
     shape = (len(rows), length)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     segments, targets = np.full(shape, -1, np.int64), np.full(shape, IGNORE, np.int64)

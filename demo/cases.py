@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from demo.pictures import Scene, Thing, background, place, write_number
+from demo.pictures import PITCH, TILE, Scene, Thing, background, place, write_number
 from demo.skills import (
-    NUMBER,
+    ORDINAL,
     Case,
     Turn,
     article,
@@ -17,15 +17,18 @@ from demo.skills import (
     exist_turn,
     json_turn,
     name_turn,
+    number_turns,
     pick,
     put,
     relation_turn,
     sentence,
     shape_turn,
+    side_turn,
     some,
     where_turn,
 )
 from demo.talk import REFUSAL, outside
+from preprocessing.tiling import choose_grid
 
 Rng = np.random.Generator
 
@@ -36,6 +39,10 @@ BIND: tuple[Maker, ...] = (
     exist_turn,
     exist_turn,
     where_turn,
+    where_turn,
+    side_turn,
+    side_turn,
+    relation_turn,
     relation_turn,
     count_turn,
 )
@@ -47,27 +54,47 @@ MORE: tuple[Maker, ...] = (
     where_turn,
     relation_turn,
     relation_turn,
+    side_turn,
     exist_turn,
     json_turn,
     box_turn,
+    box_turn,
 )
+
+
+def digits(rng: Rng) -> str:
+    """A number of one, two or three digits, each length equally often."""
+    return str(int(rng.integers(10 ** int(rng.integers(1, 4)))))
+
+
+def number_scene(rng: Rng, tiled: bool) -> Scene:
+    """A number so large that it can be read in the whole picture."""
+    scene, text = canvas(rng, tiled), digits(rng)
+    size = float(rng.uniform(0.3, 0.45)) * min(scene.width, scene.height)
+    write_number(rng, scene, text, min(size, 0.92 * scene.width / (PITCH * len(text))))
+    return scene
+
+
+def detail_scene(rng: Rng) -> Scene:
+    """A number so small that only a tile shows it, inside one tile."""
+    scene, text = Scene(*(int(n) for n in rng.integers(300, 400, 2)), background(rng)), digits(rng)
+    columns, rows = choose_grid(scene.width, scene.height, TILE, 1, 12)
+    wide, high = scene.width / columns, scene.height / rows
+    left, top = int(rng.integers(columns)) * wide, int(rng.integers(rows)) * high
+    size = float(rng.uniform(28, 40))
+    write_number(rng, scene, text, size, (left, top, left + wide, top + high))
+    return scene
 
 
 def picture_case(rng: Rng, tiled: bool, hard: float, branches: int) -> Case:
     """One picture and ``branches`` questions; ``hard`` 0..1 brings in the difficult ones."""
     scene = canvas(rng, tiled)
+    if rng.random() < (0.1 if hard == 0 else 0.16):
+        scene = detail_scene(rng) if tiled and rng.random() < 0.5 else number_scene(rng, tiled)
+        return Case([scene], number_turns(rng, scene.number, branches))
     if hard == 0:
-        place(rng, scene, int(rng.choice([1, 2, 3], p=[0.3, 0.4, 0.3])))
+        place(rng, scene, int(rng.choice([1, 2, 3], p=[0.2, 0.45, 0.35])))
         return Case([scene], ask(rng, scene, BIND, branches))
-    if rng.random() < 0.16 * hard:
-        text = str(int(rng.integers(10 ** int(rng.integers(1, 4)))))
-        low = min(scene.width, scene.height)
-        size = (
-            float(rng.uniform(0.2, 0.4)) * low if not tiled else float(rng.uniform(26, 0.4 * low))
-        )
-        size = min(max(size, 20), scene.width * 0.9 / (0.72 * len(text)))
-        write_number(rng, scene, text, size)
-        return Case([scene], [Turn("number", pick(rng, NUMBER), f"The number is {text}.")])
     count = int(rng.choice([0, 1, 2, 3, 4, 5], p=[0.02, 0.3, 0.2, 0.18, 0.15, 0.15]))
     place(rng, scene, count)
     if not scene.things:
@@ -100,7 +127,6 @@ WHICH = (
     "Which of the pictures contains a {}?",
     "Which image shows the {}?",
 )
-ORDINAL = ("first", "second", "third")
 IN_ONE = (
     "What is in the {o} picture?",
     "What is in picture {k}?",
@@ -180,8 +206,8 @@ def video_case(rng: Rng, branches: int) -> Case:
     word = pick(rng, tuple(DIRECTIONS))
     dx, dy = DIRECTIONS[word]
     r = side * float(rng.uniform(0.1, 0.2))
-    path = side * float(rng.uniform(0.3, 0.55))
     margin = r + 2
+    path = min(side * float(rng.uniform(0.3, 0.55)), side - 2 * margin - 1)
     x = float(
         rng.uniform(margin + (path if dx < 0 else 0), side - margin - (path if dx > 0 else 0))
     )

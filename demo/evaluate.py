@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from demo import cases, skills, talk
-from demo.pictures import Scene, place, render, write_number
+from demo.pictures import Scene, place, render
 
 Rng = np.random.Generator
 EVALUATION = 20261121
@@ -191,20 +191,17 @@ def ask_greeting(rng: Rng) -> Question:
 
 
 def ask_number(rng: Rng) -> Question:
-    scene = skills.canvas(rng, rng.random() < 0.5)
-    low = min(scene.width, scene.height)
-    digits = str(int(rng.integers(10 ** int(rng.integers(1, 4)))))
-    size = min(float(rng.uniform(0.25, 0.4)) * low, scene.width * 0.9 / (0.72 * len(digits)))
-    write_number(rng, scene, digits, max(20.0, size))
-    return about(scene, rng, skills.pick(rng, skills.NUMBER), f"The number is {digits}.")
+    return ask_text(rng, cases.number_scene(rng, rng.random() < 0.5))
 
 
 def ask_detail(rng: Rng) -> Question:
     """A number so small that the thumbnail cannot show it: only the tiles can."""
-    scene = Scene(int(rng.integers(300, 420)), int(rng.integers(300, 420)), (255, 255, 255))
-    digits = str(int(rng.integers(10 ** int(rng.integers(1, 4)))))
-    write_number(rng, scene, digits, float(rng.uniform(24, 32)))
-    return about(scene, rng, skills.pick(rng, skills.NUMBER), f"The number is {digits}.")
+    return ask_text(rng, cases.detail_scene(rng))
+
+
+def ask_text(rng: Rng, scene: Scene) -> Question:
+    question = skills.pick(rng, skills.NUMBER)
+    return about(scene, rng, question, f"The number is {scene.number}.")
 
 
 def overlap(a: list[float], b: list[float]) -> float:

@@ -40,10 +40,10 @@ STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1) * 255
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """``[B, H, L, d]`` each; ``mask`` is added to the scores."""
-    scores = (q @ k.transpose(-1, -2)) * (1 / math.sqrt(q.shape[-1]))
+    """``[..., L, d]`` each, ``q`` scaled already; ``mask`` is added to the scores."""
+    scores = q @ k.mT
     if mask is not None:
-        scores = scores + mask
+        scores.add_(mask)
     return torch.softmax(scores, -1) @ v
 
 
@@ -63,6 +63,7 @@ class VisionAttention(nn.Module):
             layer(x).view(b, n, self.heads, -1).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
+        q = q * q.shape[-1] ** -0.5
         return self.projection_layer(attend(q, k, v, None).transpose(1, 2).reshape(b, n, w))
 
 
@@ -179,12 +180,13 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         b, n, _ = x.shape
         s = self.s
-        q = rotate(self.q_proj(x).view(b, n, s.heads, s.head_dim).transpose(1, 2), cos, sin)
-        k = rotate(self.k_proj(x).view(b, n, s.kv_heads, s.head_dim).transpose(1, 2), cos, sin)
+        q = (self.q_proj(x) * s.head_dim**-0.5).view(b, n, s.heads, s.head_dim)
+        k = self.k_proj(x).view(b, n, s.kv_heads, s.head_dim)
+        q, k = (rotate(t.transpose(1, 2), cos, sin) for t in (q, k))
         v = self.v_proj(x).view(b, n, s.kv_heads, s.head_dim).transpose(1, 2)
-        group = s.heads // s.kv_heads
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(b, n, -1))
+        q = q.unflatten(1, (s.kv_heads, -1))
+        out = attend(q, k[:, :, None], v[:, :, None], mask[:, None])
+        return self.o_proj(out.flatten(1, 2).transpose(1, 2).reshape(b, n, -1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

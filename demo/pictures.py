@@ -40,6 +40,8 @@ PURE = {
     "white": (255, 255, 255),
 }
 NAMES = tuple(COLOURS)
+PITCH = 0.8
+"""Distance of printed digits, as a share of the font size."""
 Rgb = tuple[int, int, int]
 
 
@@ -82,7 +84,8 @@ class Scene:
     number: str = ""
     glyphs: list[Glyph] = field(default_factory=list)
     ink: Rgb = (0, 0, 0)
-    texture: int = 0
+    size: int = 0
+    """Font size of the glyphs."""
 
 
 def far(a: Rgb, b: Rgb) -> bool:
@@ -168,25 +171,31 @@ def corners(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
     return points
 
 
-def write_number(rng: np.random.Generator, scene: Scene, text: str, size: float) -> None:
-    """Print ``text`` somewhere in the scene with glyphs ``size`` pixels high."""
+def write_number(
+    rng: np.random.Generator,
+    scene: Scene,
+    text: str,
+    size: float,
+    area: tuple[float, float, float, float] | None = None,
+) -> None:
+    """Print ``text`` somewhere in the scene, or in an area of it, ``size`` pixels high."""
     scene.number = text
-    font = ImageFont.load_default(size)
-    pitch = size * 0.72
-    width = pitch * len(text)
-    left = float(rng.uniform(2, max(3.0, scene.width - width - 2)))
-    top = float(rng.uniform(0, max(1.0, scene.height - size * 1.15)))
+    font = ImageFont.load_default(int(size))
+    x0, y0, x1, y1 = area or (0, 0, scene.width, scene.height)
+    pitch = size * PITCH
+    left = float(rng.uniform(x0 + 2, max(x0 + 3.0, x1 - pitch * len(text) - 2)))
+    top = float(rng.uniform(y0, max(y0 + 1.0, y1 - size * 1.15)))
     for index, char in enumerate(text):
         x = left + index * pitch
-        x0, y0, x1, y1 = font.getbbox(char)
-        scene.glyphs.append(Glyph(char, (x + x0, top + y0, x + x1, top + y1)))
+        box = font.getbbox(char)
+        scene.glyphs.append(Glyph(char, (x + box[0], top + box[1], x + box[2], top + box[3])))
     scene.ink = next(
         ink
         for ink in [tint(rng, NAMES[int(rng.integers(8))]) for _ in range(20)]
         + [(0, 0, 0), (255, 255, 255)]
         if far(ink, scene.background)
     )
-    scene.texture = -int(size)  # remembered for drawing
+    scene.size = int(size)
 
 
 def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
@@ -218,10 +227,9 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
         else:
             pen.polygon(corners(thing.shape, x, y, r), **edge)
     if scene.glyphs:
-        size = -scene.texture
-        font = ImageFont.load_default(size * scale)
+        font = ImageFont.load_default(scene.size * scale)
         for glyph in scene.glyphs:
-            x0, y0, _, _ = ImageFont.load_default(size).getbbox(glyph.text)
+            x0, y0, _, _ = ImageFont.load_default(scene.size).getbbox(glyph.text)
             place_at = ((glyph.box[0] - x0) * scale, (glyph.box[1] - y0) * scale)
             pen.text(place_at, glyph.text, fill=scene.ink, font=font)
     if scale > 1:
@@ -249,8 +257,47 @@ def cut(picture: Image.Image, most: int) -> tuple[np.ndarray, int, int]:
     return np.ascontiguousarray(tiles), columns, rows
 
 
-HEADS = {"shape": len(SHAPES) + 2, "colour": len(NAMES) + 1, "digit": 11, "x": 8, "y": 8, "size": 4}
+BOX_BINS = 26
+"""Box edges are told in steps of 1/25 of the tile, which answers write as multiples of 40."""
+HEADS = {
+    "shape": len(SHAPES) + 2,
+    "colour": len(NAMES) + 1,
+    "digit": 11,
+    "left": BOX_BINS,
+    "top": BOX_BINS,
+    "right": BOX_BINS,
+    "bottom": BOX_BINS,
+    "cell": 9,
+    "rank x": 5,
+    "rank y": 5,
+    "same shape": 6,
+    "same colour": 6,
+    "total": 6,
+}
+LEGIBLE = 12
+"""Height in pixels of its tile from which a digit can be read."""
 _CENTRES = (np.arange(CELLS) + 0.5) * PATCH
+
+
+@dataclass
+class Mark:
+    """A thing or a digit as one tile shows it: box in pixels of the tile, class numbers."""
+
+    box: tuple[float, float, float, float]
+    shape: int
+    colour: int = -1
+    digit: int = -1
+    """0: too small to read."""
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+    def patches(self) -> np.ndarray:
+        x0, y0, x1, y1 = self.box
+        across = (x0 - 4 < _CENTRES) & (x1 + 4 > _CENTRES)
+        down = (y0 - 4 < _CENTRES) & (y1 + 4 > _CENTRES)
+        return (down[:, None] & across[None, :]).reshape(-1)
 
 
 def labels(scene: Scene, columns: int, rows: int) -> np.ndarray:
@@ -262,24 +309,46 @@ def labels(scene: Scene, columns: int, rows: int) -> np.ndarray:
     if len(views) > 1:
         views.append((0, 0, 1, 1))
     out = np.empty((len(views), CELLS * CELLS, len(HEADS)), np.int64)
-    out[:, :, :3] = 0
-    out[:, :, 3:] = -1
-    marks = [
-        (t.box, SHAPES.index(t.shape) + 1, NAMES.index(t.colour) + 1, -1) for t in scene.things
-    ]
-    marks += [(g.box, len(SHAPES) + 1, -1, int(g.text) + 1) for g in scene.glyphs]
     for index, (column, row, wide, high) in enumerate(views):
         sx, sy = TILE * wide / scene.width, TILE * high / scene.height
-        for (x0, y0, x1, y1), shape, colour, digit in marks:
-            x0, x1 = x0 * sx - column * TILE, x1 * sx - column * TILE
-            y0, y1 = y0 * sy - row * TILE, y1 * sy - row * TILE
-            inside = ((x0 - 4 < _CENTRES) & (x1 + 4 > _CENTRES))[None, :] & (
-                (y0 - 4 < _CENTRES) & (y1 + 4 > _CENTRES)
-            )[:, None]
-            if not inside.any():
-                continue
-            cx = min(7, max(0, int((x0 + x1) / 2 // PATCH)))
-            cy = min(7, max(0, int((y0 + y1) / 2 // PATCH)))
-            size = min(3, int(max(x1 - x0, y1 - y0) // 20))
-            out[index, inside.reshape(-1)] = (shape, colour, max(digit, 0), cx, cy, size)
+
+        def here(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+            left, top = column * TILE, row * TILE  # noqa: B023
+            x0, y0, x1, y1 = box
+            return x0 * sx - left, y0 * sy - top, x1 * sx - left, y1 * sy - top  # noqa: B023
+
+        marks = [
+            Mark(here(t.box), SHAPES.index(t.shape) + 1, NAMES.index(t.colour) + 1)
+            for t in scene.things
+        ]
+        for glyph in scene.glyphs:
+            box = here(glyph.box)
+            legible = box[3] - box[1] >= LEGIBLE
+            marks.append(Mark(box, len(SHAPES) + 1, digit=int(glyph.text) + 1 if legible else 0))
+        out[index] = tile_labels(marks)
+    return out
+
+
+def tile_labels(marks: list[Mark]) -> np.ndarray:
+    """Truth of one tile: int64 ``[64, len(HEADS)]``. Ranks and counts are of what it holds."""
+    out = np.full((CELLS * CELLS, len(HEADS)), -1, np.int64)
+    out[:, :2] = 0
+    held = [m for m in marks if all(0 <= c < TILE for c in m.centre)]
+    digits = any(m.digit >= 0 for m in marks)
+    out[:, -1] = -1 if digits else min(5, len(held))
+    for mark in marks:
+        inside = mark.patches()
+        if not inside.any():
+            continue
+        edges = [round(min(1.0, max(0.0, v / TILE)) * (BOX_BINS - 1)) for v in mark.box]
+        u, v = (c / TILE for c in mark.centre)
+        row = [mark.shape, mark.colour, mark.digit, *edges, -1, -1, -1, -1, -1]
+        if mark in held:
+            clear = min(abs(c - line) for c in (u, v) for line in (1 / 3, 2 / 3)) > 0.02
+            row[7] = int(v * 3) * 3 + int(u * 3) if clear else -1
+            row[8] = min(4, sum(m.centre[0] < mark.centre[0] for m in held))
+            row[9] = min(4, sum(m.centre[1] < mark.centre[1] for m in held))
+            row[10] = min(5, sum(m.shape == mark.shape for m in held))
+            row[11] = min(5, sum(m.colour == mark.colour for m in held))
+        out[inside, :-1] = row
     return out

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from demo.pictures import (
+    BOX_BINS,
     NAMES,
     SHAPES,
     Scene,
@@ -162,10 +163,20 @@ WHERE = (
     "Where is the {} in this image?",
 )
 RELATION = {
-    "left of": ("Is the {} left of the {}?", "Is the {} to the left of the {}?"),
-    "right of": ("Is the {} right of the {}?", "Is the {} to the right of the {}?"),
+    "left": ("Is the {} left of the {}?", "Is the {} to the left of the {}?"),
+    "right": ("Is the {} right of the {}?", "Is the {} to the right of the {}?"),
     "above": ("Is the {} above the {}?", "Is the {} higher than the {}?"),
     "below": ("Is the {} below the {}?", "Is the {} under the {}?"),
+}
+SIDE = {
+    ("left", "right"): (
+        "Is the {} left or right of the {}?",
+        "Is the {} to the left or to the right of the {}?",
+    ),
+    ("above", "below"): (
+        "Is the {} above or below the {}?",
+        "Is the {} higher or lower than the {}?",
+    ),
 }
 NUMBER = (
     "What number is written here?",
@@ -177,6 +188,18 @@ NUMBER = (
     "What number is this?",
     "Read the text in the image.",
 )
+DIGIT = (
+    "What is the {} digit?",
+    "What is the {} digit of the number?",
+    "Which digit is the {} one?",
+    "Read the {} digit.",
+)
+DIGITS = (
+    "How many digits does the number have?",
+    "How many digits are there?",
+    "Count the digits.",
+)
+ORDINAL = ("first", "second", "third")
 JSON = (
     "Answer in JSON: what is in the picture?",
     "Describe the picture as JSON.",
@@ -327,7 +350,8 @@ def where_turn(rng: Rng, scene: Scene) -> Turn | None:
     return Turn("where", pick(rng, WHERE).format(name), f"It is {region(scene, thing)}.")
 
 
-def relation_turn(rng: Rng, scene: Scene) -> Turn | None:
+def related(rng: Rng, scene: Scene) -> tuple[Thing, Thing, tuple[str, str], str] | None:
+    """Two things, the axis on which they lie clearly apart, and where the first lies on it."""
     things = unique(scene)
     if len(things) < 2:
         return None
@@ -338,11 +362,40 @@ def relation_turn(rng: Rng, scene: Scene) -> Turn | None:
     horizontal = abs(dx) > abs(dy)
     if max(abs(dx), abs(dy)) < margin or 0.8 < abs(dx) / (abs(dy) + 1e-6) < 1.25:
         return None
-    word = ("left of", "right of") if horizontal else ("above", "below")
-    true = word[0] if (dx < 0 if horizontal else dy < 0) else word[1]
-    asked = pick(rng, word)
+    axis = ("left", "right") if horizontal else ("above", "below")
+    return a, b, axis, axis[int((dx if horizontal else dy) > 0)]
+
+
+def relation_turn(rng: Rng, scene: Scene) -> Turn | None:
+    found = related(rng, scene)
+    if found is None:
+        return None
+    a, b, axis, true = found
+    asked = pick(rng, axis)
     question = pick(rng, RELATION[asked]).format(a.name, b.name)
     return Turn("relation", question, "Yes." if asked == true else "No.")
+
+
+def side_turn(rng: Rng, scene: Scene) -> Turn | None:
+    """The same without yes and no, which is easier to learn."""
+    found = related(rng, scene)
+    if found is None:
+        return None
+    a, b, axis, true = found
+    return Turn("side", pick(rng, SIDE[axis]).format(a.name, b.name), f"{true.capitalize()}.")
+
+
+def number_turns(rng: Rng, text: str, count: int) -> list[Turn]:
+    """What is written, and its digits one by one."""
+    turns = [Turn("number", pick(rng, NUMBER), f"The number is {text}.")]
+    for place in rng.permutation(len(text))[: count - 1]:
+        name = ORDINAL[int(place)]
+        answer = f"The {name} digit is {text[int(place)]}."
+        turns.append(Turn("digit", pick(rng, DIGIT).format(name), answer))
+    if len(turns) < count:
+        noun = "digit" if len(text) == 1 else "digits"
+        turns.append(Turn("digits", pick(rng, DIGITS), count_answer(len(text), noun)))
+    return turns
 
 
 def json_turn(rng: Rng, scene: Scene) -> Turn:
@@ -360,7 +413,7 @@ def box_turn(rng: Rng, scene: Scene) -> Turn | None:
     x0, y0, x1, y1 = thing.box
     size = (scene.width, scene.height, scene.width, scene.height)
     numbers = [
-        str(round(min(1, max(0, v / s)) * 50) * 20)
+        str(round(min(1, max(0, v / s)) * (BOX_BINS - 1)) * 40)
         for v, s in zip((x0, y0, x1, y1), size, strict=True)
     ]
     answer = f"<ref>{thing.name}</ref><box>[[{', '.join(numbers)}]]</box>"

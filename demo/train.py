@@ -25,18 +25,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from demo.batches import IGNORE, Batch, Encoder, make_batch
-from demo.cases import images_case, picture_case, video_case
+from demo.cases import detail_scene, images_case, number_scene, picture_case, video_case
 from demo.network import DemoNet, dense_loss
-from demo.pictures import cut, labels, place, render, write_number
+from demo.pictures import cut, labels, place, render
 from demo.skills import canvas
 from demo.talk import TOOLS_HEAD, TOOLS_TAIL, chat_case, tool_case
 from demo.tokenizer import train_tokenizer
 
-LOOK_STEPS = 1400
+LOOK_STEPS = 4000
 BIND_STEPS = 1000
-TALK_STEPS = 5000
-BIND_ROTATION = ("images", "video", "tools", "images", "tools", "video", "images", "chat")
-TALK_ROTATION = ("images", "tiled", "video", "images", "tools", "tiled", "images", "chat")
+TALK_STEPS = 3500
+ROTATION = ("images", "tiled", "video", "tools", "tiled", "images", "tools", "chat")
 
 
 class Optimiser:
@@ -137,15 +136,13 @@ def look_batch(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
     tiles: list[np.ndarray] = []
     truth: list[np.ndarray] = []
     while sum(len(t) for t in tiles) < count:
-        scene = canvas(rng, rng.random() < 0.35)
-        if rng.random() < 0.3:
-            text = str(int(rng.integers(10 ** int(rng.integers(1, 4)))))
-            size = min(
-                float(rng.uniform(0.2, 0.45)) * min(scene.width, scene.height),
-                scene.width / (0.8 * len(text)),
-            )
-            write_number(rng, scene, text, max(20.0, size))
+        kind, tiled = rng.random(), rng.random() < 0.35
+        if kind < 0.15:
+            scene = detail_scene(rng)
+        elif kind < 0.35:
+            scene = number_scene(rng, tiled)
         else:
+            scene = canvas(rng, tiled)
             place(rng, scene, int(rng.integers(1, 6)))
         array, columns, rows = cut(render(scene, rng), 12)
         some = rng.permutation(len(array))[:4]
@@ -227,11 +224,18 @@ class Run:
         (self.work / "state.json").write_text(json.dumps(state))
 
     def update(self, loss: Tensor, lr: float) -> None:
+        """One step of all parameters, or in the stage "look" of those it trains."""
         loss.backward()
+        looks = self.stage == "look"
+        trained = {
+            name: p
+            for name, p in self.net.named_parameters()
+            if not looks or "vision_tower" in name or name.startswith("heads")
+        }
         flat = torch.cat(
             [
                 torch.zeros(p.numel()) if p.grad is None else p.grad.flatten().float()
-                for p in self.net.parameters()
+                for p in trained.values()
             ]
         )
         if self.world > 1:
@@ -239,7 +243,7 @@ class Run:
             flat /= self.world
         flat *= min(1.0, 1.0 / (float(flat.norm()) + 1e-6))
         grads, at = {}, 0
-        for name, p in self.net.named_parameters():
+        for name, p in trained.items():
             grads[name] = flat[at : at + p.numel()].view_as(p)
             at += p.numel()
             p.grad = None
@@ -261,7 +265,7 @@ class Run:
             if self.step % self.save_every == 0:
                 self.save()
 
-    def talk(self, steps: int, peak: float, flat: float, rotation: tuple[str, ...]) -> None:
+    def talk(self, steps: int, peak: float, flat: float) -> None:
         """Train on conversations; in the stage "bind" on the short ones only."""
         seen: dict[str, list[float]] = defaultdict(list)
         number = 2 if self.stage == "bind" else 3
@@ -269,7 +273,7 @@ class Run:
             rng = np.random.default_rng([self.seed, number, self.step, self.rank])
             hard = 0.0 if self.stage == "bind" else min(1.0, 0.3 + self.step / 200)
             total = torch.zeros(())
-            for kind in ("single", rotation[self.step % len(rotation)]):
+            for kind in ("single", ROTATION[self.step % len(ROTATION)]):
                 batch = make_batch(self.encoder, rng, kind, hard, self.scale)
                 loss, dense, _ = answer_loss(self.net, self.encoder, batch)
                 seen[kind].append(loss.item())
@@ -326,9 +330,9 @@ def main() -> None:
         run.look(args.look_steps)
         run.finish("bind")
     if run.stage == "bind":
-        run.talk(args.bind_steps, 3e-3, 0.9, BIND_ROTATION)
+        run.talk(args.bind_steps, 3e-3, 0.9)
         run.finish("talk")
-    run.talk(args.talk_steps, 1.5e-3, 0.3, TALK_ROTATION)
+    run.talk(args.talk_steps, 1.5e-3, 0.3)
     run.save()
     for other in others:
         other.wait()
