@@ -77,7 +77,8 @@ def number_scene(rng: Rng, tiled: bool) -> Scene:
 
 def detail_scene(rng: Rng) -> Scene:
     """A number so small that only a tile shows it, inside one tile."""
-    scene, text = Scene(*(int(n) for n in rng.integers(300, 400, 2)), background(rng)), digits(rng)
+    width, height = (int(n) for n in rng.integers(300, 400, 2))
+    scene, text = Scene(width, height, background(rng)), digits(rng)
     columns, rows = choose_grid(scene.width, scene.height, TILE, 1, 12)
     wide, high = scene.width / columns, scene.height / rows
     left, top = int(rng.integers(columns)) * wide, int(rng.integers(rows)) * high

@@ -24,7 +24,8 @@ class NewRow(msgspec.Struct, frozen=True):
     """A sequence the runner does not hold: new, or back from preemption.
 
     ``token_ids`` are all tokens known so far (prompt and, after preemption, output);
-    ``prompt_len`` of them are prompt, which keys sampling draws by output position.
+    ``prompt_len`` of them are prompt, which keys sampling draws by output position. ``blocks``
+    begin its block table: they hold the keys and values of its first tokens already.
     """
 
     id: str
@@ -32,6 +33,7 @@ class NewRow(msgspec.Struct, frozen=True):
     prompt_len: int
     sampling: SamplingParams
     spans: list[VisionSpan]
+    blocks: list[int] = []
 
 
 class Work(msgspec.Struct, frozen=True, gc=False):
@@ -63,7 +65,7 @@ class StepPlan(msgspec.Struct, frozen=True):
 
     ``removed`` sequences never come back: their row, if there is one (a sequence may end before
     its first step), and their raw tiles go. ``preempted`` rows go too, but their raw tiles stay:
-    the sequence comes back as a NewRow with an empty block table.
+    the sequence comes back as a NewRow.
     """
 
     step: int

@@ -63,13 +63,14 @@ class Rows:
         return self._rows[name]
 
     def add(self, new: NewRow) -> None:
-        """Take a sequence in, whole, with an empty block table."""
+        """Take a sequence in, whole."""
         index = self._free.pop()
         length = len(new.token_ids)
         self._tokens[index, :length] = new.token_ids
         self._owned[index] = 0
         end = max((span.offset + span.length for span in new.spans), default=0)
         self._rows[new.id] = Row(index, new.prompt_len, new.sampling, new.spans, end, length)
+        self.append_blocks(new.id, new.blocks)
 
     def remove(self, name: str) -> None:
         """Forget a sequence; unknown names are ignored."""

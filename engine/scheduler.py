@@ -17,10 +17,11 @@ for it) and, once entries in use are released, the whole vision cache (while one
 for room there, no later one may take any).
 """
 
-from collections import deque
+from collections import Counter, deque
 
 from engine.blocks import BlockPool
 from engine.plan import EncodeItem, NewRow, Sampled, StepPlan, StepResult, Work
+from engine.prefix import extend_digests
 from engine.sequence import Refused, Sequence, Status
 from engine.vision_cache import VisionCache
 from wire.messages import EngineOutput, EngineRequest, EngineStats, Ready, VisionItem
@@ -70,6 +71,7 @@ class Scheduler:
         self._max_tiles = settings.max_num_encoder_tiles
         self._max_seqs = settings.max_num_seqs
         self._pool = BlockPool(ready.blocks_total)
+        self._prefix_caching = settings.enable_prefix_caching
         # Blocks that admission leaves to the sequences already running.
         self._watermark = max(1, ready.blocks_total // 100)
         self._vision = VisionCache(settings.encoder_cache_bytes)
@@ -81,6 +83,7 @@ class Scheduler:
         self._arrivals = 0
         self._steps = 0
         self._prompt_tokens = 0
+        self._cached_tokens = 0
         self._generated_tokens = 0
         self._encoded_tiles = 0
         self._preemptions = 0
@@ -104,6 +107,7 @@ class Scheduler:
             generated_tokens=self._generated_tokens,
             encoded_tiles=self._encoded_tiles,
             preemptions=self._preemptions,
+            cached_tokens=self._cached_tokens,
         )
 
     def add(self, request: EngineRequest) -> None:
@@ -211,23 +215,60 @@ class Scheduler:
         """
         while self._waiting and draft.tokens > 0 and len(self._running) < self._max_seqs:
             sequence = self._waiting[0]
-            need = -(-len(sequence.token_ids) // self._block_size)
-            if need > self._pool.num_free - (self._watermark if self._running else 0):
+            hits = self._find_prefix(sequence)
+            need = -(-len(sequence.token_ids) // self._block_size) - len(hits)
+            room = self._pool.num_free - (self._watermark if self._running else 0)
+            if need + self._pool.count_free(hits) > room:
                 return
-            count = self._gate(sequence, min(len(sequence.token_ids), draft.tokens), draft)
+            sequence.advance(len(hits) * self._block_size)
+            missing = len(sequence.token_ids) - sequence.num_computed
+            count = self._gate(sequence, min(missing, draft.tokens), draft)
             if count == 0:
+                sequence.rewind()
                 return
+            self._pool.share(hits)
             blocks = self._pool.allocate(need)
             assert blocks is not None
             self._waiting.popleft()
-            sequence.blocks = blocks
+            sequence.blocks = hits + blocks
+            sequence.num_published = len(hits)
             sequence.status = Status.RUNNING
             self._running.append(sequence)
             if not sequence.started:
                 sequence.started = True
+                sequence.num_cached = sequence.num_computed
                 self._prompt_tokens += sequence.prompt_len
+                self._cached_tokens += sequence.num_cached
             draft.new_rows.append(sequence.new_row())
-            draft.add(sequence, count, list(blocks))
+            draft.add(sequence, count, blocks)
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold a prefix of the sequence; never of all: its last token is computed."""
+        if not self._prefix_caching:
+            return []
+        self._name_blocks(sequence)
+        most = (len(sequence.token_ids) - 1) // self._block_size
+        return self._pool.match(sequence.digests[:most])
+
+    def _name_blocks(self, sequence: Sequence) -> None:
+        request = sequence.request
+        extend_digests(
+            sequence.digests,
+            sequence.token_ids,
+            request.items,
+            self._block_size,
+            request.cache_salt,
+        )
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Let the blocks be found that have become full and computed."""
+        full = sequence.num_computed // self._block_size
+        if not self._prefix_caching or full == sequence.num_published:
+            return
+        self._name_blocks(sequence)
+        for index in range(sequence.num_published, full):
+            self._pool.publish(sequence.blocks[index], sequence.digests[index])
+        sequence.num_published = full
 
     def _gate(self, sequence: Sequence, count: int, draft: _Draft) -> int:
         """How many of the next ``count`` positions have their pictures encoded by then.
@@ -244,7 +285,7 @@ class Scheduler:
                 continue
             if not (draft.gate_open and self._take(sequence, item, draft)):
                 draft.gate_open = False
-                return item.offset - start
+                return max(0, item.offset - start)
             sequence.held.append(item.digest)
         return count
 
@@ -273,7 +314,8 @@ class Scheduler:
             drawn = next(sampled) if work.sample else None
             if sequence.status is not Status.RUNNING:
                 continue  # aborted since
-            sequence.num_computed += work.count
+            sequence.advance(work.count)
+            self._publish(sequence)
             if sequence.held:
                 self._release_passed(sequence)
             if drawn is not None:
@@ -289,22 +331,19 @@ class Scheduler:
         token = drawn.token_id
         sequence.token_ids.append(token)
         self._generated_tokens += 1
+        reason = None
         if token in sequence.stop_ids:
+            reason = "stop"
+        elif len(sequence.token_ids) >= sequence.max_len:
+            reason = "length"
+        if reason:
             self._end(sequence)
-            return EngineOutput(sequence.id, [token], "stop", stop_token=token)
-        if len(sequence.token_ids) >= sequence.max_len:
-            self._end(sequence)
-            return EngineOutput(sequence.id, [token], "length")
-        return EngineOutput(sequence.id, [token])
+        stop_token = token if reason == "stop" else None
+        return EngineOutput(sequence.id, [token], reason, stop_token, sequence.num_cached)
 
     def _release_passed(self, sequence: Sequence) -> None:
         """Release every held encoder output but that of a picture computed in part."""
         spans, computed = sequence.spans, sequence.num_computed
-        while sequence.next_span < len(spans):
-            span = spans[sequence.next_span]
-            if span.offset + span.length > computed:
-                break
-            sequence.next_span += 1
         needed: list[bytes] = []
         if sequence.next_span < len(spans) and spans[sequence.next_span].offset < computed:
             needed.append(spans[sequence.next_span].digest)
@@ -359,6 +398,5 @@ class Scheduler:
         for sequence in self._waiting:
             assert sequence.status is Status.WAITING
             assert not any((sequence.num_computed, sequence.blocks, sequence.held))
-        assert len(owned) == len(set(owned)), "two sequences own one block"
-        assert len(owned) == self._pool.total - self._pool.num_free, "a block has no owner"
+        assert Counter(owned) == self._pool.references, "references and owners disagree"
         assert len(references) == self._vision.num_referenced

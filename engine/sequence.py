@@ -28,18 +28,23 @@ class Sequence:
 
     ``max_len`` is the length in tokens (prompt and output) at which it ends with "length".
     ``next_span`` is the index of the first vision span that is not wholly computed, ``held``
-    the digests whose encoder output this sequence keeps alive.
+    the digests whose encoder output this sequence keeps alive. ``digests`` name the full blocks
+    of its tokens as far as they were needed; the first ``num_published`` of ``blocks`` can be
+    found by them. ``num_cached`` prompt positions were not computed but found, at the start.
     """
 
     __slots__ = (
         "arrival",
         "blocks",
+        "digests",
         "held",
         "id",
         "items",
         "max_len",
         "next_span",
+        "num_cached",
         "num_computed",
+        "num_published",
         "prompt_len",
         "request",
         "spans",
@@ -65,12 +70,29 @@ class Sequence:
         self.blocks: list[int] = []
         self.held: list[bytes] = []
         self.next_span = 0
+        self.digests: list[bytes] = []
+        self.num_published = 0
+        self.num_cached = 0
 
     def new_row(self) -> NewRow:
         """The whole sequence, for a runner that does not hold it."""
         return NewRow(
-            self.id, list(self.token_ids), self.prompt_len, self.request.sampling, self.spans
+            self.id,
+            list(self.token_ids),
+            self.prompt_len,
+            self.request.sampling,
+            self.spans,
+            self.blocks[: self.num_published],
         )
+
+    def advance(self, count: int) -> None:
+        """``count`` more positions are in the cache; pass the spans that are wholly there."""
+        self.num_computed += count
+        while self.next_span < len(self.spans):
+            span = self.spans[self.next_span]
+            if span.offset + span.length > self.num_computed:
+                break
+            self.next_span += 1
 
     def rewind(self) -> None:
         """Forget all progress but the tokens; the caller has freed what the sequence held."""
@@ -79,3 +101,4 @@ class Sequence:
         self.next_span = 0
         self.blocks = []
         self.held = []
+        self.num_published = 0

@@ -22,6 +22,11 @@ _ENGINE = {
     "vision_bytes": ("vision_cache_bytes", False, "Memory held by encoded pictures."),
     "steps": ("engine_steps", True, "Steps since the engine started."),
     "encoded_tiles": ("encoded_tiles", True, "Picture tiles encoded since the engine started."),
+    "cached_tokens": (
+        "prefix_cache_hit_tokens",
+        True,
+        "Prompt tokens found in the prefix cache since the engine started.",
+    ),
     "preemptions": ("preemptions", True, "Requests that lost their blocks and started again."),
 }
 

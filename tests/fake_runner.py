@@ -117,7 +117,11 @@ class FakeRunner:
             for index in range(span.length):
                 inputs[span.offset + index] = (span.digest, index)
         assert len(inputs) == sum(span.length for span in new.spans)
-        self.rows[new.id] = Row(list(new.token_ids), new.prompt_len, new.sampling.seed, inputs)
+        row = Row(list(new.token_ids), new.prompt_len, new.sampling.seed, inputs, list(new.blocks))
+        size = self._ready.block_size
+        assert len(row.blocks) * size < len(row.tokens), "nothing is left to compute"
+        row.states = [self.cache[block, slot] for block in row.blocks for slot in range(size)]
+        self.rows[new.id] = row
 
     def _encode(self, item: EncodeItem) -> None:
         assert item.digest not in self.tensors, "encoded although it exists"
@@ -140,9 +144,10 @@ class FakeRunner:
         assert tiles <= self.settings.max_num_encoder_tiles or len(plan.encode) == 1
         size = sum(len(tensor) for tensor in self.tensors.values()) * TOKEN_BYTES
         assert size <= self.settings.encoder_cache_bytes or len(self.tensors) == 1
-        owned = [block for row in self.rows.values() for block in row.blocks]
-        owned += [block for work in plan.work for block in work.new_blocks]
-        assert len(owned) == len(set(owned)), "a block is owned twice"
+        fresh = [block for work in plan.work for block in work.new_blocks]
+        assert len(fresh) == len(set(fresh)), "a block is handed out twice"
+        owned = {block for row in self.rows.values() for block in row.blocks}
+        assert not owned & set(fresh), "a block is handed out that a row reads"
 
     def _compute(self, work: Work) -> Sampled | None:
         row = self.rows[work.id]
@@ -190,6 +195,7 @@ def request(
     max_tokens: int = 8,
     seed: int = 0,
     stop: tuple[int, ...] = (),
+    salt: bytes = b"",
 ) -> tuple[EngineRequest, list[bytes]]:
     """A request and its buffers; a part is a number of text tokens or (picture seed, tiles)."""
     prompt: list[int] = []
@@ -205,7 +211,7 @@ def request(
         prompt += [IMAGE] * length
         buffers.append(raw)
     sampling = SamplingParams(max_tokens=max_tokens, seed=seed, stop_token_ids=(*stop, EOS))
-    return EngineRequest(name, prompt, sampling, items), buffers
+    return EngineRequest(name, prompt, sampling, items, salt), buffers
 
 
 class Engine:
@@ -224,6 +230,10 @@ class Engine:
 
     def add(self, name: str, *parts: int | tuple[int, int], **options: Any) -> None:
         self.core.add(*request(name, *parts, **options))
+
+    def add_tokens(self, name: str, prompt: list[int], max_tokens: int) -> None:
+        sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=(EOS,))
+        self.core.add(EngineRequest(name, prompt, sampling))
 
     def step(self) -> StepPlan:
         """One step; returns the last plan that was executed."""
@@ -262,6 +272,7 @@ def alone(*parts: int | tuple[int, int], **options: Any) -> list[int]:
         max_num_encoder_tiles=512,
         max_model_len=options.pop("max_model_len", 256),
         draws_eos=draws_eos,
+        enable_prefix_caching=False,
     )
     engine.add("alone", *parts, **options)
     engine.finish()

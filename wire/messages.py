@@ -29,12 +29,16 @@ class VisionItem(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineRequest(msgspec.Struct, frozen=True, tag="request"):
-    """One sequence to generate. ``prompt`` holds token ids, pictures already as context ids."""
+    """One sequence to generate. ``prompt`` holds token ids, pictures already as context ids.
+
+    Only requests with the same ``cache_salt`` share cached prefixes.
+    """
 
     id: str
     prompt: list[int]
     sampling: SamplingParams
     items: list[VisionItem] = []
+    cache_salt: bytes = b""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -54,7 +58,8 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one request. ``finish_reason`` is None or one of FINISH_REASONS.
 
     A stop token ends a request with "stop" and is the last of ``token_ids``;
-    ``error`` says what went wrong when the reason is "error".
+    ``error`` says what went wrong when the reason is "error". ``cached_tokens`` positions of
+    the prompt were found in the prefix cache.
     """
 
     id: str
@@ -78,6 +83,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     generated_tokens: int = 0
     encoded_tiles: int = 0
     preemptions: int = 0
+    cached_tokens: int = 0
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="report"):

@@ -119,6 +119,9 @@ class EngineSettings:
         256 << 20, "Memory for encoded pictures that wait for their prefill.", low=1
     )
     block_size: int = knob(16, "Tokens per block of the KV cache.", low=1, high=1024)
+    enable_prefix_caching: bool = knob(
+        True, "Keep the keys and values of finished requests for others with the same beginning."
+    )
     num_kv_blocks: int = knob(0, "Blocks of the KV cache; 0: sized from kv_cache_memory.", low=0)
     kv_cache_memory: int = knob(0, "Bytes for the KV cache; 0: measured from what is free.", low=0)
     gpu_memory_utilization: float = knob(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine.core import EngineCore
@@ -85,8 +86,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, list[int]]:
-    """Each request by itself, its prompt in one chunk."""
-    tokens, core = run(folder, [[request] for request in requests()])
+    """Each request by itself, its prompt in one chunk and wholly computed."""
+    single = [[request] for request in requests()]
+    tokens, core = run(folder, single, enable_prefix_caching=False)
     assert core._scheduler.stats.preemptions == 0
     assert len({tuple(row) for row in tokens.values()}) == COUNT
     return tokens
@@ -96,6 +98,32 @@ def test_together_is_alone(folder: Path, alone: dict[str, list[int]]) -> None:
     tokens, core = run(folder, [requests()])
     assert tokens == alone
     assert core._scheduler.stats.steps < 2 * 24
+
+
+@pytest.mark.parametrize("block_size", [3, 16])
+def test_cached_is_uncached(folder: Path, alone: dict[str, list[int]], block_size: int) -> None:
+    """The same requests again find their prefixes; each also goes on where its answer ended."""
+    again = [
+        (msgspec.structs.replace(request, id=f"again {request.id}"), buffers)
+        for request, buffers in requests()
+    ]
+    longer = [
+        (
+            msgspec.structs.replace(
+                request, id=f"longer {request.id}", prompt=request.prompt + alone[request.id][:20]
+            ),
+            buffers,
+        )
+        for request, buffers in requests()
+        if request.sampling.temperature == 0
+    ]
+    tokens, core = run(folder, [requests(), again, longer], block_size=block_size)
+    assert {name: tokens[name] for name in alone} == alone
+    assert {name: tokens[f"again {name}"] for name in alone} == alone
+    for request, _ in longer:
+        name = request.id.removeprefix("longer ")
+        assert tokens[request.id][:4] == alone[name][20:]
+    assert core._scheduler.stats.cached_tokens > 100
 
 
 @pytest.mark.parametrize("settings", CRAMPED.values(), ids=CRAMPED.keys())

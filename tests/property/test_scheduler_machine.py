@@ -7,7 +7,7 @@ is held.
 
 from typing import Any
 
-from hypothesis import settings
+from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -57,13 +57,28 @@ class Traffic(RuleBasedStateMachine):
         max_tokens=st.integers(1, 25),
         seed=st.integers(0, 3),
         stop=st.sets(st.integers(0, 94), max_size=8),
+        salt=st.sampled_from([b"", b"", b"salt"]),
     )
-    def arrive(self, parts: Parts, max_tokens: int, seed: int, stop: set[int]) -> None:
+    def arrive(self, parts: Parts, max_tokens: int, seed: int, stop: set[int], salt: bytes) -> None:
         name = f"r{len(self.requests)}"
-        options = {"max_tokens": max_tokens, "seed": seed, "stop": tuple(sorted(stop))}
+        options = {
+            "max_tokens": max_tokens,
+            "seed": seed,
+            "stop": tuple(sorted(stop)),
+            "salt": salt,
+        }
         self.requests[name] = parts, options
         self.engine.add(name, *parts, **options)
         self.engine.scheduler.check()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), max_tokens=st.integers(1, 25))
+    def ask_again(self, data: st.DataObject, max_tokens: int) -> None:
+        """A prompt that was sent before, so that prefixes are found, whole and in part."""
+        parts, options = self.requests[data.draw(st.sampled_from(sorted(self.requests)))]
+        name = f"r{len(self.requests)}"
+        self.requests[name] = [*parts, 3], options | {"max_tokens": max_tokens}
+        self.engine.add(name, *self.requests[name][0], **self.requests[name][1])
 
     @precondition(lambda self: self.engine.core.has_work)
     @rule(count=st.integers(1, 6))
@@ -99,6 +114,7 @@ class Traffic(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         self.engine.finish()
+        event(f"found {self.engine.scheduler.stats.cached_tokens > 0}")
         assert set(self.engine.ends) == set(self.requests) - self.aborted
         for name, (parts, options) in self.requests.items():
             length = sum(p if isinstance(p, int) else p[1] * 4 for p in parts)

@@ -272,7 +272,7 @@ def test_a_preempted_sequence_keeps_its_place_before_those_that_wait() -> None:
 
 
 def test_a_preempted_sequence_with_a_picture_encodes_it_again_if_it_was_dropped() -> None:
-    engine = Engine(num_kv_blocks=9, encoder_cache_bytes=TILE_BYTES)
+    engine = Engine(num_kv_blocks=9, encoder_cache_bytes=TILE_BYTES, enable_prefix_caching=False)
     engine.add("a", 6, max_tokens=16)
     engine.add("b", 3, (1, 1), max_tokens=16, seed=1)
     engine.add("c", 3, (2, 1), max_tokens=16, seed=2)
