@@ -350,9 +350,7 @@ BODIES = st.one_of(
 )
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=BODIES)
 async def test_no_body_makes_the_server_fail(house: House, body: dict[str, Any]) -> None:
     content = json.dumps(body).encode()

@@ -88,11 +88,7 @@ class VisionCacheMachine(RuleBasedStateMachine):
         assert self.cache.used <= BUDGET or len(self.resident) == 1
 
 
-BlockPoolMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
-)
-VisionCacheMachine.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None
-)
+BlockPoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+VisionCacheMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestBlockPool = BlockPoolMachine.TestCase
 TestVisionCache = VisionCacheMachine.TestCase

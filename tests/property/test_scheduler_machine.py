@@ -130,5 +130,5 @@ class Traffic(RuleBasedStateMachine):
             assert name in self.aborted or got == whole
 
 
-Traffic.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+Traffic.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestTraffic = Traffic.TestCase

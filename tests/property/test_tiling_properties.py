@@ -33,7 +33,7 @@ def test_no_other_grid_is_nearer(width: int, height: int) -> None:
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     width=st.integers(1, 90),
     height=st.integers(1, 90),
