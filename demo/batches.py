@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from demo.cases import images_case, picture_case, video_case
+from demo.cases import SHORT, images_case, picture_case, video_case
 from demo.network import TOKENS_PER_TILE
 from demo.pictures import cut, labels, render
 from demo.skills import Case, Turn
@@ -185,7 +185,7 @@ SIZES = {
 def make_batch(encoder: Encoder, rng: Rng, kind: str, hard: float, scale: float = 1.0) -> Batch:
     """One batch of a kind; ``hard`` in 0..1 opens the difficult skills."""
     cases, branches = SIZES[kind]
-    if hard == 0 and kind in ("single", "images"):
+    if hard <= SHORT and kind in ("single", "images"):
         cases, branches = round(cases * 1.3), branches + 2
     cases = max(1, round(cases * scale))
     most = 1
@@ -196,7 +196,7 @@ def make_batch(encoder: Encoder, rng: Rng, kind: str, hard: float, scale: float 
         most = 12 if rng.random() < 0.7 else int(rng.choice([2, 4, 6]))
     elif kind == "images":
         made = [images_case(rng, branches, hard) for _ in range(cases)]
-        most = 1 if hard == 0 or rng.random() < 0.7 else int(rng.choice([2, 4, 12]))
+        most = 1 if hard <= SHORT or rng.random() < 0.7 else int(rng.choice([2, 4, 12]))
     elif kind == "video":
         made = [video_case(rng, branches) for _ in range(cases)]
     elif kind == "chat":

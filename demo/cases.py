@@ -33,12 +33,19 @@ from preprocessing.tiling import choose_grid
 Rng = np.random.Generator
 
 Maker = Callable[[Rng, Scene], Turn | None]
-BIND: tuple[Maker, ...] = (
+FIRST, SHORT = 0.0, 0.1
+"""The two lowest levels of difficulty; above them everything comes, little by little."""
+LOOK_UP: tuple[Maker, ...] = (
+    name_turn,
     colour_turn,
     shape_turn,
     exist_turn,
     exist_turn,
     where_turn,
+)
+"""What the decoder must learn first: to find the thing a word names and to read it."""
+COMPARE: tuple[Maker, ...] = (
+    *LOOK_UP,
     where_turn,
     side_turn,
     side_turn,
@@ -46,7 +53,7 @@ BIND: tuple[Maker, ...] = (
     relation_turn,
     count_turn,
 )
-"""Short answers that need one or two look-ups: what the decoder must learn first."""
+"""Short answers that need one or two look-ups."""
 EASY: tuple[Maker, ...] = (name_turn, colour_turn, shape_turn, exist_turn, count_turn)
 MORE: tuple[Maker, ...] = (
     *EASY,
@@ -90,12 +97,12 @@ def detail_scene(rng: Rng) -> Scene:
 def picture_case(rng: Rng, tiled: bool, hard: float, branches: int) -> Case:
     """One picture and ``branches`` questions; ``hard`` 0..1 brings in the difficult ones."""
     scene = canvas(rng, tiled)
-    if rng.random() < (0.1 if hard == 0 else 0.16):
+    if hard > FIRST and rng.random() < 0.16:
         scene = detail_scene(rng) if tiled and rng.random() < 0.5 else number_scene(rng, tiled)
         return Case([scene], number_turns(rng, scene.number, branches))
-    if hard == 0:
+    if hard <= SHORT:
         place(rng, scene, int(rng.choice([1, 2, 3], p=[0.2, 0.45, 0.35])))
-        return Case([scene], ask(rng, scene, BIND, branches))
+        return Case([scene], ask(rng, scene, COMPARE if hard else LOOK_UP, branches))
     count = int(rng.choice([0, 1, 2, 3, 4, 5], p=[0.02, 0.3, 0.2, 0.18, 0.15, 0.15]))
     place(rng, scene, count)
     if not scene.things:
@@ -140,13 +147,13 @@ MANY = ("How many pictures are there?", "How many images did I send?", "Count th
 
 def images_case(rng: Rng, branches: int, hard: float = 1.0) -> Case:
     """Two (sometimes three) pictures with one or two things each, no name in two of them."""
-    count = 2 if rng.random() < 0.75 or hard == 0 else 3
+    count = 2 if rng.random() < 0.75 or hard <= SHORT else 3
     scenes: list[Scene] = []
     used: set[str] = set()
     for _ in range(count):
         scene = canvas(rng, rng.random() < 0.4)
         while not scene.things:
-            place(rng, scene, 1 if rng.random() < 0.6 or hard == 0 else 2)
+            place(rng, scene, 1 if rng.random() < 0.6 or hard <= SHORT else 2)
             if used & {t.name for t in scene.things}:
                 scene.things.clear()
         used |= {t.name for t in scene.things}

@@ -328,7 +328,9 @@ def tool_question(rng: Rng, name: str) -> tuple[str, dict[str, Any]]:
 
 def tool_case(rng: Rng, branches: int, hard: float = 1.0) -> Case:
     """One to three tools; mostly questions that call one, some that none fits."""
-    names = [str(n) for n in rng.permutation(list(TOOLS))[: int(rng.integers(1, 4)) if hard else 1]]
+    names = [
+        str(n) for n in rng.permutation(list(TOOLS))[: int(rng.integers(1, 4)) if hard > 0.1 else 1]
+    ]
     schemas = [tool_schema(n, rng) for n in names]
     turns = []
     for _ in range(branches):

@@ -1,10 +1,11 @@
 """Train the demo model from nothing: ``python -m demo.train``.
 
-Three stages. ``look`` teaches the vision encoder what is at each patch of a tile. ``bind`` adds
-the decoder and trains both on short questions, with large steps, until words find their places
-in the picture. ``talk`` goes on with everything. The patch labels stay on as a second task.
-Schedules count steps, so a run that was stopped goes on where it was and ends with the same
-weights. Two single-threaded workers share every step; their gradients are averaged.
+Three stages. ``look`` teaches the vision encoder what is at each patch of a tile. ``bind`` trains
+the decoder alone on short questions, with large steps, until words find their places in the
+picture: first look-ups only, since what cannot be learned yet is noise to what can. ``talk`` goes
+on with everything, the patch labels as a second task. Schedules count steps, so a run that was
+stopped goes on where it was and ends with the same weights. Two single-threaded workers share
+every step; their gradients are averaged.
 """
 
 import argparse
@@ -25,7 +26,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from demo.batches import IGNORE, Batch, Encoder, make_batch
-from demo.cases import detail_scene, images_case, number_scene, picture_case, video_case
+from demo.cases import (
+    FIRST,
+    SHORT,
+    detail_scene,
+    images_case,
+    number_scene,
+    picture_case,
+    video_case,
+)
 from demo.network import DemoNet, dense_loss
 from demo.pictures import cut, labels, place, render
 from demo.skills import canvas
@@ -34,7 +43,9 @@ from demo.tokenizer import train_tokenizer
 
 LOOK_STEPS = 4000
 BIND_STEPS = 1000
-TALK_STEPS = 3500
+LOOK_UP_STEPS = 400
+"""How many of the steps of "bind" come first."""
+TALK_STEPS = 2400
 ROTATION = ("images", "tiled", "video", "tools", "tiled", "images", "tools", "chat")
 
 
@@ -58,7 +69,8 @@ class Optimiser:
         return hidden and self.params[name].ndim == 2
 
     @torch.no_grad()
-    def step(self, grads: dict[str, Tensor], lr: float) -> None:
+    def step(self, grads: dict[str, Tensor], rates: dict[str, float]) -> None:
+        """Move the parameters that have a gradient, each at its own learning rate."""
         self.count += 1
         alike: dict[torch.Size, list[str]] = defaultdict(list)
         for name, grad in grads.items():
@@ -71,11 +83,12 @@ class Optimiser:
             first.lerp_(grad, 0.1)
             second.lerp_(grad * grad, 0.05)
             up = first / (1 - 0.9**self.count)
-            self.move(name, up / ((second / (1 - 0.95**self.count)).sqrt() + 1e-8), lr)
+            update = up / ((second / (1 - 0.95**self.count)).sqrt() + 1e-8)
+            self.move(name, update, rates[name])
         for shape, names in alike.items():
             stack = torch.stack([grads[n].lerp(self.first[n], 0.95) for n in names])
             for name, update in zip(names, orthogonal(stack), strict=True):
-                self.move(name, update * (0.2 * max(shape) ** 0.5), lr)
+                self.move(name, update * (0.2 * max(shape) ** 0.5), rates[name])
 
     def move(self, name: str, update: Tensor, lr: float) -> None:
         master = self.master[name]
@@ -169,7 +182,7 @@ def answer_loss(
     right = torch.ones_like(batch.targets, dtype=torch.bool)
     right[asked] = logits.argmax(-1) == truth
     dense = None
-    if patches is not None and batch.truth is not None:
+    if patches is not None and patches.requires_grad and batch.truth is not None:
         dense = dense_loss(net, patches, batch.truth)
     return loss, dense, right
 
@@ -224,14 +237,9 @@ class Run:
         (self.work / "state.json").write_text(json.dumps(state))
 
     def update(self, loss: Tensor, lr: float) -> None:
-        """One step of all parameters, or in the stage "look" of those it trains."""
+        """One step of what this stage trains."""
         loss.backward()
-        looks = self.stage == "look"
-        trained = {
-            name: p
-            for name, p in self.net.named_parameters()
-            if not looks or "vision_tower" in name or name.startswith("heads")
-        }
+        trained = {n: p for n, p in self.net.named_parameters() if self.factor(n)}
         flat = torch.cat(
             [
                 torch.zeros(p.numel()) if p.grad is None else p.grad.flatten().float()
@@ -247,7 +255,15 @@ class Run:
             grads[name] = flat[at : at + p.numel()].view_as(p)
             at += p.numel()
             p.grad = None
-        self.optimiser.step(grads, lr)
+        self.optimiser.step(grads, {name: lr * self.factor(name) for name in trained})
+
+    def factor(self, name: str) -> float:
+        """Share of the learning rate for a parameter.
+
+        Large steps of a decoder that knows nothing yet would spoil the encoder: it waits.
+        """
+        seeing = "vision_tower" in name or name.startswith("heads")
+        return {"look": (0.0, 1.0), "bind": (1.0, 0.0), "talk": (1.0, 0.3)}[self.stage][seeing]
 
     def log(self, text: str) -> None:
         if self.rank == 0:
@@ -269,16 +285,22 @@ class Run:
         """Train on conversations; in the stage "bind" on the short ones only."""
         seen: dict[str, list[float]] = defaultdict(list)
         number = 2 if self.stage == "bind" else 3
+        for name, p in self.net.named_parameters():
+            p.requires_grad_(self.factor(name) > 0)
         while self.step < steps:
             rng = np.random.default_rng([self.seed, number, self.step, self.rank])
-            hard = 0.0 if self.stage == "bind" else min(1.0, 0.3 + self.step / 200)
+            kinds, hard = ["single", ROTATION[self.step % len(ROTATION)]], SHORT
+            if self.stage == "talk":
+                hard = min(1.0, 0.3 + self.step / 200)
+            elif self.step < LOOK_UP_STEPS:
+                kinds, hard = ["single"], FIRST
             total = torch.zeros(())
-            for kind in ("single", ROTATION[self.step % len(ROTATION)]):
+            for kind in kinds:
                 batch = make_batch(self.encoder, rng, kind, hard, self.scale)
                 loss, dense, _ = answer_loss(self.net, self.encoder, batch)
                 seen[kind].append(loss.item())
                 total = total + loss + (0.1 * dense if dense is not None else 0)
-            self.update(total / 2, rate(self.step, steps, peak, flat))
+            self.update(total / len(kinds), rate(self.step, steps, peak, flat))
             self.step += 1
             if self.step % 50 == 0:
                 self.log(" ".join(f"{k} {np.mean(v):.3f}" for k, v in sorted(seen.items())))

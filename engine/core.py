@@ -101,6 +101,8 @@ class EngineCore:
             min(request.prompt) >= 0 and max(request.prompt) < self._ready.vocab_size
         ):
             raise Refused("the prompt holds an id that the model does not know")
+        if not all(0 <= i < self._ready.vocab_size for i in request.sampling.named_tokens()):
+            raise Refused("a sampling parameter names an id that the model does not know")
         geometry = self._ready.geometry
         end = 0
         for item in request.items:

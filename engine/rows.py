@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.plan import NewRow, VisionSpan, Work
+from engine.sampling.base import SampleRow
 from model.attention.base import AttentionBatch
 from wire.sampling import SamplingParams
 
@@ -27,11 +28,6 @@ class Row:
     vision_end: int
     length: int
     blocks: int = 0
-
-    @property
-    def output_position(self) -> int:
-        """How many tokens were generated so far: the position of the next draw."""
-        return self.length - self.prompt_len
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +88,12 @@ class Rows:
         if row.length < self._tokens.shape[1]:
             self._tokens[row.index, row.length] = token
         row.length += 1
+
+    def sample_row(self, name: str) -> SampleRow:
+        """What the sampler must know of a sequence, without copying its tokens."""
+        row = self._rows[name]
+        tokens = self._tokens[row.index, : row.length]
+        return SampleRow(row.sampling, tokens[: row.prompt_len], tokens[row.prompt_len :])
 
     def batch(self, work: Sequence[Work]) -> StepBatch:
         """The flat batch of a plan's work, whose block tables are up to date."""

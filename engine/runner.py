@@ -126,12 +126,8 @@ class ModelRunner:
         if not drawing:
             return []
         last = [batch.starts[i] + work.count - 1 for i, work in drawing]
-        rows = [self._rows[work.id] for _, work in drawing]
-        tokens = sample(
-            self._model.logits(hidden[last]),
-            [row.sampling for row in rows],
-            [row.output_position for row in rows],
-        )
+        rows = [self._rows.sample_row(work.id) for _, work in drawing]
+        tokens = sample(self._model.logits(hidden[last]), rows)
         return [
             self._accept(work.id, token) for (_, work), token in zip(drawing, tokens, strict=True)
         ]

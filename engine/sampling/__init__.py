@@ -1,5 +1,24 @@
 """From logits to a token: the steps that change logits, in the order they are applied."""
 
-from engine.sampling.filters import MinP, Step, Temperature, TopK, TopP
+from engine.sampling.base import Step
+from engine.sampling.filters import MinP, Temperature, TopK, TopP
+from engine.sampling.shaping import (
+    AllowedTokens,
+    BadWords,
+    LogitBias,
+    MinTokens,
+    OutputPenalties,
+    RepetitionPenalty,
+)
 
-STEPS: tuple[Step, ...] = (Temperature(), TopK(), TopP(), MinP())
+SHAPING: tuple[Step, ...] = (
+    AllowedTokens(),
+    BadWords(),
+    MinTokens(),
+    LogitBias(),
+    RepetitionPenalty(),
+    OutputPenalties(),
+)
+"""Every row that needs them."""
+FILTERS: tuple[Step, ...] = (Temperature(), TopK(), TopP(), MinP())
+"""Rows that are drawn: the likeliest token stays the likeliest, so greedy rows skip them."""

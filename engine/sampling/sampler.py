@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.sampling import STEPS
-from wire.sampling import SamplingParams
+from engine.sampling import FILTERS, SHAPING
+from engine.sampling.base import SampleRow, Step
 
 _BITS = 48
 
@@ -25,43 +25,42 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> (64 - _BITS)) * 2.0**-_BITS
 
 
-def sample(
-    logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
-) -> list[int | None]:
-    """The next token of each row of fp32 logits ``[R, V]``; None where they are not finite.
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
+    """The next token of each row of fp32 logits ``[R, V]``.
 
-    ``positions`` are the rows' output positions, the first generated token's being 0.
+    None where the logits are not numbers, or where nothing that may be drawn is left.
     """
-    least, most = logits.aminmax(dim=-1)
-    finite = (least.isfinite() & most.isfinite()).tolist()
-    tokens: list[int | None] = [None] * len(params)
-    greedy = [row for row, p in enumerate(params) if finite[row] and p.greedy]
-    drawn = [row for row, p in enumerate(params) if finite[row] and not p.greedy]
+    logits = _apply(SHAPING, logits, rows)
+    # NaN and +inf come through a maximum; -inf alone means that a token was removed.
+    usable = logits.amax(dim=-1).isfinite().tolist()
+    tokens: list[int | None] = [None] * len(rows)
+    greedy = [i for i, row in enumerate(rows) if usable[i] and row.params.greedy]
+    drawn = [i for i, row in enumerate(rows) if usable[i] and not row.params.greedy]
     if greedy:
-        for row, token in zip(greedy, _take(logits, greedy).argmax(-1).tolist(), strict=True):
-            tokens[row] = token
+        for i, token in zip(greedy, _take(logits, greedy).argmax(-1).tolist(), strict=True):
+            tokens[i] = token
     if drawn:
-        chosen = [params[row] for row in drawn]
-        numbers = [uniform(p.seed, positions[row]) for row, p in zip(drawn, chosen, strict=True)]
-        found = _draw(_filter(_take(logits, drawn), chosen), numbers)
-        for row, token in zip(drawn, found, strict=True):
-            tokens[row] = token
+        chosen = [rows[i] for i in drawn]
+        numbers = [uniform(row.params.seed, row.position) for row in chosen]
+        found = _draw(_apply(FILTERS, _take(logits, drawn), chosen), numbers)
+        for i, token in zip(drawn, found, strict=True):
+            tokens[i] = token
     return tokens
 
 
-def _take(logits: Tensor, rows: list[int]) -> Tensor:
-    return logits if len(rows) == len(logits) else logits[rows]
+def _take(logits: Tensor, chosen: list[int]) -> Tensor:
+    return logits if len(chosen) == len(logits) else logits[chosen]
 
 
-def _filter(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    for step in STEPS:
-        rows = [row for row, p in enumerate(params) if step.needed(p)]
-        if len(rows) == len(params):
-            logits = step.apply(logits, params)
-        elif rows:
-            changed = step.apply(logits[rows], [params[row] for row in rows])
-            logits = logits.clone()
-            logits[rows] = changed
+def _apply(steps: Sequence[Step], logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Put the rows that need a step through it."""
+    for step in steps:
+        chosen = [i for i, row in enumerate(rows) if step.needed(row)]
+        if len(chosen) == len(rows):
+            logits = step.apply(logits, rows)
+        elif chosen:
+            changed = step.apply(logits[chosen], [rows[i] for i in chosen])
+            logits = logits.index_copy(0, torch.tensor(chosen, device=logits.device), changed)
     return logits
 
 

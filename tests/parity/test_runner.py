@@ -5,10 +5,12 @@ import dataclasses
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from engine.sampling.base import SampleRow
 from engine.sampling.sampler import sample
 from tests.checkpoints import SIX_B_LIKE, Shape, Tensors, make_checkpoint
 from tests.parity.direct import load, prompt, run
@@ -154,7 +156,8 @@ def test_draws_are_counted_from_the_end_of_the_prompt(folder: Path) -> None:
     for sampling, (first, second) in zip(params, drawn, strict=True):
         for position, known in ((0, []), (1, [first])):
             logits = run(model, ids + known, torch.cat(pictures))[-1:]
-            assert sample(logits, [sampling], [position]) == [(first, second)[position]]
+            row = SampleRow(sampling, np.array(ids), np.array(known, np.int64))
+            assert sample(logits, [row]) == [(first, second)[position]]
 
 
 def test_a_shared_picture_is_encoded_once(folder: Path, alone: dict[str, list[int]]) -> None:

@@ -1,18 +1,41 @@
 """Sampling: what the filters keep, and that a draw is fixed by logits, seed and position."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
-from engine.sampling import STEPS
-from engine.sampling.filters import MinP, Step, Temperature, TopK, TopP
+from engine.sampling import FILTERS, SHAPING
+from engine.sampling.base import SampleRow, Step
+from engine.sampling.filters import MinP, Temperature, TopK, TopP
 from engine.sampling.sampler import sample, uniform
+from engine.sampling.shaping import MinTokens
 from wire.sampling import MAX_SEED, SamplingParams
 
 NEUTRAL = SamplingParams()
+
+
+def at(params: SamplingParams, position: int) -> SampleRow:
+    """A row that has generated ``position`` tokens."""
+    return SampleRow(params, np.zeros(0, np.int64), np.zeros(position, np.int64))
+
+
+def draw(
+    logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
+) -> list[int | None]:
+    return sample(logits, [at(p, n) for p, n in zip(params, positions, strict=True)])
 
 
 def rows(count: int, vocab: int = 50, seed: int = 0) -> Tensor:
@@ -20,9 +43,9 @@ def rows(count: int, vocab: int = 50, seed: int = 0) -> Tensor:
 
 
 def kept(step: Step, logits: Tensor, **values: float) -> list[int]:
-    params = msgspec.structs.replace(NEUTRAL, **values)
-    assert step.needed(params)
-    return step.apply(logits[None], [params])[0].isfinite().nonzero()[:, 0].tolist()
+    row = at(msgspec.structs.replace(NEUTRAL, **values), 0)
+    assert step.needed(row)
+    return step.apply(logits[None], [row])[0].isfinite().nonzero()[:, 0].tolist()
 
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
@@ -53,7 +76,7 @@ def test_min_p_is_relative_to_the_likeliest(p: float, tokens: list[int]) -> None
 def test_temperature_divides_and_never_overflows(temperature: float) -> None:
     logits = rows(1) * 100
     params = msgspec.structs.replace(NEUTRAL, temperature=temperature)
-    shares = Temperature().apply(logits, [params]).softmax(-1)
+    shares = Temperature().apply(logits, [at(params, 0)]).softmax(-1)
     assert shares.isfinite().all()
     assert shares.argmax() == logits.argmax()
     if temperature >= 0.5:
@@ -61,12 +84,12 @@ def test_temperature_divides_and_never_overflows(temperature: float) -> None:
 
 
 def test_filters_apply_in_their_order() -> None:
-    assert [type(step) for step in STEPS] == [Temperature, TopK, TopP, MinP]
+    assert [type(step) for step in FILTERS] == [Temperature, TopK, TopP, MinP]
 
 
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: type(step).__name__)
+@pytest.mark.parametrize("step", [*SHAPING, *FILTERS], ids=lambda step: type(step).__name__)
 def test_neutral_values_need_no_step(step: Step) -> None:
-    assert not step.needed(NEUTRAL)
+    assert not step.needed(at(NEUTRAL, 3))
 
 
 def test_rows_are_filtered_by_their_own_values() -> None:
@@ -78,7 +101,7 @@ def test_rows_are_filtered_by_their_own_values() -> None:
     ]
     drawn: list[set[int | None]] = [set(), set(), set()]
     for position in range(300):
-        for seen, token in zip(drawn, sample(logits, params, [position] * 3), strict=True):
+        for seen, token in zip(drawn, draw(logits, params, [position] * 3), strict=True):
             seen.add(token)
     assert drawn == [{1, 3}, {1}, {0, 1, 2, 3, 4}]
 
@@ -88,7 +111,7 @@ def test_greedy_takes_the_likeliest_whatever_the_seed(params: SamplingParams) ->
     logits = rows(20)
     for seed in (0, 1):
         seeded = [msgspec.structs.replace(params, seed=seed)] * 20
-        assert sample(logits, seeded, [0] * 20) == logits.argmax(-1).tolist()
+        assert draw(logits, seeded, [0] * 20) == logits.argmax(-1).tolist()
 
 
 def test_a_draw_does_not_depend_on_its_batch() -> None:
@@ -99,30 +122,28 @@ def test_a_draw_does_not_depend_on_its_batch() -> None:
         for _ in (0,)
     ]
     positions = list(range(12))
-    together = sample(logits, params, positions)
-    alone = [sample(logits[i : i + 1], params[i : i + 1], [i])[0] for i in range(12)]
+    together = draw(logits, params, positions)
+    alone = [draw(logits[i : i + 1], params[i : i + 1], [i])[0] for i in range(12)]
     order = list(reversed(range(12)))
-    turned = sample(logits[order], [params[i] for i in order], order)
+    turned = draw(logits[order], [params[i] for i in order], order)
     assert together == alone == list(reversed(turned))
 
 
 def test_a_draw_depends_on_seed_and_position() -> None:
     logits = torch.zeros(1, 1000)
     draws = {
-        (seed, position): sample(logits, [SamplingParams(seed=seed)], [position])[0]
+        (seed, position): draw(logits, [SamplingParams(seed=seed)], [position])[0]
         for seed in range(10)
         for position in range(10)
     }
     assert len(set(draws.values())) > 80
-    assert draws == {
-        key: sample(logits, [SamplingParams(seed=key[0])], [key[1]])[0] for key in draws
-    }
+    assert draws == {key: draw(logits, [SamplingParams(seed=key[0])], [key[1]])[0] for key in draws}
 
 
 def test_draws_follow_the_probabilities() -> None:
     count = 20_000
     logits = PROBABILITIES.log().repeat(count, 1)
-    tokens = sample(logits, [NEUTRAL] * count, list(range(count)))
+    tokens = draw(logits, [NEUTRAL] * count, list(range(count)))
     found = torch.bincount(torch.tensor(tokens), minlength=5) / count
     # Four standard deviations of the likeliest token's share.
     assert (found - PROBABILITIES).abs().max() < 4 * math.sqrt(0.25 / count)
@@ -145,16 +166,112 @@ def test_an_impossible_token_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> 
     logits = logits.clamp(min=-1e30)  # finite, and still impossible
     for number, token in ((0.0, 3), (1 - 2.0**-48, 5)):
         monkeypatch.setattr("engine.sampling.sampler.uniform", lambda *_, n=number: n)
-        assert sample(logits, [NEUTRAL], [0]) == [token]
+        assert draw(logits, [NEUTRAL], [0]) == [token]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("params", [NEUTRAL, SamplingParams(temperature=0.0)])
 def test_a_row_that_is_not_finite_gives_no_token_and_leaves_the_others(
     bad: float, params: SamplingParams
 ) -> None:
     logits = rows(3)
-    expected = sample(logits, [params] * 3, [0, 1, 2])
+    expected = draw(logits, [params] * 3, [0, 1, 2])
     logits[1, 17] = bad
-    assert sample(logits, [params] * 3, [0, 1, 2]) == [expected[0], None, expected[2]]
-    assert sample(logits[1:2], [params], [0]) == [None]
+    assert draw(logits, [params] * 3, [0, 1, 2]) == [expected[0], None, expected[2]]
+    assert draw(logits[1:2], [params], [0]) == [None]
+
+
+# What changes the likeliest token
+
+
+def reference(processor: object, tokens: Sequence[int], logits: Tensor) -> Tensor:
+    """transformers' processors take ids [B, L] and scores [B, V]."""
+    return processor(torch.tensor([list(tokens)]), logits.clone())  # type: ignore[operator]
+
+
+PROMPT, OUTPUT = (3, 7, 7, 40), (5, 7, 5, 5, 2)
+
+
+def shaped(prompt: Sequence[int] = PROMPT, output: Sequence[int] = OUTPUT, **values: Any) -> Tensor:
+    """Random logits ``[1, 50]`` after the one shaping step that the values ask for."""
+    row = SampleRow(
+        msgspec.structs.replace(NEUTRAL, **values), np.array(prompt), np.array(output, np.int64)
+    )
+    needed = [step for step in SHAPING if step.needed(row)]
+    assert len(needed) == 1
+    before = rows(1)
+    after = needed[0].apply(before, [row])
+    assert torch.equal(before, rows(1)), "a step must not change its input"
+    return after
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 2.0])
+def test_repetition_penalty_equals_transformers(penalty: float) -> None:
+    expected = reference(RepetitionPenaltyLogitsProcessor(penalty), PROMPT + OUTPUT, rows(1))
+    torch.testing.assert_close(shaped(repetition_penalty=penalty), expected)
+
+
+def test_bad_words_equal_transformers() -> None:
+    words = ((9,), (5, 2, 11), (2, 12), (5, 13), (1, 2, 14), (40, 5, 7, 5, 5, 2, 15))
+    processor = NoBadWordsLogitsProcessor([list(w) for w in words], eos_token_id=49)
+    expected = reference(processor, OUTPUT, rows(1))
+    after = shaped(bad_words=words)
+    assert torch.equal(after, expected)
+    assert after.isneginf().nonzero()[:, 1].tolist() == [9, 11, 12]
+
+
+@pytest.mark.parametrize(("position", "banned"), [(0, [4, 6]), (2, [4, 6]), (3, [])])
+def test_stop_tokens_wait_for_min_tokens(position: int, banned: list[int]) -> None:
+    params = SamplingParams(min_tokens=3, stop_token_ids=(4, 6))
+    row = at(params, position)
+    (step,) = [step for step in SHAPING if isinstance(step, MinTokens)]
+    assert step.needed(row) == bool(banned)
+    if banned:
+        processor = MinNewTokensLengthLogitsProcessor(0, 3, [4, 6])
+        expected = reference(processor, [0] * position, rows(1))
+        assert torch.equal(step.apply(rows(1), [row]), expected)
+
+
+@given(
+    st.lists(st.integers(0, 49), min_size=1, max_size=30),
+    st.floats(-2, 2).filter(bool),
+    st.floats(-2, 2),
+)
+def test_presence_and_frequency_follow_the_formula_of_the_api(
+    output: list[int], presence: float, frequency: float
+) -> None:
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, of the output alone."""
+    after = shaped(output=output, presence_penalty=presence, frequency_penalty=frequency)
+    for token, before in enumerate(rows(1)[0].tolist()):
+        count = output.count(token)
+        expected = before - count * frequency - (count > 0) * presence
+        assert after[0, token].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_bias_is_added_and_the_allowed_alone_stay() -> None:
+    biased = shaped(logit_bias=((4, 2.5), (6, -100.0)))
+    difference = (biased - rows(1))[0]
+    assert difference.nonzero()[:, 0].tolist() == [4, 6]
+    torch.testing.assert_close(difference[[4, 6]], torch.tensor([2.5, -100.0]))
+    allowed = shaped(allowed_token_ids=(8, 3))
+    assert allowed.isfinite().nonzero()[:, 1].tolist() == [3, 8]
+    assert torch.equal(allowed[0, [3, 8]], rows(1)[0, [3, 8]])
+
+
+def test_shaping_holds_for_greedy_rows_and_for_no_others() -> None:
+    logits = rows(3)
+    best = logits.argmax(-1).tolist()
+    greedy = SamplingParams(temperature=0.0)
+    banning = msgspec.structs.replace(greedy, bad_words=((best[1],),))
+    first, second, third = draw(logits, [greedy, banning, greedy], [0, 0, 0])
+    assert (first, third) == (best[0], best[2])
+    assert second == logits[1].topk(2).indices[1]
+
+
+def test_a_row_with_nothing_left_gives_no_token_and_leaves_the_others() -> None:
+    logits = rows(2)
+    stuck = SamplingParams(temperature=0.0, allowed_token_ids=(4,), bad_words=((4,),))
+    assert draw(logits, [stuck, SamplingParams(temperature=0.0)], [0, 0]) == [
+        None,
+        logits[1].argmax().item(),
+    ]

@@ -219,6 +219,11 @@ def _with_item(**changes: object) -> tuple[EngineRequest, list[bytes]]:
         (msgspec.structs.replace(request("a", 3)[0], prompt=[1, 97]), []),
         (msgspec.structs.replace(request("a", 3)[0], prompt=[-1]), []),
         (request("a", 3, max_tokens=0)[0], []),
+        (EngineRequest("a", [1], SamplingParams(stop_token_ids=(97,))), []),
+        (EngineRequest("a", [1], SamplingParams(logit_bias=((-1, 1.0),))), []),
+        (EngineRequest("a", [1], SamplingParams(bad_words=((1, 200),))), []),
+        (EngineRequest("a", [1], SamplingParams(bad_words=((),))), []),
+        (EngineRequest("a", [1], SamplingParams(repetition_penalty=0.0)), []),
         (
             EngineRequest(
                 "a",
