@@ -31,7 +31,7 @@ from PIL import Image
 
 from preprocessing import MediaPart, MediaPipeline
 from preprocessing.tiling import choose_grid
-from preprocessing.types import Tiled, TileJob, TileSettings
+from preprocessing.media import Tiled, TileJob, TileSettings
 from preprocessing.worker import answer
 from wire.geometry import VisionGeometry
 from wire.settings import MediaSettings

@@ -7,7 +7,7 @@ package too and must not carry a network library into its sandbox.
 
 from typing import TYPE_CHECKING
 
-from preprocessing.types import MediaPart, TiledMedia
+from preprocessing.media import MediaPart, TiledMedia
 
 if TYPE_CHECKING:
     from preprocessing.pipeline import MediaPipeline

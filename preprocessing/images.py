@@ -38,7 +38,7 @@ from PIL import (  # noqa: F401
     WebPImagePlugin,
 )
 
-from preprocessing.types import Reason
+from preprocessing.media import Reason
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 

@@ -8,7 +8,7 @@ import asyncio
 
 from preprocessing.pool import DecodePool, PoolStats
 from preprocessing.sources import Fetcher
-from preprocessing.types import MediaPart, TiledMedia, TileSettings
+from preprocessing.media import MediaPart, TiledMedia, TileSettings
 from wire.digest import media_digest
 from wire.errors import Unavailable
 from wire.geometry import VisionGeometry

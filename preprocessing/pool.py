@@ -19,7 +19,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from preprocessing.types import (
+from preprocessing.media import (
     REASONS,
     Confine,
     Confined,

@@ -10,7 +10,7 @@ import math
 
 from PIL import Image
 
-from preprocessing.types import TileSettings
+from preprocessing.media import TileSettings
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import sys
 from PIL import Image
 
 from preprocessing import images, sandbox, tiling
-from preprocessing.types import (
+from preprocessing.media import (
     Confine,
     Confined,
     FromWorker,

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
-from preprocessing.types import MediaPart, TiledMedia
+from preprocessing.media import MediaPart, TiledMedia
 from tests.small_tokenizer import encode_rendered, reference
 from wire.channel import Buffer
 from wire.errors import MediaRefused, Unavailable

@@ -5,7 +5,7 @@ import struct
 import sys
 from typing import Any
 
-from preprocessing.types import Confined, Tiled, ToWorker
+from preprocessing.media import Confined, Tiled, ToWorker
 from wire.channel import Channel
 
 SIDE = 16

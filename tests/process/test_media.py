@@ -21,7 +21,7 @@ from PIL import Image
 from preprocessing import MediaPart, MediaPipeline, TiledMedia, pool
 from preprocessing.images import open_picture
 from preprocessing.tiling import tile
-from preprocessing.types import TileSettings
+from preprocessing.media import TileSettings
 from tests.process import lying_worker
 from wire.errors import MediaRefused, Unavailable
 from wire.geometry import VisionGeometry

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from preprocessing.tiling import choose_grid, tile
-from preprocessing.types import TileSettings
+from preprocessing.media import TileSettings
 
 SIDES = st.integers(1, 100_000)
 BOUNDS = st.tuples(st.integers(1, 16), st.integers(1, 16)).map(sorted)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from preprocessing.images import FORMATS, Unreadable, open_picture
-from preprocessing.types import REASONS, Reason
+from preprocessing.media import REASONS, Reason
 
 LIMIT = 178_956_970
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from preprocessing.tiling import choose_grid, tile
-from preprocessing.types import TileSettings
+from preprocessing.media import TileSettings
 from wire.geometry import VisionGeometry
 
 MOST = 5000
