@@ -1,7 +1,9 @@
-"""How much work is let in: a permit per running request, and a cap on the bytes of a body. A
-permit is held until the last byte of the answer is sent, streams included."""
+"""How much work is let in: a permit per running request, a cap on the bytes of a body, and how
+long a client may take to send its body and to read its answer. A permit is held until the last
+byte of the answer is sent, streams included."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from prometheus_client import Gauge
@@ -9,7 +11,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import error_response
-from wire.errors import BodyTooLarge, ServiceError, TooManyRequests
+from wire.errors import BodyTooLarge, BodyTooSlow, ServiceError, TooManyRequests
+from wire.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
 
 
 class Gate:
@@ -42,6 +47,10 @@ class Gate:
             self.idle.set()
 
 
+class _Unread(Exception):
+    """A client has stopped reading its answer."""
+
+
 class Admission:
     """ASGI layer in front of every POST. ``refusal`` says why no work is taken at all now."""
 
@@ -50,12 +59,12 @@ class Admission:
         app: ASGIApp,
         gate: Gate,
         refusal: Callable[[], ServiceError | None],
-        max_body: int,
+        settings: ServerSettings,
     ) -> None:
         self._app = app
         self._gate = gate
         self._refusal = refusal
-        self._max_body = max_body
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
@@ -65,29 +74,55 @@ class Admission:
         try:
             # The size first: it is wrong whatever state the server is in.
             announced = Headers(scope=scope).get("content-length", "")
-            if announced.isdecimal() and int(announced) > self._max_body:
+            if announced.isdecimal() and int(announced) > self._settings.max_request_bytes:
                 raise self._too_large()
             refusal = self._refusal()
             if refusal is not None:
                 raise refusal
             with self._gate:
-                await self._app(scope, self._counting(receive), send)
+                await self._app(scope, self._limited(receive), self._timed(send))
         except ServiceError as error:
             await error_response(error)(scope, receive, send)
+        except _Unread:
+            logger.info("the client does not read its answer; its request has ended")
 
-    def _counting(self, receive: Receive) -> Receive:
-        """``receive`` that refuses a body which grows too large without having said so."""
+    def _limited(self, receive: Receive) -> Receive:
+        """``receive`` that refuses a body which grows too large without having said so, and one
+        that has not arrived in time."""
         size = 0
+        deadline: float | None = asyncio.get_running_loop().time() + self._settings.body_timeout
 
-        async def counted() -> Message:
-            nonlocal size
-            message = await receive()
+        async def limited() -> Message:
+            nonlocal size, deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyTooSlow(
+                    f"The request body must arrive within {self._settings.body_timeout:g} seconds."
+                ) from None
             size += len(message.get("body", b""))
-            if size > self._max_body:
+            if size > self._settings.max_request_bytes:
                 raise self._too_large()
+            if not message.get("more_body", False):
+                deadline = None  # what comes now is the news that the client has left
             return message
 
-        return counted
+        return limited
+
+    def _timed(self, send: Send) -> Send:
+        """``send`` that gives up on a client which does not read."""
+
+        async def timed(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._settings.send_timeout):
+                    await send(message)
+            except TimeoutError:
+                raise _Unread from None
+
+        return timed
 
     def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"The request body must not be larger than {self._max_body} bytes.")
+        return BodyTooLarge(
+            f"The request body must not be larger than {self._settings.max_request_bytes} bytes."
+        )

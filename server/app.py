@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.requests import ClientDisconnect
 
 from engine.client import EngineClient
 from server.admission import Admission
 from server.auth import BearerAuth
 from server.chat.prepare import Media
+from server.chat.sse import ClientGone, on_client_gone
 from server.errors import Boundary, on_no_route, on_service_error, on_wrong_method
 from server.lifecycle import Service
 from server.routes import chat, models, ops
@@ -41,6 +43,8 @@ def create_app(settings: Settings, engine: EngineClient, media: Media) -> FastAP
         redirect_slashes=False,
         exception_handlers={
             ServiceError: on_service_error,
+            ClientGone: on_client_gone,
+            ClientDisconnect: on_client_gone,
             404: on_no_route,
             405: on_wrong_method,
         },
@@ -53,7 +57,7 @@ def create_app(settings: Settings, engine: EngineClient, media: Media) -> FastAP
         Admission,
         gate=service.gate,
         refusal=service.refusal,
-        max_body=settings.server.max_request_bytes,
+        settings=settings.server,
     )
     requests = service.metrics.requests
     app.add_middleware(BearerAuth, keys=settings.server.api_key)

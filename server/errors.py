@@ -49,6 +49,8 @@ def error_response(error: ServiceError) -> Response:
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
+    if error.status == 408:
+        headers["Connection"] = "close"  # the rest of the body may still come
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(envelope(error), error.status, headers, media_type="application/json")

@@ -7,6 +7,7 @@
     │   ├── MediaRefused       400, the part could not be fetched or decoded
     │   ├── Unauthorized       401
     │   ├── NotFound           404
+    │   ├── BodyTooSlow        408
     │   ├── BodyTooLarge       413
     │   └── TooManyRequests    429, with Retry-After
     └── ServerError            the caller cannot (5xx)
@@ -80,6 +81,13 @@ class NotFound(ClientError):
 
     status = 404
     code = "not_found"
+
+
+class BodyTooSlow(ClientError):
+    """The request body did not arrive in time."""
+
+    status = 408
+    code = "request_timeout"
 
 
 class BodyTooLarge(ClientError):

@@ -51,6 +51,14 @@ class ServerSettings:
     max_request_bytes: int = knob(
         64 << 20, "Largest request body in bytes; larger ones get 413.", low=1024
     )
+    body_timeout: float = knob(
+        60.0, "Seconds in which a request body must arrive; slower ones get 408.", low=0.1
+    )
+    send_timeout: float = knob(
+        30.0,
+        "Seconds a client may leave its answer unread; then the request ends.",
+        low=0.1,
+    )
     max_concurrent_requests: int = knob(
         256, "Requests in the server at once; more get 429 with Retry-After.", low=1
     )

@@ -3,15 +3,18 @@ form after the first byte and an ordinary error answer before it, and an end at 
 client leaves."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable
 from typing import TypeVar
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import envelope, unexpected
+from server.errors import CLIENT_CLOSED, envelope, unexpected
 from wire.errors import ServiceError
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,11 @@ AppStatus.enable_automatic_graceful_drain = False
 
 class ClientGone(Exception):
     """Nobody is there to read the answer."""
+
+
+async def on_client_gone(_: Request, __: Exception) -> Response:
+    """Handler for clients that left before an answer began: a status for the log."""
+    return Response(status_code=CLIENT_CLOSED)
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
@@ -52,41 +60,34 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream(EventSourceResponse):
     """Sends each item of ``events`` as one event, then ``[DONE]``; an error becomes an event.
 
-    Make it with ``open``. ``events`` is closed in every case.
+    Nothing is asked of ``events`` before the answer is called for, and from then on it is closed
+    in every case: a stream that nobody ever sends has not begun to work.
     """
 
-    def __init__(
-        self, first: "asyncio.Future[bytes]", events: AsyncGenerator[bytes, None], keep_alive: float
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], keep_alive: float) -> None:
         super().__init__(
-            _framed(first, events),
+            events,
             headers={"Cache-Control": "no-cache"},
             ping=keep_alive,
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
         )
-        self._first = first
         self._events = events
 
-    @classmethod
-    async def open(cls, events: AsyncGenerator[bytes, None], keep_alive: float) -> "EventStream":
-        """Wait for the first event, so that an error before it is answered with its own status;
-        but for ``keep_alive`` seconds only, then the stream begins with a comment."""
-        first = asyncio.ensure_future(anext(events))
-        try:
-            await asyncio.wait({first}, timeout=keep_alive)
-            if first.done():
-                first.result()
-        except BaseException:
-            await _close(first, events)
-            raise
-        return cls(first, events, keep_alive)
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI entry."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await _close(self._first, self._events)
+        """ASGI entry. Waits for the first event, so that an error before it is raised and
+        answered with its own status; but for one keep-alive interval only, then the stream
+        begins with a comment."""
+        async with contextlib.aclosing(self._events):
+            first = asyncio.ensure_future(anext(self._events))
+            try:
+                await unless_gone(receive, asyncio.wait({first}, timeout=self.ping_interval))
+                if first.done():
+                    first.result()
+                self.body_iterator = _framed(first, self._events)
+                await super().__call__(scope, receive, send)
+            finally:
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
 
 
 async def _framed(
@@ -102,9 +103,3 @@ async def _framed(
         failure = error if isinstance(error, ServiceError) else unexpected()
         yield b"data: " + envelope(failure) + b"\n\n"
     yield b"data: [DONE]\n\n"
-
-
-async def _close(first: "asyncio.Future[bytes]", events: AsyncGenerator[bytes, None]) -> None:
-    first.cancel()
-    await asyncio.gather(first, return_exceptions=True)
-    await events.aclose()

@@ -4,7 +4,7 @@ the two can never disagree."""
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterable
+from collections.abc import AsyncGenerator
 
 import msgspec
 
@@ -139,35 +139,38 @@ def _check(output: EngineOutput) -> None:
 
 
 async def events(
-    source: AsyncIterable[Chunk], *, include_usage: bool
+    source: AsyncGenerator[Chunk, None], *, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    """The chunks as JSON, in the two forms OpenAI knows: with usage everywhere, or nowhere."""
+    """The chunks as JSON, in the two forms OpenAI knows: with usage everywhere, or nowhere.
+    ``source`` is closed with it."""
     encoder = msgspec.json.Encoder()
-    async for chunk in source:
-        if include_usage:
-            if chunk.usage is msgspec.UNSET:
-                chunk.usage = None
-        elif chunk.usage is not msgspec.UNSET:
-            continue
-        yield encoder.encode(chunk)
+    async with contextlib.aclosing(source):
+        async for chunk in source:
+            if include_usage:
+                if chunk.usage is msgspec.UNSET:
+                    chunk.usage = None
+            elif chunk.usage is not msgspec.UNSET:
+                continue
+            yield encoder.encode(chunk)
 
 
-async def fold(source: AsyncIterable[Chunk]) -> Completion:
-    """The whole answer."""
+async def fold(source: AsyncGenerator[Chunk, None]) -> Completion:
+    """The whole answer; ``source`` is closed."""
     texts: list[str] = []
     calls: list[ToolCallAnswer] = []
     finish_reason = ""
-    async for chunk in source:
-        for choice in chunk.choices:
-            if isinstance(choice.delta.content, str):
-                texts.append(choice.delta.content)
-            for call in choice.delta.tool_calls or ():
-                calls.append(ToolCallAnswer(call.id, call.function))
-            finish_reason = choice.finish_reason or finish_reason
-        if isinstance(chunk.usage, Usage):
-            message = AnswerMessage(content="".join(texts) or (None if calls else ""))
-            if calls:
-                message.tool_calls = calls
-            choices = [Choice(message, finish_reason)]
-            return Completion(chunk.id, chunk.created, chunk.model, choices, chunk.usage)
+    async with contextlib.aclosing(source):
+        async for chunk in source:
+            for choice in chunk.choices:
+                if isinstance(choice.delta.content, str):
+                    texts.append(choice.delta.content)
+                for call in choice.delta.tool_calls or ():
+                    calls.append(ToolCallAnswer(call.id, call.function))
+                finish_reason = choice.finish_reason or finish_reason
+            if isinstance(chunk.usage, Usage):
+                message = AnswerMessage(content="".join(texts) or (None if calls else ""))
+                if calls:
+                    message.tool_calls = calls
+                choices = [Choice(message, finish_reason)]
+                return Completion(chunk.id, chunk.created, chunk.model, choices, chunk.usage)
     raise EngineFailed("The engine could not finish this request.")

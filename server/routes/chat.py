@@ -6,12 +6,11 @@ import uuid
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from starlette.requests import ClientDisconnect
 
 from server.chat.prepare import PreparedChat, prepare
-from server.chat.sse import ClientGone, EventStream, unless_gone
+from server.chat.sse import EventStream, unless_gone
 from server.chat.stream import chunks, events, fold
-from server.errors import CLIENT_CLOSED, UnsupportedMediaType
+from server.errors import UnsupportedMediaType
 from server.lifecycle import Service
 from server.schemas.validate import parse_chat_request
 
@@ -29,11 +28,8 @@ async def create_chat_completion(request: Request) -> Response:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise UnsupportedMediaType("Content-Type must be application/json.")
-    try:
-        body = await request.body()
-        return await unless_gone(request.receive, _answer(service, body, began))
-    except (ClientGone, ClientDisconnect):
-        return Response(status_code=CLIENT_CLOSED)
+    body = await request.body()
+    return await unless_gone(request.receive, _answer(service, body, began))
 
 
 async def _answer(service: Service, body: bytes, began: float) -> Response:
@@ -41,7 +37,7 @@ async def _answer(service: Service, body: bytes, began: float) -> Response:
     source = chunks(chat, service.engine, service.metrics, began)
     if chat.stream:
         encoded = events(source, include_usage=chat.include_usage)
-        return await EventStream.open(encoded, service.settings.server.keep_alive_interval)
+        return EventStream(encoded, service.settings.server.keep_alive_interval)
     answer = await fold(source)
     return Response(msgspec.json.encode(answer), media_type="application/json")
 

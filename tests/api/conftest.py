@@ -1,6 +1,9 @@
 """The application over ASGI with a scripted engine."""
 
+import asyncio
+import contextlib
 import dataclasses
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,7 @@ from typing import Any
 import httpx
 import httpx2
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from openai import AsyncOpenAI
 
@@ -79,6 +83,18 @@ class Houses:
             await house.http.aclose()
             await house.sdk.close()
             await house.service.stop()
+
+
+@contextlib.asynccontextmanager
+async def listening(house: House) -> AsyncIterator[int]:
+    """The application behind a real socket, as uvicorn serves it; yields the port."""
+    config = uvicorn.Config(house.app, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        task = asyncio.ensure_future(server._serve([door]))
+        yield door.getsockname()[1]
+        server.should_exit = True
+        await task
 
 
 @pytest.fixture

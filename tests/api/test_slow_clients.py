@@ -1,0 +1,137 @@
+"""Clients that take their time, over real sockets: what they hold is given back."""
+
+import asyncio
+import itertools
+import json
+import socket
+from collections.abc import Iterable
+
+import pytest
+
+from server.chat.sse import EventStream
+from server.chat.stream import events, fold
+from tests.api.conftest import Houses, listening
+from tests.api.test_life import within
+from tests.fake_engine import FakeEngine, Step
+from tests.small_tokenizer import encode_rendered
+from wire.messages import EngineRequest
+
+HELLO = b'{"messages": [{"role": "user", "content": "Hello!"}], "stream": true}'
+
+
+def head(length: int) -> bytes:
+    return (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % length
+    )
+
+
+async def test_a_body_that_dribbles_in_is_408_and_its_permit_is_free_again(houses: Houses) -> None:
+    house = await houses.open(body_timeout=0.3, max_concurrent_requests=1)
+    async with listening(house) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head(1000))
+
+        async def dribble() -> None:
+            while True:
+                writer.write(b" ")
+                await asyncio.sleep(0.02)  # much more often than the deadline
+
+        dribbling = asyncio.ensure_future(dribble())
+        answer = await within(reader.read())  # up to the end of the connection
+        dribbling.cancel()
+        writer.close()
+        headers, _, body = answer.partition(b"\r\n\r\n")
+        assert headers.startswith(b"HTTP/1.1 408 ")
+        error = json.loads(body)["error"]
+        assert (error["code"], error["type"]) == ("request_timeout", "invalid_request_error")
+        assert "0.3 seconds" in error["message"]
+        assert house.service.gate.idle.is_set()
+    assert (await house.ask()).status_code == 200
+
+
+async def test_an_answer_may_take_longer_than_the_body_was_allowed_to(houses: Houses) -> None:
+    house = await houses.open(body_timeout=0.1, keep_alive_interval=0.1)
+    go_on = asyncio.Event()
+    house.engine.script = lambda _: [encode_rendered("Yes"), go_on]
+    async with listening(house) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head(len(HELLO)) + HELLO)
+        for _ in range(3):
+            await within(reader.readuntil(b": keep-alive"))
+        writer.close()
+        await within(house.engine.abort_seen.wait())
+
+
+def endless(_: EngineRequest) -> Iterable[Step]:
+    return itertools.repeat(encode_rendered("A red circle. " * 1000))
+
+
+async def test_a_stream_nobody_reads_is_aborted_and_its_permit_is_free_again(
+    houses: Houses, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await houses.open(FakeEngine(script=endless), send_timeout=0.3)
+    async with listening(house) as port:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(head(len(HELLO)) + HELLO)
+            await asyncio.wait_for(house.engine.abort_seen.wait(), 30)
+            await within(house.service.gate.idle.wait())
+    assert house.engine.aborted == [house.engine.requests[0].id]
+    assert "unexpected error" not in caplog.text
+
+
+async def test_an_answer_that_is_cut_before_its_first_byte_ends_its_source() -> None:
+    closed = asyncio.Event()
+    begun = asyncio.Event()
+
+    async def source():  # type: ignore[no-untyped-def]
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+            yield b""
+        finally:
+            closed.set()
+
+    async def forever(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    stream = EventStream(source(), keep_alive=60)
+    scope = {"type": "http", "method": "POST"}
+    task = asyncio.ensure_future(stream(scope, forever, forever))  # type: ignore[arg-type]
+    await within(begun.wait())
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert closed.is_set()
+
+
+async def test_an_answer_nobody_calls_for_has_asked_for_nothing() -> None:
+    """A stream could be lost between the route and the sending, with the engine at work for it."""
+    begun = asyncio.Event()
+
+    async def source():  # type: ignore[no-untyped-def]
+        begun.set()
+        yield b""
+
+    EventStream(source(), keep_alive=0.1)
+    await asyncio.sleep(0)
+    assert not begun.is_set()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+async def test_a_reader_that_stops_closes_the_source_at_once(whole: bool) -> None:
+    """Not when the garbage collector comes by."""
+    closed = False
+
+    async def source():  # type: ignore[no-untyped-def]
+        nonlocal closed
+        try:
+            yield None  # what neither reader expects
+        finally:
+            closed = True
+
+    kept = source()
+    reading = fold(kept) if whole else anext(events(kept, include_usage=True))
+    with pytest.raises(AttributeError):
+        await reading
+    assert closed
