@@ -5,11 +5,14 @@ out. The prompt builder puts special tokens between such texts by their id. Ids 
 bytes one by one, so that a stream can be decoded in constant time per token.
 """
 
+import collections
 import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
+
+_PIECE = 1 << 16  # characters looked at before other threads may run
 
 
 class TokenizerError(Exception):
@@ -21,7 +24,6 @@ class Tokenizer:
 
     ``special_ids`` are the tokens that the checkpoint marks as special: they are left out of
     visible text. ``bos`` stands before every prompt (empty for Qwen2-based models).
-    ``longest_token`` is the most bytes one token can stand for.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -39,7 +41,7 @@ class Tokenizer:
         self._byte_level = "ByteLevel" in decoders
         self.strips_first_space = "Strip" in decoders
         self._bytes: dict[int, bytes] = {}
-        self.longest_token = max(len(token.encode()) for token in self._plain.get_vocab())
+        self._share = self._shares()
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -53,6 +55,32 @@ class Tokenizer:
         """Ids of ``text``, in which every token name is plain text."""
         # As a batch of one: only then does the library let other threads run meanwhile.
         return list(self._plain.encode_batch([text], add_special_tokens=False)[0].ids)
+
+    def least(self, text: str, enough: int) -> int:
+        """How many tokens ``text`` has at the very least. Far quicker than to encode it; the
+        counting stops at ``enough``."""
+        normalizer = self._plain.normalizer
+        found = 0.0
+        for start in range(0, len(text), _PIECE):
+            piece = text[start : start + _PIECE]
+            if normalizer is not None:
+                piece = normalizer.normalize_str(piece)
+            counts = collections.Counter(piece.encode())
+            # One less, for what the normalizer does across the border of two pieces.
+            found += sum(self._share[byte] * count for byte, count in counts.items()) - 1
+            if found >= enough:
+                break
+        return max(0, int(found))
+
+    def _shares(self) -> list[float]:
+        """For each byte, 1 / the length of the longest token that has it. The shares of a token's
+        bytes add up to 1 at most, so the shares of a text's bytes to its tokens at most."""
+        longest = [0] * 256
+        for token in self._plain.get_vocab().values():
+            data = self._decode(token)
+            for byte in data:
+                longest[byte] = max(longest[byte], len(data))
+        return [1 / length if length else 0.0 for length in longest]
 
     def token_id(self, token: str) -> int | None:
         """The id of exactly this token, None if the checkpoint does not have it."""

@@ -7,15 +7,16 @@ import dataclasses
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from preprocessing import MediaPart, TiledMedia
-from server.chat.prompt import Prompt, PromptBuilder, Turn
+from server.chat.prompt import Prompt, PromptBuilder, Segment, Turn
 from server.schemas.chat import PART_TYPES, ChatRequest, ImagePart, Message, TextPart
+from server.schemas.validate import decode
 from server.tokenizer import Tokenizer
 from wire.channel import Buffer
 from wire.errors import ContextTooLong, InvalidRequest, NotFound
@@ -24,10 +25,14 @@ from wire.messages import EngineRequest, Ready
 from wire.sampling import MAX_SEED, SamplingParams
 from wire.settings import Settings
 
-# Texts above this are tokenised in a thread; below, a thread costs more than it saves.
-THREAD_CHARACTERS = 16_384
-
 _T = TypeVar("_T")
+
+
+class Run(Protocol):
+    """Calls a function here or in a thread."""
+
+    async def __call__(self, function: Callable[..., _T], /, *arguments: Any) -> _T:
+        """What ``function`` returns."""
 
 
 class Media(Protocol):
@@ -122,14 +127,12 @@ class Conversation:
 
     turns: list[Turn]
     pictures: list[MediaPart]
-    characters: int
 
 
 def read_conversation(messages: Sequence[Message]) -> Conversation:
     """Take messages apart. Raises InvalidRequest for what a role cannot hold."""
     turns: list[Turn] = []
     pictures: list[MediaPart] = []
-    characters = 0
     for index, message in enumerate(messages):
         content: list[str | int] = []
         for number, part in enumerate(message.content or ()):
@@ -147,7 +150,6 @@ def read_conversation(messages: Sequence[Message]) -> Conversation:
                 pictures.append(MediaPart(part.image_url.url, f"{where}.image_url.url", most))
             else:
                 text = part.text if isinstance(part, TextPart) else part.refusal
-                characters += len(text)
                 if text:
                     content.append(text)
         if message.content is None and not message.tool_calls:
@@ -158,7 +160,7 @@ def read_conversation(messages: Sequence[Message]) -> Conversation:
             )
         role = "system" if message.role == "developer" else message.role
         turns.append(Turn(role, tuple(content), _calls(message, index)))
-    return Conversation(turns, pictures, characters)
+    return Conversation(turns, pictures)
 
 
 def _calls(message: Message, index: int) -> tuple[tuple[str, dict[str, Any]], ...]:
@@ -168,8 +170,8 @@ def _calls(message: Message, index: int) -> tuple[tuple[str, dict[str, Any]], ..
     calls = []
     for number, call in enumerate(message.tool_calls or ()):
         try:
-            arguments = msgspec.json.decode(call.function.arguments or "{}")
-        except (msgspec.DecodeError, RecursionError):
+            arguments = decode(call.function.arguments or "{}")
+        except ValueError:
             arguments = None
         if not isinstance(arguments, dict):
             where = f"messages[{index}].tool_calls[{number}].function.arguments"
@@ -179,9 +181,15 @@ def _calls(message: Message, index: int) -> tuple[tuple[str, dict[str, Any]], ..
 
 
 async def prepare(
-    request: ChatRequest, identity: str, model: ServedModel, media: Media, max_images: int
+    request: ChatRequest,
+    identity: str,
+    model: ServedModel,
+    media: Media,
+    max_images: int,
+    run: Run,
 ) -> PreparedChat:
-    """Check, fetch, tokenise. Raises ClientErrors; when one picture fails, the others stop."""
+    """Check, fetch, tokenise; ``run`` does what takes longer for longer texts. Raises
+    ClientErrors; when one picture fails, the others stop."""
     if request.model is not None and request.model != model.name:
         raise NotFound(
             f"This server does not serve that model; it serves {model.name!r}.",
@@ -189,7 +197,7 @@ async def prepare(
             code="model_not_found",
         )
     sampling = _sampling(request, model)
-    conversation = read_conversation(request.messages)
+    conversation = await run(read_conversation, request.messages)
     if len(conversation.pictures) > max_images:
         raise InvalidRequest(
             f"The request has {len(conversation.pictures)} pictures; at most {max_images} are "
@@ -197,16 +205,11 @@ async def prepare(
             param="messages",
             code="too_many_images",
         )
-    offered = []
-    if request.tools and request.tool_choice != "none":
-        offered = [tool.model_dump(exclude_unset=True) for tool in request.tools]
+    segments = await run(_render, request, conversation, model)
     began = time.monotonic()
     pictures = await _load_all(media, conversation.pictures)
     media_seconds = time.monotonic() - began
-    if conversation.characters > THREAD_CHARACTERS:
-        prompt = await asyncio.to_thread(model.prompts.build, conversation.turns, pictures, offered)
-    else:
-        prompt = model.prompts.build(conversation.turns, pictures, offered)
+    prompt = await run(model.prompts.build, segments, pictures)
     options = request.stream_options
     return PreparedChat(
         engine=EngineRequest(
@@ -219,13 +222,23 @@ async def prepare(
         model=model,
         image_tokens=sum(item.length for item in prompt.items),
         stops=tuple(request.stop or ()),
-        parse_tools=bool(offered),
+        parse_tools=_offers_tools(request),
         max_calls=1 if request.parallel_tool_calls is False else None,
         skip_special_tokens=request.skip_special_tokens is not False,
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
         media_seconds=media_seconds,
     )
+
+
+def _offers_tools(request: ChatRequest) -> bool:
+    return bool(request.tools) and request.tool_choice != "none"
+
+
+def _render(request: ChatRequest, conversation: Conversation, model: ServedModel) -> list[Segment]:
+    tools = (request.tools or ()) if _offers_tools(request) else ()
+    offered = [tool.model_dump(exclude_unset=True) for tool in tools]
+    return model.prompts.render(conversation.turns, len(conversation.pictures), offered)
 
 
 def _sampling(request: ChatRequest, model: ServedModel) -> SamplingParams:

@@ -94,18 +94,30 @@ class PromptBuilder:
             raise TokenizerError(f"the tokenizer has no {token} token")
         return found
 
+    def render(
+        self, turns: Sequence[Turn], pictures: int, offered: Sequence[dict[str, Any]] = ()
+    ) -> list[Segment]:
+        """The text that asks for the next assistant turn; ``offered`` are tools.
+
+        Raises ContextTooLong, without tokenising it, for a text that cannot fit.
+        """
+        segments = list(self._segments(turns, pictures, offered))
+        text = "".join(segment for segment in segments if isinstance(segment, str))
+        most = self._max_model_len
+        # No token is shorter than a byte, so that few prompts need the second question.
+        if len(text) > most and self._tokenizer.least(text, most + 1) > most:
+            raise ContextTooLong(
+                f"The prompt has more tokens than fit in this model's context of {most} tokens.",
+                param="messages",
+            )
+        return segments
+
     def build(
         self,
-        turns: Sequence[Turn],
+        segments: Sequence[Segment],
         pictures: Sequence[TiledPicture],
-        offered: Sequence[dict[str, Any]] = (),
     ) -> Prompt:
-        """The prompt that asks for the next assistant turn; ``offered`` are tools.
-
-        Raises ContextTooLong, before any costly work, for a text that cannot fit.
-        """
-        segments = list(self._segments(turns, len(pictures), offered))
-        self._check_size(segments)
+        """The ids of what ``render`` gave, for these pictures."""
         ids = list(self._tokenizer.bos)
         items: list[VisionItem] = []
         buffers: dict[bytes, int] = {}
@@ -136,16 +148,6 @@ class PromptBuilder:
                 )
                 ids += [self._ids[CONTEXT]] * length
         return Prompt(ids, items, sources)
-
-    def _check_size(self, segments: Sequence[Segment]) -> None:
-        size = sum(len(segment.encode()) for segment in segments if isinstance(segment, str))
-        least = size // self._tokenizer.longest_token
-        if least > self._max_model_len:
-            raise ContextTooLong(
-                f"The prompt has more than {least} tokens; this model's context is "
-                f"{self._max_model_len} tokens.",
-                param="messages",
-            )
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -1,14 +1,20 @@
 """Every refusal: its status, its envelope, the field it names, and what it must never say."""
 
 import json
+import threading
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from server.chat import prepare, tools
+from server.chat.prompt import PromptBuilder
+from server.routes import chat as routes
+from server.schemas import validate
 from server.schemas.chat import IGNORED, REFUSED, ChatRequest
 from tests.api.conftest import House, Houses
 from tests.fake_engine import say
@@ -228,6 +234,76 @@ async def test_what_cannot_fit_is_told_with_the_numbers(house: House) -> None:
 async def test_a_hopeless_text_is_refused_without_being_tokenised(house: House) -> None:
     error = error_of(await house.ask(messages=[{"role": "user", "content": "x" * 3_000_000}]))
     assert error["code"] == "context_length_exceeded"
+
+
+async def test_a_hopeless_text_is_refused_before_its_pictures_are_fetched(house: House) -> None:
+    parts = [
+        {"type": "image_url", "image_url": "data:x"},
+        {"type": "text", "text": "x" * 100_000},
+    ]
+    assert error_of(await house.ask(**user(*parts)))["code"] == "context_length_exceeded"
+    assert not house.media.parts
+
+
+HOSTILE = "[" + "[]," * 200_000 + "[]]"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", '
+        f'"function": {{"name": "f", "parameters": {{"a": {HOSTILE}}}}}}}]}}',
+        f'{{"messages": [{{"role": "user", "content": "x"}}], "metadata": {HOSTILE}}}',
+        f'{{"messages": [{{"role": "user", "content": {HOSTILE}}}]}}',
+        # the same, written so that the body itself has few commas and brackets
+        '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", '
+        '"arguments": "'
+        + HOSTILE.replace("[", "\\u005b").replace("]", "\\u005d").replace(",", "\\u002c")
+        + '"}}]}]}',
+    ],
+    ids=["tools", "ignored field", "content", "arguments"],
+)
+async def test_json_of_very_many_values_is_refused_unread(
+    house: House, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    """A few MB of "[]," cost seconds in which no stream could send."""
+    sizes = []
+
+    def read(text: Any) -> Any:
+        sizes.append(text.count(b"[" if isinstance(text, bytes) else "["))
+        return msgspec.json.Decoder().decode(text)
+
+    monkeypatch.setattr(validate.msgspec.json, "decode", read)
+    answer = await house.http.post("/v1/chat/completions", headers=JSON, content=body)
+    assert answer.status_code == 413
+    assert error_of(answer)["code"] == "request_too_large"
+    assert all(size < 100 for size in sizes)
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+async def test_the_work_on_long_tools_is_done_in_a_thread(
+    house: House, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    here = []
+
+    def noting(function: Any) -> Any:
+        def noted(*arguments: Any) -> Any:
+            here.append(threading.get_ident() == threading.main_thread().ident)
+            return function(*arguments)
+
+        return noted
+
+    for owner, name in (
+        (routes, "parse_chat_request"),
+        (prepare, "read_conversation"),
+        (tools, "describe"),
+        (PromptBuilder, "build"),
+    ):
+        monkeypatch.setattr(owner, name, noting(getattr(owner, name)))
+    function = {"name": "look", "description": "\u00e4" * size}
+    answer = await house.ask(messages=HELLO, tools=[{"type": "function", "function": function}])
+    assert answer.status_code == (400 if size > 10 else 200)
+    assert here == ([False] * 3 if size > 10 else [True] * 4)
 
 
 async def test_a_body_that_is_too_large_is_413_announced_or_not(houses: Houses) -> None:

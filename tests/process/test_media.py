@@ -20,8 +20,8 @@ from PIL import Image
 
 from preprocessing import MediaPart, MediaPipeline, TiledMedia, pool
 from preprocessing.images import open_picture
-from preprocessing.tiling import tile
 from preprocessing.media import TileSettings
+from preprocessing.tiling import tile
 from tests.process import lying_worker
 from wire.errors import MediaRefused, Unavailable
 from wire.geometry import VisionGeometry

@@ -3,13 +3,14 @@ anybody's reach where one was."""
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.chat.prompt import ALLOWED, PromptBuilder, Turn
+from server.chat.prompt import ALLOWED, Prompt, PromptBuilder, Turn
 from server.tokenizer import Tokenizer, TokenizerError
 from tests.fake_engine import CHAT, CHINESE, HF
 from tests.small_tokenizer import PLAIN, SPECIAL, encode_rendered, tokenizer_json
@@ -31,6 +32,16 @@ def builder(template: PromptFormat) -> PromptBuilder:
     return PromptBuilder(TOKENIZER, template, TOKENS_PER_TILE, 4096)
 
 
+def built(
+    template: PromptFormat,
+    turns: list[Turn],
+    pictures: Sequence[Picture] = (),
+    offered: Sequence[dict[str, Any]] = (),
+) -> Prompt:
+    prompts = builder(template)
+    return prompts.build(prompts.render(turns, len(pictures), offered), pictures)
+
+
 def user(*content: str | int) -> Turn:
     return Turn("user", content)
 
@@ -41,7 +52,7 @@ def context(tiles: int) -> str:
 
 def test_the_native_format_has_no_system_turn_and_no_labels() -> None:
     turns = [user(0, "What?"), Turn("assistant", ("A.",)), user("And ", 1, "now?")]
-    prompt = builder(HF).build(turns, [Picture(b"a", 2), Picture(b"b", 1)])
+    prompt = built(HF, turns, [Picture(b"a", 2), Picture(b"b", 1)])
     assert prompt.ids == encode_rendered(
         f"<|im_start|>user\n{context(2)}\nWhat?<|im_end|>\n<|im_start|>assistant\nA.<|im_end|>\n"
         f"<|im_start|>user\nAnd {context(1)}\nnow?<|im_end|>\n<|im_start|>assistant\n"
@@ -49,7 +60,7 @@ def test_the_native_format_has_no_system_turn_and_no_labels() -> None:
 
 
 def test_the_original_format_renders_as_its_own_chat_function_does() -> None:
-    prompt = builder(CHAT).build([user(0, "What is this?")], [Picture(b"a", 7)])
+    prompt = built(CHAT, [user(0, "What is this?")], [Picture(b"a", 7)])
     assert prompt.ids == encode_rendered(
         f"<|im_start|>system\n{CHINESE}<|im_end|>\n"
         f"<|im_start|>user\n{context(7)}\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
@@ -58,7 +69,7 @@ def test_the_original_format_renders_as_its_own_chat_function_does() -> None:
 
 def test_several_pictures_are_numbered_across_turns_in_the_original_format() -> None:
     turns = [user(0, "x"), Turn("assistant", ("y",)), user(1, "z")]
-    prompt = builder(CHAT).build(turns, [Picture(b"a", 1), Picture(b"b", 1)])
+    prompt = built(CHAT, turns, [Picture(b"a", 1), Picture(b"b", 1)])
     assert prompt.ids == encode_rendered(
         f"<|im_start|>system\n{CHINESE}<|im_end|>\n"
         f"<|im_start|>user\nImage-1: {context(1)}\nx<|im_end|>\n"
@@ -68,7 +79,7 @@ def test_several_pictures_are_numbered_across_turns_in_the_original_format() -> 
 
 
 def test_the_clients_system_message_takes_the_place_of_the_default() -> None:
-    prompt = builder(CHAT).build([Turn("system", ("Be short.",)), user("Hi")], [])
+    prompt = built(CHAT, [Turn("system", ("Be short.",)), user("Hi")], [])
     assert prompt.ids == encode_rendered(
         "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -108,7 +119,7 @@ def test_tools_calls_and_results_stand_in_the_hermes_form(template: str) -> None
         Turn("assistant", ("Once more.",), (("look", {}),)),
         Turn("tool", ("nothing",)),
     ]
-    prompt = builder(TEMPLATES[template]).build(turns, [], TOOLS)
+    prompt = built(TEMPLATES[template], turns, [], TOOLS)
     system = CHINESE if template == "chat" else ""
     assert prompt.ids == encode_rendered(
         f"<|im_start|>system\n{system}{TOOLS_BLOCK}<|im_end|>\n"
@@ -149,7 +160,7 @@ def test_whatever_is_typed_only_pictures_and_turns_make_their_tokens(
             else:
                 content.append(part)
         turns.append(Turn(("user", "assistant")[number % 2], tuple(content)))
-    prompt = builder(TEMPLATES[template]).build(turns, pictures)
+    prompt = built(TEMPLATES[template], turns, pictures)
     ids = {token: TOKENIZER.token_id(token) for token in SPECIAL}
     system = TEMPLATES[template].system is not None
     assert prompt.ids.count(ids["<|im_start|>"]) == len(turns) + 1 + system
@@ -175,7 +186,7 @@ def test_whatever_is_typed_only_pictures_and_turns_make_their_tokens(
 )
 def test_typed_text_has_the_reference_ids_and_grounding_marks_stay_tokens(parts: list[str]) -> None:
     text = "".join(parts)
-    prompt = builder(HF).build([user(*parts)], [])
+    prompt = built(HF, [user(*parts)], [])
     assert prompt.ids == encode_rendered(
         f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -183,14 +194,28 @@ def test_typed_text_has_the_reference_ids_and_grounding_marks_stay_tokens(parts:
 
 def test_equal_pictures_share_a_buffer() -> None:
     pictures = [Picture(b"a", 1), Picture(b"b", 1), Picture(b"a", 1)]
-    prompt = builder(HF).build([user(0, 1, 2)], pictures)
+    prompt = built(HF, [user(0, 1, 2)], pictures)
     assert [item.buffer for item in prompt.items] == [0, 1, 0]
     assert prompt.buffers == [0, 1]
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised() -> None:
     with pytest.raises(ContextTooLong, match="4096"):
-        builder(HF).build([user("x" * 4097 * TOKENIZER.longest_token)], [])
+        builder(HF).render([user("x" * 4097 * 20)], 0)
+
+
+def test_one_long_token_does_not_let_long_texts_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length of the longest token, a run of blanks, was once the measure for every text."""
+    spec = json.loads(tokenizer_json())
+    vocabulary = spec["model"]["vocab"]
+    last = "".join(spec["model"]["merges"].pop())
+    vocabulary["\u0120" * 128] = vocabulary.pop(last)
+    tokenizer = Tokenizer(spec)
+    monkeypatch.setattr(tokenizer, "encode", None)
+    prompts = PromptBuilder(tokenizer, HF, TOKENS_PER_TILE, 512)
+    with pytest.raises(ContextTooLong, match="512"):
+        prompts.render([user("word" * 8192)], 0)  # 32768 bytes, which is less than 512 * 128
+    assert prompts.render([user(" " * 32768)], 0)  # may be 256 tokens: only encoding can tell
 
 
 def test_a_tokenizer_without_the_models_tokens_is_refused() -> None:

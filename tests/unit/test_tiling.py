@@ -17,8 +17,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from preprocessing.tiling import choose_grid, tile
 from preprocessing.media import TileSettings
+from preprocessing.tiling import choose_grid, tile
 from wire.geometry import VisionGeometry
 
 MOST = 5000

@@ -22,6 +22,18 @@ def test_text_without_token_names_has_the_reference_ids(text: str) -> None:
     assert TOKENIZER.encode(text) == encode_rendered(text)
 
 
+@given(st.text() | st.text("\u0301\u0308aeou \u1100\u1161\u11a8", max_size=500))
+def test_no_text_has_fewer_tokens_than_the_least(text: str) -> None:
+    assert TOKENIZER.least(text, 10_000) <= len(TOKENIZER.encode(text))
+
+
+def test_the_least_of_a_long_text_is_not_far_off_and_is_counted_as_far_as_asked() -> None:
+    text = "What is in this picture? " * 20_000
+    tokens = len(TOKENIZER.encode(text))
+    assert tokens / 4 < TOKENIZER.least(text, tokens) <= tokens
+    assert 100 <= TOKENIZER.least(text, 100) < tokens / 5
+
+
 @pytest.mark.parametrize("name", [*small_tokenizer.SPECIAL, *small_tokenizer.PLAIN])
 def test_no_token_name_is_a_token_in_text(name: str) -> None:
     ids = TOKENIZER.encode(f"a {name} b")
