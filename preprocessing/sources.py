@@ -4,13 +4,15 @@ The pipeline calls ``Fetcher.fetch``; nothing else in the server may fetch a cli
 is parsed once and the parsed object is what is checked and dialled. A name is resolved once,
 all its addresses are checked, and the checked address itself is dialled, so nothing can change
 between check and use. Every redirect passes the same gate. Refusals name the part; they never
-hold an address, a path or a library's text.
+hold an address, a path or a library's text. All that can go wrong once an address is dialled is
+one refusal to the client, who could map a network by the differences; the log says which it was.
 """
 
 import asyncio
 import binascii
 import concurrent.futures
 import ipaddress
+import logging
 import re
 import socket
 
@@ -19,6 +21,8 @@ import httpx
 from preprocessing.addresses import Address, is_public
 from wire.errors import MediaRefused
 from wire.settings import MediaSettings, SettingError
+
+log = logging.getLogger(__name__)
 
 MAX_REDIRECTS = 3
 MAX_URL = 8192  # characters of an http(s) URL
@@ -37,6 +41,7 @@ class Fetcher:
     def __init__(self, settings: MediaSettings) -> None:
         self._settings = settings
         self._domains = {_allowed_host(name) for name in settings.allowed_media_domains}
+        self._ports = {_allowed_port(port) for port in settings.allowed_media_ports}
         # A transport instead of a client: no cookies, no proxies, no redirects of its own. No
         # connection is kept: the next name at the same address must make its own TLS handshake.
         self._transport = httpx.AsyncHTTPTransport(
@@ -53,7 +58,7 @@ class Fetcher:
             async with asyncio.timeout(self._settings.fetch_timeout):
                 return await self._download(url, param)
         except TimeoutError:
-            raise _unreachable("The picture's server takes too long to send it.", param) from None
+            raise _unreachable("not fetched in time", param) from None
 
     async def close(self) -> None:
         """Give up the connections and threads. Idempotent."""
@@ -89,13 +94,11 @@ class Fetcher:
                     return await self._read(response, param)
                 target = response.headers.get("location")
                 if response.status_code not in _REDIRECTS or target is None:
-                    raise _unreachable(
-                        f"The picture's server answered {response.status_code}.", param
-                    )
+                    raise _unreachable(f"status {response.status_code}", param)
                 url = self._parse(target, param, base=url)
             finally:
                 await response.aclose()
-        raise _unreachable("The picture's URL redirects too often.", param)
+        raise _unreachable("too many redirects", param)
 
     def _parse(self, text: str, param: str, base: httpx.URL | None = None) -> httpx.URL:
         """Parse and apply every rule that needs no look-up."""
@@ -113,11 +116,14 @@ class Fetcher:
             raise refused
         if self._domains and host not in self._domains:
             raise _forbidden("The picture's URL names a host that is not allowed.", param)
+        if self._ports and (url.port or _PORTS[url.scheme]) not in self._ports:
+            raise _forbidden("The picture's URL names a port that is not allowed.", param)
         return url
 
     async def _get(self, url: httpx.URL, param: str) -> httpx.Response:
         """Send one request to a checked address; the caller reads and closes the response."""
         host = url.raw_host.decode("ascii")
+        reason = "no connection"
         for address in await self._resolve(url, param):
             request = httpx.Request(
                 "GET",
@@ -134,9 +140,10 @@ class Fetcher:
                 return await self._transport.handle_async_request(request)
             except httpx.ConnectError:
                 continue  # the name may have an address that works from here
-            except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError):
+            except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
+                reason = type(error).__name__
                 break
-        raise _unreachable("The picture's server cannot be reached.", param)
+        raise _unreachable(reason, param)
 
     async def _resolve(self, url: httpx.URL, param: str) -> list[Address]:
         port = url.port or _PORTS[url.scheme]
@@ -147,7 +154,7 @@ class Fetcher:
             )
             addresses = [ipaddress.ip_address(entry[4][0]) for entry in found]
         except (OSError, ValueError):
-            raise _unreachable("The picture's server cannot be reached.", param) from None
+            raise _unreachable("no address", param) from None
         if not self._settings.allow_private_media and not all(map(is_public, addresses)):
             raise _forbidden("The picture's URL leads to an address that is not allowed.", param)
         return addresses
@@ -156,7 +163,7 @@ class Fetcher:
         # Compressed bodies are refused rather than unpacked: pictures are compressed already,
         # and we have asked for none.
         if response.headers.get("content-encoding", "identity").lower() != "identity":
-            raise _unreachable("The picture's server sent a compressed answer.", param)
+            raise _unreachable("compressed answer", param)
         most = self._settings.max_media_bytes
         length = response.headers.get("content-length", "")
         if length.isdecimal() and int(length) > most:
@@ -168,7 +175,7 @@ class Fetcher:
                 if len(body) > most:
                     raise self._too_large(param)
         except (httpx.HTTPError, httpx.StreamError, OSError):
-            raise _unreachable("The picture's server broke off while sending it.", param) from None
+            raise _unreachable("broken off", param) from None
         return bytes(body)
 
     def _too_large(self, param: str) -> MediaRefused:
@@ -207,8 +214,15 @@ def _allowed_host(name: str) -> str:
         raise SettingError(f"allowed_media_domains: {name!r} is not a host name") from None
 
 
-def _unreachable(message: str, param: str) -> MediaRefused:
-    return MediaRefused(message, param=param, code="media_unreachable")
+def _allowed_port(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text) < 65536):
+        raise SettingError(f"allowed_media_ports: {text!r} is not a port")
+    return int(text)
+
+
+def _unreachable(reason: str, param: str) -> MediaRefused:
+    log.info("a picture could not be fetched: %s (%s)", reason, param)
+    return MediaRefused("The picture could not be fetched.", param=param, code="media_unreachable")
 
 
 def _forbidden(message: str, param: str) -> MediaRefused:

@@ -15,6 +15,9 @@ settings.load_profile("here")
 @pytest.fixture(scope="session")
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server as a newcomer starts it, with the embedded demo model; shared by all tests."""
-    server = Server(tmp_path_factory.mktemp("server") / "log.txt", ["--allow-private-media"])
+    server = Server(
+        tmp_path_factory.mktemp("server") / "log.txt",
+        ["--allow-private-media", "--allowed-media-ports", ""],
+    )
     yield server
     server.close()

@@ -95,12 +95,26 @@ class MediaSettings:
     max_image_pixels: int = knob(
         178_956_970, "Most pixels of one picture (default: Pillow's bomb limit).", low=1
     )
+    media_memory: int = knob(
+        1 << 30,
+        "Bytes of the pictures, encoded and as tiles, that are fetched and decoded at once; "
+        "further ones wait.",
+        low=1,
+    )
     max_images: int = knob(64, "Most pictures in one request.", low=0)
+    require_sandbox: bool = knob(
+        False,
+        "Do not start where the kernel lacks a layer of the decode workers' sandbox; otherwise "
+        "the start only says which.",
+    )
     allow_private_media: bool = knob(
         False, "Let image URLs point at private, loopback and link-local addresses."
     )
     allowed_media_domains: tuple[str, ...] = knob(
         (), "If set, image URLs may only name these hosts; comma-separated."
+    )
+    allowed_media_ports: tuple[str, ...] = knob(
+        ("80", "443"), "Ports that image URLs may name; comma-separated; empty for any."
     )
 
 

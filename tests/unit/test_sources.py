@@ -88,7 +88,8 @@ def site() -> Iterator[Site]:
 
 
 async def fetch(url: str, **settings: Any) -> bytes:
-    fetcher = Fetcher(MediaSettings(**settings))
+    """Fetch with the defaults, but from any port, which the sites of these tests need."""
+    fetcher = Fetcher(MediaSettings(**{"allowed_media_ports": ()} | settings))
     try:
         return await fetcher.fetch(url, PARAM)
     finally:
@@ -432,7 +433,68 @@ async def test_any_status_but_200_is_refused(site: Site, status: int) -> None:
     site.pages["/no"] = lambda handler: answer(handler, status, b"")
     error = await refusal(site.url("/no"), **OPEN)
     assert error.code == "media_unreachable"
-    assert str(status) in error.message
+
+
+async def test_a_client_cannot_tell_how_a_fetch_failed_but_the_log_can(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The answer would be a map of the network the server stands in."""
+    caplog.set_level("INFO")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        refused = f"http://127.0.0.1:{closed.getsockname()[1]}/cat.png"
+        site.pages = {
+            "/404": lambda handler: answer(handler, 404, b""),
+            "/500": lambda handler: answer(handler, 500, b""),
+            "/slow": lambda _: site.stopping.wait(30) and None,
+            "/loop": redirect("/loop"),
+            "/gzip": lambda handler: answer(handler, Content_Encoding="gzip"),
+            "/short": lambda handler: handler.wfile.write(
+                b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nshort"
+            ),
+            "/none": lambda handler: handler.wfile.write(b""),
+        }
+        urls = [refused, *map(site.url, site.pages), "http://no-such-host.invalid/"]
+        errors = [await refusal(url, **OPEN, fetch_timeout=1.0) for url in urls]
+    assert {(error.message, error.code) for error in errors} == {
+        ("The picture could not be fetched.", "media_unreachable")
+    }
+    for reason in ("status 404", "status 500", "in time", "redirects", "no connection"):
+        assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("url", "allowed", "ports"),
+    [
+        ("http://127.0.0.1:{port}/", False, ("80", "443")),
+        ("http://127.0.0.1:{port}/", True, ("80", "{port}")),
+        ("http://127.0.0.1:{port}/", True, ()),
+        ("http://127.0.0.1:{port}/away", False, ("{port}",)),
+        ("http://127.0.0.1/", False, ("443",)),
+    ],
+)
+async def test_only_the_allowed_ports_are_dialled(
+    site: Site, url: str, allowed: bool, ports: tuple[str, ...]
+) -> None:
+    site.pages["/away"] = redirect("http://127.0.0.1:81/")
+    url = url.replace("{port}", str(site.port))
+    ports = tuple(port.replace("{port}", str(site.port)) for port in ports)
+    if allowed:
+        assert await fetch(url, **OPEN, allowed_media_ports=ports) == BODY
+    else:
+        error = await refusal(url, **OPEN, allowed_media_ports=ports)
+        assert (error.code, "port" in error.message) == ("media_forbidden", True)
+        assert [path for path, _ in site.requests] == ["/away"] * url.endswith("/away")
+
+
+def test_by_default_the_ports_are_those_of_the_web() -> None:
+    assert MediaSettings().allowed_media_ports == ("80", "443")
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http", "-1"])
+def test_an_allowed_port_that_is_no_port_is_fatal(port: str) -> None:
+    with pytest.raises(SettingError):
+        Fetcher(MediaSettings(allowed_media_ports=(port,)))
 
 
 async def test_compressed_answers_are_refused(site: Site) -> None:
@@ -473,7 +535,7 @@ async def test_a_name_that_does_not_exist_is_a_client_error(
 
 async def test_cookies_of_one_fetch_are_not_sent_with_the_next(site: Site) -> None:
     site.pages["/set"] = lambda handler: answer(handler, Set_Cookie="who=alice")
-    fetcher = Fetcher(MediaSettings(**OPEN))
+    fetcher = Fetcher(MediaSettings(**OPEN, allowed_media_ports=()))
     for path in ("/set", "/cat.png"):
         assert await fetcher.fetch(site.url(path), PARAM) == BODY
     await fetcher.close()
