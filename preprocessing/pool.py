@@ -1,13 +1,15 @@
 """The asyncio side of the decode workers: spawn, dispatch, time out, kill, replace.
 
 Owned by the media pipeline. A worker has one job at a time; whoever waits is served in order.
-A worker that dies or overruns costs the job it had and nothing else: it is replaced, and only
-when many die in a short time does the pool stop taking jobs for a moment. What a worker sends
-is checked as if it came from outside.
+A worker that dies or overruns is replaced. A job whose worker died is tried once more with
+another one, for the picture may be innocent; an overrun costs the job. Only when many die in a
+short time does the pool stop taking jobs for a moment. What a worker sends is checked as if it
+came from outside.
 """
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import logging
 import os
@@ -40,7 +42,7 @@ log = logging.getLogger(__name__)
 START_TIMEOUT = 30.0
 QUEUE_TIMEOUT = 60.0
 # So many unexpected deaths within so many seconds close the pool for so long.
-DEATHS, DEATHS_WINDOW, PAUSE = 5, 30.0, 5.0
+DEATHS, DEATHS_WINDOW, PAUSE = 10, 30.0, 5.0
 # Decoded, turned and composited, Pillow holds at most this many bytes of one pixel.
 BYTES_PER_PIXEL = 16
 SPARE_MEMORY = 256 << 20
@@ -59,6 +61,10 @@ class PoolStats:
     timeouts: int = 0
     deaths: int = 0
     busy: int = 0
+
+
+class _WorkerDied(Exception):
+    """A job ended with its worker."""
 
 
 class _Worker:
@@ -154,6 +160,7 @@ class DecodePool:
         self._paused_until = 0.0
         self._open = False
         self.stats = PoolStats()
+        self.missing: list[str] = []  # layers of the sandbox that this system lacks
 
     @property
     def pids(self) -> list[int]:
@@ -163,7 +170,8 @@ class DecodePool:
     async def start(self, most: TileSettings) -> None:
         """Start the children and wait for them; ``most`` bounds the tiles of any later job.
 
-        Raises Unavailable when a child does not start.
+        Raises Unavailable when a child does not start, or lacks a layer of its sandbox and
+        ``require_sandbox`` is set.
         """
         self._reply_limit = most.most_bytes + SLACK
         self._open = True
@@ -173,9 +181,11 @@ class DecodePool:
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 await self.close()
+                if isinstance(outcome, Unavailable):
+                    raise outcome
                 raise Unavailable("The picture decoder cannot be started.") from outcome
-            if outcome:
-                log.warning("decode worker runs without sandbox layers=%s", ",".join(outcome))
+        if self.missing:
+            log.warning("decode workers lack sandbox layers=%s", ",".join(self.missing))
 
     async def close(self) -> None:
         """End every child and whatever waits for one. Idempotent."""
@@ -192,13 +202,16 @@ class DecodePool:
 
     async def tile(self, encoded: bytes, settings: TileSettings, param: str) -> tuple[Tiled, bytes]:
         """Decode and tile one picture. Raises MediaRefused naming ``param``, or Unavailable."""
-        worker = await self._next_idle(param)
-        # A task of its own: when the caller leaves, the worker still comes back to the others.
-        task = self._spawn(self._serve(worker, settings, encoded, param))
-        await asyncio.wait([task])
-        if task.cancelled():
-            raise Unavailable("The server is stopping.", param=param)
-        return task.result()
+        for _ in range(2):
+            worker = await self._next_idle(param)
+            # A task of its own: when the caller leaves, the worker still comes back to the others.
+            task = self._spawn(self._serve(worker, settings, encoded, param))
+            await asyncio.wait([task])
+            if task.cancelled():
+                raise Unavailable("The server is stopping.", param=param)
+            with contextlib.suppress(_WorkerDied):
+                return task.result()
+        raise MediaRefused("The picture could not be decoded.", param=param)
 
     async def _next_idle(self, param: str) -> _Worker:
         self._waiting += 1
@@ -246,7 +259,11 @@ class DecodePool:
             ) from None
         except ChannelClosed as error:
             self._died(worker, str(error))
-            raise MediaRefused("The picture could not be decoded.", param=param) from None
+            raise _WorkerDied from None
+        except Exception:
+            log.exception("unexpected error in a decode job; its worker is replaced")
+            self._replace(worker)
+            raise
         finally:
             self.stats.busy -= 1
         self._idle.put_nowait(worker)
@@ -276,17 +293,20 @@ class DecodePool:
         await worker.end()
         self._workers.discard(worker)
 
-    async def _hire(self) -> list[str]:
-        """Start one child; the names of the sandbox layers it lacks."""
+    async def _hire(self) -> None:
         worker = _Worker(self._settings, self._reply_limit)
         self._workers.add(worker)
         try:
-            missing = await worker.ready()
+            self.missing = await worker.ready()
+            if self.missing and self._settings.require_sandbox:
+                lacking = ", ".join(self.missing)
+                raise Unavailable(
+                    f"require_sandbox is set, and this system lacks sandbox layers: {lacking}"
+                )
         except BaseException:
             await self._retire(worker)
             raise
         self._idle.put_nowait(worker)
-        return missing
 
     async def _hire_again(self) -> None:
         """Try until it succeeds, so that the pool does not stay smaller than it should be."""
@@ -294,7 +314,7 @@ class DecodePool:
             try:
                 await self._hire()
                 return
-            except (ChannelClosed, TimeoutError, OSError) as error:
+            except Exception as error:
                 log.error("a decode worker cannot be started: %s", error)
                 await asyncio.sleep(PAUSE)
 

@@ -6,6 +6,7 @@ never import a network library, and nothing at all after it has entered its sand
 """
 
 import io
+import os
 import signal
 import socket
 import sys
@@ -38,6 +39,7 @@ def main(descriptor: int) -> None:
         if not isinstance(first, Confine):
             return
         _warm_up()
+        _fall_silent()
         channel.send(Confined(sandbox.confine(first.memory)))
         while True:
             job, buffers = channel.receive()
@@ -69,6 +71,13 @@ def _warm_up() -> None:
         Image.new("RGB", (2, 2)).save(sample, name)
         job = TileJob(TileSettings(16, 1, 4, True), max_pixels=4)
         answer(job, bytearray(sample.getvalue()))
+
+
+def _fall_silent() -> None:
+    """Give up standard error, which is the server's log: nothing that a hostile picture makes a
+    library say, or a hijacked worker, may stand there. Until here it tells why a start failed."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
 
 if __name__ == "__main__":

@@ -110,6 +110,9 @@ async def announce(service: Service, host: str, port: int) -> None:
         f"ready: {service.model.name}, {ready.parameters / 1e6:.1f} M parameters, {ready.dtype} on "
         f"{ready.device}, context {ready.max_model_len} tokens"
     )
+    if service.media.missing:
+        lacking = ", ".join(service.media.missing)
+        say(f"WARNING: pictures are decoded without these layers of the sandbox: {lacking}")
     say(f"API at {address}/v1; try:\n\n{example(address, service)}\n")
 
 

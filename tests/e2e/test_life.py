@@ -42,17 +42,11 @@ def test_a_client_that_leaves_frees_its_blocks(demo_server: Server) -> None:
     idle(demo_server)
 
 
-def test_a_killed_decode_worker_costs_at_most_one_request(server: Server) -> None:
+def test_a_killed_decode_worker_costs_nothing(server: Server) -> None:
     (worker,) = server.children("preprocessing.worker")
     os.kill(worker, signal.SIGKILL)
-    answers = []
     for _ in range(4):
-        try:
-            answers.append(server.ask(draw("red", "circle"), "What is in this picture?"))
-        except openai.BadRequestError:
-            answers.append("")
-    assert answers.count("") <= 1
-    assert all("red" in answer for answer in answers[1:])
+        assert "red" in server.ask(draw("red", "circle"), "What is in this picture?")
 
 
 def test_a_killed_engine_ends_its_streams_and_comes_back(server: Server) -> None:

@@ -34,7 +34,7 @@ def main(mode: str, descriptor: int) -> None:
     channel.receive()
     if mode == "dies at start":
         return
-    channel.send(Confined([]))
+    channel.send(Confined(["landlock"] if mode == "lacks a layer" else []))
     channel.receive()
     if mode == "half a frame":
         sock.sendall(struct.pack("<II", 1000, 1) + b"x")
