@@ -6,9 +6,10 @@ call that asked for it, and knows nothing of prompts or tokens.
 
 import asyncio
 
+from preprocessing.budget import Budget
+from preprocessing.media import MediaPart, TiledMedia, TileSettings
 from preprocessing.pool import DecodePool, PoolStats
 from preprocessing.sources import Fetcher
-from preprocessing.media import MediaPart, TiledMedia, TileSettings
 from wire.digest import media_digest
 from wire.errors import Unavailable
 from wire.geometry import VisionGeometry
@@ -26,6 +27,8 @@ class MediaPipeline:
     def __init__(self, settings: MediaSettings) -> None:
         self._pool = DecodePool(settings)
         self._fetcher = Fetcher(settings)
+        self._settings = settings
+        self._memory = Budget(settings.media_memory)
         self._geometry: VisionGeometry | None = None
 
     @property
@@ -37,6 +40,11 @@ class MediaPipeline:
     def worker_pids(self) -> list[int]:
         """Process ids of the decode workers."""
         return self._pool.pids
+
+    @property
+    def missing(self) -> list[str]:
+        """Layers of the decode workers' sandbox that this system lacks."""
+        return self._pool.missing
 
     async def start(self, geometry: VisionGeometry) -> None:
         """Start the decode workers for a model; again with the same geometry does nothing.
@@ -52,11 +60,19 @@ class MediaPipeline:
     async def load(self, part: MediaPart) -> TiledMedia:
         """Fetch, decode and tile one picture.
 
-        Raises MediaRefused naming the part, or Unavailable when there is no worker to ask.
+        Raises MediaRefused naming the part, or Unavailable when there is no worker to ask. Waits
+        while the pictures of others take all of ``media_memory``.
         """
         if self._geometry is None:
             raise Unavailable("The picture decoder is not running.", retry_after=5)
         settings = TileSettings.of(self._geometry, part.max_tiles)
+        encoded = self._settings.max_media_bytes
+        if part.url[:5].lower() == "data:":
+            encoded = min(encoded, len(part.url) * 3 // 4)
+        async with self._memory.share(encoded + settings.most_bytes):
+            return await self._load(part, settings)
+
+    async def _load(self, part: MediaPart, settings: TileSettings) -> TiledMedia:
         encoded = await self._fetcher.fetch(part.url, part.param)
         result, tiles = await self._pool.tile(encoded, settings, part.param)
         parts = (encoded, settings.digest_bytes)

@@ -87,7 +87,7 @@ class FakeEngine:
         self, request: EngineRequest, buffers: Sequence[Buffer] = ()
     ) -> AsyncGenerator[EngineOutput, None]:
         self.requests.append(request)
-        self.buffers.append(buffers)
+        self.buffers.append(list(buffers))
         finished = False
         try:
             for step in self.script(request):
@@ -131,6 +131,7 @@ class FakeMedia:
         self.gate.set()
         self.geometry: VisionGeometry | None = None
         self.closed = False
+        self.missing: list[str] = []
 
     async def start(self, geometry: VisionGeometry) -> None:
         self.geometry = geometry

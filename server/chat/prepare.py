@@ -23,7 +23,7 @@ from wire.errors import ContextTooLong, InvalidRequest, NotFound
 from wire.geometry import VisionGeometry
 from wire.messages import EngineRequest, Ready
 from wire.sampling import MAX_SEED, SamplingParams
-from wire.settings import Settings
+from wire.settings import MediaSettings, Settings
 
 _T = TypeVar("_T")
 
@@ -37,6 +37,10 @@ class Run(Protocol):
 
 class Media(Protocol):
     """Fetches, decodes and tiles pictures; ``preprocessing.MediaPipeline`` or a test's own."""
+
+    @property
+    def missing(self) -> Sequence[str]:
+        """Layers of the decoders' sandbox that this system lacks."""
 
     async def start(self, geometry: VisionGeometry) -> None:
         """Make ready for a model."""
@@ -109,7 +113,7 @@ class PreparedChat:
     """A request that can be generated and answered. ``buffers`` travel beside ``engine``."""
 
     engine: EngineRequest
-    buffers: Sequence[Buffer]
+    buffers: list[Buffer]
     model: ServedModel
     image_tokens: int
     stops: tuple[str, ...]
@@ -185,7 +189,7 @@ async def prepare(
     identity: str,
     model: ServedModel,
     media: Media,
-    max_images: int,
+    limits: MediaSettings,
     run: Run,
 ) -> PreparedChat:
     """Check, fetch, tokenise; ``run`` does what takes longer for longer texts. Raises
@@ -198,16 +202,16 @@ async def prepare(
         )
     sampling = _sampling(request, model)
     conversation = await run(read_conversation, request.messages)
-    if len(conversation.pictures) > max_images:
+    if len(conversation.pictures) > limits.max_images:
         raise InvalidRequest(
-            f"The request has {len(conversation.pictures)} pictures; at most {max_images} are "
-            "allowed.",
+            f"The request has {len(conversation.pictures)} pictures; at most {limits.max_images} "
+            "are allowed.",
             param="messages",
             code="too_many_images",
         )
     segments = await run(_render, request, conversation, model)
     began = time.monotonic()
-    pictures = await _load_all(media, conversation.pictures)
+    pictures = await _load_all(media, conversation.pictures, model.ready, limits.media_workers + 2)
     media_seconds = time.monotonic() - began
     prompt = await run(model.prompts.build, segments, pictures)
     options = request.stream_options
@@ -290,9 +294,35 @@ def _with_room(
     return msgspec.structs.replace(sampling, max_tokens=room if asked is None else asked)
 
 
-async def _load_all(media: Media, parts: Sequence[MediaPart]) -> list[TiledMedia]:
-    """All pictures at once, in order; the first failure cancels the rest."""
-    tasks = [asyncio.ensure_future(media.load(part)) for part in parts]
+async def _load_all(
+    media: Media, parts: Sequence[MediaPart], ready: Ready, at_once: int
+) -> list[TiledMedia]:
+    """All pictures, in order; the first failure cancels the rest. Raises ContextTooLong as soon as
+    the pictures alone do not fit.
+
+    Only ``at_once`` are on their way at a time: whoever asks next does not wait for all of them.
+    """
+    places = asyncio.Semaphore(at_once)
+    tiles = len(parts)  # each has one at least
+
+    async def load(part: MediaPart) -> TiledMedia:
+        nonlocal tiles
+        async with places:
+            check()
+            picture = await media.load(part)
+            tiles += picture.count - 1
+        check()
+        return picture
+
+    def check() -> None:
+        if tiles * ready.geometry.tokens_per_tile >= ready.max_model_len:
+            raise ContextTooLong(
+                f"The pictures have {tiles * ready.geometry.tokens_per_tile} tokens or more; this "
+                f"model's context is {ready.max_model_len} tokens.",
+                param="messages",
+            )
+
+    tasks = [asyncio.ensure_future(load(part)) for part in parts]
     try:
         return list(await asyncio.gather(*tasks))
     finally:

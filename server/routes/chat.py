@@ -50,8 +50,8 @@ async def _prepare(service: Service, body: bytes) -> PreparedChat:
     run = asyncio.to_thread if len(body) > THREAD_BYTES else _here
     request = await run(parse_chat_request, body)
     identity = f"chatcmpl-{uuid.uuid4().hex}"
-    max_images = service.settings.media.max_images
-    chat = await prepare(request, identity, service.served(), service.media, max_images, run)
+    limits = service.settings.media
+    chat = await prepare(request, identity, service.served(), service.media, limits, run)
     if chat.buffers:
         service.metrics.media_time.observe(chat.media_seconds)
     return chat

@@ -13,7 +13,7 @@ from wire.errors import BodyTooLarge, InvalidRequest
 
 # Commas and opening brackets in JSON that is read: each can cost an object, and no other thread
 # runs while they are made. A text that fits in a context has fewer.
-MAX_MARKS = 1 << 17
+MAX_MARKS = 1 << 16
 _SLICE = 1 << 20
 
 _Sentence = Callable[[Mapping[str, Any]], str]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.api.conftest import House, Houses
-from tests.fake_engine import EOS, FakeEngine
+from tests.fake_engine import EOS, FakeEngine, make_ready
 from tests.small_tokenizer import encode_rendered
 from wire.messages import EngineOutput
 
@@ -90,6 +90,60 @@ async def test_a_client_that_leaves_early_ends_the_fetching_of_its_pictures(hous
     assert house.media.cancelled == 2
     assert not house.engine.requests
     assert house.service.gate.idle.is_set()
+
+
+async def test_of_one_request_only_a_few_pictures_are_on_their_way(house: House) -> None:
+    house.media.gate.clear()
+    part = {"type": "image_url", "image_url": "data:x"}
+    asked = asyncio.ensure_future(house.ask(messages=[{"role": "user", "content": [part] * 4}]))
+    while len(house.media.parts) < 3:
+        await asyncio.sleep(0)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(house.media.parts) == 3
+    house.media.gate.set()
+    assert (await within(asked)).status_code == 200
+    assert len(house.media.parts) == 4
+
+
+@pytest.mark.parametrize(("context", "loaded"), [(12, 0), (14, 3)])
+async def test_pictures_that_cannot_fit_are_refused_before_all_are_decoded(
+    houses: Houses, context: int, loaded: int
+) -> None:
+    """Four pictures of two tiles of three tokens each."""
+    house = await houses.open(FakeEngine(make_ready(max_model_len=context)))
+    house.media.gate.clear()
+    part = {"type": "image_url", "image_url": "data:x"}
+    body = {"messages": [{"role": "user", "content": [part] * 4}]}
+    asked = asyncio.ensure_future(house.ask(**body))
+    for _ in range(50):
+        await asyncio.sleep(0)
+    house.media.gate.set()
+    answer = await within(asked)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert str(context) in answer.json()["error"]["message"]
+    assert len(house.media.parts) == loaded
+
+
+async def test_the_tiles_of_a_request_are_let_go_once_the_engine_has_them(house: House) -> None:
+    stuck(house.engine)
+    given: list[Any] = []
+    submit = house.engine.submit
+
+    def watched(request: Any, buffers: Any = ()) -> Any:
+        given.append(buffers)
+        return submit(request, buffers)
+
+    house.engine.submit = watched  # type: ignore[method-assign]
+    part = {"type": "image_url", "image_url": "data:x"}
+    body = {"messages": [{"role": "user", "content": [part]}], "stream": True}
+    client = Client(house, body)
+    await within(client.read_until(b"Yes"))
+    assert house.engine.buffers[0]
+    assert not given[0]
+    client.leave()
+    await within(client.task)
 
 
 async def test_one_bad_picture_ends_the_fetching_of_the_others(house: House) -> None:

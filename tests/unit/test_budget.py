@@ -1,0 +1,95 @@
+"""Bytes shared by many: bounded, in the order of asking, and always given back."""
+
+import asyncio
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preprocessing.budget import Budget
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+class Holder:
+    """One that asks for a share and keeps it until told."""
+
+    def __init__(self, budget: Budget, size: int) -> None:
+        self.size, self.has = size, False
+        self._leave = asyncio.Event()
+        self.task = asyncio.ensure_future(self._hold(budget))
+
+    async def _hold(self, budget: Budget) -> None:
+        async with budget.share(self.size):
+            self.has = True
+            try:
+                await self._leave.wait()
+            finally:
+                self.has = False
+
+    async def leave(self) -> None:
+        self._leave.set()
+        await settle()
+
+
+async def test_whoever_asks_first_is_served_first_even_if_less_would_fit() -> None:
+    budget = Budget(10)
+    first, large, small = (Holder(budget, size) for size in (6, 5, 1))
+    await settle()
+    assert (first.has, large.has, small.has) == (True, False, False)
+    await first.leave()
+    assert (large.has, small.has) == (True, True)
+    await large.leave()
+    await small.leave()
+
+
+async def test_more_than_there_is_gets_all_of_it_alone() -> None:
+    budget = Budget(10)
+    small, huge = Holder(budget, 1), Holder(budget, 1000)
+    await settle()
+    assert (small.has, huge.has) == (True, False)
+    await small.leave()
+    assert huge.has
+    await huge.leave()
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.booleans()), max_size=12), st.randoms())
+def test_whoever_leaves_and_however_nothing_is_lost(asked: list[tuple[int, bool]], random) -> None:  # type: ignore[no-untyped-def]
+    async def scene() -> None:
+        budget = Budget(10)
+        holders = [(Holder(budget, size), cancels) for size, cancels in asked]
+        while holders:
+            if random.random() < 0.7:
+                await settle()
+            assert sum(min(holder.size, 10) for holder, _ in holders if holder.has) <= 10
+            holder, cancels = holders.pop(random.randrange(len(holders)))
+            if cancels:
+                holder.task.cancel()
+            else:
+                await holder.leave()
+                holder._leave.set()
+            if cancels or random.random() < 0.5:
+                await settle()
+            if not cancels and not holder.task.done():
+                holder.task.cancel()
+        await settle()
+        async with asyncio.timeout(5), budget.share(10):
+            pass
+
+    asyncio.run(scene())
+
+
+async def test_an_error_gives_its_share_back() -> None:
+    budget = Budget(10)
+    with contextlib.suppress(ValueError):
+        async with budget.share(10):
+            raise ValueError
+    with pytest.raises(TimeoutError):
+        async with budget.share(10), asyncio.timeout(0), budget.share(1):
+            pass
+    async with asyncio.timeout(5), budget.share(10):
+        pass
