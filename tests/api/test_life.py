@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from server.run import announce
 from tests.api.conftest import House, Houses
 from tests.fake_engine import EOS, FakeEngine, make_ready
 from tests.small_tokenizer import encode_rendered
@@ -183,6 +184,18 @@ async def test_more_than_the_permitted_requests_are_told_to_come_back(houses: Ho
     for answer in await within(asyncio.gather(*running)):
         assert answer.status_code == 200
     assert (await within(house.ask())).status_code == 200
+
+
+async def test_the_start_says_what_the_sandbox_lacks(
+    house: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await announce(house.service, "127.0.0.1", 8000)
+    assert "sandbox" not in capsys.readouterr().err
+    house.media.missing = ["landlock", "seccomp"]
+    await announce(house.service, "127.0.0.1", 8000)
+    said = capsys.readouterr().err
+    assert "WARNING: pictures are decoded without" in said
+    assert "landlock, seccomp" in said
 
 
 async def test_while_it_loads_it_lives_but_is_not_ready(houses: Houses) -> None:
