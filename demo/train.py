@@ -42,10 +42,10 @@ from demo.talk import TOOLS_HEAD, TOOLS_TAIL, chat_case, tool_case
 from demo.tokenizer import train_tokenizer
 
 LOOK_STEPS = 4000
-BIND_STEPS = 1000
+BIND_STEPS = 1300
 LOOK_UP_STEPS = 400
 """How many of the steps of "bind" come first."""
-TALK_STEPS = 2400
+TALK_STEPS = 2100
 ROTATION = ("images", "tiled", "video", "tools", "tiled", "images", "tools", "chat")
 
 

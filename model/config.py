@@ -5,6 +5,7 @@ from the tokenizer by their strings, because configs copied between models carry
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -257,16 +258,10 @@ def _channels(section: Section, key: str) -> tuple[float, ...]:
 
 def _tokens(folder: Path, root: Section, vocab_size: int) -> tuple[int, tuple[int, ...]]:
     """The ids of the picture's context token and of the tokens that end a turn."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; a fast tokenizer is needed")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    path, look_up = _tokenizer(folder)
 
     def find(token: str) -> int | None:
-        number = tokenizer.token_to_id(token)
+        number = look_up(token)
         if number is not None and number >= vocab_size:
             raise CheckpointError(
                 f"{path}: token {token} has id {number}, the model knows only {vocab_size}"
@@ -281,13 +276,36 @@ def _tokens(folder: Path, root: Section, vocab_size: int) -> tuple[int, tuple[in
     stated = root.values.get("image_token_id")
     if stated is not None and stated != image:
         logger.warning(
-            "%s: image_token_id is %s, but %s has id %d in tokenizer.json, which is used",
+            "%s: image_token_id is %s, but %s has id %d in %s, which is used",
             root.name,
             stated,
             IMAGE_TOKEN,
             image,
+            path.name,
         )
     return image, (end_of_turn,) if end_of_text is None else (end_of_turn, end_of_text)
+
+
+def _tokenizer(folder: Path) -> tuple[Path, Callable[[str], int | None]]:
+    """A function from a token to its id, and the file that states it.
+
+    An original checkpoint may hold a slow tokenizer only (vocab.json and merges.txt), which lists
+    the tokens outside the merges in tokenizer_config.json.
+    """
+    path, slow = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if path.exists():
+        try:
+            return path, Tokenizer.from_file(str(path)).token_to_id
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not slow.exists():
+        raise CheckpointError(f"{folder} has no tokenizer.json")
+    try:
+        added = read_json(slow).values["added_tokens_decoder"]
+        ids = {str(token["content"]): int(number) for number, token in added.items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise CheckpointError(f"{slow} does not list the added tokens") from None
+    return slow, ids.get
 
 
 def _prompt_format(root: Section, chat: bool) -> PromptFormat:

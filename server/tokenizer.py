@@ -7,11 +7,17 @@ bytes one by one, so that a stream can be decoded in constant time per token.
 
 import collections
 import json
+import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
+logger = logging.getLogger(__name__)
+
+CONVERT_TIMEOUT = 300.0
 _PIECE = 1 << 16  # characters looked at before other threads may run
 
 
@@ -46,8 +52,12 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
         """Read the tokenizer in ``folder``; raises TokenizerError. Slow: call it in a thread."""
+        file = folder / "tokenizer.json"
         try:
-            return cls(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+            text = file.read_text(encoding="utf-8") if file.exists() else _convert(folder)
+            return cls(json.loads(text))
+        except TokenizerError:
+            raise
         except Exception as error:  # the Rust library raises plain Exception
             raise TokenizerError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
@@ -125,3 +135,32 @@ def _decoders(spec: dict[str, Any] | None) -> set[str]:
     if spec is None:
         return set()
     return {spec["type"]} | {name for part in spec.get("decoders", ()) for name in _decoders(part)}
+
+
+def _convert(folder: Path) -> str:
+    """tokenizer.json of a checkpoint that ships none, made by transformers.
+
+    In a process of its own, because transformers loads torch along the way.
+    """
+    if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.model")):
+        raise TokenizerError(f"{folder} has no tokenizer")
+    logger.info("no tokenizer.json in the checkpoint; converting its tokenizer")
+    command = [sys.executable, "-c", _CONVERTER, str(folder)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, check=True, text=True, timeout=CONVERT_TIMEOUT
+        )
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        raise TokenizerError(
+            f"{folder} has no tokenizer.json and its tokenizer cannot be converted: {reason[0]}"
+        ) from error
+    return done.stdout
+
+
+_CONVERTER = """
+import sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], use_fast=True, local_files_only=True)
+sys.stdout.write(tokenizer.backend_tokenizer.to_str())
+"""

@@ -94,7 +94,23 @@ def test_a_missing_or_broken_tokenizer_is_refused(hf: Path) -> None:
     (hf / "tokenizer.json").write_text("{")
     assert "tokenizer.json cannot be read" in refusal(hf)
     (hf / "tokenizer.json").unlink()
-    assert "a fast tokenizer is needed" in refusal(hf)
+    assert "has no tokenizer.json" in refusal(hf)
+
+
+def test_a_slow_tokenizer_states_its_special_tokens_too(hf: Path) -> None:
+    before = load_config(hf)
+    path = hf / "tokenizer.json"
+    added = json.loads(path.read_text())["added_tokens"]
+    path.unlink()
+    slow = hf / "tokenizer_config.json"
+    slow.write_text(json.dumps({"added_tokens_decoder": {t["id"]: t for t in added}}))
+    after = load_config(hf)
+    assert (after.image_token_id, after.eos_token_ids) == (
+        before.image_token_id,
+        before.eos_token_ids,
+    )
+    slow.write_text('{"added_tokens_decoder": [1]}')
+    assert "does not list the added tokens" in refusal(hf)
 
 
 def test_a_special_token_outside_the_vocabulary_is_refused(hf: Path) -> None:

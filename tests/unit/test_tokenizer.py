@@ -1,6 +1,8 @@
-"""Text to ids and ids to bytes, for both families of tokenizers."""
+"""Text to ids and ids to bytes, for both families of tokenizers and without tokenizer.json."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,7 +92,46 @@ def test_a_sentencepiece_tokenizer_is_decoded_too() -> None:
     assert tokenizer.strips_first_space
 
 
+@pytest.mark.slow
+def test_a_checkpoint_without_tokenizer_json_is_converted(tmp_path: Path) -> None:
+    """The original checkpoints hold vocab.json and merges.txt only."""
+    spec = json.loads(small_tokenizer.tokenizer_json())
+    vocabulary = spec["model"]["vocab"]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    merges = "\n".join(" ".join(pair) for pair in spec["model"]["merges"])
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    added = {
+        str(token["id"]): {key: token[key] for key in token if key != "id"}
+        for token in spec["added_tokens"]
+    }
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "Qwen2Tokenizer",
+                "added_tokens_decoder": added,
+                "eos_token": "<|im_end|>",
+                "pad_token": "<|endoftext|>",
+                "bos_token": None,
+                "unk_token": None,
+            }
+        )
+    )
+    converted = Tokenizer.load(tmp_path)
+    for text in ("What is in this picture?\n", "naïve 12 <img>"):
+        assert converted.encode(text) == TOKENIZER.encode(text)
+    for name in small_tokenizer.SPECIAL:
+        assert converted.token_id(name) == TOKENIZER.token_id(name)
+    assert TOKENIZER.special_ids <= converted.special_ids
+
+
 def test_a_folder_without_any_tokenizer_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(TokenizerError):
         Tokenizer.load(tmp_path)
+
+
+def test_converting_loads_no_torch_into_this_process() -> None:
+    code = "import sys, server.tokenizer; sys.exit('transformers' in sys.modules)"
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
