@@ -28,7 +28,7 @@ def load(settings: EngineSettings, progress: Callable[[Progress], None]) -> Runn
 
 def main() -> None:
     """Serve the socket named on the command line."""
-    logs.setup("info", "engine")
+    logs.setup(os.environ.get(logs.LEVEL_VARIABLE, "info"), "engine")
     if sys.platform == "linux":
         # A second net under the socket's end of file, for a parent that is killed while this
         # process is stuck in a library call and its inbox thread cannot run.

@@ -4,20 +4,21 @@
 ``InprocEngine`` (tests, benchmarks) implement it, and so does the tests' FakeEngine.
 """
 
+import abc
 import asyncio
 import contextlib
 import logging
 import os
 import socket
 import sys
-import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
+from engine.streams import Streams
 from wire.channel import AsyncChannel, Buffer, ChannelClosed
-from wire.errors import EngineFailed, ServiceError, Unavailable
+from wire.errors import EngineFailed, Unavailable
+from wire.logs import LEVEL_VARIABLE
 from wire.messages import (
     Abort,
     EngineOutput,
@@ -33,7 +34,10 @@ from wire.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 
-Send = Callable[[EngineRequest | Abort, Sequence[Buffer]], None]
+# Seconds between a death and the next start, however many deaths there were.
+_LONGEST_DELAY = 30.0
+# In which an engine's silence is counted, per ``engine_timeout``.
+_TICKS = 10
 
 
 class EngineClient(Protocol):
@@ -63,124 +67,33 @@ class EngineClient(Protocol):
         """Send a request and iterate over its outputs, the last of which has a finish reason.
 
         Closing the iterator early (``aclose``, or cancellation) aborts the request. When the
-        engine is gone the iterator raises EngineFailed; nothing waits for ever.
+        engine is gone for good the iterator raises EngineFailed; nothing waits for ever.
         """
 
     async def stop(self) -> None:
         """End the engine and everything it runs. Idempotent."""
 
 
-class _Stream:
-    """Outputs of one request on their way to its reader, and what ended them early."""
+class BaseEngine(abc.ABC):
+    """What every client does the same: requests in, outputs back, and the state it is in.
 
-    def __init__(self) -> None:
-        self.outputs: list[EngineOutput] = []
-        self.error: ServiceError | None = None
-        self.arrived = asyncio.Event()
-
-
-class Streams:
-    """The open requests of one client: deals out reports, one wake-up per request and step.
-
-    A reader that is slow finds all its outputs at once; nothing is dropped and nobody else
-    waits for it.
+    A subclass has ``_run``, which calls ``_connect`` whenever an engine is ready, and ``_send``,
+    which must neither block nor fail.
     """
 
     def __init__(self) -> None:
-        self._streams: dict[str, _Stream] = {}
-
-    async def read(
-        self, send: Send, request: EngineRequest, buffers: Sequence[Buffer]
-    ) -> AsyncGenerator[EngineOutput, None]:
-        """Send ``request``, yield its outputs, and send an Abort if the reader leaves early.
-
-        ``send`` must neither block nor fail. Ids must be unique among the open requests.
-        """
-        if request.id in self._streams:
-            raise ValueError("a request with this id is open")
-        stream = self._streams[request.id] = _Stream()
-        ended = False
-        try:
-            send(request, buffers)
-            while not ended:
-                await stream.arrived.wait()
-                stream.arrived.clear()
-                outputs, stream.outputs = stream.outputs, []
-                for output in outputs:
-                    ended = output.finish_reason is not None
-                    yield output
-                if stream.error is not None and not ended:
-                    ended = True
-                    raise stream.error
-        finally:
-            # Absent if ``fail`` has closed it, in which case nobody is there to be told.
-            if self._streams.pop(request.id, None) is not None and not ended:
-                send(Abort([request.id]), ())
-
-    def deal(self, outputs: Sequence[EngineOutput]) -> None:
-        """Hand each output to its reader; those of aborted requests are dropped."""
-        for output in outputs:
-            stream = self._streams.get(output.id)
-            if stream is not None:
-                stream.outputs.append(output)
-                stream.arrived.set()
-
-    def fail(self, make_error: Callable[[], ServiceError]) -> None:
-        """End every open request with an error of its own, after the outputs already dealt."""
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.error = make_error()
-            stream.arrived.set()
-
-
-class ProcessEngine:
-    """An engine in a process of its own: starts it, watches it, starts it again when it dies.
-
-    Once an engine has been ready, its death is answered by a fresh process: ``state`` goes back
-    to "starting" while it loads. Requests that were in flight fail with EngineFailed, they are
-    not resumed. ``max_deaths`` within ``death_window`` seconds leave the state "failed", and so
-    does a first start that fails. ``failure`` then says why, for the operator; it may name files
-    and must not be sent to a client.
-
-    ``command`` is what is started, with the socket's file descriptor as one more argument.
-    """
-
-    def __init__(
-        self,
-        settings: EngineSettings,
-        *,
-        command: Sequence[str] = (sys.executable, "-P", "-m", "engine"),
-        max_deaths: int = 3,
-        death_window: float = 60.0,
-        stop_timeout: float = 5.0,
-    ) -> None:
         self.state = "starting"
         self.progress: Progress | None = None
         self.ready: Ready | None = None
         self.stats = EngineStats()
-        self.failure: str | None = None
-        self.restarts = 0
-        self._settings = settings
-        self._command = command
-        self._max_deaths = max_deaths
-        self._death_window = death_window
-        self._stop_timeout = stop_timeout
-        self._deaths: deque[float] = deque()
-        self._streams = Streams()
-        self._outbox: asyncio.Queue[tuple[object, Sequence[Buffer]]] = asyncio.Queue()
+        self._streams = Streams(self._send)
         self._settled = asyncio.Event()  # the state is not "starting"
-        self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the engine that runs now, or ran last."""
-        return self._process.pid if self._process is not None else None
 
     async def start(self) -> None:
         """Start loading; returns at once."""
         if self._task is None:
-            self._task = asyncio.create_task(self._supervise(), name="engine")
+            self._task = asyncio.create_task(self._run(), name="engine")
 
     async def wait_ready(self) -> Ready:
         """Wait until the engine can serve. Raises Unavailable when it failed or was stopped."""
@@ -195,17 +108,17 @@ class ProcessEngine:
     ) -> AsyncGenerator[EngineOutput, None]:
         """Send a request and iterate over its outputs; see EngineClient.
 
-        Raises Unavailable if the engine is not ready, EngineFailed if it dies on the way. An id
-        must not be used twice.
+        Raises Unavailable if no engine has been ready yet, or none will be again. While one
+        starts again the request waits for it.
         """
-        if self.state != "ready":
+        if self.ready is None or self.state not in ("ready", "starting"):
             raise Unavailable("the engine is not ready", retry_after=5)
-        async with contextlib.aclosing(self._streams.read(self._send, request, buffers)) as outputs:
+        async with contextlib.aclosing(self._streams.read(request, buffers)) as outputs:
             async for output in outputs:
                 yield output
 
     async def stop(self) -> None:
-        """End the engine process, by force after ``stop_timeout`` seconds. Idempotent."""
+        """End the engine. Idempotent."""
         self._enter("stopped")
         self._streams.fail(lambda: Unavailable("the server is stopping"))
         if self._task is not None:
@@ -214,9 +127,6 @@ class ProcessEngine:
                 await self._task
             self._task = None
 
-    def _send(self, message: EngineRequest | Abort, buffers: Sequence[Buffer]) -> None:
-        self._outbox.put_nowait((message, buffers))
-
     def _enter(self, state: str) -> None:
         self.state = state
         if state == "starting":
@@ -224,34 +134,96 @@ class ProcessEngine:
         else:
             self._settled.set()
 
-    async def _supervise(self) -> None:
-        while True:
-            try:
-                await self._live()
-            except Exception as error:
-                self._lose(f"the engine process cannot be run: {error}")
-            logger.error("the engine is gone: %s", self.failure)
-            if not self._may_restart():
-                self._enter("failed")
-                return
-            self.restarts += 1
+    def _connect(self, ready: Ready) -> None:
+        self.ready = ready
+        self._enter("ready")
+        self._streams.connect()
 
-    def _may_restart(self) -> bool:
-        now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - self._death_window:
-            self._deaths.popleft()
-        return self.ready is not None and len(self._deaths) < self._max_deaths
+    @abc.abstractmethod
+    def _send(self, message: EngineRequest | Abort, buffers: Sequence[Buffer]) -> None: ...
 
-    def _lose(self, reason: str) -> None:
-        self.failure = self.failure or reason
-        self.stats = EngineStats()
-        self._enter("starting")
+    @abc.abstractmethod
+    async def _run(self) -> None: ...
+
+
+class _Hung(Exception):
+    """The engine process lives but does nothing."""
+
+
+class ProcessEngine(BaseEngine):
+    """An engine in a process of its own: starts it, watches it, starts it again when it dies.
+
+    Once an engine has been ready, its death is answered by a fresh process: ``state`` goes back
+    to "starting" while it loads, and requests that were in flight go on where they stopped (see
+    engine.streams). An engine that says nothing for ``engine_timeout`` seconds although it should
+    is ended and counts as dead. The second death in a row waits ``delay`` seconds for its
+    successor, each further one twice as long; a request that is answered ends the row.
+
+    A first start that fails leaves the state "failed", and so do ``max_failed_starts`` others in
+    a row. ``failure`` then says why, for the operator; it may name files and must not be sent to
+    a client.
+
+    ``command`` is what is started, with the socket's file descriptor as one more argument.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        *,
+        log_level: str = "info",
+        command: Sequence[str] = (sys.executable, "-P", "-m", "engine"),
+        max_failed_starts: int = 5,
+        delay: float = 1.0,
+        stop_timeout: float = 5.0,
+    ) -> None:
+        super().__init__()
+        self.failure: str | None = None
+        self.restarts = 0
+        self._settings = settings
+        self._log_level = log_level
+        self._command = command
+        self._max_failed_starts = max_failed_starts
+        self._delay = delay
+        self._stop_timeout = stop_timeout
+        self._deaths = 0  # in a row, without an answer between them
+        self._failed_starts = 0  # in a row
+        self._suspects: Sequence[str] = ()
+        self._heard = 0  # messages
+        self._outbox: asyncio.Queue[tuple[object, Sequence[Buffer]]] = asyncio.Queue()
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine that runs now, or ran last."""
+        return self._process.pid if self._process is not None else None
+
+    def _send(self, message: EngineRequest | Abort, buffers: Sequence[Buffer]) -> None:
+        self._outbox.put_nowait((message, buffers))
+
+    async def _run(self) -> None:
+        try:
+            while await self._live_and_die():
+                self.restarts += 1
+                if self._deaths > 1:
+                    await asyncio.sleep(min(self._delay * 2 ** (self._deaths - 2), _LONGEST_DELAY))
+        except Exception:
+            logger.exception("the engine cannot be watched")
+        self._enter("failed")
         self._streams.fail(lambda: EngineFailed("the engine failed during this request"))
 
-    async def _live(self) -> None:
-        """One engine process, from its start to its death; ``failure`` says how it died."""
+    async def _live_and_die(self) -> bool:
+        """One engine process, from its start to its death; whether there should be another."""
         self.failure = None
+        self._suspects = ()
+        self._failed_starts += 1  # until it is ready
+        try:
+            await self._live()
+        except Exception as error:
+            self._lose(error)
+        logger.error("the engine is gone: %s", self.failure)
+        return self.ready is not None and self._failed_starts < self._max_failed_starts
+
+    async def _live(self) -> None:
         self._outbox = asyncio.Queue()
         ours, theirs = socket.socketpair()
         with theirs:
@@ -262,16 +234,16 @@ class ProcessEngine:
                 channel.close()
                 raise
         # Nothing is awaited before the try: a stop at any moment must find the process reaped.
-        writer = asyncio.create_task(self._write(channel), name="engine-outbox")
+        work = [self._read(channel), self._write(channel), self._watch()]
+        tasks = [asyncio.create_task(part) for part in work]
         try:
-            while True:
-                message, _ = await channel.receive()
-                self._take(message)
-        except ChannelClosed as error:
-            self._lose(str(error))
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            self._lose(next(error for t in tasks if t.done() and (error := t.exception())))
         finally:
-            writer.cancel()
+            for task in tasks:
+                task.cancel()
             channel.close()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._reap(process)
 
     async def _spawn(self, sock: socket.socket) -> asyncio.subprocess.Process:
@@ -280,27 +252,57 @@ class ProcessEngine:
             str(sock.fileno()),
             pass_fds=[sock.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
-            env=_environment(),
+            env=_environment() | {LEVEL_VARIABLE: self._log_level},
         )
 
+    async def _read(self, channel: AsyncChannel[FromEngine]) -> NoReturn:
+        while True:
+            message, _ = await channel.receive()
+            self._heard += 1
+            self._take(message)
+
     async def _write(self, channel: AsyncChannel[FromEngine]) -> None:
-        with contextlib.suppress(ChannelClosed):  # ``_live`` sees the end of file too
+        with contextlib.suppress(ChannelClosed):  # ``_read`` sees it too, after the last words
             await channel.send(self._settings)
             while True:
                 message, buffers = await self._outbox.get()
                 await channel.send(message, buffers)
 
+    async def _watch(self) -> NoReturn:
+        """Raise when the engine has owed something for ``engine_timeout`` and said nothing."""
+        timeout = self._settings.engine_timeout
+        silent = 0
+        while silent < _TICKS:
+            heard = self._heard
+            await asyncio.sleep(timeout / _TICKS)
+            owes = self.state == "starting" or self._streams.at_work
+            silent = silent + 1 if owes and self._heard == heard else 0
+        raise _Hung(f"it has said nothing for {timeout:g} seconds (engine_timeout)")
+
     def _take(self, message: FromEngine) -> None:
         if isinstance(message, StepReport):
             self.stats = message.stats
+            if any(output.finish_reason in ("stop", "length") for output in message.outputs):
+                self._deaths = 0
             self._streams.deal(message.outputs)
         elif isinstance(message, Progress):
             self.progress = message
         elif isinstance(message, Ready):
-            self.ready = message
-            self._enter("ready")
+            self._failed_starts = 0
+            self._connect(message)
         elif isinstance(message, Fault):
             self.failure = f"{message.kind}: {message.text}"
+            self._suspects = message.suspects
+
+    def _lose(self, error: BaseException) -> None:
+        """The engine is dead, or has to die."""
+        if not isinstance(error, ChannelClosed | _Hung):
+            logger.error("the engine cannot be used", exc_info=error)
+        self.failure = self.failure or f"{error}"
+        self.stats = EngineStats()
+        self._deaths += 1
+        self._enter("starting")
+        self._streams.disconnect(self._suspects)
 
     async def _reap(self, process: asyncio.subprocess.Process) -> None:
         try:
@@ -308,7 +310,9 @@ class ProcessEngine:
         except TimeoutError:
             logger.warning("the engine process does not leave; killing it")
             process.kill()
-            await process.wait()
+            # One that the kernel cannot end must not hold up its successor.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), self._stop_timeout)
 
 
 def _environment() -> dict[str, str]:

@@ -45,6 +45,8 @@ class EngineCore:
         self._ready = ready
         self._scheduler = Scheduler(settings, ready)
         self._refused: list[EngineOutput] = []
+        self.suspects: list[str] = []
+        """Requests being computed at this moment; an exception is likely due to one of them."""
 
     def take(self, message: EngineRequest | Abort, buffers: Sequence[Buffer]) -> None:
         """Add or abort, as a message from the front end says."""
@@ -55,6 +57,7 @@ class EngineCore:
 
     def add(self, request: EngineRequest, buffers: Sequence[Buffer] = ()) -> None:
         """Take a request over. One that can never be computed ends with reason "error"."""
+        self.suspects = [request.id]
         try:
             self._check(request, buffers)
             self._scheduler.add(request)
@@ -81,8 +84,10 @@ class EngineCore:
         if not self.has_work:
             return None
         outputs, self._refused = self._refused, []
+        self.suspects = []
         plan = self._scheduler.plan()
         if plan is not None:
+            self.suspects = plan.ids
             result = self._runner.execute(plan)
             outputs += self._scheduler.commit(result)
             self._scheduler.check_idle()
@@ -97,12 +102,9 @@ class EngineCore:
             request.sampling.check()
         except InvalidRequest as error:
             raise Refused(error.message) from None
-        if request.prompt and not (
-            min(request.prompt) >= 0 and max(request.prompt) < self._ready.vocab_size
-        ):
-            raise Refused("the prompt holds an id that the model does not know")
-        if not all(0 <= i < self._ready.vocab_size for i in request.sampling.named_tokens()):
-            raise Refused("a sampling parameter names an id that the model does not know")
+        for ids in (request.prompt, request.output, [*request.sampling.named_tokens()]):
+            if ids and not (min(ids) >= 0 and max(ids) < self._ready.vocab_size):
+                raise Refused("the request names an id that the model does not know")
         geometry = self._ready.geometry
         end = 0
         for item in request.items:

@@ -5,24 +5,15 @@ core. Nothing is started again here: a step that fails leaves the state "failed"
 """
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from engine.client import Streams
+from engine.client import BaseEngine
 from engine.core import EngineCore, MakeRunner
 from wire.channel import Buffer
-from wire.errors import EngineFailed, Unavailable
-from wire.messages import (
-    Abort,
-    EngineOutput,
-    EngineRequest,
-    EngineStats,
-    Progress,
-    Ready,
-    StepReport,
-)
+from wire.errors import EngineFailed
+from wire.messages import Abort, EngineRequest, Progress, Ready, StepReport
 from wire.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -30,69 +21,31 @@ logger = logging.getLogger(__name__)
 Message = tuple[EngineRequest | Abort, Sequence[Buffer]]
 
 
-class InprocEngine:
+class InprocEngine(BaseEngine):
     """Implements ``engine.client.EngineClient``; ``make_runner`` loads the model."""
 
     def __init__(self, settings: EngineSettings, make_runner: MakeRunner) -> None:
-        self.state = "starting"
-        self.progress: Progress | None = None
-        self.ready: Ready | None = None
-        self.stats = EngineStats()
+        super().__init__()
         self._settings = settings
         self._make_runner = make_runner
-        self._streams = Streams()
         self._inbox: list[Message] = []
         self._arrived = asyncio.Event()
-        self._settled = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "engine")
-        self._task: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        """Start loading; returns at once."""
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="engine")
-
-    async def wait_ready(self) -> Ready:
-        """Wait until the engine can serve. Raises Unavailable when it failed or was stopped."""
-        await self._settled.wait()
-        if self.state != "ready" or self.ready is None:
-            raise Unavailable("the engine could not be started")
-        return self.ready
-
-    async def submit(
-        self, request: EngineRequest, buffers: Sequence[Buffer] = ()
-    ) -> AsyncGenerator[EngineOutput, None]:
-        """Send a request and iterate over its outputs; see EngineClient."""
-        if self.state != "ready":
-            raise Unavailable("the engine is not ready", retry_after=5)
-        async with contextlib.aclosing(self._streams.read(self._send, request, buffers)) as outputs:
-            async for output in outputs:
-                yield output
 
     async def stop(self) -> None:
         """Finish the step that runs, and no other. Idempotent."""
-        self._enter("stopped")
-        self._streams.fail(lambda: Unavailable("the server is stopping"))
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await super().stop()
         await asyncio.to_thread(self._thread.shutdown)
 
     def _send(self, message: EngineRequest | Abort, buffers: Sequence[Buffer]) -> None:
         self._inbox.append((message, buffers))
         self._arrived.set()
 
-    def _enter(self, state: str) -> None:
-        self.state = state
-        self._settled.set()
-
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            core, self.ready = await loop.run_in_executor(self._thread, self._load)
-            self._enter("ready")
+            core, ready = await loop.run_in_executor(self._thread, self._load)
+            self._connect(ready)
             while True:
                 if not (self._inbox or core.has_work):
                     self._arrived.clear()

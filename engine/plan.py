@@ -76,6 +76,12 @@ class StepPlan(msgspec.Struct, frozen=True):
     removed: list[str]
     preempted: list[str] = []
 
+    @property
+    def ids(self) -> list[str]:
+        """The requests that this step computes something for."""
+        names = [work.id for work in self.work] + [item.request_id for item in self.encode]
+        return list(dict.fromkeys(names))
+
 
 class Sampled(msgspec.Struct, frozen=True, gc=False):
     """The token drawn for row ``id``; ``error`` instead when its logits were not finite."""

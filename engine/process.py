@@ -1,11 +1,12 @@
 """The engine process: an inbox thread, a step loop, and a socket to the front end.
 
 ``python -m engine`` calls ``serve``. The first frame from the front end holds the settings, then
-requests, aborts and Stop follow; Progress, Ready, a StepReport per step, or a Fault go back. The
-front end manages this process's life by the socket alone: when it closes, at whatever moment,
-the process exits at once.
+requests and aborts follow; Progress, Ready, a StepReport per step, or a Fault go back. The front
+end manages this process's life by the socket alone: when it closes, at whatever moment, the
+process exits at once.
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -13,10 +14,11 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from typing import NoReturn
 
 from engine.core import EngineCore, MakeRunner
 from wire.channel import Channel, ChannelClosed
-from wire.messages import Fault, Stop, ToEngine
+from wire.messages import Fault, ToEngine
 from wire.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -28,30 +30,36 @@ class Inbox:
     """Messages from the front end, read by a thread of its own so that a step delays none.
 
     Its end of file ends the process on the spot, mid-step or mid-load: nothing here outlives
-    the front end, and there is nothing to save.
+    the front end, and there is nothing to save. Whatever else ends the thread is raised by
+    ``take``, so that the step loop never waits for a reader that is gone.
     """
 
     def __init__(self, channel: Channel[ToEngine]) -> None:
         self._channel = channel
-        self._queue: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Incoming | Exception] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def _read(self) -> None:
-        while True:
-            try:
+        try:
+            while True:
                 self._queue.put(self._channel.receive())
-            except ChannelClosed as reason:
-                logger.info("leaving: %s", reason)
-                os._exit(0)
+        except ChannelClosed as reason:
+            logger.info("leaving: %s", reason)
+            os._exit(0)
+        except Exception as error:
+            self._queue.put(error)
 
     def take(self, *, wait: bool) -> Iterator[Incoming]:
         """Yield what has arrived; with ``wait``, block until there is at least one message."""
-        try:
-            yield self._queue.get(block=wait)
-            while True:
-                yield self._queue.get(block=False)
-        except queue.Empty:
-            return
+        while True:
+            try:
+                arrived = self._queue.get(block=wait)
+            except queue.Empty:
+                return
+            if isinstance(arrived, Exception):
+                raise arrived
+            wait = False
+            yield arrived
 
 
 def serve(sock: socket.socket, make_runner: MakeRunner) -> int:
@@ -66,32 +74,28 @@ def serve(sock: socket.socket, make_runner: MakeRunner) -> int:
         return 0
     channel: Channel[ToEngine] = Channel(sock, ToEngine)
     inbox = Inbox(channel)
-    stage = "load"
+    core = None
     try:
         runner = make_runner(settings, channel.send)
         ready = runner.ready()
         core = EngineCore(settings, runner, ready)
         channel.send(ready)
-        stage = "step"
         _run(core, inbox, channel)
     except ChannelClosed:
         return 0
     except Exception as error:
         logger.exception("the engine fails")
-        try:
-            channel.send(Fault(stage, f"{type(error).__name__}: {error}"))
-        except ChannelClosed:
-            return 0
-        return 1
-    return 0
+        text = f"{type(error).__name__}: {error}"
+        fault = Fault("step", text, core.suspects) if core else Fault("load", text)
+        with contextlib.suppress(ChannelClosed):
+            channel.send(fault)
+    return 1
 
 
-def _run(core: EngineCore, inbox: Inbox, channel: Channel[ToEngine]) -> None:
-    """Step while there is work, sleep on the inbox while there is none, until Stop."""
+def _run(core: EngineCore, inbox: Inbox, channel: Channel[ToEngine]) -> NoReturn:
+    """Step while there is work, sleep on the inbox while there is none."""
     while True:
         for message, buffers in inbox.take(wait=not core.has_work):
-            if isinstance(message, Stop):
-                return
             core.take(message, buffers)
         report = core.step()
         if report is not None:

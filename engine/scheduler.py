@@ -112,10 +112,10 @@ class Scheduler:
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises Refused if it could never be computed."""
-        length = len(request.prompt)
+        length = len(request.prompt) + len(request.output)
         if request.id in self._sequences or request.id in self._removed:
             raise Refused("a request with this id is still being handled")
-        if length == 0 or request.sampling.max_tokens < 1:
+        if not request.prompt or request.sampling.max_tokens <= len(request.output):
             raise Refused("there is nothing to compute")
         if length + 1 > self._max_model_len:
             raise Refused(
@@ -126,7 +126,8 @@ class Scheduler:
         if length > capacity:
             raise Refused(f"the prompt has {length} tokens, the cache has room for {capacity}")
         # The last token of a sequence is never computed, so it needs no place in the cache.
-        max_len = min(self._max_model_len, length + request.sampling.max_tokens, capacity + 1)
+        asked = len(request.prompt) + request.sampling.max_tokens
+        max_len = min(self._max_model_len, asked, capacity + 1)
         sequence = Sequence(request, self._arrivals, max_len)
         self._arrivals += 1
         self._sequences[request.id] = sequence

@@ -58,7 +58,7 @@ class Sequence:
         self.id = request.id
         self.request = request
         self.arrival = arrival
-        self.token_ids = list(request.prompt)
+        self.token_ids = request.prompt + request.output
         self.prompt_len = len(request.prompt)
         self.max_len = max_len
         self.stop_ids = frozenset(request.sampling.stop_token_ids)

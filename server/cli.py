@@ -65,7 +65,8 @@ def _serve(options: argparse.Namespace) -> int:
     from server.app import create_app
     from server.run import serve
 
-    app = create_app(settings, ProcessEngine(settings.engine), MediaPipeline(settings.media))
+    engine = ProcessEngine(settings.engine, log_level=settings.server.log_level)
+    app = create_app(settings, engine, MediaPipeline(settings.media))
     return serve(app, settings)
 
 

@@ -10,7 +10,8 @@ from contextvars import ContextVar
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
-LEVELS = ("debug", "info", "warning", "error")
+LEVEL_VARIABLE = "INTERNVL_LOG_LEVEL"
+"""Environment variable of the setting; a process passes it on to those it starts."""
 
 
 class _RequestId(logging.Filter):

@@ -9,8 +9,6 @@ import msgspec
 from wire.geometry import PromptFormat, VisionGeometry
 from wire.sampling import SamplingParams
 
-FINISH_REASONS = ("stop", "length", "abort", "error")
-
 
 class VisionItem(msgspec.Struct, frozen=True, array_like=True):
     """One picture inside a prompt.
@@ -32,6 +30,8 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request"):
     """One sequence to generate. ``prompt`` holds token ids, pictures already as context ids.
 
     Only requests with the same ``cache_salt`` share cached prefixes.
+    ``output`` holds the tokens that an engine which died had generated of it: the sequence goes on
+    behind them, and none of them is reported again.
     """
 
     id: str
@@ -39,6 +39,7 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request"):
     sampling: SamplingParams
     items: list[VisionItem] = []
     cache_salt: bytes = b""
+    output: list[int] = []
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -47,15 +48,11 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     ids: list[str]
 
 
-class Stop(msgspec.Struct, frozen=True, tag="stop"):
-    """Leave the step loop and exit; whatever still runs is dropped."""
-
-
-ToEngine = EngineRequest | Abort | Stop
+ToEngine = EngineRequest | Abort
 
 
 class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """New tokens of one request. ``finish_reason`` is None or one of FINISH_REASONS.
+    """New tokens of one request. ``finish_reason`` is None, "stop", "length" or "error".
 
     A stop token ends a request with "stop" and is the last of ``token_ids``;
     ``error`` says what went wrong when the reason is "error". ``cached_tokens`` positions of
@@ -125,10 +122,14 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Fault(msgspec.Struct, frozen=True, tag="fault"):
-    """The engine is about to exit: ``kind`` is "load" or "step"; ``text`` is for the log only."""
+    """The engine is about to exit: ``kind`` is "load" or "step"; ``text`` is for the log only.
+
+    ``suspects`` are the requests that were being computed; one of them is likely the cause.
+    """
 
     kind: str
     text: str
+    suspects: list[str] = []
 
 
 FromEngine = StepReport | Progress | Ready | Fault

@@ -149,6 +149,12 @@ class EngineSettings:
     gpu_memory_utilization: float = knob(
         0.9, "Share of the GPU's memory that the server may use.", low=0.05, high=1.0
     )
+    engine_timeout: float = knob(
+        300.0,
+        "Seconds in which an engine with work must finish a step, or a loading one make progress; "
+        "a slower one is taken for hung and replaced. A big model on a CPU may need more.",
+        low=1,
+    )
     threads: int = knob(
         0, "CPU threads of the engine; 0: one per core, or one for a small model.", low=0
     )

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from engine.client import ProcessEngine
+from tests import fake_runner
 from tests.fake_runner import request
 from wire.channel import Channel
 from wire.errors import EngineFailed, Unavailable
-from wire.messages import EngineOutput, FromEngine, Stop
+from wire.messages import EngineOutput, Fault, FromEngine
 from wire.settings import EngineSettings
 
 DEADLINE = 20.0
@@ -127,60 +128,111 @@ async def test_a_request_that_cannot_fit_ends_with_an_error_and_the_others_go_on
         assert len(await other) == 50
 
 
-async def test_a_killed_engine_fails_every_stream_and_comes_back() -> None:
-    async with engine() as client:
-        streams = [client.submit(*request(f"r{i}", 4, max_tokens=ENDLESS)) for i in range(8)]
-        for stream in streams:
-            await first(stream)
+PARTS = [(3 + i, (i % 4, 1 + i % 3), 2) for i in range(8)]
+
+
+def alone(index: int, **options: int) -> list[int]:
+    return fake_runner.alone(*PARTS[index], max_model_len=10_000, **options)
+
+
+async def outcomes(tasks: list["asyncio.Task[list[int]]"]) -> list[object]:
+    """Tokens, or the error, of each."""
+    return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), DEADLINE)
+
+
+@pytest.mark.parametrize(
+    "fault", ["step=kill:9", "step=raise:9", "step=raise:0", "inbox=1", "inbox=5"]
+)
+async def test_streams_go_on_where_a_dying_engine_left_them(fault: str, tmp_path: Path) -> None:
+    options = [{"max_tokens": 40, "seed": 900 + i} for i in range(8)]
+    async with engine(fault, f"once={tmp_path / 'mark'}") as client:
         old = client.pid
-        os.kill(old, signal.SIGKILL)
-
-        async def drain(stream: AsyncIterator[EngineOutput]) -> None:
-            async for _ in stream:
-                pass
-
-        results = await asyncio.wait_for(
-            asyncio.gather(*(drain(s) for s in streams), return_exceptions=True), DEADLINE
-        )
-        assert [type(result) for result in results] == [EngineFailed] * 8
-        await asyncio.wait_for(client.wait_ready(), DEADLINE)
-        assert client.pid != old
+        tasks = [
+            asyncio.create_task(collect(client, f"r{i}", *PARTS[i], **options[i])) for i in range(8)
+        ]
+        assert await outcomes(tasks) == [alone(i, **options[i]) for i in range(8)]
         assert client.restarts == 1
-        assert client.stats.running == 0
-        assert len(await collect(client, "again", 5, max_tokens=9)) == 9
-
-
-async def test_deaths_in_a_row_leave_the_engine_failed() -> None:
-    async with engine() as client:
-        for _ in range(3):
-            await asyncio.wait_for(client.wait_ready(), DEADLINE)
-            os.kill(client.pid, signal.SIGKILL)
-            await until(lambda: client.state != "ready", "the death is noticed")
-        await until(lambda: client.state == "failed", "the engine gives up")
-        with pytest.raises(Unavailable):
-            await client.wait_ready()
-        with pytest.raises(Unavailable):
-            await anext(client.submit(*request("r", 3)))
-
-
-async def test_deaths_long_ago_do_not_count() -> None:
-    async with engine(max_deaths=2, death_window=0.0) as client:
-        for _ in range(3):
-            await asyncio.wait_for(client.wait_ready(), DEADLINE)
-            os.kill(client.pid, signal.SIGKILL)
-            await until(lambda: client.state != "ready", "the death is noticed")
-        await asyncio.wait_for(client.wait_ready(), DEADLINE)
-
-
-async def test_a_fault_in_a_step_ends_the_process_and_a_fresh_one_serves() -> None:
-    async with engine("fail_at=3") as client:
-        old = client.pid
-        with pytest.raises(EngineFailed) as caught:
-            await asyncio.wait_for(collect(client, "r", 5, max_tokens=50), DEADLINE)
-        assert "told to fail" not in str(caught.value)
-        await asyncio.wait_for(client.wait_ready(), DEADLINE)
         assert client.pid != old
-        assert len(await collect(client, "short", 5, max_tokens=2)) == 2
+        await until(lambda: client.stats.running == 0, "the engine is idle")
+        assert client.stats.blocks_used == 0
+
+
+async def test_a_killed_engine_is_replaced_and_its_streams_end_as_they_would_have() -> None:
+    async with engine() as client:
+        tasks = [asyncio.create_task(collect(client, "r", 4, max_tokens=600))]
+        await until(lambda: client.stats.generated_tokens > 5, "it generates")
+        os.kill(client.pid, signal.SIGKILL)
+        assert await outcomes(tasks) == [fake_runner.alone(4, max_tokens=600, max_model_len=700)]
+        assert client.restarts == 1
+
+
+@pytest.mark.parametrize("how", ["raise", "kill"])
+async def test_a_request_that_engines_die_of_fails_alone(how: str) -> None:
+    seeds = [1, 2, 3, 666, 4, 5, 6, 7]
+    async with engine(f"seed={how}:666", delay=0.01) as client:
+        tasks = [
+            asyncio.create_task(collect(client, f"r{i}", *PARTS[i], max_tokens=20, seed=seeds[i]))
+            for i in range(8)
+        ]
+        results = await outcomes(tasks)
+        assert isinstance(results[3], EngineFailed)
+        assert "told" not in str(results[3])
+        for i in (0, 1, 2, 4, 5, 6, 7):
+            assert results[i] == alone(i, max_tokens=20, seed=seeds[i])
+        assert client.restarts == 2
+
+
+async def test_an_engine_that_hangs_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = EngineSettings(block_size=16, engine_timeout=6.0)
+    monkeypatch.setattr(sys.modules[__name__], "SETTINGS", settings)
+    async with engine("step=hang:5", f"once={tmp_path / 'mark'}", stop_timeout=0.1) as client:
+        pidfd = os.pidfd_open(client.pid)
+        assert await collect(client, "r", 4, max_tokens=30) == fake_runner.alone(4, max_tokens=30)
+        wait_gone(pidfd)
+        assert client.restarts == 1
+
+
+async def test_an_engine_that_hangs_while_it_loads_has_failed() -> None:
+    settings = EngineSettings(engine_timeout=0.1)
+    client = ProcessEngine(settings, command=["sleep", "600"], stop_timeout=0.01)
+    await client.start()
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(client.wait_ready(), DEADLINE)
+    assert "engine_timeout" in client.failure
+    await client.stop()
+
+
+async def test_an_idle_engine_is_not_taken_for_hung(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with engine() as client:
+        monkeypatch.setattr(client, "_settings", EngineSettings(engine_timeout=0.01))
+        watch = asyncio.create_task(client._watch())
+        done, _ = await asyncio.wait([watch], timeout=0.1)
+        assert not done
+        watch.cancel()
+
+
+async def test_a_request_that_cannot_be_sent_fails_and_the_others_go_on() -> None:
+    async with engine(delay=0.01) as client:
+        tasks = [
+            asyncio.create_task(collect(client, name, 5, max_tokens=30, seed=seed))
+            for name, seed in (("good", 1), ("bad", 1 << 70), ("later", 2))
+        ]
+        good, bad, later = await outcomes(tasks)
+        assert isinstance(bad, EngineFailed)
+        assert good == fake_runner.alone(5, max_tokens=30, seed=1)
+        assert later == fake_runner.alone(5, max_tokens=30, seed=2)
+
+
+async def test_however_often_it_dies_a_ready_engine_is_replaced() -> None:
+    async with engine(delay=0.01) as client:
+        for deaths in range(1, 7):
+            os.kill(client.pid, signal.SIGKILL)
+            await until(lambda: client.state != "ready", "the death is noticed")
+            # What comes meanwhile waits for the successor.
+            assert len(await collect(client, "r", 3, max_tokens=4)) == 4
+            assert client.restarts == deaths
 
 
 async def test_a_load_that_fails_says_why_and_is_not_repeated() -> None:
@@ -192,11 +244,29 @@ async def test_a_load_that_fails_says_why_and_is_not_repeated() -> None:
         assert (client.state, client.restarts) == ("failed", 0)
 
 
-async def test_a_restart_that_cannot_load_gives_up(tmp_path: Path) -> None:
-    async with engine(f"load=fail_after:{tmp_path / 'started'}") as client:
+async def test_restarts_that_cannot_load_come_ever_later_and_then_end(tmp_path: Path) -> None:
+    limits = {"delay": 0.2, "max_failed_starts": 3}
+    async with engine(f"load=fail_after:{tmp_path / 'started'}", **limits) as client:
+        reader = asyncio.create_task(collect(client, "r", 3, max_tokens=ENDLESS))
+        await until(lambda: client.stats.running == 1, "the request runs")
+        began = time.monotonic()
         os.kill(client.pid, signal.SIGKILL)
-        await until(lambda: client.state == "failed", "the engine gives up")
-        assert client.restarts == 2
+        with pytest.raises(EngineFailed):
+            await asyncio.wait_for(reader, DEADLINE)
+        assert (client.state, client.restarts) == ("failed", 3)
+        assert time.monotonic() - began > 0.2 + 0.4
+        with pytest.raises(Unavailable):
+            await client.wait_ready()
+        with pytest.raises(Unavailable):
+            await anext(client.submit(*request("r", 3)))
+
+
+async def test_a_smaller_successor_says_so(tmp_path: Path) -> None:
+    async with engine("step=kill:1", f"once={tmp_path / 'mark'}", "then=50") as client:
+        assert client.ready.max_model_len == 10_000
+        tokens = await collect(client, "r", 10, max_tokens=100)
+        assert tokens == fake_runner.alone(10, max_tokens=100)[:40]
+        assert client.ready.max_model_len == 50
 
 
 async def test_a_command_that_does_not_exist_fails_the_start() -> None:
@@ -257,25 +327,59 @@ async def test_signals_for_the_whole_group_do_not_end_the_engine() -> None:
         assert client.restarts == 0
 
 
-def test_stop_and_fault_give_the_exit_status() -> None:
-    for options, messages, status in (
-        ([], [Stop()], 0),
-        (["fail_at=0"], [request("r", 3)[0]], 1),
-        (["load=fail"], [], 1),
+@pytest.mark.parametrize(
+    ("options", "suspects"), [(["step=raise:0"], ["r"]), (["load=fail"], []), (["inbox=1"], [])]
+)
+def test_a_fault_names_its_suspects_and_gives_the_exit_status(
+    options: list[str], suspects: list[str]
+) -> None:
+    ours, theirs = socket.socketpair()
+    with (
+        theirs,
+        subprocess.Popen(
+            [*stub(*options), str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT
+        ) as process,
     ):
-        ours, theirs = socket.socketpair()
-        with (
-            theirs,
-            subprocess.Popen(
-                [*stub(*options), str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT
-            ) as process,
-        ):
-            channel: Channel[FromEngine] = Channel(ours, FromEngine)
-            channel.send(SETTINGS)
-            for message in messages:
-                channel.send(message)
-            assert process.wait(DEADLINE) == status
+        theirs.close()
+        channel: Channel[FromEngine] = Channel(ours, FromEngine)
+        channel.send(SETTINGS)
+        channel.send(request("r", 3)[0])
+        while not isinstance(message := channel.receive()[0], Fault):
+            pass
+        assert message.suspects == suspects
+        assert process.wait(DEADLINE) == 1
+    channel.close()
+
+
+@pytest.mark.parametrize(("level", "shown"), [("info", True), ("warning", False)])
+def test_the_engine_logs_at_the_level_it_is_given(level: str, shown: bool) -> None:
+    ours, theirs = socket.socketpair()
+    with (
+        theirs,
+        subprocess.Popen(
+            [sys.executable, "-m", "engine", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            cwd=ROOT,
+            env={**os.environ, "INTERNVL_LOG_LEVEL": level},
+            stderr=subprocess.PIPE,
+        ) as process,
+    ):
+        theirs.close()
+        channel: Channel[FromEngine] = Channel(ours, FromEngine)
+        channel.send(SETTINGS)
         channel.close()
+        assert (b"leaving" in process.communicate(timeout=DEADLINE)[1]) is shown
+
+
+async def test_the_client_passes_its_log_level_on(tmp_path: Path) -> None:
+    code = (
+        f"import os; open({str(tmp_path / 'level')!r}, 'w').write(os.environ['INTERNVL_LOG_LEVEL'])"
+    )
+    client = ProcessEngine(SETTINGS, log_level="error", command=[sys.executable, "-c", code])
+    await client.start()
+    await until(lambda: client.state == "failed", "the program has run")
+    await client.stop()
+    assert (tmp_path / "level").read_text() == "error"
 
 
 def test_a_first_frame_that_holds_no_settings_ends_the_process() -> None:

@@ -7,112 +7,240 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
 import pytest
 
-from engine.client import Streams
 from engine.inproc import InprocEngine
 from engine.plan import StepPlan, StepResult
+from engine.streams import Streams
 from tests.fake_runner import FakeRunner, alone, request
 from wire.errors import EngineFailed, Unavailable
-from wire.messages import Abort, EngineOutput, Progress
+from wire.messages import Abort, EngineOutput, EngineRequest, Progress
 from wire.settings import EngineSettings
 
 DEADLINE = 10.0
 SETTINGS = EngineSettings(block_size=4)
 
 
-class Sent:
-    """What a client sends, recorded."""
+class House:
+    """Streams whose engine is the test. ``sent`` is what the engine was sent."""
 
-    def __init__(self) -> None:
-        self.messages: list[object] = []
+    def __init__(self, *, connected: bool = True) -> None:
+        self.sent: list[EngineRequest | Abort] = []
+        self.streams = Streams(lambda message, _: self.sent.append(message))
+        if connected:
+            self.streams.connect()
 
-    def __call__(self, message: object, buffers: object) -> None:
-        self.messages.append(message)
+    async def ask(self, *names: str) -> list[asyncio.Task[list[int]]]:
+        """Open requests; a task ends with all tokens of its request."""
+        tasks = [asyncio.create_task(self._read(name)) for name in names]
+        await asyncio.sleep(0)
+        return tasks
 
-    async def wait(self, count: int) -> None:
+    async def wait_sent(self) -> None:
         async with asyncio.timeout(DEADLINE):
-            while len(self.messages) < count:
+            while not self.sent:
                 await asyncio.sleep(0)
+
+    async def _read(self, name: str) -> list[int]:
+        reader = self.streams.read(*request(name, 3, max_tokens=9))
+        return [token async for output in reader for token in output.token_ids]
+
+    def say(self, name: str, *token_ids: int, end: str | None = None) -> None:
+        self.streams.deal([EngineOutput(name, list(token_ids), end)])
+
+    def take_sent(self) -> list[str]:
+        """Names of what was sent since the last call, in order; an abort's with a minus."""
+        sent, self.sent = self.sent, []
+        return [f"-{m.ids[0]}" if isinstance(m, Abort) else m.id for m in sent]
 
 
 async def first(stream: AsyncIterator[EngineOutput]) -> EngineOutput:
     return await asyncio.wait_for(anext(stream), DEADLINE)
 
 
+async def result(task: asyncio.Task[list[int]]) -> list[int]:
+    return await asyncio.wait_for(task, DEADLINE)
+
+
+async def leave(task: asyncio.Task[list[int]]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_each_output_goes_to_its_own_reader() -> None:
-    streams, sent = Streams(), Sent()
-    readers = {name: streams.read(sent, request(name, 3)[0], ()) for name in "ab"}
-    reading = {name: asyncio.create_task(first(reader)) for name, reader in readers.items()}
-    await sent.wait(2)
-    assert [message.id for message in sent.messages] == ["a", "b"]
-    streams.deal([EngineOutput("b", [2]), EngineOutput("a", [1]), EngineOutput("gone", [3])])
-    assert [(await reading[name]).token_ids for name in "ab"] == [[1], [2]]
-    for reader in readers.values():
-        await reader.aclose()
+    house = House()
+    a, b = await house.ask("a", "b")
+    assert house.take_sent() == ["a", "b"]
+    house.streams.deal([EngineOutput("b", [2], "stop"), EngineOutput("a", [1], "length")])
+    house.say("gone", 3)
+    assert [await result(a), await result(b)] == [[1], [2]]
 
 
 async def test_a_slow_reader_loses_nothing() -> None:
-    streams, sent = Streams(), Sent()
-    reader = streams.read(sent, request("a", 3)[0], ())
-    reading = asyncio.create_task(first(reader))
-    await sent.wait(1)
+    house = House()
+    (reader,) = await house.ask("a")
     for token in range(5):
-        streams.deal([EngineOutput("a", [token])])
-    streams.deal([EngineOutput("a", [5], "length")])
-    tokens = [(await reading).token_ids[0]]
-    tokens += [output.token_ids[0] async for output in reader]
-    assert tokens == [0, 1, 2, 3, 4, 5]
-    assert len(sent.messages) == 1
+        house.say("a", token)
+    house.say("a", 5, end="length")
+    assert await result(reader) == [0, 1, 2, 3, 4, 5]
+    assert house.take_sent() == ["a"]
 
 
 async def test_a_reader_that_leaves_early_aborts_once() -> None:
-    streams, sent = Streams(), Sent()
-    reader = streams.read(sent, request("a", 3)[0], ())
+    house = House()
+    reader = house.streams.read(*request("a", 3))
     reading = asyncio.create_task(first(reader))
-    await sent.wait(1)
-    streams.deal([EngineOutput("a", [1])])
+    await house.wait_sent()
+    house.say("a", 1)
     await reading
     await reader.aclose()
     await reader.aclose()
-    assert sent.messages[1:] == [Abort(["a"])]
+    assert house.take_sent() == ["a", "-a"]
 
 
 async def test_a_failure_comes_after_the_outputs_that_arrived_and_needs_no_abort() -> None:
-    streams, sent = Streams(), Sent()
-    reader = streams.read(sent, request("a", 3)[0], ())
+    house = House()
+    reader = house.streams.read(*request("a", 3))
     reading = asyncio.create_task(first(reader))
-    await sent.wait(1)
-    streams.deal([EngineOutput("a", [1])])
-    streams.fail(lambda: EngineFailed("gone"))
+    await house.wait_sent()
+    house.say("a", 1)
+    house.streams.fail(lambda: EngineFailed("gone"))
     assert (await reading).token_ids == [1]
     with pytest.raises(EngineFailed):
         await first(reader)
-    assert len(sent.messages) == 1
+    assert house.take_sent() == ["a"]
 
 
-async def test_a_request_that_had_its_last_output_does_not_fail() -> None:
-    streams, sent = Streams(), Sent()
-    reader = streams.read(sent, request("a", 3)[0], ())
-    reading = asyncio.create_task(first(reader))
-    await sent.wait(1)
-    streams.deal([EngineOutput("a", [1], "stop")])
-    streams.fail(lambda: EngineFailed("gone"))
-    assert (await reading).finish_reason == "stop"
-    with pytest.raises(StopAsyncIteration):
-        await first(reader)
+@pytest.mark.parametrize("end", ["fail", "disconnect"])
+async def test_a_request_that_had_its_last_output_does_not_fail_nor_come_again(end: str) -> None:
+    house = House()
+    (reader,) = await house.ask("a")
+    house.say("a", 1, end="stop")
+    if end == "fail":
+        house.streams.fail(lambda: EngineFailed("gone"))
+    else:
+        house.streams.disconnect()
+        house.streams.connect()
+    assert await result(reader) == [1]
+    assert house.take_sent() == ["a"]
 
 
 async def test_an_id_cannot_be_open_twice() -> None:
-    streams, sent = Streams(), Sent()
-    reader = streams.read(sent, request("a", 3)[0], ())
-    reading = asyncio.create_task(first(reader))
-    await sent.wait(1)
+    house = House()
+    (reader,) = await house.ask("a")
     with pytest.raises(ValueError, match="is open"):
-        await first(streams.read(sent, request("a", 3)[0], ()))
-    streams.deal([EngineOutput("a", [1], "stop")])
-    assert (await reading).token_ids == [1]
-    await reader.aclose()
+        await first(house.streams.read(*request("a", 3)))
+    house.say("a", 1, end="stop")
+    assert await result(reader) == [1]
+
+
+async def test_after_a_death_a_request_is_sent_again_with_what_it_had() -> None:
+    house = House()
+    (reader,) = await house.ask("a")
+    house.say("a", 1)
+    house.say("a", 2, 3)
+    house.streams.disconnect()
+    assert not house.streams.at_work
+    house.streams.connect()
+    original, again = house.sent
+    assert again == msgspec.structs.replace(original, output=[1, 2, 3])
+    house.say("a", 4, end="length")
+    assert await result(reader) == [1, 2, 3, 4]
+
+
+async def test_requests_wait_for_the_first_connection_and_those_that_left_are_not_sent() -> None:
+    house = House(connected=False)
+    a, b = await house.ask("a", "b")
+    await leave(a)
+    assert house.take_sent() == []
+    house.streams.connect()
+    assert house.take_sent() == ["b"]
+    await leave(b)
+
+
+async def test_suspects_are_sent_one_at_a_time_before_anything_else() -> None:
+    house = House()
+    readers = await house.ask("a", "b", "c", "d")
+    house.streams.disconnect()
+    house.take_sent()
+    house.streams.connect()
+    readers += await house.ask("new")
+    assert house.take_sent() == ["a"]
+    house.say("a", 1)
+    assert house.take_sent() == ["b"]
+    await leave(readers[1])
+    assert house.take_sent() == ["-b", "c"]
+    house.say("c", end="error")
+    assert house.take_sent() == ["d"]
+    house.say("a", 2)
+    assert house.take_sent() == []
+    house.say("d", 1)
+    assert house.take_sent() == ["new"]
+    for reader in readers:
+        await leave(reader)
+
+
+async def test_who_is_on_trial_at_a_death_fails_and_clears_the_others() -> None:
+    house = House()
+    a, b, c = await house.ask("a", "b", "c")
+    house.streams.disconnect()
+    house.streams.connect()
+    house.say("a", 1)
+    house.streams.disconnect()
+    with pytest.raises(EngineFailed):
+        await result(b)
+    house.take_sent()
+    house.streams.connect()
+    assert house.take_sent() == ["a", "c"]
+    # Cleared means that only now they are suspected for the first time.
+    for _ in range(2):
+        house.streams.disconnect()
+        house.streams.connect()
+        house.say("a", 1)
+        house.say("c", 1)
+    house.say("a", 9, end="stop")
+    house.say("c", 9, end="stop")
+    assert [await result(a), await result(c)] == [[1, 1, 1, 9], [1, 1, 9]]
+
+
+async def test_only_those_the_engine_names_are_suspects() -> None:
+    house = House()
+    a, b, c = await house.ask("a", "b", "c")
+    house.streams.disconnect(["b"])
+    house.take_sent()
+    house.streams.connect()
+    assert house.take_sent() == ["b"]
+    house.say("b", 1)
+    assert house.take_sent() == ["a", "c"]
+    for reader in (a, b, c):
+        await leave(reader)
+
+
+async def test_a_request_on_trial_is_not_blamed_for_what_another_did() -> None:
+    house = House()
+    a, b = await house.ask("a", "b")
+    house.streams.disconnect()
+    house.streams.connect()
+    house.say("a", 1)
+    house.streams.disconnect(["a"])
+    house.streams.connect()
+    assert [type(message) for message in house.sent] == [EngineRequest] * 5
+    for reader in (a, b):
+        assert not reader.done()
+        await leave(reader)
+
+
+async def test_a_request_that_passes_its_trials_and_still_meets_deaths_is_given_up() -> None:
+    house = House()
+    (a,) = await house.ask("a")
+    for token in range(3):
+        house.say("a", token)
+        house.streams.disconnect()
+        house.streams.connect()
+    with pytest.raises(EngineFailed):
+        await result(a)
+    assert house.take_sent() == ["a"] * 3
 
 
 # InprocEngine

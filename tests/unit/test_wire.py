@@ -23,7 +23,6 @@ from wire.messages import (
     Progress,
     Ready,
     StepReport,
-    Stop,
     ToEngine,
     VisionItem,
 )
@@ -51,15 +50,15 @@ SAMPLES: dict[object, list[msgspec.Struct]] = {
             [1, 2, 3],
             SamplingParams(temperature=0.5, seed=-7, stop_token_ids=(4,)),
             [VisionItem(b"\x00digest\xff", 1, 256, 1, 0)],
+            [6, 7],
         ),
         Abort(["a", "b"]),
-        Stop(),
     ],
     FromEngine: [
         StepReport([EngineOutput("id", [5], "stop", 5)], EngineStats(running=3, preemptions=1)),
         Progress("weights", 3, 10),
         READY,
-        Fault("step", "why"),
+        Fault("step", "why", ["id"]),
     ],
 }
 

@@ -1,0 +1,170 @@
+"""The open requests of one engine client: what was asked, what has come back, what is sent again.
+
+They outlive the engine. When one dies, ``disconnect`` is called, and ``connect`` when the next is
+ready: every request that had not ended is sent again with the tokens it has been given, and its
+reader sees a pause. A request that kills engines must not be sent for ever, and must not take the
+others along; so what was being computed at a death is under suspicion, and suspects are sent one
+at a time, before anything else, each until it gets a token. The one on trial when an engine dies
+is the culprit: it fails, and the others are cleared.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+
+import msgspec
+
+from wire.channel import Buffer
+from wire.errors import EngineFailed, ServiceError
+from wire.messages import Abort, EngineOutput, EngineRequest
+
+logger = logging.getLogger(__name__)
+
+Send = Callable[[EngineRequest | Abort, Sequence[Buffer]], None]
+
+# Of engines that a request may be suspected of without a trial that says so.
+_MOST_DEATHS = 3
+
+
+class _Stream:
+    """One request, its outputs on their way to its reader, and what ended it early."""
+
+    def __init__(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
+        self.request = request
+        self.buffers = buffers
+        self.token_ids: list[int] = []  # all that were generated
+        self.deaths = 0
+        self.outputs: list[EngineOutput] = []
+        self.error: ServiceError | None = None
+        self.arrived = asyncio.Event()
+
+    def fail(self, error: ServiceError) -> None:
+        """End with an error, after the outputs already dealt."""
+        self.error = error
+        self.arrived.set()
+
+
+class Streams:
+    """Deals out reports, one wake-up per request and step.
+
+    A reader that is slow finds all its outputs at once; nothing is dropped and nobody else waits
+    for it. ``send`` must neither block nor fail; it is called only between ``connect`` and
+    ``disconnect``.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._connected = False
+        # Both in order of arrival; what has ended for the engine is in neither.
+        self._open: dict[str, _Stream] = {}
+        self._unsent: dict[str, _Stream] = {}
+        self._trial: _Stream | None = None
+
+    @property
+    def at_work(self) -> bool:
+        """Whether the engine owes an output."""
+        return len(self._open) > len(self._unsent)
+
+    async def read(
+        self, request: EngineRequest, buffers: Sequence[Buffer]
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """Send ``request``, yield its outputs, and send an Abort if the reader leaves early.
+
+        Ids must be unique among the open requests.
+        """
+        if request.id in self._open:
+            raise ValueError("a request with this id is open")
+        stream = self._open[request.id] = self._unsent[request.id] = _Stream(request, buffers)
+        try:
+            self._send_on()
+            while True:
+                await stream.arrived.wait()
+                stream.arrived.clear()
+                outputs, stream.outputs = stream.outputs, []
+                for output in outputs:
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+                if stream.error is not None:
+                    raise stream.error
+        finally:
+            # Absent if it has ended or failed, in which case nobody is there to be told.
+            if self._open.pop(request.id, None) is not None:
+                self._leave(stream)
+
+    def _leave(self, stream: _Stream) -> None:
+        name = stream.request.id
+        if self._unsent.pop(name, None) is None:
+            self._send(Abort([name]), ())
+        if stream is self._trial:
+            self._trial = None
+            self._send_on()
+
+    def deal(self, outputs: Sequence[EngineOutput]) -> None:
+        """Hand each output to its reader; those of aborted requests are dropped."""
+        for output in outputs:
+            stream = self._open.get(output.id)
+            if stream is None:
+                continue
+            stream.token_ids += output.token_ids
+            stream.outputs.append(output)
+            stream.arrived.set()
+            if output.finish_reason is not None:
+                del self._open[output.id]
+            if stream is self._trial:
+                self._trial = None
+        self._send_on()
+
+    def connect(self) -> None:
+        """An engine is ready: send everything that is open."""
+        self._connected = True
+        self._send_on()
+
+    def disconnect(self, suspects: Collection[str] = ()) -> None:
+        """The engine is gone. ``suspects`` are the ids it was computing, if it could tell."""
+        self._connected = False
+        sent = [stream for name, stream in self._open.items() if name not in self._unsent]
+        suspected = [stream for stream in sent if stream.request.id in suspects] or sent
+        if self._trial in suspected:
+            self._convict(self._trial)
+            for stream in self._open.values():
+                stream.deaths = 0
+        else:
+            for stream in suspected:
+                stream.deaths += 1
+                if stream.deaths == _MOST_DEATHS:
+                    self._convict(stream)
+        self._trial = None
+        self._unsent = dict(self._open)
+
+    def fail(self, make_error: Callable[[], ServiceError]) -> None:
+        """End every open request with an error of its own."""
+        self._connected = False
+        streams, self._open, self._unsent, self._trial = self._open, {}, {}, None
+        for stream in streams.values():
+            stream.fail(make_error())
+
+    def _convict(self, stream: _Stream) -> None:
+        logger.error("request=%s is given up: engines die of it", stream.request.id)
+        del self._open[stream.request.id]
+        stream.fail(EngineFailed("the engine failed during this request"))
+
+    def _send_on(self) -> None:
+        """Send what may be sent now: suspects first and alone, then the others."""
+        if not self._connected or not self._unsent or self._trial is not None:
+            return
+        suspect = next((stream for stream in self._unsent.values() if stream.deaths), None)
+        if suspect is not None:
+            del self._unsent[suspect.request.id]
+            self._trial = suspect
+            self._resend(suspect)
+            return
+        unsent, self._unsent = self._unsent, {}
+        for stream in unsent.values():
+            self._resend(stream)
+
+    def _resend(self, stream: _Stream) -> None:
+        request = stream.request
+        if stream.token_ids:
+            request = msgspec.structs.replace(request, output=list(stream.token_ids))
+        self._send(request, stream.buffers)
