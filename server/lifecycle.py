@@ -45,15 +45,15 @@ class Service:
 
     async def _live(self) -> None:
         try:
-            ready = await self.engine.wait_ready()
-            await self.media.start(ready.geometry)
-            self.model = await asyncio.to_thread(
-                ServedModel.load, self.name, self._created, ready, self.settings
-            )
-            self.settled.set()
             while True:
+                ready = await self.engine.wait_ready()  # raises when the engine is lost for good
+                if self.model is None or self.model.ready != ready:
+                    await self.media.start(ready.geometry)
+                    self.model = await asyncio.to_thread(
+                        ServedModel.load, self.name, self._created, ready, self.settings
+                    )
+                    self.settled.set()
                 await asyncio.sleep(WATCH_INTERVAL)
-                await self.engine.wait_ready()  # raises when the engine is lost for good
         except Unavailable as error:
             if self._draining:
                 return
@@ -71,8 +71,9 @@ class Service:
             return "failed"
         if self._draining:
             return "draining"
-        loaded = self.model is not None and self.engine.state == "ready"
-        return "ready" if loaded else "starting"
+        # A successor of an engine that died may have less room: its facts count, or none.
+        known = self.model is not None and self.model.ready == self.engine.ready
+        return "ready" if known and self.engine.state == "ready" else "starting"
 
     @property
     def reason(self) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from server import lifecycle
 from server.run import announce
 from tests.api.conftest import House, Houses
 from tests.fake_engine import EOS, FakeEngine, make_ready
@@ -226,6 +227,27 @@ async def test_an_engine_that_starts_again_makes_it_unready_meanwhile(house: Hou
     assert (await house.ask()).status_code == 503
     house.engine.state = "ready"
     assert (await house.http.get("/ready")).status_code == 200
+
+
+async def test_the_limits_are_those_of_the_engine_that_runs(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "WATCH_INTERVAL", 0.0)
+    engine = house.engine
+    engine.state, engine.load = "starting", asyncio.Event()
+    engine.state, engine.ready = "ready", make_ready(max_model_len=20)
+    answer = await house.ask()
+    assert answer.status_code == 503  # not yet known here
+    engine._facts = engine.ready
+    engine.load.set()
+    async with asyncio.timeout(5):
+        while house.service.state != "ready":
+            await asyncio.sleep(0.01)
+    assert (await house.http.get("/v1/models")).json()["data"][0]["max_model_len"] == 20
+    refused = await house.ask(max_tokens=100)
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    await house.ask()
+    assert engine.requests[-1].sampling.max_tokens < 20
 
 
 async def test_a_model_that_cannot_be_loaded_is_a_failure(houses: Houses) -> None:
