@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.core import EngineCore
 from engine.memory import kv_blocks
 from engine.plan import Sampled, StepPlan, StepResult
 from engine.rows import Rows, StepBatch
@@ -21,7 +22,8 @@ from model import ModelConfig, build_model, count_parameters, load_config
 from model.attention import choose
 from model.kv_cache import KVCache
 from wire.channel import Buffer
-from wire.messages import EngineRequest, Progress, Ready
+from wire.messages import EngineRequest, Progress, Ready, VisionItem
+from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,26 @@ class ModelRunner:
             parameters=sum(p.numel() for p in self._model.parameters()),
             vision_token_bytes=config.text.hidden_size * dtype.itemsize,
         )
+        progress(Progress("warm-up"))
+        self._warm_up(settings)
+        self._vision = EncoderOutputs(self._model)  # without the warm-up's picture
+
+    def _warm_up(self, settings: EngineSettings) -> None:
+        """Compute a picture and two tokens.
+
+        What is set up at first use then costs no request anything, and a device that cannot
+        compute fails the start: an engine that says it is ready has been seen to work.
+        """
+        geometry = self._ready.geometry
+        length = geometry.tokens_per_tile
+        if length + 2 > self._ready.max_model_len:
+            length = 0
+        items = [VisionItem(b"warm-up", 0, length, 1, 0)] if length else []
+        request = EngineRequest("warm-up", [0] * (length + 1), SamplingParams(max_tokens=2), items)
+        core = EngineCore(settings, self, self._ready)
+        core.add(request, [bytes(geometry.tile_bytes)] * len(items))
+        while core.step() is not None:
+            pass
 
     def ready(self) -> Ready:
         """The facts of the model and of the memory it got."""

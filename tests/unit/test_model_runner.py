@@ -27,12 +27,31 @@ def test_loading_tells_how_far_it_is_and_what_was_loaded(folder: Path) -> None:
     seen: list[Progress] = []
     ready = ModelRunner(settings(folder, block_size=8, num_kv_blocks=20), seen.append).ready()
     stages = [progress.stage for progress in seen]
-    assert list(dict.fromkeys(stages)) == ["config", "weights", "cache"]
+    assert list(dict.fromkeys(stages)) == ["config", "weights", "cache", "warm-up"]
     assert len(stages) < 110
     assert (ready.dtype, ready.device, ready.attention) == ("float32", "cpu", "sdpa")
     assert (ready.block_size, ready.blocks_total) == (8, 20)
     assert ready.max_model_len == 160  # all that the cache can hold
     assert ready.vision_token_bytes == 4 * SHAPE.size
+
+
+def test_a_model_that_cannot_compute_is_never_ready(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("InternVL.encode_tiles", "InternVL.logits"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"model.{part}", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                ModelRunner(settings(folder, num_kv_blocks=20))
+
+
+@pytest.mark.parametrize("blocks", [20, 2, 1])
+def test_the_warm_up_leaves_nothing_behind(folder: Path, blocks: int) -> None:
+    # A context too short for a picture is warmed up without one.
+    runner = ModelRunner(settings(folder, num_kv_blocks=blocks, block_size=2))
+    assert not runner._rows._rows
+    assert not runner._vision._outputs
+    assert not runner._vision._tiles
 
 
 def test_settings_that_do_not_fit_the_checkpoint_are_refused(folder: Path) -> None:

@@ -38,6 +38,30 @@ def test_a_prompt_over_the_token_budget_is_computed_in_chunks() -> None:
     assert engine.tokens["a"] == alone(20, max_tokens=2)
 
 
+@pytest.mark.parametrize("cut", [1, 5, 11])
+def test_a_request_goes_on_behind_the_output_it_had_from_another_engine(cut: int) -> None:
+    parts, options = (3, (1, 2), 3), {"max_tokens": 12, "seed": 5}
+    whole = alone(*parts, **options)
+    original, buffers = request("a", *parts, **options)
+    engine = Engine(max_num_batched_tokens=8)
+    engine.core.add(msgspec.structs.replace(original, output=whole[:cut]), buffers)
+    engine.finish()
+    assert engine.tokens["a"] == whole[cut:]
+    assert engine.ends["a"].finish_reason == "length"
+
+
+def test_a_request_that_had_all_its_output_is_refused() -> None:
+    original, buffers = request("a", 3, max_tokens=2)
+    engine = Engine()
+    engine.core.add(msgspec.structs.replace(original, output=[1, 2]), buffers)
+    engine.core.add(msgspec.structs.replace(original, id="b", output=[10**6]), buffers)
+    engine.finish()
+    assert {name: end.finish_reason for name, end in engine.ends.items()} == {
+        "a": "error",
+        "b": "error",
+    }
+
+
 def test_chunks_may_end_inside_a_picture() -> None:
     engine = Engine(max_num_batched_tokens=5)
     engine.add("a", 3, (1, 4), 3, max_tokens=4)
