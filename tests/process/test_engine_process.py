@@ -189,7 +189,8 @@ async def test_an_engine_that_hangs_is_replaced(
     monkeypatch.setattr(sys.modules[__name__], "SETTINGS", settings)
     async with engine("step=hang:5", f"once={tmp_path / 'mark'}", stop_timeout=0.1) as client:
         pidfd = os.pidfd_open(client.pid)
-        assert await collect(client, "r", 4, max_tokens=30) == fake_runner.alone(4, max_tokens=30)
+        tokens = await asyncio.wait_for(collect(client, "r", 4, max_tokens=30), 2 * DEADLINE)
+        assert tokens == fake_runner.alone(4, max_tokens=30)
         wait_gone(pidfd)
         assert client.restarts == 1
 
@@ -231,7 +232,8 @@ async def test_however_often_it_dies_a_ready_engine_is_replaced() -> None:
             os.kill(client.pid, signal.SIGKILL)
             await until(lambda: client.state != "ready", "the death is noticed")
             # What comes meanwhile waits for the successor.
-            assert len(await collect(client, "r", 3, max_tokens=4)) == 4
+            tokens = await asyncio.wait_for(collect(client, "r", 3, max_tokens=4), DEADLINE)
+            assert len(tokens) == 4
             assert client.restarts == deaths
 
 
@@ -264,7 +266,7 @@ async def test_restarts_that_cannot_load_come_ever_later_and_then_end(tmp_path: 
 async def test_a_smaller_successor_says_so(tmp_path: Path) -> None:
     async with engine("step=kill:1", f"once={tmp_path / 'mark'}", "then=50") as client:
         assert client.ready.max_model_len == 10_000
-        tokens = await collect(client, "r", 10, max_tokens=100)
+        tokens = await asyncio.wait_for(collect(client, "r", 10, max_tokens=100), DEADLINE)
         assert tokens == fake_runner.alone(10, max_tokens=100)[:40]
         assert client.ready.max_model_len == 50
 
