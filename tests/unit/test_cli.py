@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
 from server.app import create_app
 from server.cli import flag, main, settings_page, with_model
@@ -150,3 +151,11 @@ def test_the_help_does_not_load_the_web_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == 0
+
+
+def test_the_log_level_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    apps: list[FastAPI] = []
+    monkeypatch.setattr("server.cli.logs.setup", lambda *_: None)
+    monkeypatch.setattr("server.run.serve", lambda app, _: apps.append(app) or 0)
+    assert main(["serve", "--log-level", "error"]) == 0
+    assert apps[0].state.service.engine._log_level == "error"
