@@ -34,8 +34,8 @@ from wire.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 
-# Seconds between a death and the next start, however many deaths there were.
-_LONGEST_DELAY = 30.0
+# How often the delay between a death and the next start is doubled.
+_DOUBLINGS = 5
 # In which an engine's silence is counted, per ``engine_timeout``.
 _TICKS = 10
 
@@ -197,6 +197,12 @@ class ProcessEngine(BaseEngine):
         """Process id of the engine that runs now, or ran last."""
         return self._process.pid if self._process is not None else None
 
+    async def stop(self) -> None:
+        """End the engine process, by force after ``stop_timeout`` seconds. Idempotent."""
+        await super().stop()
+        if self._process is not None:
+            await self._reap(self._process)  # again, if it was the reaping that was cut short
+
     def _send(self, message: EngineRequest | Abort, buffers: Sequence[Buffer]) -> None:
         self._outbox.put_nowait((message, buffers))
 
@@ -205,7 +211,7 @@ class ProcessEngine(BaseEngine):
             while await self._live_and_die():
                 self.restarts += 1
                 if self._deaths > 1:
-                    await asyncio.sleep(min(self._delay * 2 ** (self._deaths - 2), _LONGEST_DELAY))
+                    await asyncio.sleep(self._delay * 2 ** min(self._deaths - 2, _DOUBLINGS))
         except Exception:
             logger.exception("the engine cannot be watched")
         self._enter("failed")

@@ -205,6 +205,17 @@ async def test_an_engine_that_hangs_while_it_loads_has_failed() -> None:
     await client.stop()
 
 
+async def test_a_stop_while_a_hung_engine_is_being_ended_ends_it() -> None:
+    settings = EngineSettings(engine_timeout=0.05)
+    client = ProcessEngine(settings, command=["sleep", "600"], stop_timeout=0.5)
+    await client.start()
+    await until(lambda: client.failure is not None, "it is taken for hung")
+    pidfd = os.pidfd_open(client.pid)
+    await asyncio.wait_for(client.stop(), DEADLINE)
+    wait_gone(pidfd)
+    assert client.state == "stopped"
+
+
 async def test_an_idle_engine_is_not_taken_for_hung(monkeypatch: pytest.MonkeyPatch) -> None:
     async with engine() as client:
         monkeypatch.setattr(client, "_settings", EngineSettings(engine_timeout=0.01))
