@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # How often the delay between a death and the next start is doubled.
 _DOUBLINGS = 5
+# Seconds in which a process that was killed must be gone.
+_KILL_TIMEOUT = 10.0
 # In which an engine's silence is counted, per ``engine_timeout``.
 _TICKS = 10
 
@@ -318,7 +320,7 @@ class ProcessEngine(BaseEngine):
             process.kill()
             # One that the kernel cannot end must not hold up its successor.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), self._stop_timeout)
+                await asyncio.wait_for(process.wait(), _KILL_TIMEOUT)
 
 
 def _environment() -> dict[str, str]:
