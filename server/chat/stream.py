@@ -111,7 +111,6 @@ async def chunks(
                 _check(output)
                 if not role_sent:
                     role_sent = True
-                    chat.buffers.clear()  # the engine has them, and nothing of a request is larger
                     metrics.time_to_first_token.observe(time.monotonic() - began)
                     yield chunk(Delta(role="assistant", content=""))
                 for delta in state.feed(output):

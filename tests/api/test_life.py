@@ -128,26 +128,6 @@ async def test_pictures_that_cannot_fit_are_refused_before_all_are_decoded(
     assert len(house.media.parts) == loaded
 
 
-async def test_the_tiles_of_a_request_are_let_go_once_the_engine_has_them(house: House) -> None:
-    stuck(house.engine)
-    given: list[Any] = []
-    submit = house.engine.submit
-
-    def watched(request: Any, buffers: Any = ()) -> Any:
-        given.append(buffers)
-        return submit(request, buffers)
-
-    house.engine.submit = watched  # type: ignore[method-assign]
-    part = {"type": "image_url", "image_url": "data:x"}
-    body = {"messages": [{"role": "user", "content": [part]}], "stream": True}
-    client = Client(house, body)
-    await within(client.read_until(b"Yes"))
-    assert house.engine.buffers[0]
-    assert not given[0]
-    client.leave()
-    await within(client.task)
-
-
 async def test_one_bad_picture_ends_the_fetching_of_the_others(house: House) -> None:
     house.media.gate.clear()
     content = [{"type": "image_url", "image_url": url} for url in ("data:x", "data:bad")]

@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.servers import Server, draw
+from tests.servers import Server, data_uri, draw, encode
 
 LONG = {"max_tokens": 400, "extra_body": {"ignore_eos": True}}
 
@@ -50,37 +51,52 @@ def test_a_killed_decode_worker_costs_nothing(server: Server) -> None:
         assert "red" in server.ask(draw("red", "circle"), "What is in this picture?")
 
 
-def stream(server: Server, started: threading.Event | None = None) -> tuple[str, object]:
-    """Text and usage of one long greedy answer."""
+def conversation(number: int) -> dict[str, Any]:
+    """Text or a picture, greedy or seeded."""
+    content: Any = f"Hello number {number}!"
+    if number % 2:
+        url = data_uri(encode(draw("red", "circle", (300, 200))))
+        picture = {"type": "image_url", "image_url": {"url": url}}
+        content = [picture, {"type": "text", "text": content}]
+    drawn = {"temperature": 1.0, "seed": number} if number % 4 > 1 else {"temperature": 0.0}
+    return {"messages": [{"role": "user", "content": content}], **drawn}
+
+
+def stream(server: Server, number: int, begun: threading.Barrier | None = None) -> tuple[str, int]:
+    """Text and number of tokens of one long answer; waits at ``begun`` for its first token."""
     text = ""
     usage = None
     with server.client() as client:
         for chunk in client.chat.completions.create(
             model="internvl-demo",
-            messages=[{"role": "user", "content": "Hello!"}],
             stream=True,
             stream_options={"include_usage": True},
-            temperature=0,
-            **LONG,
+            max_tokens=300,
+            extra_body={"ignore_eos": True},
+            **conversation(number),
         ):
             usage = chunk.usage
             for choice in chunk.choices:
+                if choice.delta.content and not text and begun is not None:
+                    begun.wait(60)
                 text += choice.delta.content or ""
-                if text and started is not None:
-                    started.set()
-    return text, usage
+    assert usage is not None
+    return text, usage.completion_tokens
 
 
-def test_a_client_does_not_notice_that_the_engine_was_killed(server: Server) -> None:
-    whole = stream(server)
+def test_no_client_notices_that_the_engine_was_killed(server: Server) -> None:
+    count = 20
     (engine,) = server.children("engine")
-    started = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(stream, server, started)
-        assert started.wait(30)
+    begun = threading.Barrier(count + 1)
+    with ThreadPoolExecutor(count) as pool:
+        whole = list(pool.map(lambda number: stream(server, number), range(count)))
+        answers = [pool.submit(stream, server, number, begun) for number in range(count)]
+        begun.wait(60)
         os.kill(engine, signal.SIGKILL)
-        assert not answer.done()
-        assert answer.result(60) == whole
+        assert not all(answer.done() for answer in answers)
+        server.wait_for_status("/ready", 503)
+        assert [answer.result(120) for answer in answers] == whole
+    assert {tokens for _, tokens in whole} == {300}
     server.wait_for_status("/ready", 200)
     assert server.children("engine") != [engine]
     assert "red" in server.ask(draw("red", "circle"), "What is in this picture?")
