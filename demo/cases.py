@@ -55,17 +55,24 @@ COMPARE: tuple[Maker, ...] = (
 )
 """Short answers that need one or two look-ups."""
 EASY: tuple[Maker, ...] = (name_turn, colour_turn, shape_turn, exist_turn, count_turn)
-MORE: tuple[Maker, ...] = (
+EVERY: tuple[Maker, ...] = (
     *EASY,
-    where_turn,
-    where_turn,
-    relation_turn,
-    relation_turn,
+    *(where_turn,) * 2,
+    *(relation_turn,) * 2,
     side_turn,
     exist_turn,
     json_turn,
-    box_turn,
-    box_turn,
+    *(box_turn,) * 2,
+)
+"""What the tokenizer learns its merges from."""
+MORE: tuple[Maker, ...] = (
+    *EASY,
+    *(where_turn,) * 4,
+    *(relation_turn,) * 2,
+    *(side_turn,) * 2,
+    *(box_turn,) * 2,
+    exist_turn,
+    json_turn,
 )
 
 
@@ -94,7 +101,9 @@ def detail_scene(rng: Rng) -> Scene:
     return scene
 
 
-def picture_case(rng: Rng, tiled: bool, hard: float, branches: int) -> Case:
+def picture_case(
+    rng: Rng, tiled: bool, hard: float, branches: int, makers: tuple[Maker, ...] = MORE
+) -> Case:
     """One picture and ``branches`` questions; ``hard`` 0..1 brings in the difficult ones."""
     scene = canvas(rng, tiled)
     if hard > FIRST and rng.random() < 0.16:
@@ -107,7 +116,7 @@ def picture_case(rng: Rng, tiled: bool, hard: float, branches: int) -> Case:
     place(rng, scene, count)
     if not scene.things:
         return Case([scene], [count_turn(rng, scene, 0), exist_turn(rng, scene)])
-    turns = ask(rng, scene, MORE if rng.random() < hard else EASY, branches)
+    turns = ask(rng, scene, makers if rng.random() < hard else EASY, branches)
     if rng.random() < 0.1:
         turns.append(Turn("refusal", outside(rng), REFUSAL))
     return Case([scene], turns)

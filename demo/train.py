@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from demo.batches import IGNORE, Batch, Encoder, make_batch
 from demo.cases import (
+    EVERY,
     FIRST,
     SHORT,
     detail_scene,
@@ -46,7 +47,19 @@ BIND_STEPS = 1300
 LOOK_UP_STEPS = 400
 """How many of the steps of "bind" come first."""
 TALK_STEPS = 2100
-ROTATION = ("images", "tiled", "video", "tools", "tiled", "images", "tools", "chat")
+BIND_ROTATION = ["images", "tiled", "video", "tools", "tiled", "images", "tools", "chat"]
+TALK_ROTATION = [
+    "images",
+    "tiled",
+    "tools",
+    "images",
+    "video",
+    "tools",
+    "images",
+    "tiled",
+    "tools",
+    "chat",
+]
 
 
 class Optimiser:
@@ -130,7 +143,7 @@ def corpus(seed: int) -> list[str]:
         "system user assistant Image-1: Frame1: You are a helpful assistant.",
     ] * 40
     makers = (
-        lambda: picture_case(rng, False, 1.0, 4),
+        lambda: picture_case(rng, False, 1.0, 4, EVERY),
         lambda: images_case(rng, 4),
         lambda: video_case(rng, 3),
         lambda: chat_case(rng, 6),
@@ -208,6 +221,10 @@ def rate(step: int, steps: int, peak: float, flat: float) -> float:
     """Warm up over 50 steps, stay, then fall linearly to zero from ``flat`` of the way on."""
     fall = max(0.0, (step - flat * steps) / ((1 - flat) * steps))
     return peak * min(1.0, (step + 1) / 50) * (1 - fall)
+
+
+def turn(rotation: list[str], step: int) -> str:
+    return rotation[step % len(rotation)]
 
 
 class Run:
@@ -289,14 +306,15 @@ class Run:
             p.requires_grad_(self.factor(name) > 0)
         while self.step < steps:
             rng = np.random.default_rng([self.seed, number, self.step, self.rank])
-            kinds, hard = ["single", ROTATION[self.step % len(ROTATION)]], SHORT
             if self.stage == "talk":
-                hard = min(1.0, 0.3 + self.step / 200)
+                kinds, hard = ["single", turn(TALK_ROTATION, self.step)], 0.3 + self.step / 200
             elif self.step < LOOK_UP_STEPS:
                 kinds, hard = ["single"], FIRST
+            else:
+                kinds, hard = ["single", turn(BIND_ROTATION, self.step)], SHORT
             total = torch.zeros(())
             for kind in kinds:
-                batch = make_batch(self.encoder, rng, kind, hard, self.scale)
+                batch = make_batch(self.encoder, rng, kind, min(1.0, hard), self.scale)
                 loss, dense, _ = answer_loss(self.net, self.encoder, batch)
                 seen[kind].append(loss.item())
                 total = total + loss + (0.1 * dense if dense is not None else 0)

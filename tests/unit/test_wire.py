@@ -50,6 +50,7 @@ SAMPLES: dict[object, list[msgspec.Struct]] = {
             [1, 2, 3],
             SamplingParams(temperature=0.5, seed=-7, stop_token_ids=(4,)),
             [VisionItem(b"\x00digest\xff", 1, 256, 1, 0)],
+            b"salt",
             [6, 7],
         ),
         Abort(["a", "b"]),
