@@ -7,7 +7,7 @@ import dataclasses
 import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -117,6 +117,7 @@ class PreparedChat:
     model: ServedModel
     image_tokens: int
     stops: tuple[str, ...]
+    show_stop: bool
     parse_tools: bool
     max_calls: int | None
     skip_special_tokens: bool
@@ -221,11 +222,13 @@ async def prepare(
             prompt=prompt.ids,
             sampling=_with_room(sampling, request, prompt, model.ready.max_model_len),
             items=prompt.items,
+            cache_salt=(request.cache_salt or "").encode(),
         ),
         buffers=[pictures[source].tiles for source in prompt.buffers],
         model=model,
         image_tokens=sum(item.length for item in prompt.items),
         stops=tuple(request.stop or ()),
+        show_stop=bool(request.include_stop_str_in_output),
         parse_tools=_offers_tools(request),
         max_calls=1 if request.parallel_tool_calls is False else None,
         skip_special_tokens=request.skip_special_tokens is not False,
@@ -248,13 +251,8 @@ def _render(request: ChatRequest, conversation: Conversation, model: ServedModel
 def _sampling(request: ChatRequest, model: ServedModel) -> SamplingParams:
     """Everything but the length, which depends on the prompt."""
     defaults = model.defaults
-    stops = tuple(request.stop_token_ids or ())
-    for number, token in enumerate(stops):
-        if token >= model.ready.vocab_size:
-            where = f"stop_token_ids[{number}]"
-            raise InvalidRequest(
-                f"{where} must be less than {model.ready.vocab_size}.", param=where
-            )
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        _check_ids(name, getattr(request, name) or (), model.ready.vocab_size)
     eos = () if request.ignore_eos else model.ready.eos_token_ids
     sampling = SamplingParams(
         temperature=_or(request.temperature, defaults.temperature),
@@ -262,10 +260,29 @@ def _sampling(request: ChatRequest, model: ServedModel) -> SamplingParams:
         top_k=max(_or(request.top_k, defaults.top_k), 0),  # vLLM writes "all" as -1
         min_p=_or(request.min_p, 0.0),
         seed=_or(request.seed, secrets.randbelow(MAX_SEED)),
-        stop_token_ids=tuple(dict.fromkeys((*eos, *stops))),
+        stop_token_ids=tuple(dict.fromkeys((*eos, *(request.stop_token_ids or ())))),
+        repetition_penalty=_or(request.repetition_penalty, 1.0),
+        presence_penalty=_or(request.presence_penalty, 0.0),
+        frequency_penalty=_or(request.frequency_penalty, 0.0),
+        logit_bias=tuple((request.logit_bias or {}).items()),
+        bad_words=_bad_words(request.bad_words or (), model.tokenizer),
+        allowed_token_ids=tuple(request.allowed_token_ids or ()),
     )
     sampling.check()
     return sampling
+
+
+def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    for number, token in enumerate(ids):
+        if token >= vocab_size:
+            where = f"{name}[{token if name == 'logit_bias' else number}]"
+            raise InvalidRequest(f"{where}: token ids must be less than {vocab_size}.", param=where)
+
+
+def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Each word as it stands at the beginning of a text and behind a space."""
+    spelled = (tokenizer.encode(text) for word in words for text in (word, " " + word.lstrip()))
+    return tuple(dict.fromkeys(tuple(ids) for ids in spelled if ids))
 
 
 def _or(value: _T | None, default: _T) -> _T:
@@ -291,7 +308,11 @@ def _with_room(
             f"not be more than this model's context of {context} tokens.",
             param=name,
         )
-    return msgspec.structs.replace(sampling, max_tokens=room if asked is None else asked)
+    most = room if asked is None else asked
+    least = _or(request.min_tokens, 0)
+    if least > most:
+        raise InvalidRequest(f"min_tokens must be at most {most} here.", param="min_tokens")
+    return msgspec.structs.replace(sampling, max_tokens=most, min_tokens=least)
 
 
 async def _load_all(

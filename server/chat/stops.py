@@ -1,18 +1,20 @@
 """Stop strings, also across the borders of what arrives. Text that may be the beginning of one is
-held back until that is clear; a stop string itself is never shown."""
+held back until that is clear; a stop string itself is shown only if that is asked for."""
 
 from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Cut a text before the first stop string. ``stopped`` says whether one was found.
+    """Cut a text before the first stop string, or behind it if it is to be shown. ``stopped`` says
+    whether one was found.
 
     The stop string that is complete first wins, so that the answer does not depend on the sizes
     of the pieces in which the text arrives.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, show: bool = False) -> None:
         self._stops = tuple(stops)
+        self._show = show
         self._held = ""
         self.stopped = False
 
@@ -25,7 +27,8 @@ class StopMatcher:
         if found:
             self.stopped = True
             self._held = ""
-            return text[: min(found)[1]]
+            end, start = min(found)
+            return text[: end if self._show else start]
         keep = longest_beginning(text, self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

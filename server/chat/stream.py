@@ -26,7 +26,7 @@ from server.schemas.chat import (
     ToolCallDelta,
 )
 from server.schemas.common import PromptTokensDetails, Usage
-from wire.errors import EngineFailed, Unavailable
+from wire.errors import EngineFailed
 from wire.messages import EngineOutput
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,9 @@ class ChoiceState:
         self._detokenizer = Detokenizer(
             chat.model.tokenizer, skip_special_tokens=chat.skip_special_tokens
         )
-        self._stops = StopMatcher(chat.stops)
+        self._stops = StopMatcher(chat.stops, show=chat.show_stop)
+        self._show_stop = chat.show_stop
+        self._min_tokens = chat.engine.sampling.min_tokens
         self._tools = ToolParser() if chat.parse_tools else None
         self._max_calls = chat.max_calls
         self._calls = 0
@@ -52,9 +54,11 @@ class ChoiceState:
         self.completion_tokens += len(output.token_ids)
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
         ids = output.token_ids
-        if output.stop_token is not None:
+        if output.stop_token is not None and not self._show_stop:
             ids = ids[:-1]
-        text = self._stops.push(self._detokenizer.push(ids))
+        text = self._detokenizer.push(ids)
+        if self.completion_tokens >= self._min_tokens:
+            text = self._stops.push(text)
         if output.finish_reason is not None and not self._stops.stopped:
             text += self._stops.push(self._detokenizer.flush())
             text += self._stops.flush()
@@ -134,8 +138,6 @@ def _check(output: EngineOutput) -> None:
     if output.finish_reason == "error":
         logger.error("the engine ended request %s: %s", output.id, output.error)
         raise EngineFailed("The engine could not finish this request.")
-    if output.finish_reason == "abort":
-        raise Unavailable("The server ended this request before it was finished.", retry_after=1)
 
 
 async def events(

@@ -18,6 +18,8 @@ MAX_PARTS = 1024
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_TOOLS = 128
+MAX_TOKEN_IDS = 1024
+MAX_BAD_WORDS = 128
 
 # Fields that change neither the answer nor its form here: bookkeeping, hints, and knobs of
 # features that this model family does not have.
@@ -43,21 +45,16 @@ IGNORED = frozenset(
 REFUSED: dict[str, tuple[Any, ...]] = {
     # OpenAI
     "audio": (),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
     "logprobs": (False,),
     "modalities": (["text"],),
     "n": (1,),
-    "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
     "top_logprobs": (0,),
     "web_search_options": (),
     # vLLM
     "add_generation_prompt": (True,),
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
@@ -68,12 +65,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "min_tokens": (0,),
     "mm_processor_kwargs": ({},),
     "prompt_logprobs": (),
-    "repetition_penalty": (1,),
     "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
@@ -223,6 +217,23 @@ def _stops(value: object) -> object:
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TOKEN_IDS)]
+
+
+def _biases(value: object) -> object:
+    """JSON has no integer keys: token ids come as strings."""
+    if not isinstance(value, dict):
+        return value
+    for key in value:
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
+            raise _wrong(f"has the key {clip(key)}; keys must be token ids")
+    return {int(key): bias for key, bias in value.items()}
+
+
+Biases = Annotated[
+    dict[int, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]],
+    Field(max_length=MAX_TOKEN_IDS),
+]
 
 
 def _tool_choice(value: object) -> object:
@@ -242,6 +253,9 @@ class ChatRequest(_Model):
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    logit_bias: Annotated[Biases | None, BeforeValidator(_biases)] = None
     seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
     stop: Annotated[
         Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_stops)
@@ -254,10 +268,14 @@ class ChatRequest(_Model):
     # vLLM's extensions
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=256)] | None = (
-        None
-    )
+    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
     ignore_eos: bool | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Annotated[list[Stop], Field(max_length=MAX_BAD_WORDS)] | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
     skip_special_tokens: bool | None = None
 
 

@@ -176,6 +176,28 @@ async def test_sampling_fields_reach_the_engine(house: House) -> None:
     assert sampling.stop_token_ids == (*make_ready().eos_token_ids, 9)
 
 
+async def test_what_shapes_the_logits_reaches_the_engine(house: House) -> None:
+    await house.ask(
+        presence_penalty=-1.5,
+        frequency_penalty=0.5,
+        repetition_penalty=1.2,
+        logit_bias={"7": -100, "8": 0.5},
+        min_tokens=3,
+        allowed_token_ids=[7, 8],
+        bad_words=["dog", " cat"],
+        cache_salt="tenant",
+    )
+    (request,) = house.engine.requests
+    sampling = request.sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-1.5, 0.5)
+    assert (sampling.repetition_penalty, sampling.min_tokens) == (1.2, 3)
+    assert sampling.logit_bias == ((7, -100.0), (8, 0.5))
+    assert sampling.allowed_token_ids == (7, 8)
+    spellings = ("dog", " dog", " cat")
+    assert sampling.bad_words == tuple(tuple(encode_rendered(text)) for text in spellings)
+    assert request.cache_salt == b"tenant"
+
+
 async def test_what_is_not_given_comes_from_the_checkpoint_and_the_context(house: House) -> None:
     await house.ask(top_k=-1)
     await house.ask(ignore_eos=True)
@@ -201,6 +223,24 @@ async def test_a_stop_string_ends_the_answer_and_the_engines_work(
         text, reason = choice["message"]["content"], choice["finish_reason"]
     assert (text, reason) == ("A red ", "stop")
     assert house.engine.aborted == [house.engine.requests[0].id]
+
+
+async def test_what_stopped_the_answer_is_shown_when_asked_for(house: House) -> None:
+    assert content(await house.ask(stop="cir", include_stop_str_in_output=True)) == "A red cir"
+    (dot,) = encode_rendered(".")
+    house.engine.script = lambda request: [
+        encode_rendered("Yes"),
+        EngineOutput(request.id, [dot], "stop", dot),
+    ]
+    answer = await house.ask(stop_token_ids=[dot], include_stop_str_in_output=True)
+    assert content(answer) == "Yes."
+
+
+async def test_no_stop_string_counts_before_min_tokens(house: House) -> None:
+    house.engine.script = say("red red red.")
+    first = len(encode_rendered("red"))
+    assert content(await house.ask(stop="red")) == ""
+    assert content(await house.ask(stop="red", min_tokens=first + 1)) == "red "
 
 
 async def test_a_stop_token_of_the_client_is_not_part_of_the_text(house: House) -> None:

@@ -122,6 +122,20 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": [""]}, "stop[0]", "empty"),
     ({"stop": 5}, "stop", "array"),
     ({"stop_token_ids": [1, 9999]}, "stop_token_ids[1]", "less than"),
+    ({"allowed_token_ids": [9999]}, "allowed_token_ids[0]", "less than"),
+    ({"allowed_token_ids": [-1]}, "allowed_token_ids[0]", "at least 0"),
+    ({"logit_bias": {"9999": 1}}, "logit_bias[9999]", "less than"),
+    ({"logit_bias": {"-5": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"five": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"5": 101}}, "logit_bias[5]", "at most 100"),
+    ({"logit_bias": [5]}, "logit_bias", ""),
+    ({"presence_penalty": 2.1}, "presence_penalty", "at most 2"),
+    ({"frequency_penalty": "1"}, "frequency_penalty", "number"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+    ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "at most 8"),
+    ({"bad_words": [""]}, "bad_words[0]", ""),
+    ({"bad_words": ["a"] * 129}, "bad_words", "128"),
+    ({"cache_salt": ""}, "cache_salt", ""),
     ({"stream": "yes"}, "stream", "true or false"),
     ({"stream_options": 1}, "stream_options", "object"),
     ({"tools": [{"type": "retrieval"}]}, "tools[0].type", "'function'"),
@@ -151,7 +165,6 @@ NOT_NEUTRAL: dict[str, Any] = {
     "modalities": ["text", "audio"],
     "echo": True,
     "add_generation_prompt": False,
-    "logit_bias": {"5": 1},
 }
 
 
