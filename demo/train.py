@@ -46,7 +46,7 @@ LOOK_STEPS = 4000
 BIND_STEPS = 1300
 LOOK_UP_STEPS = 400
 """How many of the steps of "bind" come first."""
-TALK_STEPS = 2100
+TALK_STEPS = 2000
 BIND_ROTATION = ["images", "tiled", "video", "tools", "tiled", "images", "tools", "chat"]
 TALK_ROTATION = [
     "images",

@@ -57,6 +57,9 @@ class EngineClient(Protocol):
     stats: EngineStats
     """From the last step report; zeros while no engine is there to report."""
 
+    restarts: int
+    """How often an engine was replaced."""
+
     async def start(self) -> None:
         """Start loading; returns at once."""
 
@@ -88,6 +91,7 @@ class BaseEngine(abc.ABC):
         self.progress: Progress | None = None
         self.ready: Ready | None = None
         self.stats = EngineStats()
+        self.restarts = 0
         self._streams = Streams(self._send)
         self._settled = asyncio.Event()  # the state is not "starting"
         self._task: asyncio.Task[None] | None = None
@@ -180,7 +184,6 @@ class ProcessEngine(BaseEngine):
     ) -> None:
         super().__init__()
         self.failure: str | None = None
-        self.restarts = 0
         self._settings = settings
         self._log_level = log_level
         self._command = command

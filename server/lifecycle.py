@@ -28,7 +28,7 @@ class Service:
         self.settings = settings
         self.engine = engine
         self.media = media
-        self.metrics = Metrics(lambda: engine.stats)
+        self.metrics = Metrics(engine)
         self.gate = Gate(settings.server.max_concurrent_requests, self.metrics.in_flight)
         self.name = settings.server.served_model_name or Path(settings.engine.model).name
         self.model: ServedModel | None = None

@@ -1,13 +1,13 @@
 """Every metric of the server, in one place. The registry belongs to one app, so that tests can
 have many. Engine numbers are read from the last step report when somebody scrapes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from wire.messages import EngineStats
+from engine.client import EngineClient
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -34,7 +34,7 @@ _ENGINE = {
 class Metrics:
     """Counters and histograms of the front end; attribute names are metric names."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, engine: EngineClient) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "internvl_requests", "Answered HTTP requests.", ["status"], registry=self.registry
@@ -59,7 +59,7 @@ class Metrics:
         )
         self.request_time = self._seconds("completion", "From request to last token.")
         self.media_time = self._seconds("media", "To fetch, decode and tile a request's pictures.")
-        self.registry.register(_EngineCollector(stats))
+        self.registry.register(_EngineCollector(engine))
 
     def _seconds(self, name: str, help: str) -> Histogram:
         return Histogram(f"internvl_{name}_seconds", help, buckets=_SECONDS, registry=self.registry)
@@ -70,11 +70,14 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        stats = self._engine.stats
+        yield CounterMetricFamily(
+            "internvl_engine_restarts", "Engines replaced.", value=self._engine.restarts
+        )
         for field, (name, grows, help) in _ENGINE.items():
             family = CounterMetricFamily if grows else GaugeMetricFamily
             yield family("internvl_" + name, help, value=getattr(stats, field))

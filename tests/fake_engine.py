@@ -61,6 +61,7 @@ class FakeEngine:
         self.progress: Progress | None = Progress("weights", 1, 2)
         self.ready: Ready | None = None
         self.stats = EngineStats(running=1, waiting=2, blocks_used=3, blocks_total=64)
+        self.restarts = 0
         self.script = script or say("A red circle.")
         self.requests: list[EngineRequest] = []
         self.buffers: list[Sequence[Buffer]] = []

@@ -98,6 +98,7 @@ def test_no_client_notices_that_the_engine_was_killed(server: Server) -> None:
         assert [answer.result(120) for answer in answers] == whole
     assert {tokens for _, tokens in whole} == {300}
     server.wait_for_status("/ready", 200)
+    server.wait_for_metric("internvl_engine_restarts_total", 1)
     assert server.children("engine") != [engine]
     assert "red" in server.ask(draw("red", "circle"), "What is in this picture?")
 

@@ -5,11 +5,12 @@ import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from tests.servers import COLOURS, SHAPES, Server, data_uri, draw, encode
+from tests.servers import COLOURS, SHAPES, Server, data_uri, draw, encode, part
 
 THINGS = list(itertools.product(COLOURS, SHAPES))
 
@@ -135,3 +136,36 @@ def test_a_seeded_draw_does_not_depend_on_the_batch(demo_server: Server) -> None
         for future in noise:
             future.result(timeout=60)
     assert together == alone
+
+
+def test_the_second_question_about_a_picture_finds_the_first_ones_prefix(
+    demo_server: Server,
+) -> None:
+    picture = draw("blue", "triangle", (448, 448), "gray")
+    with demo_server.client() as client:
+
+        def ask(question: str) -> Any:
+            content = [part(picture), part(question)]
+            messages: Any = [{"role": "user", "content": content}]
+            return client.chat.completions.create(
+                model="internvl-demo", messages=messages, temperature=0
+            )
+
+        first, again, other = map(ask, ("What is this?", "What is this?", "Is there a blue star?"))
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    image_tokens = 13 * 16
+    for answer in (again, other):
+        assert answer.usage.prompt_tokens_details.cached_tokens >= image_tokens - 16
+    assert again.choices[0].message.content == first.choices[0].message.content
+
+
+def test_biases_and_bad_words_change_what_a_sure_model_says(demo_server: Server) -> None:
+    question = (draw("red", "circle"), "What is in this picture?")
+    plain = demo_server.ask(*question)
+    assert "red" in plain
+    banned = demo_server.ask(*question, extra_body={"bad_words": ["red"]})
+    assert "red" not in banned
+    assert "circle" in banned
+    longer = demo_server.ask(*question, extra_body={"min_tokens": 30}, max_tokens=30)
+    assert longer.startswith(plain)
+    assert len(longer) > len(plain)
