@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from demo.cases import SHORT, images_case, picture_case, video_case
+from demo.cases import SHORT, images_case, pair_case, picture_case, video_case
 from demo.network import TOKENS_PER_TILE
 from demo.pictures import cut, labels, render
 from demo.skills import Case, Turn
@@ -173,6 +173,7 @@ def collate(encoder: Encoder, rng: Rng, cases: list[Case], most: int) -> Batch:
 
 SIZES = {
     "single": (20, 4),
+    "pairs": (22, 6),
     "images": (9, 4),
     "video": (6, 3),
     "tiled": (5, 4),
@@ -194,6 +195,8 @@ def make_batch(encoder: Encoder, rng: Rng, kind: str, hard: float, scale: float 
     elif kind == "tiled":
         made = [picture_case(rng, True, hard, branches) for _ in range(cases)]
         most = 12 if rng.random() < 0.7 else int(rng.choice([2, 4, 6]))
+    elif kind == "pairs":
+        made = [pair_case(rng, branches) for _ in range(cases)]
     elif kind == "images":
         made = [images_case(rng, branches, hard) for _ in range(cases)]
         most = 1 if hard <= SHORT or rng.random() < 0.7 else int(rng.choice([2, 4, 12]))

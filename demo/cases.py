@@ -122,6 +122,13 @@ def picture_case(
     return Case([scene], turns)
 
 
+def pair_case(rng: Rng, branches: int) -> Case:
+    """Two or three things and nothing but questions about where they lie."""
+    scene = canvas(rng, rng.random() < 0.15)
+    place(rng, scene, 2 if rng.random() < 0.7 else 3)
+    return Case([scene], ask(rng, scene, (where_turn, side_turn, relation_turn), branches))
+
+
 def ask(rng: Rng, scene: Scene, makers: tuple[Maker, ...], branches: int) -> list[Turn]:
     """Up to ``branches`` different questions about a scene."""
     turns: list[Turn] = []

@@ -60,6 +60,10 @@ TALK_ROTATION = [
     "tools",
     "chat",
 ]
+LATE_ROTATION = ["pairs", "tools", "tiled", "pairs", "images", "tools"]
+LATE_ROTATION += ["pairs", "tiled", "images", "pairs", "video", "chat"]
+PAIRS_FROM = 500
+"""Step of "talk" from which places are compared: by then the decoder can find them."""
 
 
 class Optimiser:
@@ -307,7 +311,8 @@ class Run:
         while self.step < steps:
             rng = np.random.default_rng([self.seed, number, self.step, self.rank])
             if self.stage == "talk":
-                kinds, hard = ["single", turn(TALK_ROTATION, self.step)], 0.3 + self.step / 200
+                rotation = TALK_ROTATION if self.step < PAIRS_FROM else LATE_ROTATION
+                kinds, hard = ["single", turn(rotation, self.step)], 0.3 + self.step / 200
             elif self.step < LOOK_UP_STEPS:
                 kinds, hard = ["single"], FIRST
             else:
