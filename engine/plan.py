@@ -9,6 +9,7 @@ every token to compute, every picture to encode and every tensor to drop, in tha
 
 import msgspec
 
+from wire.messages import TokenLogprobs
 from wire.sampling import SamplingParams
 
 
@@ -89,6 +90,7 @@ class Sampled(msgspec.Struct, frozen=True, gc=False):
     id: str
     token_id: int
     error: str | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class StepResult(msgspec.Struct, frozen=True):

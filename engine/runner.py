@@ -16,13 +16,14 @@ from engine.core import EngineCore
 from engine.memory import kv_blocks
 from engine.plan import Sampled, StepPlan, StepResult
 from engine.rows import Rows, StepBatch
+from engine.sampling.logprobs import logprobs
 from engine.sampling.sampler import sample
 from engine.vision import EncoderOutputs
 from model import ModelConfig, build_model, count_parameters, load_config
 from model.attention import choose
 from model.kv_cache import KVCache
 from wire.channel import Buffer
-from wire.messages import EngineRequest, Progress, Ready, VisionItem
+from wire.messages import EngineRequest, Progress, Ready, TokenLogprobs, VisionItem
 from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
 
@@ -149,9 +150,13 @@ class ModelRunner:
             return []
         last = [batch.starts[i] + work.count - 1 for i, work in drawing]
         rows = [self._rows.sample_row(work.id) for _, work in drawing]
-        tokens = sample(self._model.logits(hidden[last]), rows)
+        logits = self._model.logits(hidden[last])
+        tokens = sample(logits, rows)
         return [
-            self._accept(work.id, token) for (_, work), token in zip(drawing, tokens, strict=True)
+            self._accept(work.id, token, likely)
+            for (_, work), token, likely in zip(
+                drawing, tokens, logprobs(logits, tokens, rows), strict=True
+            )
         ]
 
     def _embed(self, plan: StepPlan, batch: StepBatch) -> Tensor:
@@ -162,11 +167,11 @@ class ModelRunner:
                 self._vision.place(embeddings, row.spans, work.start, at, work.count)
         return embeddings
 
-    def _accept(self, name: str, token: int | None) -> Sampled:
+    def _accept(self, name: str, token: int | None, likely: TokenLogprobs | None) -> Sampled:
         if token is None:
             return Sampled(name, 0, _NOT_FINITE)
         self._rows.append_token(name, token)
-        return Sampled(name, token)
+        return Sampled(name, token, logprobs=likely)
 
 
 def _device(settings: EngineSettings) -> str:

@@ -340,7 +340,14 @@ class Scheduler:
         if reason:
             self._end(sequence)
         stop_token = token if reason == "stop" else None
-        return EngineOutput(sequence.id, [token], reason, stop_token, sequence.num_cached)
+        return EngineOutput(
+            sequence.id,
+            [token],
+            reason,
+            stop_token,
+            sequence.num_cached,
+            logprobs=None if drawn.logprobs is None else [drawn.logprobs],
+        )
 
     def _release_passed(self, sequence: Sequence) -> None:
         """Release every held encoder output but that of a picture computed in part."""

@@ -51,12 +51,19 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 ToEngine = EngineRequest | Abort
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Log-probability of a drawn token, and (id, log-probability) of the likeliest, best first."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one request. ``finish_reason`` is None, "stop", "length" or "error".
 
     A stop token ends a request with "stop" and is the last of ``token_ids``;
     ``error`` says what went wrong when the reason is "error". ``cached_tokens`` positions of
-    the prompt were found in the prefix cache.
+    the prompt were found in the prefix cache. ``logprobs`` has an entry per token if asked for.
     """
 
     id: str
@@ -65,6 +72,7 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     stop_token: int | None = None
     cached_tokens: int = 0
     error: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

@@ -7,6 +7,7 @@ import msgspec
 from wire.errors import InvalidRequest
 
 MAX_SEED = 2**63 - 1
+MAX_LOGPROBS = 20
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
@@ -19,7 +20,8 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
     The penalties are neutral at 1.0 (repetition) and 0.0. ``logit_bias`` holds (token id, number
     to add), ``bad_words`` token sequences that are never completed; without
-    ``allowed_token_ids`` all are allowed.
+    ``allowed_token_ids`` all are allowed. ``logprobs`` is how many of the likeliest tokens to
+    report beside the drawn one; -1 reports nothing.
     """
 
     temperature: float = 1.0
@@ -36,6 +38,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     logit_bias: tuple[tuple[int, float], ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
+    logprobs: int = -1
 
     @property
     def greedy(self) -> bool:
@@ -63,6 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
         _within("repetition_penalty", self.repetition_penalty, 0.0, 10.0, low_open=True)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _within("logprobs", self.logprobs, -1, MAX_LOGPROBS)
         for token, bias in self.logit_bias:
             _within(f"logit_bias.{token}", bias, -100.0, 100.0)
         if not all(self.bad_words):

@@ -253,6 +253,8 @@ def _sampling(request: ChatRequest, model: ServedModel) -> SamplingParams:
     defaults = model.defaults
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         _check_ids(name, getattr(request, name) or (), model.ready.vocab_size)
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
     eos = () if request.ignore_eos else model.ready.eos_token_ids
     sampling = SamplingParams(
         temperature=_or(request.temperature, defaults.temperature),
@@ -267,6 +269,7 @@ def _sampling(request: ChatRequest, model: ServedModel) -> SamplingParams:
         logit_bias=tuple((request.logit_bias or {}).items()),
         bad_words=_bad_words(request.bad_words or (), model.tokenizer),
         allowed_token_ids=tuple(request.allowed_token_ids or ()),
+        logprobs=_or(request.top_logprobs, 0) if request.logprobs else -1,
     )
     sampling.check()
     return sampling

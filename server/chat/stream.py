@@ -25,7 +25,13 @@ from server.schemas.chat import (
     ToolCallAnswer,
     ToolCallDelta,
 )
-from server.schemas.common import PromptTokensDetails, Usage
+from server.schemas.common import (
+    Logprobs,
+    PromptTokensDetails,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
 from wire.errors import EngineFailed
 from wire.messages import EngineOutput
 
@@ -45,6 +51,8 @@ class ChoiceState:
         self._tools = ToolParser() if chat.parse_tools else None
         self._max_calls = chat.max_calls
         self._calls = 0
+        self._tokenizer = chat.model.tokenizer
+        self._logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
         self.completion_tokens = 0
         self.cached_tokens = 0
@@ -56,6 +64,10 @@ class ChoiceState:
         ids = output.token_ids
         if output.stop_token is not None and not self._show_stop:
             ids = ids[:-1]
+        for token, likely in zip(ids, output.logprobs or (), strict=False):
+            top = [self._likely(*entry) for entry in likely.top]
+            own = self._likely(token, likely.logprob)
+            self._logprobs.append(TokenLogprob(own.token, own.logprob, own.bytes, top))
         text = self._detokenizer.push(ids)
         if self.completion_tokens >= self._min_tokens:
             text = self._stops.push(text)
@@ -68,6 +80,16 @@ class ChoiceState:
         if ended and self.finish_reason is None:
             self.finish_reason = "tool_calls" if self._calls and reason == "stop" else reason
         return deltas
+
+    def _likely(self, token: int, logprob: float) -> TopLogprob:
+        data = self._tokenizer.token_bytes(token)
+        # JSON has no infinity; OpenAI writes this number for it.
+        return TopLogprob(data.decode("utf-8", "replace"), max(logprob, -9999.0), list(data))
+
+    def take_logprobs(self) -> Logprobs | None:
+        """Those of the tokens since the last call; None if there are none."""
+        taken, self._logprobs = self._logprobs, []
+        return Logprobs(taken) if taken else None
 
     def _deltas(self, text: str, *, ended: bool, complete: bool) -> list[Delta]:
         if self._tools is None:
@@ -104,7 +126,8 @@ async def chunks(
     created = int(time.time())
 
     def chunk(delta: Delta, finish_reason: str | None = None) -> Chunk:
-        choice = ChunkChoice(delta, finish_reason=finish_reason)
+        logprobs = state.take_logprobs()
+        choice = ChunkChoice(delta, logprobs=logprobs, finish_reason=finish_reason)
         return Chunk(chat.engine.id, created, chat.model.name, [choice])
 
     metrics.prompt_tokens.inc(len(chat.engine.prompt))
@@ -160,6 +183,7 @@ async def fold(source: AsyncGenerator[Chunk, None]) -> Completion:
     """The whole answer; ``source`` is closed."""
     texts: list[str] = []
     calls: list[ToolCallAnswer] = []
+    logprobs: Logprobs | None = None
     finish_reason = ""
     async with contextlib.aclosing(source):
         async for chunk in source:
@@ -168,11 +192,14 @@ async def fold(source: AsyncGenerator[Chunk, None]) -> Completion:
                     texts.append(choice.delta.content)
                 for call in choice.delta.tool_calls or ():
                     calls.append(ToolCallAnswer(call.id, call.function))
+                if choice.logprobs is not None:
+                    logprobs = logprobs or Logprobs([])
+                    logprobs.content += choice.logprobs.content
                 finish_reason = choice.finish_reason or finish_reason
             if isinstance(chunk.usage, Usage):
                 message = AnswerMessage(content="".join(texts) or (None if calls else ""))
                 if calls:
                     message.tool_calls = calls
-                choices = [Choice(message, finish_reason)]
+                choices = [Choice(message, finish_reason, logprobs=logprobs)]
                 return Completion(chunk.id, chunk.created, chunk.model, choices, chunk.usage)
     raise EngineFailed("The engine could not finish this request.")

@@ -10,8 +10,8 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from server.schemas.common import Usage
-from wire.sampling import MAX_SEED
+from server.schemas.common import Logprobs, Usage
+from wire.sampling import MAX_LOGPROBS, MAX_SEED
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 1024
@@ -47,11 +47,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "n": (1,),
     "response_format": ({"type": "text"},),
-    "top_logprobs": (0,),
     "web_search_options": (),
     # vLLM
     "add_generation_prompt": (True,),
@@ -256,6 +254,8 @@ class ChatRequest(_Model):
     presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     logit_bias: Annotated[Biases | None, BeforeValidator(_biases)] = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
     stop: Annotated[
         Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_stops)
@@ -308,7 +308,7 @@ class ChunkChoice(msgspec.Struct):
 
     delta: Delta
     index: int = 0
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     finish_reason: str | None = None
 
 
@@ -346,7 +346,7 @@ class Choice(msgspec.Struct):
     message: AnswerMessage
     finish_reason: str
     index: int = 0
-    logprobs: None = None
+    logprobs: Logprobs | None = None
 
 
 class Completion(msgspec.Struct):

@@ -20,6 +20,27 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
+class TopLogprob(msgspec.Struct):
+    """A token that might have come; ``bytes`` is what it adds to the text."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer, and the likeliest in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(msgspec.Struct):
+    """Of each token of an answer, in order."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
 class ErrorDetail(msgspec.Struct):
     """What the OpenAI envelope holds; all four keys are always there."""
 

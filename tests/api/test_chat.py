@@ -1,6 +1,7 @@
 """Answers, whole and streamed, through the official client and as bytes."""
 
 import json
+import math
 import re
 from typing import Any
 
@@ -10,7 +11,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tests.api.conftest import House, Houses
 from tests.fake_engine import CHAT, EOS, FakeEngine, make_ready, say
 from tests.small_tokenizer import encode_rendered
-from wire.messages import EngineOutput
+from wire.messages import EngineOutput, TokenLogprobs
 
 HELLO: Any = [{"role": "user", "content": "Hello!"}]
 WEATHER: Any = {
@@ -241,6 +242,45 @@ async def test_no_stop_string_counts_before_min_tokens(house: House) -> None:
     first = len(encode_rendered("red"))
     assert content(await house.ask(stop="red")) == ""
     assert content(await house.ask(stop="red", min_tokens=first + 1)) == "red "
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_every_token_of_the_answer_has_its_logprobs(house: House, stream: bool) -> None:
+    """Also the tokens whose bytes are held back; not the one that ended the answer."""
+    ids = encode_rendered("aé🙂!")
+    house.engine.script = lambda request: [
+        *(
+            EngineOutput(
+                request.id,
+                [token],
+                logprobs=[TokenLogprobs(-0.5 * n, [(token, -0.5 * n), (ids[0], -math.inf)])],
+            )
+            for n, token in enumerate(ids)
+        ),
+        EngineOutput(request.id, [EOS], "stop", EOS, logprobs=[TokenLogprobs(-9.0, [])]),
+    ]
+    messages: Any = [{"role": "user", "content": "Hello!"}]
+    options: Any = {"model": "tiny", "messages": messages, "logprobs": True, "top_logprobs": 2}
+    create = house.sdk.chat.completions.create
+    if stream:
+        chunks = [chunk async for chunk in await create(stream=True, **options)]
+        found = [c.choices[0].logprobs for c in chunks if c.choices and c.choices[0].logprobs]
+        entries = [entry for part in found for entry in part.content or ()]
+    else:
+        whole = (await create(**options)).choices[0].logprobs
+        assert whole is not None
+        entries = whole.content or []
+    assert house.engine.requests[0].sampling.logprobs == 2
+    assert b"".join(bytes(entry.bytes or ()) for entry in entries) == "aé🙂!".encode()
+    assert [entry.logprob for entry in entries] == [-0.5 * n for n in range(len(ids))]
+    assert {entry.top_logprobs[1].logprob for entry in entries} == {-9999.0}
+    assert [entry.top_logprobs[0].token for entry in entries] == [e.token for e in entries]
+
+
+async def test_without_being_asked_for_there_are_no_logprobs(house: House) -> None:
+    answer = (await house.ask(logprobs=False)).json()
+    assert answer["choices"][0]["logprobs"] is None
+    assert house.engine.requests[0].sampling.logprobs == -1
 
 
 async def test_a_stop_token_of_the_client_is_not_part_of_the_text(house: House) -> None:

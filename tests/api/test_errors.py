@@ -136,6 +136,9 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"bad_words": [""]}, "bad_words[0]", ""),
     ({"bad_words": ["a"] * 129}, "bad_words", "128"),
     ({"cache_salt": ""}, "cache_salt", ""),
+    ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
+    ({"logprobs": 1}, "logprobs", "true or false"),
     ({"stream": "yes"}, "stream", "true or false"),
     ({"stream_options": 1}, "stream_options", "object"),
     ({"tools": [{"type": "retrieval"}]}, "tools[0].type", "'function'"),
@@ -160,7 +163,6 @@ async def test_a_wrong_field_is_named_as_the_client_wrote_it(
 
 NOT_NEUTRAL: dict[str, Any] = {
     "n": 2,
-    "logprobs": True,
     "response_format": {"type": "json_object"},
     "modalities": ["text", "audio"],
     "echo": True,

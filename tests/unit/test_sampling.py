@@ -20,6 +20,7 @@ from transformers import (
 from engine.sampling import FILTERS, SHAPING
 from engine.sampling.base import SampleRow, Step
 from engine.sampling.filters import MinP, Temperature, TopK, TopP
+from engine.sampling.logprobs import logprobs
 from engine.sampling.sampler import sample, uniform
 from engine.sampling.shaping import MinTokens
 from wire.sampling import MAX_SEED, SamplingParams
@@ -275,3 +276,24 @@ def test_a_row_with_nothing_left_gives_no_token_and_leaves_the_others() -> None:
         None,
         logits[1].argmax().item(),
     ]
+
+
+def test_logprobs_are_the_models_own_for_the_rows_that_ask() -> None:
+    logits = rows(4)
+    counts = (2, -1, 0, 20)
+    asking = [at(SamplingParams(logprobs=n, temperature=0.3, top_k=1), 0) for n in counts]
+    expected = torch.log_softmax(logits.double(), -1)
+    found = logprobs(logits, [5, 6, 7, None], asking)
+    assert found[1] is None
+    assert found[3] is None  # nothing was drawn
+    for row, token in ((0, 5), (2, 7)):
+        entry = found[row]
+        assert entry is not None
+        assert entry.logprob == pytest.approx(expected[row, token].item(), abs=1e-5)
+        assert len(entry.top) == counts[row]
+        best = expected[row].topk(counts[row]) if counts[row] else None
+        if best is not None:
+            assert [name for name, _ in entry.top] == best.indices.tolist()
+            assert [value for _, value in entry.top] == pytest.approx(
+                best.values.tolist(), abs=1e-5
+            )
