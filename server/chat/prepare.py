@@ -110,10 +110,12 @@ class ServedModel:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedChat:
-    """A request that can be generated and answered. ``buffers`` travel beside ``engine``."""
+    """A request that can be generated and answered. ``buffers`` travel beside ``engine``, the
+    request of the first of ``n`` choices."""
 
     engine: EngineRequest
     buffers: list[Buffer]
+    n: int
     model: ServedModel
     image_tokens: int
     stops: tuple[str, ...]
@@ -225,6 +227,7 @@ async def prepare(
             cache_salt=(request.cache_salt or "").encode(),
         ),
         buffers=[pictures[source].tiles for source in prompt.buffers],
+        n=_or(request.n, 1),
         model=model,
         image_tokens=sum(item.length for item in prompt.items),
         stops=tuple(request.stop or ()),

@@ -1,6 +1,7 @@
 """From engine outputs to chunks. The answer without streaming is a fold over the same chunks, so
 the two can never disagree."""
 
+import collections
 import contextlib
 import logging
 import time
@@ -9,6 +10,7 @@ from collections.abc import AsyncGenerator
 import msgspec
 
 from engine.client import EngineClient
+from server.chat.choices import Choices
 from server.chat.detokenize import Detokenizer
 from server.chat.prepare import PreparedChat
 from server.chat.stops import StopMatcher
@@ -122,38 +124,43 @@ async def chunks(
     Closing the generator, or ending early at a stop string, aborts the request in the engine.
     ``began`` is the ``time.monotonic`` of the request's arrival.
     """
-    state = ChoiceState(chat)
+    states = [ChoiceState(chat) for _ in range(chat.n)]
+    choices = Choices(chat, engine)
     created = int(time.time())
 
-    def chunk(delta: Delta, finish_reason: str | None = None) -> Chunk:
-        logprobs = state.take_logprobs()
-        choice = ChunkChoice(delta, logprobs=logprobs, finish_reason=finish_reason)
+    def chunk(index: int, delta: Delta, finish_reason: str | None = None) -> Chunk:
+        logprobs = states[index].take_logprobs()
+        choice = ChunkChoice(delta, index, logprobs, finish_reason)
         return Chunk(chat.engine.id, created, chat.model.name, [choice])
 
     metrics.prompt_tokens.inc(len(chat.engine.prompt))
-    role_sent = False
+    begun = False
     try:
-        async with contextlib.aclosing(engine.submit(chat.engine, chat.buffers)) as outputs:
-            async for output in outputs:
+        async with contextlib.aclosing(choices.outputs()) as outputs:
+            async for index, output in outputs:
                 _check(output)
-                if not role_sent:
-                    role_sent = True
+                state = states[index]
+                if not begun:
+                    begun = True
                     metrics.time_to_first_token.observe(time.monotonic() - began)
-                    yield chunk(Delta(role="assistant", content=""))
+                if not state.completion_tokens:
+                    yield chunk(index, Delta(role="assistant", content=""))
                 for delta in state.feed(output):
-                    yield chunk(delta)
+                    yield chunk(index, delta)
                 if state.finish_reason is not None:
-                    break
-        if state.finish_reason is None:
+                    await choices.end(index)
+                    yield chunk(index, Delta(), state.finish_reason)
+        if any(state.finish_reason is None for state in states):
             raise EngineFailed("The engine could not finish this request.")
-        yield chunk(Delta(), state.finish_reason)
-        prompt, completion = len(chat.engine.prompt), state.completion_tokens
-        details = PromptTokensDetails(state.cached_tokens, chat.image_tokens)
+        prompt = len(chat.engine.prompt)
+        completion = sum(state.completion_tokens for state in states)
+        details = PromptTokensDetails(states[0].cached_tokens, chat.image_tokens)
         usage = Usage(prompt, completion, prompt + completion, details)
         yield Chunk(chat.engine.id, created, chat.model.name, [], usage)
     finally:
-        metrics.generated_tokens.inc(state.completion_tokens)
-        metrics.finished.labels(state.finish_reason or "abort").inc()
+        metrics.generated_tokens.inc(sum(state.completion_tokens for state in states))
+        for state in states:
+            metrics.finished.labels(state.finish_reason or "abort").inc()
         metrics.request_time.observe(time.monotonic() - began)
 
 
@@ -181,25 +188,38 @@ async def events(
 
 async def fold(source: AsyncGenerator[Chunk, None]) -> Completion:
     """The whole answer; ``source`` is closed."""
-    texts: list[str] = []
-    calls: list[ToolCallAnswer] = []
-    logprobs: Logprobs | None = None
-    finish_reason = ""
+    answers: dict[int, _Answer] = collections.defaultdict(_Answer)
     async with contextlib.aclosing(source):
         async for chunk in source:
-            for choice in chunk.choices:
-                if isinstance(choice.delta.content, str):
-                    texts.append(choice.delta.content)
-                for call in choice.delta.tool_calls or ():
-                    calls.append(ToolCallAnswer(call.id, call.function))
-                if choice.logprobs is not None:
-                    logprobs = logprobs or Logprobs([])
-                    logprobs.content += choice.logprobs.content
-                finish_reason = choice.finish_reason or finish_reason
+            for part in chunk.choices:
+                answers[part.index].add(part)
             if isinstance(chunk.usage, Usage):
-                message = AnswerMessage(content="".join(texts) or (None if calls else ""))
-                if calls:
-                    message.tool_calls = calls
-                choices = [Choice(message, finish_reason, logprobs=logprobs)]
+                choices = [answers[index].choice(index) for index in sorted(answers)]
                 return Completion(chunk.id, chunk.created, chunk.model, choices, chunk.usage)
     raise EngineFailed("The engine could not finish this request.")
+
+
+class _Answer:
+    """One choice, put together again."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._calls: list[ToolCallAnswer] = []
+        self._logprobs: Logprobs | None = None
+        self._finish_reason = ""
+
+    def add(self, part: ChunkChoice) -> None:
+        if isinstance(part.delta.content, str):
+            self._texts.append(part.delta.content)
+        for call in part.delta.tool_calls or ():
+            self._calls.append(ToolCallAnswer(call.id, call.function))
+        if part.logprobs is not None:
+            self._logprobs = self._logprobs or Logprobs([])
+            self._logprobs.content += part.logprobs.content
+        self._finish_reason = part.finish_reason or self._finish_reason
+
+    def choice(self, index: int) -> Choice:
+        message = AnswerMessage(content="".join(self._texts) or (None if self._calls else ""))
+        if self._calls:
+            message.tool_calls = self._calls
+        return Choice(message, self._finish_reason, index, self._logprobs)

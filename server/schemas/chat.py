@@ -18,6 +18,7 @@ MAX_PARTS = 1024
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_TOOLS = 128
+MAX_CHOICES = 16
 MAX_TOKEN_IDS = 1024
 MAX_BAD_WORDS = 128
 
@@ -48,7 +49,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "n": (1,),
     "response_format": ({"type": "text"},),
     "web_search_options": (),
     # vLLM
@@ -254,6 +254,7 @@ class ChatRequest(_Model):
     presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     logit_bias: Annotated[Biases | None, BeforeValidator(_biases)] = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
@@ -304,7 +305,7 @@ class Delta(msgspec.Struct, omit_defaults=True):
 
 
 class ChunkChoice(msgspec.Struct):
-    """The one choice of a chunk."""
+    """The one choice that a chunk is about."""
 
     delta: Delta
     index: int = 0
@@ -341,7 +342,7 @@ class AnswerMessage(msgspec.Struct):
 
 
 class Choice(msgspec.Struct):
-    """The one choice of a whole answer."""
+    """One choice of a whole answer."""
 
     message: AnswerMessage
     finish_reason: str

@@ -1,17 +1,20 @@
 """Answers, whole and streamed, through the official client and as bytes."""
 
+import asyncio
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from tests.api.conftest import House, Houses
-from tests.fake_engine import CHAT, EOS, FakeEngine, make_ready, say
+from tests.fake_engine import CHAT, EOS, FakeEngine, Step, make_ready, say
 from tests.small_tokenizer import encode_rendered
-from wire.messages import EngineOutput, TokenLogprobs
+from wire.messages import EngineOutput, EngineRequest, TokenLogprobs
+from wire.sampling import MAX_SEED
 
 HELLO: Any = [{"role": "user", "content": "Hello!"}]
 WEATHER: Any = {
@@ -281,6 +284,83 @@ async def test_without_being_asked_for_there_are_no_logprobs(house: House) -> No
     answer = (await house.ask(logprobs=False)).json()
     assert answer["choices"][0]["logprobs"] is None
     assert house.engine.requests[0].sampling.logprobs == -1
+
+
+def numbered(request: EngineRequest) -> Iterable[Step]:
+    """Every choice says its number, and which seed it has."""
+    number = request.id.partition("-")[2].partition("-")[2] or "0"
+    return say(f"{number} {request.sampling.seed}")(request)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_n_choices_come_with_their_index_and_seeds_in_a_row(
+    house: House, stream: bool
+) -> None:
+    house.engine.script = numbered
+    answer = await house.ask(n=3, seed=41, stream=stream, stream_options={"include_usage": True})
+    texts = ["", "", ""]
+    if stream:
+        parts = events(answer.text)
+        for chunk in parts:
+            for choice in chunk["choices"]:
+                texts[choice["index"]] += choice["delta"].get("content", "")
+        usage = parts[-1]["usage"]
+        ends = [c["index"] for p in parts for c in p["choices"] if c["finish_reason"]]
+        assert sorted(ends) == [0, 1, 2]
+    else:
+        body = answer.json()
+        for choice in body["choices"]:
+            texts[choice["index"]] = choice["message"]["content"]
+            assert choice["finish_reason"] == "stop"
+        usage = body["usage"]
+    assert texts == ["0 41", "1 42", "2 43"]
+    assert usage["prompt_tokens"] == len(house.engine.requests[0].prompt)
+    assert usage["completion_tokens"] == sum(len(encode_rendered(t)) + 1 for t in texts)
+    assert not house.engine.aborted
+
+
+async def test_seeds_wrap_at_the_end_of_their_range(house: House) -> None:
+    await house.ask(n=2, seed=MAX_SEED)
+    assert [r.sampling.seed for r in house.engine.requests] == [MAX_SEED, -MAX_SEED - 1]
+
+
+async def test_the_other_choices_start_when_the_prompt_is_computed(house: House) -> None:
+    gate = asyncio.Event()
+    house.engine.script = lambda request: [gate, *say("Yes")(request)]
+    task = asyncio.create_task(house.ask(n=4))
+    while not house.engine.requests:
+        await asyncio.sleep(0)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert len(house.engine.requests) == 1
+    gate.set()
+    assert len((await task).json()["choices"]) == 4
+
+
+async def test_a_stop_string_ends_its_own_choice_only(house: House) -> None:
+    house.engine.script = lambda request: say("no" if request.id.endswith("-1") else "yes")(request)
+    answer = (await house.ask(n=3, stop="n")).json()
+    assert [c["message"]["content"] for c in answer["choices"]] == ["yes", "", "yes"]
+    assert house.engine.aborted == [house.engine.requests[1].id]
+
+
+async def test_a_choice_that_fails_fails_the_request_and_frees_the_others(house: House) -> None:
+    endless = asyncio.Event()
+
+    def script(request: EngineRequest) -> Iterable[Step]:
+        if request.id.endswith("-1"):
+            return say("", finish="error")(request)
+        return [*encode_one("Yes"), endless]
+
+    house.engine.script = script
+    answer = await house.ask(n=3)
+    assert answer.status_code == 500
+    names = [request.id for request in house.engine.requests]
+    assert sorted(house.engine.aborted) == sorted([names[0], names[2]])
+
+
+def encode_one(text: str) -> list[list[int]]:
+    return [[token] for token in encode_rendered(text)]
 
 
 async def test_a_stop_token_of_the_client_is_not_part_of_the_text(house: House) -> None:

@@ -136,6 +136,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"bad_words": [""]}, "bad_words[0]", ""),
     ({"bad_words": ["a"] * 129}, "bad_words", "128"),
     ({"cache_salt": ""}, "cache_salt", ""),
+    ({"n": 0}, "n", "at least 1"),
+    ({"n": 17}, "n", "at most 16"),
     ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
     ({"logprobs": 1}, "logprobs", "true or false"),
@@ -162,7 +164,6 @@ async def test_a_wrong_field_is_named_as_the_client_wrote_it(
 
 
 NOT_NEUTRAL: dict[str, Any] = {
-    "n": 2,
     "response_format": {"type": "json_object"},
     "modalities": ["text", "audio"],
     "echo": True,
