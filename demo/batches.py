@@ -184,7 +184,7 @@ SIZES = {
 
 
 def make_batch(encoder: Encoder, rng: Rng, kind: str, hard: float, scale: float = 1.0) -> Batch:
-    """One batch of a kind; ``hard`` in 0..1 opens the difficult skills."""
+    """One batch of a kind; the difficult skills come as ``hard`` goes from 0 to 1, see cases."""
     cases, branches = SIZES[kind]
     if hard <= SHORT and kind in ("single", "images"):
         cases, branches = round(cases * 1.3), branches + 2
@@ -196,7 +196,7 @@ def make_batch(encoder: Encoder, rng: Rng, kind: str, hard: float, scale: float 
         made = [picture_case(rng, True, hard, branches) for _ in range(cases)]
         most = 12 if rng.random() < 0.7 else int(rng.choice([2, 4, 6]))
     elif kind == "pairs":
-        made = [pair_case(rng, branches) for _ in range(cases)]
+        made = [pair_case(rng, branches, hard) for _ in range(cases)]
     elif kind == "images":
         made = [images_case(rng, branches, hard) for _ in range(cases)]
         most = 1 if hard <= SHORT or rng.random() < 0.7 else int(rng.choice([2, 4, 12]))

@@ -27,7 +27,7 @@ from demo.skills import (
     some,
     where_turn,
 )
-from demo.talk import REFUSAL, outside
+from demo.talk import LAST, REFUSAL, outside
 from preprocessing.tiling import choose_grid
 
 Rng = np.random.Generator
@@ -122,11 +122,12 @@ def picture_case(
     return Case([scene], turns)
 
 
-def pair_case(rng: Rng, branches: int) -> Case:
+def pair_case(rng: Rng, branches: int, hard: float) -> Case:
     """Two or three things and nothing but questions about where they lie."""
     scene = canvas(rng, rng.random() < 0.15)
     place(rng, scene, 2 if rng.random() < 0.7 else 3)
-    return Case([scene], ask(rng, scene, (where_turn, side_turn, relation_turn), branches))
+    makers = (where_turn if hard < LAST else side_turn, side_turn, relation_turn)
+    return Case([scene], ask(rng, scene, makers, branches))
 
 
 def ask(rng: Rng, scene: Scene, makers: tuple[Maker, ...], branches: int) -> list[Turn]:

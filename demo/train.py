@@ -39,7 +39,7 @@ from demo.cases import (
 from demo.network import DemoNet, dense_loss
 from demo.pictures import cut, labels, place, render
 from demo.skills import canvas
-from demo.talk import TOOLS_HEAD, TOOLS_TAIL, chat_case, tool_case
+from demo.talk import LAST, TOOLS_HEAD, TOOLS_TAIL, chat_case, tool_case
 from demo.tokenizer import train_tokenizer
 
 LOOK_STEPS = 4000
@@ -213,7 +213,7 @@ def measure(
     for kind in ("single", "tiled", "images", "video", "chat", "tools"):
         rng = np.random.default_rng([seed, 977, len(kind)])
         for _ in range(rounds):
-            batch = make_batch(encoder, rng, kind, 1.0, 2.0)
+            batch = make_batch(encoder, rng, kind, LAST, 2.0)
             _, _, right = answer_loss(net, encoder, batch)
             for row, segment, skill in batch.turns:
                 name = f"{skill} (tiled)" if kind == "tiled" else skill
@@ -319,7 +319,7 @@ class Run:
                 kinds, hard = ["single", turn(BIND_ROTATION, self.step)], SHORT
             total = torch.zeros(())
             for kind in kinds:
-                batch = make_batch(self.encoder, rng, kind, min(1.0, hard), self.scale)
+                batch = make_batch(self.encoder, rng, kind, hard, self.scale)
                 loss, dense, _ = answer_loss(self.net, self.encoder, batch)
                 seen[kind].append(loss.item())
                 total = total + loss + (0.1 * dense if dense is not None else 0)
