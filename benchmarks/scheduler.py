@@ -1,7 +1,8 @@
-"""What planning and committing one step costs, without a model.
+"""What planning and committing one step costs, and finding a cached prefix, without a model.
 
 Fills the batch with text rows that all generate, then times plan and commit apart from the rest;
-prints JSON: microseconds per step at the median and the 99th percentile.
+then names and looks up the blocks of a long prompt with pictures. Prints JSON: microseconds per
+step at the median and the 99th percentile, and per prompt at the median.
 
     python -m benchmarks.scheduler --rows 256 --steps 2000
 """
@@ -12,10 +13,12 @@ import platform
 import statistics
 import time
 
+from engine.blocks import BlockPool
 from engine.plan import Sampled, StepResult
+from engine.prefix import extend_digests
 from engine.scheduler import Scheduler
 from wire.geometry import PromptFormat, VisionGeometry
-from wire.messages import EngineRequest, Ready
+from wire.messages import EngineRequest, Ready, VisionItem
 from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
 
@@ -40,7 +43,7 @@ def build(rows: int, prompt: int, steps: int) -> Scheduler:
     scheduler = Scheduler(settings, ready)
     for row in range(rows):
         sampling = SamplingParams(max_tokens=length - prompt)
-        scheduler.add(EngineRequest(f"request-{row}", [1] * prompt, sampling))
+        scheduler.add(EngineRequest(f"request-{row}", [row] * prompt, sampling))
     return scheduler
 
 
@@ -77,6 +80,35 @@ def measure(rows: int, prompt: int, steps: int) -> dict[str, object]:
     }
 
 
+def measure_prefix(tokens: int, pictures: int, rounds: int = 21) -> dict[str, object]:
+    """Time the digests of a prompt's blocks, and finding all of them in the pool."""
+    size = EngineSettings().block_size
+    prompt = [n % 1000 for n in range(tokens)]
+    length = tokens // (2 * pictures)
+    items = [VisionItem(b"%32d" % n, 2 * n * length, length, 1, n) for n in range(pictures)]
+    naming, finding = [], []
+    for _ in range(rounds):
+        digests: list[bytes] = []
+        begin = time.perf_counter()
+        extend_digests(digests, prompt, items, size, b"")
+        naming.append(time.perf_counter() - begin)
+        pool = BlockPool(len(digests))
+        blocks = pool.allocate(len(digests)) or []
+        for block, digest in zip(blocks, digests, strict=True):
+            pool.publish(block, digest)
+        begin = time.perf_counter()
+        found = pool.match(digests)
+        finding.append(time.perf_counter() - begin)
+        assert found == blocks
+    return {
+        "tokens": tokens,
+        "pictures": pictures,
+        "blocks": tokens // size,
+        "us_to_name": round(statistics.median(naming) * 1e6, 1),
+        "us_to_find": round(statistics.median(finding) * 1e6, 1),
+    }
+
+
 def main() -> None:
     """Read the arguments, print the measurement as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -84,7 +116,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2000)
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.rows, arguments.prompt, arguments.steps), indent=2))
+    found: dict[str, object] = measure(arguments.rows, arguments.prompt, arguments.steps)
+    found["prefix"] = [measure_prefix(2048, 4), measure_prefix(32768, 12)]
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -221,7 +221,8 @@ class Scheduler:
             room = self._pool.num_free - (self._watermark if self._running else 0)
             if need + self._pool.count_free(hits) > room:
                 return
-            sequence.advance(len(hits) * self._block_size)
+            sequence.num_computed = len(hits) * self._block_size
+            sequence.pass_spans()
             missing = len(sequence.token_ids) - sequence.num_computed
             count = self._gate(sequence, min(missing, draft.tokens), draft)
             if count == 0:
@@ -264,8 +265,6 @@ class Scheduler:
     def _publish(self, sequence: Sequence) -> None:
         """Let the blocks be found that have become full and computed."""
         full = sequence.num_computed // self._block_size
-        if not self._prefix_caching or full == sequence.num_published:
-            return
         self._name_blocks(sequence)
         for index in range(sequence.num_published, full):
             self._pool.publish(sequence.blocks[index], sequence.digests[index])
@@ -311,12 +310,14 @@ class Scheduler:
         assert result.step == plan.step, "this result belongs to another plan"
         outputs: list[EngineOutput] = []
         sampled = iter(result.sampled)
+        publishing, block_size = self._prefix_caching, self._block_size
         for sequence, work in zip(sequences, plan.work, strict=True):
             drawn = next(sampled) if work.sample else None
             if sequence.status is not Status.RUNNING:
                 continue  # aborted since
-            sequence.advance(work.count)
-            self._publish(sequence)
+            sequence.num_computed += work.count
+            if publishing and sequence.num_computed // block_size > sequence.num_published:
+                self._publish(sequence)
             if sequence.held:
                 self._release_passed(sequence)
             if drawn is not None:
@@ -340,17 +341,14 @@ class Scheduler:
         if reason:
             self._end(sequence)
         stop_token = token if reason == "stop" else None
+        logprobs = None if drawn.logprobs is None else [drawn.logprobs]
         return EngineOutput(
-            sequence.id,
-            [token],
-            reason,
-            stop_token,
-            sequence.num_cached,
-            logprobs=None if drawn.logprobs is None else [drawn.logprobs],
+            sequence.id, [token], reason, stop_token, sequence.num_cached, None, logprobs
         )
 
     def _release_passed(self, sequence: Sequence) -> None:
         """Release every held encoder output but that of a picture computed in part."""
+        sequence.pass_spans()
         spans, computed = sequence.spans, sequence.num_computed
         needed: list[bytes] = []
         if sequence.next_span < len(spans) and spans[sequence.next_span].offset < computed:

@@ -85,9 +85,8 @@ class Sequence:
             self.blocks[: self.num_published],
         )
 
-    def advance(self, count: int) -> None:
-        """``count`` more positions are in the cache; pass the spans that are wholly there."""
-        self.num_computed += count
+    def pass_spans(self) -> None:
+        """Step over the vision spans that are wholly computed."""
         while self.next_span < len(self.spans):
             span = self.spans[self.next_span]
             if span.offset + span.length > self.num_computed:
