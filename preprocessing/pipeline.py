@@ -1,15 +1,17 @@
 """What the server calls: a picture of a request in, its tiles out.
 
-``MediaPipeline`` owns the fetcher and the decode workers. It holds no picture longer than the
-call that asked for it, and knows nothing of prompts or tokens.
+``MediaPipeline`` owns the fetcher, the decode workers and the cache of tiles, and knows nothing of
+prompts or tokens. The same bytes are decoded once while their tiles are in the cache.
 """
 
 import asyncio
+import weakref
 
 from preprocessing.budget import Budget
 from preprocessing.media import MediaPart, TiledMedia, TileSettings
 from preprocessing.pool import DecodePool, PoolStats
 from preprocessing.sources import Fetcher
+from preprocessing.tile_cache import TileCache
 from wire.digest import media_digest
 from wire.errors import Unavailable
 from wire.geometry import VisionGeometry
@@ -29,6 +31,8 @@ class MediaPipeline:
         self._fetcher = Fetcher(settings)
         self._settings = settings
         self._memory = Budget(settings.media_memory)
+        self._cache = TileCache(settings.tile_cache_bytes)
+        self._locks = weakref.WeakValueDictionary[bytes, asyncio.Lock]()
         self._geometry: VisionGeometry | None = None
 
     @property
@@ -74,13 +78,26 @@ class MediaPipeline:
 
     async def _load(self, part: MediaPart, settings: TileSettings) -> TiledMedia:
         encoded = await self._fetcher.fetch(part.url, part.param)
-        result, tiles = await self._pool.tile(encoded, settings, part.param)
         parts = (encoded, settings.digest_bytes)
         digest = (
             media_digest(parts)
             if len(encoded) < _LONG
             else await asyncio.to_thread(media_digest, parts)
         )
+        # Whoever comes while the same picture is decoded waits for it; a lock that nobody holds
+        # or waits for disappears from the table.
+        lock = self._locks.setdefault(digest, asyncio.Lock())
+        async with lock:
+            found = self._cache.get(digest)
+            if found is None:
+                found = await self._decode(digest, encoded, settings, part.param)
+                self._cache.put(found)
+        return found
+
+    async def _decode(
+        self, digest: bytes, encoded: bytes, settings: TileSettings, param: str
+    ) -> TiledMedia:
+        result, tiles = await self._pool.tile(encoded, settings, param)
         return TiledMedia(
             digest=digest,
             tiles=tiles,

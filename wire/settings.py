@@ -101,6 +101,9 @@ class MediaSettings:
         "further ones wait.",
         low=1,
     )
+    tile_cache_bytes: int = knob(
+        256 << 20, "Memory for the tiles of pictures that may be sent again; 0: none.", low=0
+    )
     max_images: int = knob(64, "Most pictures in one request.", low=0)
     require_sandbox: bool = knob(
         False,

@@ -196,3 +196,35 @@ def test_four_choices_are_four_requests_with_seeds_in_a_row(demo_server: Server)
             shares = [math.exp(likely.logprob) for likely in entry.top_logprobs]
             assert sorted(shares, reverse=True) == shares
             assert sum(shares) <= 1.0001
+
+
+def beside(left: tuple[str, str], right: tuple[str, str]) -> Image.Image:
+    """Two things next to each other."""
+    picture = Image.new("RGB", (224, 112), "white")
+    picture.paste(draw(*left), (0, 0))
+    picture.paste(draw(*right), (112, 0))
+    return picture
+
+
+PAIRS = [(one, other) for one, other in zip(THINGS, THINGS[5:] + THINGS[:5], strict=True)]
+
+
+def test_it_knows_left_from_right_and_which_picture_is_meant(demo_server: Server) -> None:
+    """A small model may be wrong once in a while; guessing would be wrong half of the time."""
+    asked = right = 0
+    for one, other in PAIRS:
+        name, another = " ".join(one), " ".join(other)
+        picture = beside(one, other)
+        for question, answer in (
+            (f"Where is the {name}?", "It is on the left."),
+            (f"Where is the {another}?", "It is on the right."),
+            (f"Is the {name} left of the {another}?", "Yes."),
+            (f"Is the {another} left of the {name}?", "No."),
+        ):
+            asked += 1
+            right += demo_server.ask(picture, question) == answer
+        which = demo_server.ask(draw(*one), draw(*other), f"Which picture shows a {another}?")
+        asked += 1
+        right += which == "Picture 2."
+    assert asked == 60
+    assert right >= 48

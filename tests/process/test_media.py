@@ -56,7 +56,8 @@ def plain(colour: str = "red", size: tuple[int, int] = (30, 20)) -> MediaPart:
 async def pipeline(
     geometry: VisionGeometry = GEOMETRY, **settings: Any
 ) -> AsyncIterator[MediaPipeline]:
-    media = MediaPipeline(MediaSettings(**settings))
+    # Without its cache every load asks a worker, which is what most tests here are about.
+    media = MediaPipeline(MediaSettings(**{"tile_cache_bytes": 0, **settings}))
     try:
         await media.start(geometry)
         yield media
@@ -566,3 +567,42 @@ worker.main(int(sys.argv[1]))
         assert isinstance(channel.receive()[0], Refused)
         channel.close()
         assert process.communicate(timeout=DEADLINE)[1] == b""
+
+
+async def test_the_same_bytes_are_decoded_once() -> None:
+    async with pipeline(tile_cache_bytes=1 << 20) as media:
+        whole = part(encode(Image.new("RGB", (300, 200), "red")))
+        first = await media.load(whole)
+        again = await media.load(MediaPart(whole.url, "messages[7].content[0].image_url"))
+        assert again == first
+        assert media.stats.decoded == 1
+        fewer = await media.load(MediaPart(whole.url, PARAM, 1))
+        assert fewer.count == 1 < first.count
+        await media.load(part(encode(Image.new("RGB", (300, 200), "blue"))))
+        assert media.stats.decoded == 3
+
+
+async def test_pictures_that_come_at_once_are_decoded_once() -> None:
+    async with pipeline(tile_cache_bytes=1 << 20) as media:
+        asked = [plain("green") for _ in range(20)]
+        found = await asyncio.gather(*map(media.load, asked))
+        assert len({picture.digest for picture in found}) == 1
+        assert media.stats.decoded == 1
+
+
+async def test_who_gives_up_on_a_picture_leaves_it_to_the_next() -> None:
+    async with pipeline(tile_cache_bytes=1 << 20) as media:
+        first, second = (asyncio.create_task(media.load(plain("blue"))) for _ in range(2))
+        await until(lambda: media.stats.busy == 1)
+        first.cancel()
+        assert (await second).count == 1
+        with pytest.raises(asyncio.CancelledError):
+            await first
+
+
+async def test_a_refusal_is_not_kept_and_names_the_field_of_each() -> None:
+    async with pipeline(tile_cache_bytes=1 << 20) as media:
+        for field in ("a", "b"):
+            with pytest.raises(MediaRefused) as refused:
+                await media.load(MediaPart(part(b"no picture").url, field))
+            assert refused.value.param == field
