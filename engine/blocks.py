@@ -43,10 +43,7 @@ class BlockPool:
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self._references[block] = 1
-            digest = self._digests[block]
-            if digest is not None:
-                del self._found[digest]
-                self._digests[block] = None
+        self.forget(blocks)
         return blocks
 
     def match(self, digests: Iterable[bytes]) -> list[int]:
@@ -77,6 +74,13 @@ class BlockPool:
         """
         if self._found.setdefault(digest, block) == block:
             self._digests[block] = digest
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Let nobody find these blocks any more."""
+        for block in blocks:
+            digest, self._digests[block] = self._digests[block], None
+            if digest is not None:
+                del self._found[digest]
 
     def free(self, blocks: Sequence[int]) -> None:
         """Give back one reference of each block of a sequence, which are in its own order."""

@@ -141,6 +141,8 @@ class BaseEngine(abc.ABC):
             self._settled.set()
 
     def _connect(self, ready: Ready) -> None:
+        if self.state == "stopped":
+            return  # it came while the client was being ended
         self.ready = ready
         self._enter("ready")
         self._streams.connect()
@@ -311,6 +313,8 @@ class ProcessEngine(BaseEngine):
             logger.error("the engine cannot be used", exc_info=error)
         self.failure = self.failure or f"{error}"
         self.stats = EngineStats()
+        if self.state == "stopped":
+            return
         self._deaths += 1
         self._enter("starting")
         self._streams.disconnect(self._suspects)

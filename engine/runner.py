@@ -104,8 +104,10 @@ class ModelRunner:
         request = EngineRequest("warm-up", [0] * (length + 1), SamplingParams(max_tokens=2), items)
         core = EngineCore(settings, self, self._ready)
         core.add(request, [bytes(geometry.tile_bytes)] * len(items))
-        while core.step() is not None:
-            pass
+        while (report := core.step()) is not None:
+            for output in report.outputs:
+                if output.finish_reason == "error":
+                    raise RuntimeError(f"the warm-up failed: {output.error}")
 
     def ready(self) -> Ready:
         """The facts of the model and of the memory it got."""

@@ -238,7 +238,7 @@ class Scheduler:
             self._running.append(sequence)
             if not sequence.started:
                 sequence.started = True
-                sequence.num_cached = sequence.num_computed
+                sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
                 self._prompt_tokens += sequence.prompt_len
                 self._cached_tokens += sequence.num_cached
             draft.new_rows.append(sequence.new_row())
@@ -328,6 +328,8 @@ class Scheduler:
 
     def _accept(self, sequence: Sequence, drawn: Sampled) -> EngineOutput:
         if drawn.error is not None:
+            # What made the logits wrong may be in the cache, where others would find it.
+            self._pool.forget(sequence.blocks)
             self._end(sequence)
             return EngineOutput(sequence.id, [], "error", error=drawn.error)
         token = drawn.token_id

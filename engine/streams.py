@@ -4,8 +4,8 @@ They outlive the engine. When one dies, ``disconnect`` is called, and ``connect`
 ready: every request that had not ended is sent again with the tokens it has been given, and its
 reader sees a pause. A request that kills engines must not be sent for ever, and must not take the
 others along; so what was being computed at a death is under suspicion, and suspects are sent one
-at a time, before anything else, each until it gets a token. The one on trial when an engine dies
-is the culprit: it fails, and the others are cleared.
+at a time, before anything else, each until it got some tokens and makes room for the next. The
+one on trial when an engine dies is the culprit: it fails, and the others are cleared.
 """
 
 import asyncio
@@ -22,8 +22,10 @@ logger = logging.getLogger(__name__)
 
 Send = Callable[[EngineRequest | Abort, Sequence[Buffer]], None]
 
-# Of engines that a request may be suspected of without a trial that says so.
-_MOST_DEATHS = 3
+# Tokens that end a trial well, at the first suspicion; eight times as many at each further one,
+# for what kills late. And tokens after which all suspicion is forgotten.
+_TRIAL = 8
+_CLEARED = 256
 
 
 class _Stream:
@@ -34,6 +36,8 @@ class _Stream:
         self.buffers = buffers
         self.token_ids: list[int] = []  # all that were generated
         self.deaths = 0
+        self.tried = False  # has passed its trial since the last death
+        self.sent_length = 0  # of token_ids, when the request was sent last
         self.outputs: list[EngineOutput] = []
         self.error: ServiceError | None = None
         self.arrived = asyncio.Event()
@@ -111,9 +115,27 @@ class Streams:
             stream.arrived.set()
             if output.finish_reason is not None:
                 del self._open[output.id]
-            if stream is self._trial:
-                self._trial = None
+                self._unsent.pop(output.id, None)
+                if stream is self._trial:
+                    self._trial = None
+                continue
+            made = len(stream.token_ids) - stream.sent_length
+            if stream is self._trial and made >= _TRIAL * 8 ** (stream.deaths - 1):
+                self._pass(stream)
+            if made >= _CLEARED:
+                stream.deaths = 0
         self._send_on()
+
+    def _pass(self, stream: _Stream) -> None:
+        """It has stood its trial; it makes room for that of the next, which must be alone too."""
+        self._trial = None
+        stream.tried = True
+        if self._next_suspect() is not None:
+            self._send(Abort([stream.request.id]), ())
+            self._unsent[stream.request.id] = stream
+
+    def _next_suspect(self) -> _Stream | None:
+        return next((s for s in self._unsent.values() if s.deaths and not s.tried), None)
 
     def connect(self) -> None:
         """An engine is ready: send everything that is open."""
@@ -124,7 +146,8 @@ class Streams:
         """The engine is gone. ``suspects`` are the ids it was computing, if it could tell."""
         self._connected = False
         sent = [stream for name, stream in self._open.items() if name not in self._unsent]
-        suspected = [stream for stream in sent if stream.request.id in suspects] or sent
+        # Those that were named may all have left since: then nobody here is to blame.
+        suspected = [s for s in sent if s.request.id in suspects] if suspects else sent
         if self._trial in suspected:
             self._convict(self._trial)
             for stream in self._open.values():
@@ -132,8 +155,8 @@ class Streams:
         else:
             for stream in suspected:
                 stream.deaths += 1
-                if stream.deaths == _MOST_DEATHS:
-                    self._convict(stream)
+        for stream in self._open.values():
+            stream.tried = False
         self._trial = None
         self._unsent = dict(self._open)
 
@@ -153,7 +176,7 @@ class Streams:
         """Send what may be sent now: suspects first and alone, then the others."""
         if not self._connected or not self._unsent or self._trial is not None:
             return
-        suspect = next((stream for stream in self._unsent.values() if stream.deaths), None)
+        suspect = self._next_suspect()
         if suspect is not None:
             del self._unsent[suspect.request.id]
             self._trial = suspect
@@ -165,6 +188,7 @@ class Streams:
 
     def _resend(self, stream: _Stream) -> None:
         request = stream.request
+        stream.sent_length = len(stream.token_ids)
         if stream.token_ids:
             request = msgspec.structs.replace(request, output=list(stream.token_ids))
         self._send(request, stream.buffers)

@@ -62,9 +62,20 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         if not self.should_exit:
+            self._bound_unread_data()
             port = self.servers[0].sockets[0].getsockname()[1]
             self._spawn(announce(self.service, self.config.host, port))
             self._spawn(self._end_on_failure())
+
+    def _bound_unread_data(self) -> None:
+        """Have the kernel end connections, which inherit this, whose client reads nothing.
+
+        Admission ends their requests; what was written already would keep them open for ever.
+        """
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+            milliseconds = int(self.service.settings.server.send_timeout * 1000)
+            for listening in self.servers[0].sockets:
+                listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

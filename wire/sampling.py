@@ -63,7 +63,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
         _within("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
         _within("max_completion_tokens", self.max_tokens, 1, 2**31 - 1)
         _within("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _within("repetition_penalty", self.repetition_penalty, 0.0, 10.0, low_open=True)
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _within("logprobs", self.logprobs, -1, MAX_LOGPROBS)

@@ -36,8 +36,10 @@ class BadWords:
     def _banned(self, row: SampleRow) -> np.ndarray:
         banned = []
         for word in row.params.bad_words:
-            head = len(word) - 1
-            if head <= row.position and tuple(row.output[row.position - head :]) == word[:-1]:
+            head, length = len(word) - 1, row.position
+            if head > length or (head and row.output[-1] != word[-2]):
+                continue
+            if tuple(row.output[length - head :]) == word[:-1]:
                 banned.append(word[-1])
         return np.array(banned, dtype=np.int64)
 
@@ -71,7 +73,8 @@ class RepetitionPenalty:
         return row.params.repetition_penalty != 1.0
 
     def apply(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-        seen = [np.union1d(row.prompt, row.output) for row in rows]
+        # A token that stands there twice is written twice, with the same value.
+        seen = [np.concatenate([row.prompt, row.output]) for row in rows]
         where = entries(logits, seen)
         penalty = column(logits, rows, lambda p: p.repetition_penalty)[where[0], 0]
         old = logits[where]

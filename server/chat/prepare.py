@@ -203,7 +203,8 @@ async def prepare(
             param="model",
             code="model_not_found",
         )
-    sampling = _sampling(request, model)
+    # Tokenising bad words takes longer than their number of bytes suggests.
+    sampling = await (asyncio.to_thread if request.bad_words else run)(_sampling, request, model)
     conversation = await run(read_conversation, request.messages)
     if len(conversation.pictures) > limits.max_images:
         raise InvalidRequest(

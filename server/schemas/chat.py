@@ -21,6 +21,7 @@ MAX_TOOLS = 128
 MAX_CHOICES = 16
 MAX_TOKEN_IDS = 1024
 MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LENGTH = 64
 
 # Fields that change neither the answer nor its form here: bookkeeping, hints, and knobs of
 # features that this model family does not have.
@@ -215,6 +216,7 @@ def _stops(value: object) -> object:
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_LENGTH)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TOKEN_IDS)]
 
 
@@ -269,13 +271,13 @@ class ChatRequest(_Model):
     # vLLM's extensions
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, allow_inf_nan=False)
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
     ignore_eos: bool | None = None
-    allowed_token_ids: TokenIds | None = None
-    bad_words: Annotated[list[Stop], Field(max_length=MAX_BAD_WORDS)] | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     skip_special_tokens: bool | None = None
 

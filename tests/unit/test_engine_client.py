@@ -159,6 +159,9 @@ async def test_requests_wait_for_the_first_connection_and_those_that_left_are_no
     await leave(b)
 
 
+TRIAL = range(8)  # tokens that end a first trial well
+
+
 async def test_suspects_are_sent_one_at_a_time_before_anything_else() -> None:
     house = House()
     readers = await house.ask("a", "b", "c", "d")
@@ -167,18 +170,35 @@ async def test_suspects_are_sent_one_at_a_time_before_anything_else() -> None:
     house.streams.connect()
     readers += await house.ask("new")
     assert house.take_sent() == ["a"]
-    house.say("a", 1)
-    assert house.take_sent() == ["b"]
+    house.say("a", *TRIAL[:-1])
+    assert house.take_sent() == []
+    house.say("a", 7)
+    assert house.take_sent() == ["-a", "b"]
     await leave(readers[1])
     assert house.take_sent() == ["-b", "c"]
     house.say("c", end="error")
     assert house.take_sent() == ["d"]
-    house.say("a", 2)
+    house.say("a", 8)  # was on its way when a made room
     assert house.take_sent() == []
-    house.say("d", 1)
-    assert house.take_sent() == ["new"]
+    house.say("d", *TRIAL)
+    assert house.take_sent() == ["new", "a"]
+    assert house.streams.at_work
     for reader in readers:
         await leave(reader)
+
+
+async def test_a_suspect_that_ends_while_it_makes_room_is_not_sent_again() -> None:
+    house = House()
+    a, b = await house.ask("a", "b")
+    house.streams.disconnect()
+    house.streams.connect()
+    house.say("a", *TRIAL)
+    house.say("a", 9, end="stop")
+    house.take_sent()
+    house.say("b", *TRIAL)
+    assert house.take_sent() == []
+    assert await result(a) == [*TRIAL, 9]
+    await leave(b)
 
 
 async def test_who_is_on_trial_at_a_death_fails_and_clears_the_others() -> None:
@@ -186,22 +206,50 @@ async def test_who_is_on_trial_at_a_death_fails_and_clears_the_others() -> None:
     a, b, c = await house.ask("a", "b", "c")
     house.streams.disconnect()
     house.streams.connect()
-    house.say("a", 1)
+    house.say("a", *TRIAL)
     house.streams.disconnect()
     with pytest.raises(EngineFailed):
         await result(b)
     house.take_sent()
     house.streams.connect()
     assert house.take_sent() == ["a", "c"]
-    # Cleared means that only now they are suspected for the first time.
-    for _ in range(2):
-        house.streams.disconnect()
-        house.streams.connect()
-        house.say("a", 1)
-        house.say("c", 1)
     house.say("a", 9, end="stop")
     house.say("c", 9, end="stop")
-    assert [await result(a), await result(c)] == [[1, 1, 1, 9], [1, 1, 9]]
+    assert [await result(a), await result(c)] == [[*TRIAL, 9], [9]]
+
+
+@pytest.mark.parametrize("kills_after", [1, 20, 60])
+async def test_what_kills_late_fails_alone(kills_after: int) -> None:
+    """An engine that dies when "bad" has made so many tokens since it was sent; six innocents."""
+    house = House()
+    names = ["a", "b", "c", "bad", "d", "e", "f"]
+    readers = dict(zip(names, await house.ask(*names), strict=True))
+    made: dict[str, int] = {}
+    deaths = 0
+    while not readers["bad"].done():
+        for name in house.take_sent():
+            made.pop(name.removeprefix("-"), None)
+            if not name.startswith("-"):
+                made[name] = 0
+        for name in list(made):
+            if name not in made or readers[name].done():
+                continue
+            made[name] += 1
+            house.say(name, made[name])
+            if name == "bad" and made[name] == kills_after:
+                deaths += 1
+                made.clear()
+                house.take_sent()
+                house.streams.disconnect()
+                house.streams.connect()
+                break
+        await asyncio.sleep(0)
+    with pytest.raises(EngineFailed):
+        await result(readers.pop("bad"))
+    assert deaths <= 3
+    assert not any(reader.done() for reader in readers.values())
+    for reader in readers.values():
+        await leave(reader)
 
 
 async def test_only_those_the_engine_names_are_suspects() -> None:
@@ -211,36 +259,36 @@ async def test_only_those_the_engine_names_are_suspects() -> None:
     house.take_sent()
     house.streams.connect()
     assert house.take_sent() == ["b"]
-    house.say("b", 1)
+    house.say("b", *TRIAL)
     assert house.take_sent() == ["a", "c"]
     for reader in (a, b, c):
         await leave(reader)
 
 
-async def test_a_request_on_trial_is_not_blamed_for_what_another_did() -> None:
+async def test_nobody_is_blamed_for_what_one_did_that_has_left() -> None:
     house = House()
     a, b = await house.ask("a", "b")
     house.streams.disconnect()
     house.streams.connect()
-    house.say("a", 1)
+    await leave(a)
+    house.take_sent()
     house.streams.disconnect(["a"])
     house.streams.connect()
-    assert [type(message) for message in house.sent] == [EngineRequest] * 5
-    for reader in (a, b):
-        assert not reader.done()
-        await leave(reader)
+    assert house.take_sent() == ["b"]
+    assert not b.done()
+    await leave(b)
 
 
-async def test_a_request_that_passes_its_trials_and_still_meets_deaths_is_given_up() -> None:
+async def test_suspicion_is_forgotten_after_many_tokens() -> None:
+    """Deaths that have nothing to do with it, hours apart, are not held against a long answer."""
     house = House()
     (a,) = await house.ask("a")
-    for token in range(3):
-        house.say("a", token)
+    for _ in range(5):
         house.streams.disconnect()
         house.streams.connect()
-    with pytest.raises(EngineFailed):
-        await result(a)
-    assert house.take_sent() == ["a"] * 3
+        house.say("a", *range(256))
+    house.say("a", 1, end="stop")
+    assert len(await result(a)) == 5 * 256 + 1
 
 
 # InprocEngine

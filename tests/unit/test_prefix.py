@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.blocks import BlockPool
 from engine.prefix import extend_digests
-from tests.fake_runner import GEOMETRY, Engine, alone
+from tests.fake_runner import GEOMETRY, Engine, alone, request
 from wire.messages import VisionItem
 
 SIZE = 4
@@ -141,6 +142,27 @@ def test_a_hit_never_covers_the_last_token() -> None:
     assert (work.start, work.count, work.sample) == (4, 4, True)
     engine.finish()
     assert engine.tokens["b"] == engine.tokens["a"]
+
+
+def test_the_blocks_of_a_failed_row_are_found_by_nobody() -> None:
+    """What made its logits wrong may stand in them, also in the chunks before."""
+    prompt = [7 * n % 90 for n in range(19)]
+    engine = Engine(max_num_batched_tokens=8, bad_after=frozenset({prompt[-1]}))
+    engine.add_tokens("bad", prompt, max_tokens=2)
+    engine.finish()
+    assert engine.ends["bad"].finish_reason == "error"
+    engine.add_tokens("next", [*prompt, 1], max_tokens=2)
+    assert engine.step().work[0].start == 0
+
+
+def test_only_prompt_tokens_count_as_cached_when_a_request_is_resumed() -> None:
+    engine = Engine()
+    for name in "ab":
+        first, buffers = request(name, 6, max_tokens=30)
+        resumed = msgspec.structs.replace(first, output=[n % 90 for n in range(20)])
+        engine.core.add(resumed, buffers)
+        engine.finish()
+    assert engine.ends["b"].cached_tokens == 6
 
 
 def test_sequences_that_run_share_their_beginning() -> None:
