@@ -1,11 +1,14 @@
 """Through real processes: clients leave, workers and engines die, the server is told to stop."""
 
+import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -101,6 +104,47 @@ def test_no_client_notices_that_the_engine_was_killed(server: Server) -> None:
     server.wait_for_metric("internvl_engine_restarts_total", 1)
     assert server.children("engine") != [engine]
     assert "red" in server.ask(draw("red", "circle"), "What is in this picture?")
+
+
+def connected(server: Server, client: socket.socket) -> bool:
+    """Whether the server's end of a connection exists, by the kernel's table."""
+    ports = f":{server.port:04X}", f":{client.getsockname()[1]:04X}"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(row[1].endswith(ports[0]) and row[2].endswith(ports[1]) for row in rows)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
+def test_a_client_that_reads_nothing_keeps_neither_permit_nor_connection(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    server = Server(tmp_path_factory.mktemp("server") / "log.txt", ["--send-timeout", "2"])
+    body = json.dumps(
+        {
+            "messages": [{"role": "user", "content": "Hello!"}],
+            "n": 8,
+            "stream": True,
+            "max_tokens": 1500,
+            "ignore_eos": True,
+            "logprobs": True,
+            "top_logprobs": 20,
+        }
+    )
+    try:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", server.port))
+            head = f"Host: here\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+            client.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n{body}".encode())
+            server.wait_for_metric("internvl_requests_in_flight", 1)
+            server.wait_for_metric("internvl_requests_in_flight", 0, deadline=120)
+            assert server.metric("internvl_completions_total") is not None
+            end = time.monotonic() + 30
+            while connected(server, client):
+                assert time.monotonic() < end, "the connection is still there"
+                time.sleep(0.05)
+        idle(server)
+    finally:
+        server.close()
 
 
 def test_a_drain_finishes_what_runs_and_refuses_what_comes(server: Server) -> None:
