@@ -84,6 +84,8 @@ class MediaPipeline:
             if len(encoded) < _LONG
             else await asyncio.to_thread(media_digest, parts)
         )
+        if not self._settings.tile_cache_bytes:
+            return await self._decode(digest, encoded, settings, part.param)
         # Whoever comes while the same picture is decoded waits for it; a lock that nobody holds
         # or waits for disappears from the table.
         lock = self._locks.setdefault(digest, asyncio.Lock())
