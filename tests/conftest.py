@@ -7,8 +7,12 @@ from hypothesis import HealthCheck, settings
 
 from tests.servers import Server
 
-# A test judges behaviour, never the speed of the machine it runs on.
-settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A test judges behaviour, never the speed of the machine it runs on; and a change is judged by
+# the same examples as the one before. "--hypothesis-profile explore" looks for new ones.
+settings.register_profile(
+    "here", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("explore", settings.get_profile("here"), derandomize=False)
 settings.load_profile("here")
 
 

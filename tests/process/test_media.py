@@ -592,10 +592,13 @@ async def test_pictures_that_come_at_once_are_decoded_once() -> None:
 
 async def test_who_gives_up_on_a_picture_leaves_it_to_the_next() -> None:
     async with pipeline(tile_cache_bytes=1 << 20) as media:
+        (worker,) = media.worker_pids
+        os.kill(worker, signal.SIGSTOP)
         first, second = (asyncio.create_task(media.load(plain("blue"))) for _ in range(2))
         await until(lambda: media.stats.busy == 1)
         first.cancel()
-        assert (await second).count == 1
+        os.kill(worker, signal.SIGCONT)
+        assert (await second).width == 30
         with pytest.raises(asyncio.CancelledError):
             await first
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Reference
@@ -21,6 +21,7 @@ TOKENIZER = Tokenizer(json.loads(small_tokenizer.tokenizer_json()))
 
 @given(st.text())
 def test_text_without_token_names_has_the_reference_ids(text: str) -> None:
+    assume(not any(name in text for name in small_tokenizer.SPECIAL))
     assert TOKENIZER.encode(text) == encode_rendered(text)
 
 
