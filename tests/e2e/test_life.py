@@ -66,7 +66,11 @@ def conversation(number: int) -> dict[str, Any]:
 
 
 def stream(server: Server, number: int, begun: threading.Barrier | None = None) -> tuple[str, int]:
-    """Text and number of tokens of one long answer; waits at ``begun`` for its first token."""
+    """Text and number of tokens of one long answer; waits at ``begun`` for its first token.
+
+    Not longer: a drawn number that falls within float rounding of the border between two tokens
+    may choose either, as the batch decides in which order sums are made (docs/correctness.md).
+    """
     text = ""
     usage = None
     with server.client() as client:
@@ -74,7 +78,7 @@ def stream(server: Server, number: int, begun: threading.Barrier | None = None) 
             model="internvl-demo",
             stream=True,
             stream_options={"include_usage": True},
-            max_tokens=300,
+            max_tokens=150,
             extra_body={"ignore_eos": True},
             **conversation(number),
         ):
@@ -99,7 +103,7 @@ def test_no_client_notices_that_the_engine_was_killed(server: Server) -> None:
         assert not all(answer.done() for answer in answers)
         server.wait_for_status("/ready", 503)
         assert [answer.result(120) for answer in answers] == whole
-    assert {tokens for _, tokens in whole} == {300}
+    assert {tokens for _, tokens in whole} == {150}
     server.wait_for_status("/ready", 200)
     server.wait_for_metric("internvl_engine_restarts_total", 1)
     assert server.children("engine") != [engine]
