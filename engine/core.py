@@ -29,8 +29,14 @@ class Runner(Protocol):
     def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         """Keep the raw tiles of a request until a plan removes it."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Compute one step."""
+    def begin(self, plan: StepPlan) -> None:
+        """Apply a plan and launch its forward pass. A step that was sampled may be unfinished."""
+
+    def sample(self) -> None:
+        """Launch the draw of the step begun; the step before it is finished."""
+
+    def finish(self) -> StepResult:
+        """Wait for the tokens of the step that was sampled."""
 
 
 MakeRunner = Callable[[EngineSettings, Callable[[Progress], None]], Runner]
@@ -38,12 +44,20 @@ MakeRunner = Callable[[EngineSettings, Callable[[Progress], None]], Runner]
 
 
 class EngineCore:
-    """Add and abort requests, then ``step`` while there is work."""
+    """Add and abort requests, then ``step`` while there is work.
+
+    With async scheduling a step stays under way when ``step`` returns: the next call plans and
+    launches the one behind it before it waits for the tokens, so that the device never waits for
+    the scheduler. Sampling comes after that wait: penalties and grammars know every token.
+    """
 
     def __init__(self, settings: EngineSettings, runner: Runner, ready: Ready) -> None:
         self._runner = runner
         self._ready = ready
         self._scheduler = Scheduler(settings, ready)
+        mode = settings.async_scheduling
+        self._pipelined = mode == "on" or (mode == "auto" and not ready.device.startswith("cpu"))
+        self._flying: StepPlan | None = None  # sampled, not finished
         self._refused: list[EngineOutput] = []
         self.suspects: list[str] = []
         """Requests being computed at this moment; an exception is likely due to one of them."""
@@ -77,21 +91,34 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has something to do."""
-        return bool(self._refused) or self._scheduler.has_work
+        return bool(self._refused or self._flying) or self._scheduler.has_work
 
     def step(self) -> StepReport | None:
-        """Plan, execute and commit one step; None if there was nothing to do."""
+        """Plan and compute one step; None if there was nothing to do."""
         if not self.has_work:
             return None
         outputs, self._refused = self._refused, []
-        self.suspects = []
+        self.suspects = [] if self._flying is None else self._flying.ids
         plan = self._scheduler.plan()
         if plan is not None:
-            self.suspects = plan.ids
-            result = self._runner.execute(plan)
-            outputs += self._scheduler.commit(result)
-            self._scheduler.check_idle()
+            self.suspects = list(dict.fromkeys([*self.suspects, *plan.ids]))
+            self._runner.begin(plan)
+        outputs += self._land()
+        if plan is not None:
+            self._runner.sample()
+            self._flying = plan
+            if not self._pipelined:
+                outputs += self._land()
+        self._scheduler.check_idle()
         return StepReport(outputs, self._scheduler.stats)
+
+    def _land(self) -> list[EngineOutput]:
+        """Finish and commit the step that is under way, if there is one."""
+        if self._flying is None:
+            return []
+        result = self._runner.finish()
+        self._flying = None
+        return self._scheduler.commit(result)
 
     def _check(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         """Raise Refused where a request contradicts itself or the model.

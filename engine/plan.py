@@ -42,7 +42,7 @@ class Work(msgspec.Struct, frozen=True, gc=False):
 
     ``new_blocks`` are appended to the row's block table before. With ``sample`` the last
     position computed is the sequence's last token, and the next one is drawn and appended to
-    the row by the runner itself.
+    the row by the runner itself. The token at ``start`` may be one that the step before draws.
     """
 
     id: str
@@ -85,7 +85,7 @@ class StepPlan(msgspec.Struct, frozen=True):
 
 
 class Sampled(msgspec.Struct, frozen=True, gc=False):
-    """The token drawn for row ``id``; ``error`` instead when its logits were not finite."""
+    """The token drawn for row ``id``; ``error`` instead when none could be."""
 
     id: str
     token_id: int

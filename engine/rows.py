@@ -32,9 +32,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class StepBatch:
-    """The flat batch of one step: N tokens; ``starts[i]`` is where work i begins in it."""
+    """The flat batch of one step: N tokens; ``starts[i]`` is where work i begins in it.
+
+    The ids at ``unknown[0]`` are still being drawn, for the lines ``unknown[1]`` of the tables.
+    """
 
     ids: Tensor  # [N] int64
+    unknown: Tensor | None  # [2, U] int64
     positions: Tensor  # [N] int64
     attention: AttentionBatch
     starts: list[int]
@@ -82,8 +86,10 @@ class Rows:
         self._owned[row.index] = row.blocks
 
     def append_token(self, name: str, token: int) -> None:
-        """Lengthen a row by the token drawn for it."""
-        row = self._rows[name]
+        """Lengthen a row by the token drawn for it; a row that is gone is ignored."""
+        row = self._rows.get(name)
+        if row is None:
+            return
         # The last token of a sequence of full length is never computed, nor kept.
         if row.length < self._tokens.shape[1]:
             self._tokens[row.index, row.length] = token
@@ -94,6 +100,10 @@ class Rows:
         row = self._rows[name]
         tokens = self._tokens[row.index, : row.length]
         return SampleRow(row.sampling, tokens[: row.prompt_len], tokens[row.prompt_len :])
+
+    def lines(self, names: Sequence[str]) -> Tensor:
+        """Where sequences stand in the tables, int64."""
+        return _to(np.array([self._rows[name].index for name in names]), self._device)
 
     def batch(self, work: Sequence[Work]) -> StepBatch:
         """The flat batch of a plan's work, whose block tables are up to date."""
@@ -120,7 +130,11 @@ class Rows:
             contexts=tuple(contexts.tolist()),
         )
         ids = self._tokens[owners, positions]
-        return StepBatch(_to(ids, device), _to(positions, device), attention, starts.tolist())
+        late = np.array([item.start == self._rows[item.id].length for item in work])
+        unknown = _to(np.stack([starts[late], lines[late]]), device) if late.any() else None
+        return StepBatch(
+            _to(ids, device), unknown, _to(positions, device), attention, starts.tolist()
+        )
 
 
 def _to(array: np.ndarray, device: torch.device) -> Tensor:

@@ -2,8 +2,13 @@
 
 Owned by EngineCore, called from one thread. It holds all tensors of the engine: weights, KV
 cache, rows, encoder outputs. What is kept, computed and dropped is the scheduler's decision.
+
+A step has three parts. ``begin`` applies the plan and launches the forward pass; a token that the
+step before draws is taken from the device, where alone it may be known. ``sample`` launches the
+draw, ``finish`` waits for the ids. Only ``finish`` waits for the device.
 """
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -16,14 +21,15 @@ from engine.core import EngineCore
 from engine.memory import kv_blocks
 from engine.plan import Sampled, StepPlan, StepResult
 from engine.rows import Rows, StepBatch
-from engine.sampling.logprobs import logprobs
+from engine.sampling.base import to_host
+from engine.sampling.logprobs import Likely, logprobs
 from engine.sampling.sampler import sample
 from engine.vision import EncoderOutputs
 from model import ModelConfig, build_model, count_parameters, load_config
 from model.attention import choose
 from model.kv_cache import KVCache
 from wire.channel import Buffer
-from wire.messages import EngineRequest, Progress, Ready, TokenLogprobs, VisionItem
+from wire.messages import EngineRequest, Progress, Ready, VisionItem
 from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
 
@@ -32,6 +38,26 @@ logger = logging.getLogger(__name__)
 # Up to this many parameters the CPU computes in fp32: exact, and no slower at that size.
 _SMALL = 100_000_000
 _NOT_FINITE = "the model's output is not a number"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A step whose forward pass is launched: the rows to draw for, and their logits [R, V]."""
+
+    step: int
+    names: list[str]
+    logits: Tensor | None  # None without rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """A step that is sampled; the tensors are on their way to the host until ``arrived``."""
+
+    step: int
+    names: list[str]
+    tokens: Tensor  # [R] int64
+    likely: Likely | None
+    arrived: torch.cuda.Event | None  # None: the device is the host
 
 
 class ModelRunner:
@@ -71,6 +97,10 @@ class ModelRunner:
             block_size=settings.block_size,
             device=device,
         )
+        # The token drawn last for each line of the rows' tables.
+        self._last = torch.zeros(settings.max_num_seqs, dtype=torch.long, device=device)
+        self._begun: _Begun | None = None
+        self._drawn: _Drawn | None = None
         self._vision = EncoderOutputs(self._model)
         self._ready = Ready(
             geometry=config.geometry,
@@ -118,14 +148,49 @@ class ModelRunner:
         self._vision.upload(request.id, buffers)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Compute one step, in the order that StepPlan states."""
+    def begin(self, plan: StepPlan) -> None:
+        """Apply a plan, in the order that StepPlan states, and launch its forward pass."""
         self._forget(plan)
         for new in plan.new_rows:
             self._rows.add(new)
         self._vision.encode(plan.encode)
-        sampled = self._compute(plan) if plan.work else []
-        return StepResult(plan.step, sampled)
+        names = [work.id for work in plan.work if work.sample]
+        self._begun = _Begun(plan.step, names, self._compute(plan) if plan.work else None)
+
+    @torch.inference_mode()
+    def sample(self) -> None:
+        """Launch the draw of the step begun; the step before it is finished."""
+        assert self._begun is not None, "nothing was begun"
+        assert self._drawn is None, "the step before is not finished"
+        begun, self._begun = self._begun, None
+        if begun.logits is None:
+            self._drawn = _Drawn(begun.step, [], torch.zeros(0), None, None)
+            return
+        rows = [self._rows.sample_row(name) for name in begun.names]
+        tokens = sample(begun.logits, rows)
+        self._last[self._rows.lines(begun.names)] = tokens.clamp(min=0)
+        likely = logprobs(begun.logits, tokens, rows)
+        # Copied now, behind the draw: a copy asked for later would stand behind the next step.
+        tokens, likely = to_host(tokens), likely and likely.to_host()
+        arrived = torch.cuda.current_stream().record_event() if self._last.is_cuda else None
+        self._drawn = _Drawn(begun.step, begun.names, tokens, likely, arrived)
+
+    def finish(self) -> StepResult:
+        """Wait for the tokens of the step that was sampled; rows that live get theirs."""
+        assert self._drawn is not None, "nothing was sampled"
+        drawn, self._drawn = self._drawn, None
+        if drawn.arrived is not None:
+            drawn.arrived.synchronize()
+        rows = len(drawn.names)
+        likely = drawn.likely.read(rows) if drawn.likely else [None] * rows
+        sampled = []
+        for name, token, entry in zip(drawn.names, drawn.tokens.tolist(), likely, strict=True):
+            if token < 0:
+                sampled.append(Sampled(name, 0, _NOT_FINITE))
+                continue
+            self._rows.append_token(name, token)
+            sampled.append(Sampled(name, token, logprobs=entry))
+        return StepResult(drawn.step, sampled)
 
     def _forget(self, plan: StepPlan) -> None:
         for name in plan.removed:
@@ -136,7 +201,8 @@ class ModelRunner:
         for digest in plan.drop:
             self._vision.drop(digest)
 
-    def _compute(self, plan: StepPlan) -> list[Sampled]:
+    def _compute(self, plan: StepPlan) -> Tensor | None:
+        """The logits of the rows to draw for."""
         fresh = [block for work in plan.work for block in work.new_blocks]
         if fresh:
             self._kv.clear(fresh)
@@ -147,33 +213,21 @@ class ModelRunner:
         hidden = self._model(
             self._embed(plan, batch), batch.positions, batch.attention, self._kv, self._attention
         )
-        drawing = [(i, work) for i, work in enumerate(plan.work) if work.sample]
-        if not drawing:
-            return []
-        last = [batch.starts[i] + work.count - 1 for i, work in drawing]
-        rows = [self._rows.sample_row(work.id) for _, work in drawing]
-        logits = self._model.logits(hidden[last])
-        tokens = sample(logits, rows)
-        return [
-            self._accept(work.id, token, likely)
-            for (_, work), token, likely in zip(
-                drawing, tokens, logprobs(logits, tokens, rows), strict=True
-            )
-        ]
+        ends = zip(plan.work, batch.starts, strict=True)
+        last = [start + work.count - 1 for work, start in ends if work.sample]
+        return self._model.logits(hidden[last]) if last else None
 
     def _embed(self, plan: StepPlan, batch: StepBatch) -> Tensor:
-        embeddings = self._model.embed(batch.ids)
+        ids = batch.ids
+        if batch.unknown is not None:
+            where, lines = batch.unknown
+            ids = ids.index_copy(0, where, self._last[lines])
+        embeddings = self._model.embed(ids)
         for work, at in zip(plan.work, batch.starts, strict=True):
             row = self._rows[work.id]
             if work.start < row.vision_end:
                 self._vision.place(embeddings, row.spans, work.start, at, work.count)
         return embeddings
-
-    def _accept(self, name: str, token: int | None, likely: TokenLogprobs | None) -> Sampled:
-        if token is None:
-            return Sampled(name, 0, _NOT_FINITE)
-        self._rows.append_token(name, token)
-        return Sampled(name, token, logprobs=likely)
 
 
 def _device(settings: EngineSettings) -> str:

@@ -6,9 +6,13 @@ that generates, by a chunk for one whose prompt is new, by everything for one th
 One loop covers them all.
 
 EngineCore calls ``plan``, has the plan executed, then calls ``commit`` with the result; requests
-may be added and aborted at any time in between. The Scheduler owns the sequences, the block pool
-and the logical vision cache. It never sees a tensor, and it is deterministic: the same calls
-give the same plans, byte for byte.
+may be added and aborted at any time in between. One more step may be planned while the last is
+under way: it goes on behind tokens that are not known yet, and where one of them turns out to be
+the last, its work is dropped at its commit. What such a step reads is fenced: blocks and encoder
+outputs of a sequence that ends or is preempted become free when its last step is committed.
+
+The Scheduler owns the sequences, the block pool and the logical vision cache. It never sees a
+tensor, and it is deterministic: the same calls give the same plans, byte for byte.
 
 Order is strict. Running sequences come before waiting ones and both stand in order of arrival,
 so the sequences that run are always the ones that arrived first. This is what makes it free of
@@ -37,12 +41,14 @@ class _Draft:
         "new_rows",
         "preempted",
         "sequences",
+        "step",
         "tiles",
         "tokens",
         "work",
     )
 
-    def __init__(self, tokens: int, tiles: int) -> None:
+    def __init__(self, step: int, tokens: int, tiles: int) -> None:
+        self.step = step
         self.tokens = tokens
         self.tiles = tiles
         self.gate_open = True
@@ -53,10 +59,13 @@ class _Draft:
         self.preempted: list[str] = []
 
     def add(self, sequence: Sequence, count: int, new_blocks: list[int]) -> None:
-        start = sequence.num_computed
-        sample = start + count == len(sequence.token_ids)
+        start = sequence.num_planned
+        sample = start + count == sequence.num_known
         self.work.append(Work(sequence.id, start, count, new_blocks, sample))
         self.sequences.append(sequence)
+        sequence.num_planned += count
+        sequence.num_known += sample
+        sequence.last_step = self.step
         self.tokens -= count
 
 
@@ -79,7 +88,8 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._removed: list[str] = []
-        self._planned: tuple[StepPlan, list[Sequence]] | None = None
+        self._planned: deque[tuple[StepPlan, list[Sequence]]] = deque()  # and not committed
+        self._fenced: list[tuple[int, list[int], list[bytes]]] = []  # until that step: what
         self._arrivals = 0
         self._steps = 0
         self._prompt_tokens = 0
@@ -144,15 +154,20 @@ class Scheduler:
             self._end(sequence)
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None if there is nothing to do. ``commit`` must follow."""
-        assert self._planned is None, "the last plan was not committed"
+        """The next step, or None if there is nothing to do before a commit.
+
+        ``commit`` must follow, after that of the step before: at most two are under way.
+        """
+        assert len(self._planned) < 2, "two plans were not committed"
         if not self.has_work:
             return None
-        draft = _Draft(self._max_tokens, self._max_tiles)
+        draft = _Draft(self._steps, self._max_tokens, self._max_tiles)
         self._plan_running(draft)
         if not draft.preempted:
             self._admit(draft)
-        assert draft.work or not self._sequences, "no sequence can go on: this is a bug"
+        if not (draft.work or draft.preempted or self._removed or self._vision.has_dropped):
+            assert self._planned or not self._sequences, "no sequence can go on: this is a bug"
+            return None
         removed, self._removed = self._removed, []
         plan = StepPlan(
             step=self._steps,
@@ -164,7 +179,7 @@ class Scheduler:
             preempted=draft.preempted,
         )
         self._steps += 1
-        self._planned = plan, draft.sequences
+        self._planned.append((plan, draft.sequences))
         return plan
 
     def _plan_running(self, draft: _Draft) -> None:
@@ -173,7 +188,9 @@ class Scheduler:
         while index < len(running) and draft.tokens > 0:
             sequence = running[index]
             index += 1
-            count = len(sequence.token_ids) - sequence.num_computed
+            if sequence.num_known >= sequence.max_len:
+                continue  # the token being drawn is its last
+            count = sequence.num_known - sequence.num_planned
             if count > 1:
                 # One token is left for every later row: a long prompt delays no stream.
                 count = min(count, max(1, draft.tokens - (len(running) - index)))
@@ -182,7 +199,7 @@ class Scheduler:
                 if count == 0:
                     continue
             new_blocks: list[int] = []
-            if sequence.num_computed + count > len(sequence.blocks) * block_size:
+            if sequence.num_planned + count > len(sequence.blocks) * block_size:
                 grown = self._grow(sequence, draft)
                 if grown is None:
                     continue
@@ -190,12 +207,14 @@ class Scheduler:
             draft.add(sequence, count, new_blocks)
 
     def _grow(self, sequence: Sequence, draft: _Draft) -> list[int] | None:
-        """One more block, if need be from the sequences that arrived last.
+        """One more block, if need be from the sequences that arrived last; None: wait for it.
 
         The very last one just waits: it is preempted as soon as an earlier one needs its blocks,
         and goes on without recomputing anything if one of them ends before.
         """
         while (blocks := self._pool.allocate(1)) is None:
+            if self._fenced:
+                return None  # some come free when the step under way is committed
             victim = self._running[-1]
             if victim is sequence:
                 return None
@@ -221,9 +240,9 @@ class Scheduler:
             room = self._pool.num_free - (self._watermark if self._running else 0)
             if need + self._pool.count_free(hits) > room:
                 return
-            sequence.num_computed = len(hits) * self._block_size
+            sequence.num_computed = sequence.num_planned = len(hits) * self._block_size
             sequence.pass_spans()
-            missing = len(sequence.token_ids) - sequence.num_computed
+            missing = sequence.num_known - sequence.num_planned
             count = self._gate(sequence, min(missing, draft.tokens), draft)
             if count == 0:
                 sequence.rewind()
@@ -276,7 +295,7 @@ class Scheduler:
         References every encoder output those positions read, and plans the encoding of those
         that do not exist yet. Stops before the first picture that has to wait.
         """
-        start = sequence.num_computed
+        start = sequence.num_planned
         for index in range(sequence.next_span, len(sequence.items)):
             item = sequence.items[index]
             if item.offset >= start + count:
@@ -303,33 +322,42 @@ class Scheduler:
         return True
 
     def commit(self, result: StepResult) -> list[EngineOutput]:
-        """Take in what the planned step computed; the outputs stand in the plan's order."""
-        assert self._planned is not None, "there is no plan to commit"
-        plan, sequences = self._planned
-        self._planned = None
+        """Take in what a planned step computed; the outputs stand in the plan's order."""
+        assert self._planned, "there is no plan to commit"
+        plan, sequences = self._planned.popleft()
         assert result.step == plan.step, "this result belongs to another plan"
         outputs: list[EngineOutput] = []
         sampled = iter(result.sampled)
         publishing, block_size = self._prefix_caching, self._block_size
         for sequence, work in zip(sequences, plan.work, strict=True):
             drawn = next(sampled) if work.sample else None
-            if sequence.status is not Status.RUNNING:
-                continue  # aborted since
-            sequence.num_computed += work.count
-            if publishing and sequence.num_computed // block_size > sequence.num_published:
-                self._publish(sequence)
-            if sequence.held:
-                self._release_passed(sequence)
+            if sequence.status is Status.ENDED:
+                continue  # aborted, or ended by the step before
+            if sequence.status is Status.RUNNING:  # and not preempted since
+                sequence.num_computed += work.count
+                if publishing and sequence.num_computed // block_size > sequence.num_published:
+                    self._publish(sequence)
+                if sequence.held:
+                    self._release_passed(sequence)
             if drawn is not None:
                 assert drawn.id == sequence.id, "the result is not in the plan's order"
                 outputs.append(self._accept(sequence, drawn))
         assert next(sampled, None) is None, "more was sampled than planned"
+        self._lift_fences(plan.step)
         return outputs
+
+    def _lift_fences(self, step: int) -> None:
+        fenced, self._fenced = self._fenced, []
+        for last_step, blocks, held in fenced:
+            if last_step <= step:
+                self._give_back(blocks, held)
+            else:
+                self._fenced.append((last_step, blocks, held))
 
     def _accept(self, sequence: Sequence, drawn: Sampled) -> EngineOutput:
         if drawn.error is not None:
             # What made the logits wrong may be in the cache, where others would find it.
-            self._pool.forget(sequence.blocks)
+            self._pool.forget(self._pool.match(sequence.digests))
             self._end(sequence)
             return EngineOutput(sequence.id, [], "error", error=drawn.error)
         token = drawn.token_id
@@ -349,12 +377,9 @@ class Scheduler:
         )
 
     def _release_passed(self, sequence: Sequence) -> None:
-        """Release every held encoder output but that of a picture computed in part."""
+        """Release every held encoder output that no position under way or begun reads."""
         sequence.pass_spans()
-        spans, computed = sequence.spans, sequence.num_computed
-        needed: list[bytes] = []
-        if sequence.next_span < len(spans) and spans[sequence.next_span].offset < computed:
-            needed.append(spans[sequence.next_span].digest)
+        needed = sequence.needed()
         for digest in sequence.held:
             if digest not in needed:
                 self._vision.release(digest)
@@ -371,13 +396,19 @@ class Scheduler:
         self._removed.append(sequence.id)
 
     def _free(self, sequence: Sequence) -> None:
-        self._pool.free(sequence.blocks)
-        for digest in sequence.held:
+        if self._planned and sequence.last_step >= self._planned[0][0].step:
+            self._fenced.append((sequence.last_step, sequence.blocks, sequence.held))
+        else:
+            self._give_back(sequence.blocks, sequence.held)
+
+    def _give_back(self, blocks: list[int], held: list[bytes]) -> None:
+        self._pool.free(blocks)
+        for digest in held:
             self._vision.release(digest)
 
     def check_idle(self) -> None:
         """Raise AssertionError if anything is still held although no sequence is left."""
-        if not self._sequences:
+        if not (self._sequences or self._planned):
             assert self._pool.num_free == self._pool.total, "blocks leaked"
             assert self._vision.num_referenced == 0, "encoder outputs leaked"
 
@@ -390,21 +421,28 @@ class Scheduler:
         arrivals = [sequence.arrival for sequence in everyone]
         assert arrivals == sorted(arrivals), "a later sequence has overtaken an earlier one"
         assert {s.id for s in everyone} == set(self._sequences)
+        under_way = [plan.step for plan, _ in self._planned]
         owned: list[int] = []
         references = set()
+        for step, blocks, held in self._fenced:
+            assert step in under_way, "a fence stands although its step is committed"
+            owned += blocks
+            references |= set(held)
         for sequence in self._running:
             assert sequence.status is Status.RUNNING
             assert sequence.num_computed < len(sequence.token_ids) < sequence.max_len
-            assert sequence.num_computed <= len(sequence.blocks) * self._block_size
-            assert sequence.held == [
-                span.digest
-                for span in sequence.spans
-                if span.offset < sequence.num_computed < span.offset + span.length
-            ], "an encoder output is held too long or not long enough"
+            assert sequence.num_computed <= sequence.num_planned < sequence.num_known
+            if sequence.last_step not in under_way:
+                assert sequence.num_planned == sequence.num_computed
+            assert sequence.num_known - len(sequence.token_ids) in (0, 1)
+            assert sequence.num_planned <= len(sequence.blocks) * self._block_size
+            assert sequence.held == sequence.needed(), (
+                "an encoder output is held too long or not long enough"
+            )
             owned += sequence.blocks
             references |= set(sequence.held)
         for sequence in self._waiting:
             assert sequence.status is Status.WAITING
-            assert not any((sequence.num_computed, sequence.blocks, sequence.held))
+            assert not any((sequence.num_planned, sequence.blocks, sequence.held))
         assert Counter(owned) == self._pool.references, "references and owners disagree"
         assert len(references) == self._vision.num_referenced

@@ -26,6 +26,9 @@ class Status(enum.Enum):
 class Sequence:
     """Tokens, progress and holdings of one request.
 
+    ``num_planned`` counts the positions of steps that are still under way too, ``num_known`` the
+    tokens that those steps draw; without such a step they are ``num_computed`` and the length of
+    ``token_ids``. ``last_step`` is the last step that works on it.
     ``max_len`` is the length in tokens (prompt and output) at which it ends with "length".
     ``next_span`` is the index of the first vision span that is not wholly computed, ``held``
     the digests whose encoder output this sequence keeps alive. ``digests`` name the full blocks
@@ -40,10 +43,13 @@ class Sequence:
         "held",
         "id",
         "items",
+        "last_step",
         "max_len",
         "next_span",
         "num_cached",
         "num_computed",
+        "num_known",
+        "num_planned",
         "num_published",
         "prompt_len",
         "request",
@@ -67,6 +73,9 @@ class Sequence:
         self.status = Status.WAITING
         self.started = False
         self.num_computed = 0
+        self.num_planned = 0
+        self.num_known = len(self.token_ids)
+        self.last_step = -1
         self.blocks: list[int] = []
         self.held: list[bytes] = []
         self.next_span = 0
@@ -93,10 +102,20 @@ class Sequence:
                 break
             self.next_span += 1
 
+    def needed(self) -> list[bytes]:
+        """Digests, each once, of the pictures that are not wholly computed but begun or planned."""
+        digests: dict[bytes, None] = {}
+        for span in self.spans[self.next_span :]:
+            if span.offset >= self.num_planned:
+                break
+            digests[span.digest] = None
+        return list(digests)
+
     def rewind(self) -> None:
         """Forget all progress but the tokens; the caller has freed what the sequence held."""
         self.status = Status.WAITING
         self.num_computed = 0
+        self.num_planned = 0
         self.next_span = 0
         self.blocks = []
         self.held = []

@@ -67,6 +67,8 @@ class FakeRunner:
         self.tensors: dict[bytes, list[bytes]] = {}
         self.cache: dict[tuple[int, int], int] = {}
         self.plans: list[StepPlan] = []
+        self._begun: StepPlan | None = None
+        self._flying: tuple[StepPlan, list[Sampled]] | None = None
         self._ready = Ready(
             geometry=GEOMETRY,
             prompt_format=PromptFormat("hf", None, False),
@@ -89,8 +91,10 @@ class FakeRunner:
         assert request.id not in self.raw, "uploaded twice"
         self.raw[request.id] = [bytes(buffer) for buffer in buffers]
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def begin(self, plan: StepPlan) -> None:
+        assert self._begun is None, "a step is begun that nobody sampled"
         self.plans.append(plan)
+        self._check_fences(plan)
         if plan.step == self.fail_at:
             raise RuntimeError("told to fail")
         for name in plan.removed:
@@ -105,9 +109,39 @@ class FakeRunner:
         for item in plan.encode:
             self._encode(item)
         self._check_budgets(plan)
-        return StepResult(
-            plan.step, [drawn for work in plan.work if (drawn := self._compute(work)) is not None]
-        )
+        for work in plan.work:
+            self._compute(work)
+        self._begun = plan
+
+    def sample(self) -> None:
+        assert self._begun is not None
+        assert self._flying is None, "the step before is not finished"
+        plan, self._begun = self._begun, None
+        self._flying = plan, [self._draw(work) for work in plan.work if work.sample]
+
+    def finish(self) -> StepResult:
+        assert self._flying is not None, "nothing was sampled"
+        (plan, sampled), self._flying = self._flying, None
+        return StepResult(plan.step, sampled)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """A step with nothing beside it."""
+        self.begin(plan)
+        self.sample()
+        return self.finish()
+
+    def _check_fences(self, plan: StepPlan) -> None:
+        """A step that is not finished reads its rows' blocks and pictures."""
+        fresh = {block for work in plan.work for block in work.new_blocks}
+        for work in self._flying[0].work if self._flying else ():
+            row = self.rows[work.id]
+            assert not fresh & set(row.blocks), "an unfinished step reads a block handed out"
+            read = {
+                digest
+                for position, (digest, _) in row.inputs.items()
+                if work.start <= position < work.start + work.count
+            }
+            assert not read & set(plan.drop), "an unfinished step reads a picture dropped"
 
     def _add(self, new: NewRow) -> None:
         assert new.id not in self.rows, "a row is sent that the runner holds"
@@ -149,7 +183,7 @@ class FakeRunner:
         owned = {block for row in self.rows.values() for block in row.blocks}
         assert not owned & set(fresh), "a block is handed out that a row reads"
 
-    def _compute(self, work: Work) -> Sampled | None:
+    def _compute(self, work: Work) -> None:
         row = self.rows[work.id]
         size = self._ready.block_size
         row.blocks += work.new_blocks
@@ -166,8 +200,9 @@ class FakeRunner:
             state = zlib.crc32(self._input(row, position), row.states[-1] if row.states else 0)
             self.cache[row.blocks[position // size], position % size] = state
             row.states.append(state)
-        if not work.sample:
-            return None
+
+    def _draw(self, work: Work) -> Sampled:
+        row = self.rows[work.id]
         if row.tokens[-1] in self.bad_after:
             return Sampled(work.id, 0, "the logits are not finite")
         draw = zlib.crc32(b"%d %d" % (row.seed, len(row.tokens) - row.prompt_len), row.states[-1])
@@ -218,7 +253,7 @@ class Engine:
     """A core over a FakeRunner; remembers what each request got and checks every step."""
 
     def __init__(
-        self, *, draws_eos: bool = False, bad_after: frozenset[int] = frozenset(), **settings: int
+        self, *, draws_eos: bool = False, bad_after: frozenset[int] = frozenset(), **settings: Any
     ) -> None:
         defaults = {"block_size": 4, "num_kv_blocks": 64, "max_num_batched_tokens": 64}
         self.settings = EngineSettings(**{**defaults, **settings})

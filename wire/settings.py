@@ -147,6 +147,11 @@ class EngineSettings:
     enable_prefix_caching: bool = knob(
         True, "Keep the keys and values of finished requests for others with the same beginning."
     )
+    async_scheduling: str = knob(
+        "auto",
+        "Plan and launch a step while the one before is still being computed; 'auto': on CUDA.",
+        choices=("auto", "on", "off"),
+    )
     num_kv_blocks: int = knob(0, "Blocks of the KV cache; 0: sized from kv_cache_memory.", low=0)
     kv_cache_memory: int = knob(0, "Bytes for the KV cache; 0: measured from what is free.", low=0)
     gpu_memory_utilization: float = knob(

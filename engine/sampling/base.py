@@ -53,3 +53,11 @@ def entries(logits: Tensor, ids: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     tokens = np.concatenate(ids) if ids else np.zeros(0, np.int64)
     both = torch.from_numpy(np.stack([rows, tokens.astype(np.int64)])).to(logits.device)
     return both[0], both[1]
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host that is complete when the device has come this far; no waiting here."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

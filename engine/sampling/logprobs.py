@@ -4,30 +4,47 @@ They are those of the model itself, before any penalty, bias, filter or temperat
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.sampling.base import SampleRow
+from engine.sampling.base import SampleRow, to_host
 from wire.messages import TokenLogprobs
 
 
-def logprobs(
-    logits: Tensor, tokens: Sequence[int | None], rows: Sequence[SampleRow]
-) -> list[TokenLogprobs | None]:
-    """One entry per row of fp32 logits ``[R, V]``; None where it was not asked for."""
-    found: list[TokenLogprobs | None] = [None] * len(rows)
-    asking = [
-        (i, token)
-        for i, (row, token) in enumerate(zip(rows, tokens, strict=True))
-        if row.params.logprobs >= 0 and token is not None
-    ]
-    if not asking:
+@dataclass(frozen=True)
+class Likely:
+    """What was found for the rows ``asking``, A of them."""
+
+    asking: list[int]
+    counts: list[int]
+    drawn: Tensor  # [A] fp32
+    values: Tensor  # [A, K] fp32
+    ids: Tensor  # [A, K] int64
+
+    def to_host(self) -> "Likely":
+        """The same on the host, in a while; see ``base.to_host``."""
+        found = (to_host(tensor) for tensor in (self.drawn, self.values, self.ids))
+        return Likely(self.asking, self.counts, *found)
+
+    def read(self, rows: int) -> list[TokenLogprobs | None]:
+        """One entry per row; None where it was not asked for."""
+        found: list[TokenLogprobs | None] = [None] * rows
+        likeliest = zip(self.ids.tolist(), self.values.tolist(), strict=True)
+        for row, count, own, (names, best) in zip(
+            self.asking, self.counts, self.drawn.tolist(), likeliest, strict=True
+        ):
+            found[row] = TokenLogprobs(own, list(zip(names[:count], best[:count], strict=True)))
         return found
-    likely = logits[[i for i, _ in asking]].log_softmax(-1)
-    drawn = likely[range(len(asking)), [token for _, token in asking]].tolist()
-    most = min(max(rows[i].params.logprobs for i, _ in asking), logits.shape[-1])
-    values, ids = likely.topk(most, dim=-1)
-    for (i, _), own, best, names in zip(asking, drawn, values.tolist(), ids.tolist(), strict=True):
-        count = rows[i].params.logprobs
-        found[i] = TokenLogprobs(own, list(zip(names[:count], best[:count], strict=True)))
-    return found
+
+
+def logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[SampleRow]) -> Likely | None:
+    """Of the tokens ``[R]`` drawn from fp32 logits ``[R, V]``; None if no row asks."""
+    asking = [i for i, row in enumerate(rows) if row.params.logprobs >= 0]
+    if not asking:
+        return None
+    counts = [rows[i].params.logprobs for i in asking]
+    likely = logits[asking].log_softmax(-1)
+    drawn = likely.gather(-1, tokens[asking, None].clamp(min=0))[:, 0]
+    values, ids = likely.topk(min(max(counts), logits.shape[-1]), dim=-1)
+    return Likely(asking, counts, drawn, values, ids)

@@ -25,31 +25,26 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> (64 - _BITS)) * 2.0**-_BITS
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
-    """The next token of each row of fp32 logits ``[R, V]``.
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """The next token of each row of fp32 logits ``[R, V]``: int64 ``[R]``, on their device.
 
-    None where the logits are not numbers, or where nothing that may be drawn is left.
+    -1 where the logits are not numbers, or where nothing that may be drawn is left. Nothing here
+    waits for the device.
     """
     logits = _apply(SHAPING, logits, rows)
-    # NaN and +inf come through a maximum; -inf alone means that a token was removed.
-    usable = logits.amax(dim=-1).isfinite().tolist()
-    tokens: list[int | None] = [None] * len(rows)
-    greedy = [i for i, row in enumerate(rows) if usable[i] and row.params.greedy]
-    drawn = [i for i, row in enumerate(rows) if usable[i] and not row.params.greedy]
-    if greedy:
-        for i, token in zip(greedy, _take(logits, greedy).argmax(-1).tolist(), strict=True):
-            tokens[i] = token
+    best, tokens = logits.max(dim=-1)
+    drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if drawn:
         chosen = [rows[i] for i in drawn]
         numbers = [uniform(row.params.seed, row.position) for row in chosen]
-        found = _draw(_apply(FILTERS, _take(logits, drawn), chosen), numbers)
-        for i, token in zip(drawn, found, strict=True):
-            tokens[i] = token
-    return tokens
-
-
-def _take(logits: Tensor, chosen: list[int]) -> Tensor:
-    return logits if len(chosen) == len(logits) else logits[chosen]
+        if len(drawn) == len(rows):
+            tokens = _draw(_apply(FILTERS, logits, chosen), numbers)
+        else:
+            index = torch.tensor(drawn, device=logits.device)
+            found = _draw(_apply(FILTERS, logits[index], chosen), numbers)
+            tokens = tokens.index_copy(0, index, found)
+    # NaN and +inf come through a maximum; -inf alone means that a token was removed.
+    return tokens.where(best.isfinite(), -1)
 
 
 def _apply(steps: Sequence[Step], logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
@@ -64,10 +59,10 @@ def _apply(steps: Sequence[Step], logits: Tensor, rows: Sequence[SampleRow]) -> 
     return logits
 
 
-def _draw(logits: Tensor, numbers: Sequence[float]) -> list[int]:
+def _draw(logits: Tensor, numbers: Sequence[float]) -> Tensor:
     """The first token whose cumulated probability exceeds the row's number."""
     total = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
     # The number is at most 1 - 2**-48, so the product stays below the last sum and an
     # impossible token, whose sum equals the one before, is never found.
     wanted = torch.tensor(numbers, dtype=total.dtype, device=total.device)[:, None] * total[:, -1:]
-    return torch.searchsorted(total, wanted, right=True)[:, 0].tolist()
+    return torch.searchsorted(total, wanted, right=True)[:, 0]

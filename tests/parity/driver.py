@@ -124,7 +124,9 @@ class Driver:
         )
         self._removed, self._preempted, self._dropped = [], [], []
         self._steps += 1
-        result = self.runner.execute(plan)
+        self.runner.begin(plan)
+        self.runner.sample()
+        result = self.runner.finish()
         assert result.step == plan.step
         assert [s.id for s in result.sampled] == [w.id for w in work if w.sample]
         for sampled in result.sampled:

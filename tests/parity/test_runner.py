@@ -157,7 +157,7 @@ def test_draws_are_counted_from_the_end_of_the_prompt(folder: Path) -> None:
         for position, known in ((0, []), (1, [first])):
             logits = run(model, ids + known, torch.cat(pictures))[-1:]
             row = SampleRow(sampling, np.array(ids), np.array(known, np.int64))
-            assert sample(logits, [row]) == [(first, second)[position]]
+            assert sample(logits, [row]).tolist() == [(first, second)[position]]
 
 
 def test_a_shared_picture_is_encoded_once(folder: Path, alone: dict[str, list[int]]) -> None:

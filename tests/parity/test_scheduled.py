@@ -1,5 +1,5 @@
 """The scheduler over the real model: how requests are batched, chunked, preempted or shared out
-over the vision cache changes no token of any of them."""
+over the vision cache, and whether steps overlap, changes no token of any of them."""
 
 import random
 from collections.abc import Sequence
@@ -94,14 +94,18 @@ def alone(folder: Path) -> dict[str, list[int]]:
     return tokens
 
 
-def test_together_is_alone(folder: Path, alone: dict[str, list[int]]) -> None:
-    tokens, core = run(folder, [requests()])
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_together_is_alone(folder: Path, alone: dict[str, list[int]], mode: str) -> None:
+    tokens, core = run(folder, [requests()], async_scheduling=mode)
     assert tokens == alone
     assert core._scheduler.stats.steps < 2 * 24
 
 
+@pytest.mark.parametrize("mode", ["off", "on"])
 @pytest.mark.parametrize("block_size", [3, 16])
-def test_cached_is_uncached(folder: Path, alone: dict[str, list[int]], block_size: int) -> None:
+def test_cached_is_uncached(
+    folder: Path, alone: dict[str, list[int]], block_size: int, mode: str
+) -> None:
     """The same requests again find their prefixes; each also goes on where its answer ended."""
     again = [
         (msgspec.structs.replace(request, id=f"again {request.id}"), buffers)
@@ -117,7 +121,9 @@ def test_cached_is_uncached(folder: Path, alone: dict[str, list[int]], block_siz
         for request, buffers in requests()
         if request.sampling.temperature == 0
     ]
-    tokens, core = run(folder, [requests(), again, longer], block_size=block_size)
+    tokens, core = run(
+        folder, [requests(), again, longer], block_size=block_size, async_scheduling=mode
+    )
     assert {name: tokens[name] for name in alone} == alone
     assert {name: tokens[f"again {name}"] for name in alone} == alone
     for request, _ in longer:
@@ -126,21 +132,28 @@ def test_cached_is_uncached(folder: Path, alone: dict[str, list[int]], block_siz
     assert core._scheduler.stats.cached_tokens > 100
 
 
+@pytest.mark.parametrize("mode", ["off", "on"])
 @pytest.mark.parametrize("settings", CRAMPED.values(), ids=CRAMPED.keys())
 def test_cramped_is_alone(
-    folder: Path, alone: dict[str, list[int]], settings: dict[str, int]
+    folder: Path, alone: dict[str, list[int]], settings: dict[str, int], mode: str
 ) -> None:
-    tokens, core = run(folder, [requests()], **settings)
+    tokens, core = run(folder, [requests()], **settings, async_scheduling=mode)
     assert tokens == alone
     if settings.get("num_kv_blocks", 300) < 128:
         assert core._scheduler.stats.preemptions > 0
 
 
+@pytest.mark.parametrize("mode", ["off", "on"])
 def test_aborting_some_changes_nothing_for_the_others(
-    folder: Path, alone: dict[str, list[int]]
+    folder: Path, alone: dict[str, list[int]], mode: str
 ) -> None:
     options = EngineSettings(
-        model=str(folder), device="cpu", threads=1, num_kv_blocks=24, block_size=4
+        model=str(folder),
+        device="cpu",
+        threads=1,
+        num_kv_blocks=24,
+        block_size=4,
+        async_scheduling=mode,
     )
     runner = ModelRunner(options)
     core = EngineCore(options, runner, runner.ready())

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.plan import StepPlan, StepResult
+from engine.plan import StepPlan
 from engine.process import serve
 from tests.fake_runner import FakeRunner
 from wire.channel import Channel
@@ -37,7 +37,7 @@ if (mark := Path(options.pop("once", ""))).name:
 class Runner(FakeRunner):
     """Fails as the options say."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def begin(self, plan: StepPlan) -> None:
         how, _, number = options.get("step", "").partition(":")
         if how and plan.step == int(number):
             fail(how)
@@ -46,7 +46,7 @@ class Runner(FakeRunner):
         rows |= {name: row.seed for name, row in self.rows.items()}
         if how and any(rows[work.id] == int(number) for work in plan.work):
             fail(how)
-        return super().execute(plan)
+        super().begin(plan)
 
 
 def fail(how: str) -> None:

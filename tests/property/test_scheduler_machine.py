@@ -35,9 +35,17 @@ class Traffic(RuleBasedStateMachine):
         seqs=st.integers(1, 6),
         tiles=st.integers(1, 6),
         cache_tiles=st.integers(1, 6),
+        pipelined=st.sampled_from(["on", "off"]),
     )
     def start(
-        self, block_size: int, blocks: int, tokens: int, seqs: int, tiles: int, cache_tiles: int
+        self,
+        block_size: int,
+        blocks: int,
+        tokens: int,
+        seqs: int,
+        tiles: int,
+        cache_tiles: int,
+        pipelined: str,
     ) -> None:
         self.capacity = block_size * blocks
         self.engine = Engine(
@@ -47,6 +55,7 @@ class Traffic(RuleBasedStateMachine):
             max_num_seqs=seqs,
             max_num_encoder_tiles=tiles,
             encoder_cache_bytes=cache_tiles * TILE_BYTES,
+            async_scheduling=pipelined,
             draws_eos=True,
         )
         self.requests: dict[str, tuple[Parts, dict[str, Any]]] = {}
@@ -94,7 +103,12 @@ class Traffic(RuleBasedStateMachine):
         self.engine.core.abort([self.pick(data)])
         self.engine.scheduler.check()
 
-    @precondition(lambda self: self.requests and self.engine.scheduler.has_work)
+    # Where steps are pipelined, every abort comes while one runs.
+    @precondition(
+        lambda self: (
+            self.requests and self.engine.scheduler.has_work and not self.engine.core._pipelined
+        )
+    )
     @rule(data=st.data())
     def abort_while_a_step_runs(self, data: st.DataObject) -> None:
         scheduler, runner = self.engine.scheduler, self.engine.runner

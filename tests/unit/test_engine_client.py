@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from engine.inproc import InprocEngine
-from engine.plan import StepPlan, StepResult
+from engine.plan import StepPlan
 from engine.streams import Streams
 from tests.fake_runner import FakeRunner, alone, request
 from wire.errors import EngineFailed, Unavailable
@@ -331,10 +331,10 @@ class GatedRunner(FakeRunner):
         self.gate = threading.Semaphore(0)
         self.entered = threading.Semaphore(0)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def begin(self, plan: StepPlan) -> None:
         self.entered.release()
         assert self.gate.acquire(timeout=DEADLINE)
-        return super().execute(plan)
+        super().begin(plan)
 
 
 async def test_leaving_while_a_step_runs_frees_everything() -> None:
