@@ -328,17 +328,17 @@ class Scheduler:
         assert result.step == plan.step, "this result belongs to another plan"
         outputs: list[EngineOutput] = []
         sampled = iter(result.sampled)
-        publishing, block_size = self._prefix_caching, self._block_size
+        publishing, block_size, running = self._prefix_caching, self._block_size, Status.RUNNING
         for sequence, work in zip(sequences, plan.work, strict=True):
             drawn = next(sampled) if work.sample else None
-            if sequence.status is Status.ENDED:
-                continue  # aborted, or ended by the step before
-            if sequence.status is Status.RUNNING:  # and not preempted since
+            if sequence.status is running:  # and not preempted since
                 sequence.num_computed += work.count
                 if publishing and sequence.num_computed // block_size > sequence.num_published:
                     self._publish(sequence)
                 if sequence.held:
                     self._release_passed(sequence)
+            elif sequence.status is Status.ENDED:
+                continue  # aborted, or ended by the step before
             if drawn is not None:
                 assert drawn.id == sequence.id, "the result is not in the plan's order"
                 outputs.append(self._accept(sequence, drawn))

@@ -38,7 +38,8 @@ CRAMPED = {
 
 
 def requests() -> list[tuple[EngineRequest, list[bytes]]]:
-    """Text and up to three pictures each, some shared between requests; half of them sampled."""
+    """Text and up to three pictures each, some shared between requests; half of them sampled,
+    and half of all with everything that depends on the tokens before."""
     made = []
     for number in range(COUNT):
         source = random.Random(number)
@@ -54,6 +55,16 @@ def requests() -> list[tuple[EngineRequest, list[bytes]]]:
             prompt += [IMAGE_TOKEN] * length
             prompt += [source.randrange(200) for _ in range(source.randrange(5))]
         sampling = SamplingParams(temperature=float(number % 2), seed=number, max_tokens=24)
+        if number % 4 > 1:
+            sampling = msgspec.structs.replace(
+                sampling,
+                repetition_penalty=1.3,
+                presence_penalty=0.5,
+                frequency_penalty=0.5,
+                bad_words=((7,), (3, 5)),
+                stop_token_ids=(11, 12, 13),
+                min_tokens=22,
+            )
         made.append((EngineRequest(f"r{number}", prompt, sampling, items), buffers))
     return made
 
