@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.plan import NewRow, VisionSpan, Work
 from engine.sampling.base import SampleRow
 from model.attention.base import AttentionBatch
+from model.transfer import to_device
 from wire.sampling import SamplingParams
 
 
@@ -103,7 +104,7 @@ class Rows:
 
     def lines(self, names: Sequence[str]) -> Tensor:
         """Where sequences stand in the tables, int64."""
-        return _to(np.array([self._rows[name].index for name in names]), self._device)
+        return to_device(np.array([self._rows[name].index for name in names]), self._device)
 
     def batch(self, work: Sequence[Work]) -> StepBatch:
         """The flat batch of a plan's work, whose block tables are up to date."""
@@ -122,20 +123,20 @@ class Rows:
         # Entries that a row does not own must not name another row's blocks.
         tables = np.where(np.arange(width) < self._owned[lines, None], tables, tables[:, :1])
         attention = AttentionBatch(
-            query_starts=_to(np.append(starts, ends[-1]).astype(np.int32), device),
-            context_lengths=_to(contexts.astype(np.int32), device),
-            slots=_to(slots, device),
-            block_tables=_to(tables, device),
+            query_starts=to_device(np.append(starts, ends[-1]).astype(np.int32), device),
+            context_lengths=to_device(contexts.astype(np.int32), device),
+            slots=to_device(slots, device),
+            block_tables=to_device(tables, device),
             queries=tuple(counts.tolist()),
             contexts=tuple(contexts.tolist()),
         )
         ids = self._tokens[owners, positions]
         late = np.array([item.start == self._rows[item.id].length for item in work])
-        unknown = _to(np.stack([starts[late], lines[late]]), device) if late.any() else None
+        unknown = to_device(np.stack([starts[late], lines[late]]), device) if late.any() else None
         return StepBatch(
-            _to(ids, device), unknown, _to(positions, device), attention, starts.tolist()
+            to_device(ids, device),
+            unknown,
+            to_device(positions, device),
+            attention,
+            starts.tolist(),
         )
-
-
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -21,13 +21,13 @@ from engine.core import EngineCore
 from engine.memory import kv_blocks
 from engine.plan import Sampled, StepPlan, StepResult
 from engine.rows import Rows, StepBatch
-from engine.sampling.base import to_host
 from engine.sampling.logprobs import Likely, logprobs
 from engine.sampling.sampler import sample
 from engine.vision import EncoderOutputs
 from model import ModelConfig, build_model, count_parameters, load_config
 from model.attention import choose
 from model.kv_cache import KVCache
+from model.transfer import to_device, to_host
 from wire.channel import Buffer
 from wire.messages import EngineRequest, Progress, Ready, VisionItem
 from wire.sampling import SamplingParams
@@ -215,7 +215,7 @@ class ModelRunner:
         )
         ends = zip(plan.work, batch.starts, strict=True)
         last = [start + work.count - 1 for work, start in ends if work.sample]
-        return self._model.logits(hidden[last]) if last else None
+        return self._model.logits(hidden[to_device(last, hidden.device)]) if last else None
 
     def _embed(self, plan: StepPlan, batch: StepBatch) -> Tensor:
         ids = batch.ids

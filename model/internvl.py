@@ -12,6 +12,7 @@ from model.decoder import Decoder
 from model.kv_cache import KVCache
 from model.projector import Projector
 from model.schema import ModelConfig
+from model.transfer import to_device
 from model.vision import VisionModel
 
 
@@ -38,8 +39,8 @@ class InternVL(nn.Module):
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """uint8 ``[T, 3, side, side]`` to embeddings ``[T, tokens_per_tile, hidden]``."""
         geometry = self.config.geometry
-        mean = torch.tensor(geometry.mean, device=self.device).view(3, 1, 1) * 255
-        std = torch.tensor(geometry.std, device=self.device).view(3, 1, 1) * 255
+        mean = to_device(geometry.mean, self.device).view(3, 1, 1) * 255
+        std = to_device(geometry.std, self.device).view(3, 1, 1) * 255
         pixels = (tiles.to(self.device).float() - mean) / std
         return self.projector(self.vision(pixels.to(self.dtype)))
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model.schema import TextConfig
+from model.transfer import to_device
 
 
 class KVCache:
@@ -39,5 +40,5 @@ class KVCache:
         Attention masks positions beyond a row's length, but a masked NaN is still a NaN: what a
         broken sequence left behind must not reach the next one.
         """
-        index = torch.tensor(blocks, dtype=torch.long).to(self._data.device)
+        index = to_device(blocks, self._data.device)
         self._data.index_fill_(1, index, 0)

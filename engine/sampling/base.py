@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from model.transfer import to_device
 from wire.sampling import SamplingParams
 
 
@@ -43,7 +43,7 @@ def column(
 ) -> Tensor:
     """One value per row, ``[R, 1]``, in the type and on the device of ``like``."""
     values = [value(row.params) for row in rows]
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return to_device(values, like.device, like.dtype)[:, None]
 
 
 def entries(logits: Tensor, ids: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -51,13 +51,5 @@ def entries(logits: Tensor, ids: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     counts = [len(tokens) for tokens in ids]
     rows = np.repeat(np.arange(len(ids)), counts)
     tokens = np.concatenate(ids) if ids else np.zeros(0, np.int64)
-    both = torch.from_numpy(np.stack([rows, tokens.astype(np.int64)])).to(logits.device)
+    both = to_device(np.stack([rows, tokens.astype(np.int64)]), logits.device)
     return both[0], both[1]
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host that is complete when the device has come this far; no waiting here."""
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.sampling.base import SampleRow, column
+from model.transfer import to_device
 
 # Below this a temperature is as good as greedy, and dividing by it would overflow.
 _COLDEST = 1e-6
@@ -36,7 +37,7 @@ class TopK:
     def apply(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         counts = [min(row.params.top_k, logits.shape[-1]) for row in rows]
         best = logits.topk(max(counts), dim=-1).values
-        last = torch.tensor(counts, device=logits.device)[:, None] - 1
+        last = to_device(counts, logits.device)[:, None] - 1
         return logits.masked_fill(logits < best.gather(-1, last), -torch.inf)
 
 

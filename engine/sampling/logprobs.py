@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.sampling.base import SampleRow, to_host
+from engine.sampling.base import SampleRow
+from model.transfer import to_device, to_host
 from wire.messages import TokenLogprobs
 
 
@@ -23,7 +24,7 @@ class Likely:
     ids: Tensor  # [A, K] int64
 
     def to_host(self) -> "Likely":
-        """The same on the host, in a while; see ``base.to_host``."""
+        """The same on the host, in a while; see ``model.transfer``."""
         found = (to_host(tensor) for tensor in (self.drawn, self.values, self.ids))
         return Likely(self.asking, self.counts, *found)
 
@@ -44,7 +45,8 @@ def logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[SampleRow]) -> Likel
     if not asking:
         return None
     counts = [rows[i].params.logprobs for i in asking]
-    likely = logits[asking].log_softmax(-1)
-    drawn = likely.gather(-1, tokens[asking, None].clamp(min=0))[:, 0]
+    index = to_device(asking, logits.device)
+    likely = logits[index].log_softmax(-1)
+    drawn = likely.gather(-1, tokens[index, None].clamp(min=0))[:, 0]
     values, ids = likely.topk(min(max(counts), logits.shape[-1]), dim=-1)
     return Likely(asking, counts, drawn, values, ids)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.sampling import FILTERS, SHAPING
 from engine.sampling.base import SampleRow, Step
+from model.transfer import to_device
 
 _BITS = 48
 
@@ -40,7 +41,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         if len(drawn) == len(rows):
             tokens = _draw(_apply(FILTERS, logits, chosen), numbers)
         else:
-            index = torch.tensor(drawn, device=logits.device)
+            index = to_device(drawn, logits.device)
             found = _draw(_apply(FILTERS, logits[index], chosen), numbers)
             tokens = tokens.index_copy(0, index, found)
     # NaN and +inf come through a maximum; -inf alone means that a token was removed.
@@ -54,8 +55,9 @@ def _apply(steps: Sequence[Step], logits: Tensor, rows: Sequence[SampleRow]) -> 
         if len(chosen) == len(rows):
             logits = step.apply(logits, rows)
         elif chosen:
-            changed = step.apply(logits[chosen], [rows[i] for i in chosen])
-            logits = logits.index_copy(0, torch.tensor(chosen, device=logits.device), changed)
+            index = to_device(chosen, logits.device)
+            changed = step.apply(logits[index], [rows[i] for i in chosen])
+            logits = logits.index_copy(0, index, changed)
     return logits
 
 
@@ -64,5 +66,5 @@ def _draw(logits: Tensor, numbers: Sequence[float]) -> Tensor:
     total = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
     # The number is at most 1 - 2**-48, so the product stays below the last sum and an
     # impossible token, whose sum equals the one before, is never found.
-    wanted = torch.tensor(numbers, dtype=total.dtype, device=total.device)[:, None] * total[:, -1:]
+    wanted = to_device(numbers, total.device, total.dtype)[:, None] * total[:, -1:]
     return torch.searchsorted(total, wanted, right=True)[:, 0]

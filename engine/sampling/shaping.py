@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.sampling.base import SampleRow, column, entries
+from model.transfer import to_device
 
 
 class AllowedTokens:
@@ -63,7 +64,8 @@ class LogitBias:
     def apply(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         where = entries(logits, [np.array([t for t, _ in r.params.logit_bias]) for r in rows])
         values = [bias for row in rows for _, bias in row.params.logit_bias]
-        return logits.index_put(where, logits.new_tensor(values), accumulate=True)
+        added = to_device(values, logits.device, logits.dtype)
+        return logits.index_put(where, added, accumulate=True)
 
 
 class RepetitionPenalty:
@@ -94,10 +96,10 @@ class OutputPenalties:
             tokens, counts = np.unique(row.output, return_counts=True)
             ids.append(tokens)
             amounts.append(row.params.presence_penalty + row.params.frequency_penalty * counts)
-        values = torch.from_numpy(np.concatenate(amounts)).to(logits)
+        values = to_device(np.concatenate(amounts), logits.device, logits.dtype)
         return logits.index_put(entries(logits, ids), -values, accumulate=True)
 
 
 def remove(logits: Tensor, ids: Sequence[np.ndarray]) -> Tensor:
     """The logits without the given tokens of each row."""
-    return logits.index_put(entries(logits, ids), logits.new_tensor(-torch.inf))
+    return logits.index_put(entries(logits, ids), logits.new_full((), -torch.inf))

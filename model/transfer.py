@@ -1,0 +1,27 @@
+"""Between the host and the device, without waiting for either.
+
+A copy from ordinary host memory first waits for everything the device still has to do, so what
+goes to a device is pinned. On the CPU nothing is copied.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def to_device(
+    values: np.ndarray | Sequence[float], device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Numbers that the host has, as a tensor on the device; lists of integers become int64."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host that is complete when the device has come this far."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
