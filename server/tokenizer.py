@@ -7,34 +7,28 @@ bytes one by one, so that a stream can be decoded in constant time per token.
 
 import collections
 import json
-import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-logger = logging.getLogger(__name__)
+from wire.tokenizer_file import TokenizerError, read_tokenizer_json
 
-CONVERT_TIMEOUT = 300.0
 _PIECE = 1 << 16  # characters looked at before other threads may run
-
-
-class TokenizerError(Exception):
-    """The checkpoint's tokenizer cannot be used; the message is for the operator."""
 
 
 class Tokenizer:
     """Encode text, look tokens up, and turn ids into bytes. Safe to share between threads.
 
-    ``special_ids`` are the tokens that the checkpoint marks as special: they are left out of
-    visible text. ``bos`` stands before every prompt (empty for Qwen2-based models).
+    ``added`` are the names of the tokens that were not learned from text, by id; ``special_ids``
+    are those of them that the checkpoint marks as special: they are left out of visible text.
+    ``bos`` stands before every prompt (empty for Qwen2-based models).
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
         """``spec`` is the parsed content of a tokenizer.json."""
         added = spec["added_tokens"]
+        self.added: dict[int, str] = {token["id"]: token["content"] for token in added}
         self.special_ids = frozenset(token["id"] for token in added if token["special"])
         reference = RustTokenizer.from_str(json.dumps(spec))
         self.bos: tuple[int, ...] = tuple(reference.encode("").ids)
@@ -42,7 +36,6 @@ class Tokenizer:
         plain = {**spec, "added_tokens": [{**token, "special": True} for token in added]}
         self._plain = RustTokenizer.from_str(json.dumps(plain))
         self._plain.encode_special_tokens = True
-        self._added: dict[int, bytes] = {token["id"]: token["content"].encode() for token in added}
         decoders = _decoders(spec.get("decoder"))
         self._byte_level = "ByteLevel" in decoders
         self.strips_first_space = "Strip" in decoders
@@ -52,10 +45,8 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
         """Read the tokenizer in ``folder``; raises TokenizerError. Slow: call it in a thread."""
-        file = folder / "tokenizer.json"
         try:
-            text = file.read_text(encoding="utf-8") if file.exists() else _convert(folder)
-            return cls(json.loads(text))
+            return cls(json.loads(read_tokenizer_json(folder)))
         except TokenizerError:
             raise
         except Exception as error:  # the Rust library raises plain Exception
@@ -105,8 +96,8 @@ class Tokenizer:
         return found
 
     def _decode(self, token: int) -> bytes:
-        if token in self._added:
-            return self._added[token]
+        if token in self.added:
+            return self.added[token].encode()
         text = self._plain.id_to_token(token)
         if text is None:
             return b""
@@ -135,32 +126,3 @@ def _decoders(spec: dict[str, Any] | None) -> set[str]:
     if spec is None:
         return set()
     return {spec["type"]} | {name for part in spec.get("decoders", ()) for name in _decoders(part)}
-
-
-def _convert(folder: Path) -> str:
-    """tokenizer.json of a checkpoint that ships none, made by transformers.
-
-    In a process of its own, because transformers loads torch along the way.
-    """
-    if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.model")):
-        raise TokenizerError(f"{folder} has no tokenizer")
-    logger.info("no tokenizer.json in the checkpoint; converting its tokenizer")
-    command = [sys.executable, "-c", _CONVERTER, str(folder)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, check=True, text=True, timeout=CONVERT_TIMEOUT
-        )
-    except subprocess.CalledProcessError as error:
-        reason = error.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        raise TokenizerError(
-            f"{folder} has no tokenizer.json and its tokenizer cannot be converted: {reason[0]}"
-        ) from error
-    return done.stdout
-
-
-_CONVERTER = """
-import sys
-from transformers import AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], use_fast=True, local_files_only=True)
-sys.stdout.write(tokenizer.backend_tokenizer.to_str())
-"""

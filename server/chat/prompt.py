@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from server.chat import tools
-from server.tokenizer import Tokenizer, TokenizerError
+from server.tokenizer import Tokenizer
 from wire.errors import ContextTooLong
 from wire.geometry import PromptFormat
 from wire.messages import VisionItem
+from wire.tokenizer_file import TokenizerError
 
 # Names a client may use for the tokens they stand for: grounding marks, and the tags of tool
 # calls, which the tokenizer does not count among its special tokens.

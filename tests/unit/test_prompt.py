@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.chat.prompt import ALLOWED, Prompt, PromptBuilder, Turn
-from server.tokenizer import Tokenizer, TokenizerError
+from server.tokenizer import Tokenizer
 from tests.fake_engine import CHAT, CHINESE, HF
 from tests.small_tokenizer import PLAIN, SPECIAL, encode_rendered, tokenizer_json
 from wire.errors import ContextTooLong
 from wire.geometry import PromptFormat
+from wire.tokenizer_file import TokenizerError
 
 TOKENIZER = Tokenizer(json.loads(tokenizer_json()))
 TOKENS_PER_TILE = 3

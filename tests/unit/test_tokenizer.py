@@ -12,9 +12,10 @@ from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Reference
 from tokenizers.models import BPE
 
-from server.tokenizer import Tokenizer, TokenizerError
+from server.tokenizer import Tokenizer
 from tests import small_tokenizer
 from tests.small_tokenizer import encode_rendered, reference
+from wire.tokenizer_file import TokenizerError
 
 TOKENIZER = Tokenizer(json.loads(small_tokenizer.tokenizer_json()))
 
