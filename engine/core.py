@@ -129,6 +129,8 @@ class EngineCore:
             request.sampling.check()
         except InvalidRequest as error:
             raise Refused(error.message) from None
+        if request.sampling.grammar is not None and not self._ready.grammars:
+            raise Refused("the checkpoint has no tokenizer that a grammar can use")
         for ids in (request.prompt, request.output, [*request.sampling.named_tokens()]):
             if ids and not (min(ids) >= 0 and max(ids) < self._ready.vocab_size):
                 raise Refused("the request names an id that the model does not know")

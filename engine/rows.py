@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.grammar import Matcher
 from engine.plan import NewRow, VisionSpan, Work
 from engine.sampling.base import SampleRow
 from model.attention.base import AttentionBatch
@@ -28,6 +29,7 @@ class Row:
     spans: list[VisionSpan]
     vision_end: int
     length: int
+    matcher: Matcher | None
     blocks: int = 0
 
 
@@ -63,14 +65,16 @@ class Rows:
     def __getitem__(self, name: str) -> Row:
         return self._rows[name]
 
-    def add(self, new: NewRow) -> None:
-        """Take a sequence in, whole."""
+    def add(self, new: NewRow, matcher: Matcher | None = None) -> None:
+        """Take a sequence in, whole; ``matcher`` is at the beginning of its grammar."""
         index = self._free.pop()
         length = len(new.token_ids)
         self._tokens[index, :length] = new.token_ids
         self._owned[index] = 0
         end = max((span.offset + span.length for span in new.spans), default=0)
-        self._rows[new.id] = Row(index, new.prompt_len, new.sampling, new.spans, end, length)
+        self._rows[new.id] = Row(
+            index, new.prompt_len, new.sampling, new.spans, end, length, matcher
+        )
         self.append_blocks(new.id, new.blocks)
 
     def remove(self, name: str) -> None:
@@ -100,7 +104,13 @@ class Rows:
         """What the sampler must know of a sequence, without copying its tokens."""
         row = self._rows[name]
         tokens = self._tokens[row.index, : row.length]
-        return SampleRow(row.sampling, tokens[: row.prompt_len], tokens[row.prompt_len :])
+        prompt, output = tokens[: row.prompt_len], tokens[row.prompt_len :]
+        return SampleRow(row.sampling, prompt, output, row.matcher)
+
+    def matcher(self, name: str) -> Matcher | None:
+        """Where a sequence stands in its grammar; None also if it is gone."""
+        row = self._rows.get(name)
+        return row.matcher if row is not None else None
 
     def lines(self, names: Sequence[str]) -> Tensor:
         """Where sequences stand in the tables, int64."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.core import EngineCore
+from engine.grammar import Grammars
 from engine.memory import kv_blocks
 from engine.plan import Sampled, StepPlan, StepResult
 from engine.rows import Rows, StepBatch
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 # Up to this many parameters the CPU computes in fp32: exact, and no slower at that size.
 _SMALL = 100_000_000
 _NOT_FINITE = "the model's output is not a number"
+_NOTHING_LEFT = "no token is left that grammar and parameters allow"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,7 @@ class ModelRunner:
         self._begun: _Begun | None = None
         self._drawn: _Drawn | None = None
         self._vision = EncoderOutputs(self._model)
+        self._grammars = Grammars.load(folder, config.eos_token_ids)
         self._ready = Ready(
             geometry=config.geometry,
             prompt_format=config.prompt_format,
@@ -115,6 +118,7 @@ class ModelRunner:
             attention=self._attention.name,
             parameters=sum(p.numel() for p in self._model.parameters()),
             vision_token_bytes=config.text.hidden_size * dtype.itemsize,
+            grammars=self._grammars is not None,
         )
         progress(Progress("warm-up"))
         self._warm_up(settings)
@@ -152,7 +156,8 @@ class ModelRunner:
         """Apply a plan, in the order that StepPlan states, and launch its forward pass."""
         self._forget(plan)
         for new in plan.new_rows:
-            self._rows.add(new)
+            matcher = self._grammars.matcher(new.sampling) if self._grammars else None
+            self._rows.add(new, matcher)
         self._vision.encode(plan.encode)
         names = [work.id for work in plan.work if work.sample]
         self._begun = _Begun(plan.step, names, self._compute(plan) if plan.work else None)
@@ -186,7 +191,7 @@ class ModelRunner:
         sampled = []
         for name, token, entry in zip(drawn.names, drawn.tokens.tolist(), likely, strict=True):
             if token < 0:
-                sampled.append(Sampled(name, 0, _NOT_FINITE))
+                sampled.append(Sampled(name, 0, self._complaint(name)))
                 continue
             self._rows.append_token(name, token)
             sampled.append(Sampled(name, token, logprobs=entry))
@@ -228,6 +233,11 @@ class ModelRunner:
             if work.start < row.vision_end:
                 self._vision.place(embeddings, row.spans, work.start, at, work.count)
         return embeddings
+
+    def _complaint(self, name: str) -> str:
+        """Why nothing was drawn for a row."""
+        matcher = self._rows.matcher(name)
+        return _NOT_FINITE if matcher is None else matcher.error or _NOTHING_LEFT
 
 
 def _device(settings: EngineSettings) -> str:

@@ -113,6 +113,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     engine stops at them only where a request has them among its stop ids.
     ``vocab_size`` bounds the ids the model accepts. ``vision_token_bytes`` is what one encoded
     picture token occupies (hidden size times element size); the vision cache counts with it.
+    ``grammars`` says whether requests may have one.
     """
 
     geometry: VisionGeometry
@@ -127,6 +128,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     attention: str
     parameters: int
     vision_token_bytes: int = 0
+    grammars: bool = False
 
 
 class Fault(msgspec.Struct, frozen=True, tag="fault"):

@@ -1,6 +1,7 @@
 """Sampling parameters, with the checks that need no model."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import msgspec
 
@@ -8,6 +9,57 @@ from wire.errors import InvalidRequest
 
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
+MAX_GRAMMAR_LENGTH = 1 << 16
+MAX_GRAMMAR_LINES = 512
+MAX_CHOICES = 1024
+MAX_NESTING = 64
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What the text of an answer must be.
+
+    ``text`` is, by ``kind``: nothing (any JSON object), a JSON schema, a regular expression, a JSON
+    array of strings, or a grammar in llguidance's dialect of Lark. ``strict`` is about a schema:
+    whether all of it must be enforced, or only what can be.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "choice", "lark"]
+    text: str = ""
+    strict: bool = True
+
+    def problem(self) -> str | None:
+        """What is wrong with its form or size, to be read behind the name of a field."""
+        if len(self.text) > MAX_GRAMMAR_LENGTH:
+            return f"must not be longer than {MAX_GRAMMAR_LENGTH} characters"
+        if self.kind == "lark" and self.text.count("\n") >= MAX_GRAMMAR_LINES:
+            return f"must not have more than {MAX_GRAMMAR_LINES} lines"
+        if self.kind not in ("json_schema", "choice"):
+            return None
+        try:
+            value = msgspec.json.decode(self.text)
+        except (msgspec.DecodeError, RecursionError):
+            return "must be JSON"
+        if self.kind == "json_schema":
+            if not isinstance(value, dict):
+                return "must be an object"
+            deep = _nesting(value) > MAX_NESTING
+            return f"must not be nested deeper than {MAX_NESTING} levels" if deep else None
+        if not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+            return "must be an array of strings"
+        return None if 0 < len(value) <= MAX_CHOICES else f"must have 1 to {MAX_CHOICES} entries"
+
+
+def _nesting(value: object) -> int:
+    """How many arrays and objects stand in each other, level by level."""
+    level, depth = [value], 0
+    while level := [part for part in level if isinstance(part, dict | list)]:
+        depth += 1
+        level = [
+            part
+            for outer in level
+            for part in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return depth
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
@@ -22,6 +74,9 @@ class SamplingParams(msgspec.Struct, frozen=True):
     to add), ``bad_words`` token sequences that are never completed; without
     ``allowed_token_ids`` all are allowed. ``logprobs`` is how many of the likeliest tokens to
     report beside the drawn one; -1 reports nothing.
+
+    With a ``grammar`` the text is a sentence of it, or the beginning of one where ``max_tokens``
+    cuts it off: no other token is drawn, and stop tokens only where a sentence may end.
     """
 
     temperature: float = 1.0
@@ -39,6 +94,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
     logprobs: int = -1
+    grammar: Grammar | None = None
 
     @property
     def greedy(self) -> bool:
@@ -71,6 +127,12 @@ class SamplingParams(msgspec.Struct, frozen=True):
             _within(f"logit_bias.{token}", bias, -100.0, 100.0)
         if not all(self.bad_words):
             raise InvalidRequest("bad_words must not hold an empty word", param="bad_words")
+        if self.grammar is not None:
+            problem = self.grammar.problem()
+            if problem is not None:
+                raise InvalidRequest(f"grammar {problem}", param="grammar")
+            if not self.stop_token_ids:
+                raise InvalidRequest("a grammar needs a stop token to end with", param="grammar")
 
 
 def _within(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from engine.sampling.base import Step
 from engine.sampling.filters import MinP, Temperature, TopK, TopP
+from engine.sampling.grammar import GrammarMask
 from engine.sampling.shaping import (
     AllowedTokens,
     BadWords,
@@ -18,6 +19,7 @@ SHAPING: tuple[Step, ...] = (
     LogitBias(),
     RepetitionPenalty(),
     OutputPenalties(),
+    GrammarMask(),  # the last one: what it removes must not come back
 )
 """Every row that needs them."""
 FILTERS: tuple[Step, ...] = (Temperature(), TopK(), TopP(), MinP())

@@ -1,0 +1,90 @@
+"""Which tokens a grammar allows next, for the sequences that have one.
+
+Torch-free: masks are written into arrays. What a grammar means, and what bounds it, is in
+``wire.grammar``. Called from the runner's thread only.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+
+from wire.grammar import compile_grammar, complaint
+from wire.sampling import Grammar, SamplingParams
+from wire.tokenizer_file import TokenizerError, read_tokenizer_json
+
+logger = logging.getLogger(__name__)
+
+_KEPT = 64
+
+
+class Matcher:
+    """Where one sequence stands in its grammar. ``error`` says why it cannot go on, if so."""
+
+    def __init__(self, inner: LLMatcher, tokenizer: LLTokenizer, stops: Sequence[int]) -> None:
+        self._inner = inner
+        self._ends = tokenizer.eos_tokens
+        self._stops = stops
+        self._taken = 0
+        self.error = complaint(inner)
+        self.words = -(-tokenizer.vocab_size // 32)
+        """Length of a mask in words of 32 bits."""
+
+    def advance(self, output: np.ndarray) -> None:
+        """Take in the generated tokens; ``output`` holds all of them, int64."""
+        self._inner.consume_tokens(output[self._taken :].tolist())
+        self._taken = len(output)
+        self.error = complaint(self._inner)
+
+    def fill(self, mask: np.ndarray) -> None:
+        """Write what is allowed next: uint32 ``[words]``, bit ``i & 31`` of word ``i >> 5`` for
+        token i. The request's stop tokens are allowed where a sentence may end; nothing is, if
+        there is an error, which may only come up here."""
+        if not self.error:
+            self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            self.error = complaint(self._inner)
+        if self.error:
+            mask[:] = 0
+            return
+        for token in self._ends:
+            mask[token >> 5] &= ~np.uint32(1 << (token & 31))
+        if self._inner.is_accepting():
+            for token in self._stops:
+                if token >> 5 < len(mask):
+                    mask[token >> 5] |= np.uint32(1 << (token & 31))
+
+
+class Grammars:
+    """Makes matchers for one checkpoint's vocabulary, and keeps what was compiled last."""
+
+    def __init__(self, tokenizer: LLTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+
+    @classmethod
+    def load(cls, folder: Path, eos_token_ids: Sequence[int]) -> "Grammars | None":
+        """For the tokenizer in ``folder``; None if it has none that can be used. Takes a second for
+        150,000 tokens."""
+        eos = eos_token_ids[0] if eos_token_ids else None
+        try:
+            return cls(LLTokenizer(read_tokenizer_json(folder), eos_token=eos))
+        except (TokenizerError, OSError, ValueError) as error:
+            logger.warning("no structured output: %s", error)
+            return None
+
+    def matcher(self, sampling: SamplingParams) -> Matcher | None:
+        """A matcher at the beginning of the request's grammar; None if it has none. One that could
+        not be compiled has an error."""
+        grammar = sampling.grammar
+        if grammar is None:
+            return None
+        compiled = self._compiled.pop(grammar, None)
+        if compiled is None:
+            compiled = compile_grammar(self._tokenizer, grammar)
+        self._compiled[grammar] = compiled
+        if len(self._compiled) > _KEPT:
+            self._compiled.popitem(last=False)
+        return Matcher(compiled.deep_copy(), self._tokenizer, sampling.stop_token_ids)

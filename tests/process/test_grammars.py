@@ -1,0 +1,139 @@
+"""The worker that tries grammars, with grammars made to break it."""
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator
+
+import pytest
+
+from server.grammars import TOO_LONG, GrammarChecker
+from server.tokenizer import Tokenizer
+from tests.small_tokenizer import reference, tokenizer_json
+from wire.sampling import Grammar
+
+TOKENS = Tokenizer(json.loads(tokenizer_json()))
+SIZE = reference().get_vocab_size()
+GOOD = Grammar("json_object")
+
+
+@pytest.fixture
+async def checker() -> AsyncIterator[GrammarChecker]:
+    made = GrammarChecker()
+    yield made
+    await made.close()
+
+
+def schema(value: object) -> Grammar:
+    return Grammar("json_schema", json.dumps(value))
+
+
+def definitions(count: int, link: str) -> dict[str, object]:
+    """A chain of references; ``link`` holds what stands between two of them."""
+    chain = {f"d{i}": json.loads(link.replace("NEXT", f"#/$defs/d{i + 1}")) for i in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": {**chain, f"d{count}": {"type": "string"}}}
+
+
+HARMLESS = {
+    "a long repetition": Grammar("regex", "a{1,100000}"),
+    "nested repetitions": Grammar("regex", "((a{1,1000}){1,1000}){1,1000}"),
+    "what stops other matchers": Grammar("regex", "(.*a){40}|(x+x+)+y|(a|b)*a(a|b){20}"),
+    "many choices": Grammar("choice", json.dumps([f"choice {i}" for i in range(1000)])),
+    "a large enum": schema({"enum": [f"value {i * i}" for i in range(3000)]}),
+    "a schema within itself": schema({"properties": {"a": {"$ref": "#"}}, "type": "object"}),
+    "a billion items": schema({"type": "array", "minItems": 1_000_000_000}),
+    "a chain of references": schema(definitions(1000, '{"$ref": "NEXT"}')),
+    "doubling references": schema(
+        definitions(60, '{"allOf": [{"$ref": "NEXT"}, {"$ref": "NEXT"}]}')
+    ),
+    "rules that double": Grammar(
+        "lark",
+        "start: r0\n" + "".join(f"r{i}: r{i + 1} r{i + 1}\n" for i in range(60)) + 'r60: "a"',
+    ),
+}
+REFUSED = {
+    "look-ahead": (Grammar("regex", "(?=a)b"), "look-around"),
+    "look-ahead in a schema": (schema({"type": "string", "pattern": "^(?=.*A).*$"}), "look-around"),
+    "a back reference": (Grammar("regex", r"(a)\1"), "backreferences"),
+    "parentheses": (Grammar("regex", "(" * 30000 + ")" * 30000), "250"),
+    "parentheses in Lark": (Grammar("lark", "start: " + "(" * 30000), "too deeply nested"),
+    "a reference elsewhere": (schema({"$ref": "http://127.0.0.1:9/x.json"}), "does not fetch"),
+    "a reference to a file": (schema({"$ref": "file:///etc/passwd"}), "does not fetch"),
+    "nothing but itself": (schema({"$ref": "#"}), "nothing matches it"),
+    "nothing at all": (Grammar("regex", r"[^\s\S]"), "nothing matches it"),
+    "terminals that double": (
+        Grammar(
+            "lark",
+            "start: A0\n" + "".join(f"A{i}: A{i + 1} A{i + 1}\n" for i in range(60)) + 'A60: "a"',
+        ),
+        "too big",
+    ),
+    "an unknown token": (
+        Grammar("lark", "start: <nonsense>"),
+        'unknown special token: "<nons',
+    ),
+    "no rule": (Grammar("lark", 'begin: "a"'), "no start rule"),
+    "broken Lark": (Grammar("lark", 'start: "a"\nother: ('), "line 2: "),
+}
+KILLED = {
+    "many multiples": schema({"type": "integer", "multipleOf": 999_983}),
+    "many patterns": schema(
+        {"allOf": [{"type": "string", "pattern": f"a{i}"} for i in range(100)]}
+    ),
+    "negations": Grammar(
+        "lark",
+        "start: A\nA: "
+        + " & ".join(f"~/.*{chr(97 + i % 26) * (i % 9 + 1)}.*/" for i in range(600)),
+    ),
+}
+
+
+@pytest.mark.parametrize("grammar", HARMLESS.values(), ids=HARMLESS.keys())
+async def test_some_grammars_only_look_hostile(checker: GrammarChecker, grammar: Grammar) -> None:
+    assert await checker.problem(grammar, TOKENS, SIZE) is None
+
+
+@pytest.mark.parametrize(("grammar", "reason"), REFUSED.values(), ids=REFUSED.keys())
+async def test_what_cannot_be_compiled_is_refused_with_a_reason(
+    checker: GrammarChecker, grammar: Grammar, reason: str
+) -> None:
+    problem = await checker.problem(grammar, TOKENS, SIZE)
+    assert problem is not None
+    assert problem.startswith("cannot be compiled: ")
+    assert reason in problem
+    assert "\n" not in problem
+    assert len(problem) < 250
+
+
+@pytest.mark.parametrize("grammar", KILLED.values(), ids=KILLED.keys())
+async def test_what_takes_too_long_ends_the_worker_and_the_next_one_goes_on(
+    checker: GrammarChecker, grammar: Grammar
+) -> None:
+    assert await checker.problem(grammar, TOKENS, SIZE) == TOO_LONG
+    assert await checker.problem(GOOD, TOKENS, SIZE) is None
+
+
+async def test_a_worker_that_dies_is_replaced(checker: GrammarChecker) -> None:
+    assert await checker.problem(GOOD, TOKENS, SIZE) is None
+    assert checker._worker is not None
+    checker._worker.process.send_signal(signal.SIGSEGV)
+    await checker._worker.process.wait()
+    assert await checker.problem(Grammar("regex", "a"), TOKENS, SIZE) == "cannot be compiled"
+    assert await checker.problem(Grammar("regex", "a"), TOKENS, SIZE) is None
+
+
+async def test_whoever_leaves_does_not_leave_the_answer_to_the_next(
+    checker: GrammarChecker,
+) -> None:
+    assert await checker.problem(GOOD, TOKENS, SIZE) is None
+    asking = asyncio.ensure_future(checker.problem(Grammar("regex", "(?=a)"), TOKENS, SIZE))
+    await asyncio.sleep(0)  # it has asked
+    asking.cancel()
+    assert await checker.problem(Grammar("regex", "b"), TOKENS, SIZE) is None
+    assert asking.cancelled()
+
+
+async def test_many_ask_at_once_and_each_gets_its_own_answer(checker: GrammarChecker) -> None:
+    asked = [Grammar("regex", "a" * i if i % 2 else "(?=a)" * i) for i in range(1, 20)]
+    found = await asyncio.gather(*(checker.problem(one, TOKENS, SIZE) for one in asked))
+    assert [problem is None for problem in found] == [i % 2 == 1 for i in range(1, 20)]
