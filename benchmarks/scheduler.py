@@ -1,7 +1,8 @@
 """What planning and committing one step costs, and finding a cached prefix, without a model.
 
 Fills the batch with text rows that all generate, then times plan and commit apart from the rest;
-then names and looks up the blocks of a long prompt with pictures. Prints JSON: microseconds per
+the same under each scheduling policy with requests of eight tenants and priorities waiting; then
+names and looks up the blocks of a long prompt with pictures. Prints JSON: microseconds per
 step at the median and the 99th percentile, and per prompt at the median.
 
     python -m benchmarks.scheduler --rows 256 --steps 2000
@@ -23,10 +24,12 @@ from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
 
 
-def build(rows: int, prompt: int, steps: int) -> Scheduler:
-    """A scheduler with ``rows`` requests that need more than ``steps`` steps each."""
+def build(rows: int, prompt: int, steps: int, policy: str, waiting: int) -> Scheduler:
+    """A scheduler with ``rows`` requests that need more than ``steps`` steps each, and others."""
     length = prompt + steps + 100
-    settings = EngineSettings(max_num_seqs=rows, max_num_batched_tokens=max(2048, rows))
+    settings = EngineSettings(
+        max_num_seqs=rows, max_num_batched_tokens=max(2048, rows), scheduling_policy=policy
+    )
     ready = Ready(
         geometry=VisionGeometry(448, 256),
         prompt_format=PromptFormat("hf", None, False),
@@ -41,15 +44,24 @@ def build(rows: int, prompt: int, steps: int) -> Scheduler:
         parameters=0,
     )
     scheduler = Scheduler(settings, ready)
-    for row in range(rows):
+    for row in range(rows + waiting):
         sampling = SamplingParams(max_tokens=length - prompt)
-        scheduler.add(EngineRequest(f"request-{row}", [row] * prompt, sampling))
+        request = EngineRequest(
+            f"request-{row}",
+            [row % 1000] * prompt,
+            sampling,
+            priority=1 + row % 8 if row >= rows else 0,
+            tenant=b"%d" % (row % 8),
+        )
+        scheduler.add(request)
     return scheduler
 
 
-def measure(rows: int, prompt: int, steps: int) -> dict[str, object]:
+def measure(
+    rows: int, prompt: int, steps: int, policy: str = "fcfs", waiting: int = 0
+) -> dict[str, object]:
     """Time ``steps`` steps in which every row generates one token."""
-    scheduler = build(rows, prompt, steps)
+    scheduler = build(rows, prompt, steps, policy, waiting)
     planning: list[float] = []
     committing: list[float] = []
     while len(planning) < steps:
@@ -115,8 +127,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--waiting", type=int, default=1000, help="while the policies are compared")
     arguments = parser.parse_args()
     found: dict[str, object] = measure(arguments.rows, arguments.prompt, arguments.steps)
+    found["policies"] = {
+        policy: {
+            "waiting": arguments.waiting,
+            "us_per_step": measure(
+                arguments.rows, arguments.prompt, arguments.steps, policy, arguments.waiting
+            )["us_per_step"],
+        }
+        for policy in ("fcfs", "priority", "fair")
+    }
     found["prefix"] = [measure_prefix(2048, 4), measure_prefix(32768, 12)]
     print(json.dumps(found, indent=2))
 

@@ -60,6 +60,10 @@ class BlockPool:
         """How many of ``blocks`` nobody references."""
         return sum(not self._references[block] for block in blocks)
 
+    def count_single(self, blocks: Iterable[int]) -> int:
+        """How many of ``blocks`` have one reference."""
+        return sum(self._references[block] == 1 for block in blocks)
+
     def share(self, blocks: Sequence[int]) -> None:
         """One more reference to each of ``blocks``, which ``match`` has found."""
         for block in blocks:

@@ -14,13 +14,16 @@ outputs of a sequence that ends or is preempted become free when its last step i
 The Scheduler owns the sequences, the block pool and the logical vision cache. It never sees a
 tensor, and it is deterministic: the same calls give the same plans, byte for byte.
 
-Order is strict. Running sequences come before waiting ones and both stand in order of arrival,
-so the sequences that run are always the ones that arrived first. This is what makes it free of
-starvation and deadlock: the first sequence can always have every block (later ones are preempted
-for it) and, once entries in use are released, the whole vision cache (while one sequence waits
-for room there, no later one may take any).
+Order is strict. Running sequences come before waiting ones; the policy (engine.waiting) says how
+they are sorted and which one waits at the head, and what does not fit behind the head waits with
+it. This is what makes it free of deadlock: the first sequence can always have every block (later
+ones are preempted for it) and, once entries in use are released, the whole vision cache (while one
+sequence waits for room there, no later one may take any). It is free of starvation where the
+policy is: a sequence that waits comes to the head in the end, except behind better priorities.
 """
 
+import math
+from bisect import insort
 from collections import Counter, deque
 
 from engine.blocks import BlockPool
@@ -28,6 +31,7 @@ from engine.plan import EncodeItem, NewRow, Sampled, StepPlan, StepResult, Work
 from engine.prefix import extend_digests
 from engine.sequence import Refused, Sequence, Status
 from engine.vision_cache import VisionCache
+from engine.waiting import QUEUES
 from wire.messages import EngineOutput, EngineRequest, EngineStats, Ready, VisionItem
 from wire.settings import EngineSettings
 
@@ -86,7 +90,7 @@ class Scheduler:
         self._vision = VisionCache(settings.encoder_cache_bytes)
         self._sequences: dict[str, Sequence] = {}
         self._running: list[Sequence] = []
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = QUEUES[settings.scheduling_policy]()
         self._removed: list[str] = []
         self._planned: deque[tuple[StepPlan, list[Sequence]]] = deque()  # and not committed
         self._fenced: list[tuple[int, list[int], list[bytes]]] = []  # until that step: what
@@ -135,13 +139,15 @@ class Scheduler:
         capacity = self._pool.total * self._block_size
         if length > capacity:
             raise Refused(f"the prompt has {length} tokens, the cache has room for {capacity}")
+        if not 0 < request.weight < math.inf:
+            raise Refused("the weight must be a finite number above 0")
         # The last token of a sequence is never computed, so it needs no place in the cache.
         asked = len(request.prompt) + request.sampling.max_tokens
         max_len = min(self._max_model_len, asked, capacity + 1)
         sequence = Sequence(request, self._arrivals, max_len)
         self._arrivals += 1
         self._sequences[request.id] = sequence
-        self._waiting.append(sequence)
+        self._waiting.push(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request without an output and free what it holds; unknown ids are ignored.
@@ -162,9 +168,12 @@ class Scheduler:
         if not self.has_work:
             return None
         draft = _Draft(self._steps, self._max_tokens, self._max_tiles)
+        if self._waiting.preempts:
+            self._make_way(draft)
         self._plan_running(draft)
         if not draft.preempted:
             self._admit(draft)
+        self._waiting.charge(draft.sequences)
         if not (draft.work or draft.preempted or self._removed or self._vision.has_dropped):
             assert self._planned or not self._sequences, "no sequence can go on: this is a bug"
             return None
@@ -215,17 +224,41 @@ class Scheduler:
         while (blocks := self._pool.allocate(1)) is None:
             if self._fenced:
                 return None  # some come free when the step under way is committed
-            victim = self._running[-1]
-            if victim is sequence:
+            if self._running[-1] is sequence:
                 return None
-            self._running.pop()
-            self._free(victim)
-            victim.rewind()
-            self._waiting.appendleft(victim)
-            draft.preempted.append(victim.id)
-            self._preemptions += 1
+            self._preempt_last(draft)
         sequence.blocks += blocks
         return blocks
+
+    def _preempt_last(self, draft: _Draft) -> None:
+        victim = self._running.pop()
+        self._free(victim)
+        victim.rewind()
+        self._waiting.put_back(victim)
+        draft.preempted.append(victim.id)
+        self._preemptions += 1
+
+    def _make_way(self, draft: _Draft) -> None:
+        """Preempt the last sequences for a better one that waits, if that gives it room.
+
+        It starts in the next step, when their blocks are free.
+        """
+        head, running = self._waiting.head(), self._running
+        if head is None or not running or not self._waiting.outranks(head, running[-1]):
+            return
+        if self._fenced:
+            return  # some blocks come free anyway when the step under way is committed
+        hits = self._find_prefix(head)
+        need = -(-len(head.token_ids) // self._block_size) - len(hits)
+        need += self._pool.count_free(hits)
+        free, kept = self._pool.num_free, len(running)
+        while kept >= self._max_seqs or need > free - (self._watermark if kept else 0):
+            if not kept or not self._waiting.outranks(head, running[kept - 1]):
+                return
+            kept -= 1
+            free += self._pool.count_single(set(running[kept].blocks).difference(hits))
+        while len(running) > kept:
+            self._preempt_last(draft)
 
     def _admit(self, draft: _Draft) -> None:
         """Start waiting sequences, in order, while blocks for all their known tokens are free.
@@ -233,8 +266,10 @@ class Scheduler:
         All blocks are taken at once, so a prompt that has started always finishes its prefill:
         only generated tokens ever need another block.
         """
-        while self._waiting and draft.tokens > 0 and len(self._running) < self._max_seqs:
-            sequence = self._waiting[0]
+        while draft.tokens > 0 and len(self._running) < self._max_seqs:
+            sequence = self._waiting.head()
+            if sequence is None:
+                return
             hits = self._find_prefix(sequence)
             need = -(-len(sequence.token_ids) // self._block_size) - len(hits)
             room = self._pool.num_free - (self._watermark if self._running else 0)
@@ -250,11 +285,11 @@ class Scheduler:
             self._pool.share(hits)
             blocks = self._pool.allocate(need)
             assert blocks is not None
-            self._waiting.popleft()
+            self._waiting.take(sequence)
             sequence.blocks = hits + blocks
             sequence.num_published = len(hits)
             sequence.status = Status.RUNNING
-            self._running.append(sequence)
+            insort(self._running, sequence, key=self._waiting.rank)
             if not sequence.started:
                 sequence.started = True
                 sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
@@ -417,9 +452,10 @@ class Scheduler:
         self._pool.check()
         self._vision.check()
         self.check_idle()
+        self._waiting.check(self._running)
         everyone = [*self._running, *self._waiting]
-        arrivals = [sequence.arrival for sequence in everyone]
-        assert arrivals == sorted(arrivals), "a later sequence has overtaken an earlier one"
+        ranks = [self._waiting.rank(sequence) for sequence in self._running]
+        assert ranks == sorted(ranks), "the sequences that run are out of order"
         assert {s.id for s in everyone} == set(self._sequences)
         under_way = [plan.step for plan, _ in self._planned]
         owned: list[int] = []

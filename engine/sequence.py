@@ -34,6 +34,7 @@ class Sequence:
     the digests whose encoder output this sequence keeps alive. ``digests`` name the full blocks
     of its tokens as far as they were needed; the first ``num_published`` of ``blocks`` can be
     found by them. ``num_cached`` prompt positions were not computed but found, at the start.
+    ``num_charged`` tokens were charged to the tenant, by this engine or one that died.
     """
 
     __slots__ = (
@@ -47,6 +48,7 @@ class Sequence:
         "max_len",
         "next_span",
         "num_cached",
+        "num_charged",
         "num_computed",
         "num_known",
         "num_planned",
@@ -82,6 +84,7 @@ class Sequence:
         self.digests: list[bytes] = []
         self.num_published = 0
         self.num_cached = 0
+        self.num_charged = len(self.token_ids) if request.output else 0
 
     def new_row(self) -> NewRow:
         """The whole sequence, for a runner that does not hold it."""

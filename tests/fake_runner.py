@@ -231,6 +231,7 @@ def request(
     seed: int = 0,
     stop: tuple[int, ...] = (),
     salt: bytes = b"",
+    **fields: Any,
 ) -> tuple[EngineRequest, list[bytes]]:
     """A request and its buffers; a part is a number of text tokens or (picture seed, tiles)."""
     prompt: list[int] = []
@@ -246,7 +247,7 @@ def request(
         prompt += [IMAGE] * length
         buffers.append(raw)
     sampling = SamplingParams(max_tokens=max_tokens, seed=seed, stop_token_ids=(*stop, EOS))
-    return EngineRequest(name, prompt, sampling, items, salt), buffers
+    return EngineRequest(name, prompt, sampling, items, salt, **fields), buffers
 
 
 class Engine:

@@ -30,6 +30,8 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request"):
     """One sequence to generate. ``prompt`` holds token ids, pictures already as context ids.
 
     Only requests with the same ``cache_salt`` share cached prefixes.
+    Under the priority policy the least ``priority`` goes first. Under the fair policy tenants share
+    the engine by ``weight`` (above 0, finite).
     ``output`` holds the tokens that an engine which died had generated of it: the sequence goes on
     behind them, and none of them is reported again.
     """
@@ -40,6 +42,9 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request"):
     items: list[VisionItem] = []
     cache_salt: bytes = b""
     output: list[int] = []
+    priority: int = 0
+    tenant: bytes = b""
+    weight: float = 1.0
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

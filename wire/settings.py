@@ -139,6 +139,12 @@ class EngineSettings:
     )
     max_num_seqs: int = knob(64, "Sequences in one step.", low=1)
     max_num_batched_tokens: int = knob(2048, "Tokens computed in one step.", low=1)
+    scheduling_policy: str = knob(
+        "fcfs",
+        "Which request starts next: the one that came first, the one with the least 'priority', or "
+        "one of the API key that was served least for its weight.",
+        choices=("fcfs", "priority", "fair"),
+    )
     max_num_encoder_tiles: int = knob(16, "Picture tiles encoded in one step.", low=1)
     encoder_cache_bytes: int = knob(
         256 << 20, "Memory for encoded pictures that wait for their prefill.", low=1

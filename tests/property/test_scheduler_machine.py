@@ -22,6 +22,13 @@ PARTS = st.lists(
     min_size=1,
     max_size=5,
 )
+PLACES = st.fixed_dictionaries(
+    {
+        "priority": st.integers(-2, 2),
+        "tenant": st.sampled_from([b"", b"a", b"b"]),
+        "weight": st.sampled_from([1.0, 3.0]),
+    }
+)
 TILE_BYTES = GEOMETRY.tokens_per_tile * TOKEN_BYTES
 
 
@@ -36,6 +43,7 @@ class Traffic(RuleBasedStateMachine):
         tiles=st.integers(1, 6),
         cache_tiles=st.integers(1, 6),
         pipelined=st.sampled_from(["on", "off"]),
+        policy=st.sampled_from(["fcfs", "priority", "fair"]),
     )
     def start(
         self,
@@ -46,6 +54,7 @@ class Traffic(RuleBasedStateMachine):
         tiles: int,
         cache_tiles: int,
         pipelined: str,
+        policy: str,
     ) -> None:
         self.capacity = block_size * blocks
         self.engine = Engine(
@@ -56,6 +65,7 @@ class Traffic(RuleBasedStateMachine):
             max_num_encoder_tiles=tiles,
             encoder_cache_bytes=cache_tiles * TILE_BYTES,
             async_scheduling=pipelined,
+            scheduling_policy=policy,
             draws_eos=True,
         )
         self.requests: dict[str, tuple[Parts, dict[str, Any]]] = {}
@@ -67,26 +77,36 @@ class Traffic(RuleBasedStateMachine):
         seed=st.integers(0, 3),
         stop=st.sets(st.integers(0, 94), max_size=8),
         salt=st.sampled_from([b"", b"", b"salt"]),
+        place=PLACES,
     )
-    def arrive(self, parts: Parts, max_tokens: int, seed: int, stop: set[int], salt: bytes) -> None:
+    def arrive(
+        self,
+        parts: Parts,
+        max_tokens: int,
+        seed: int,
+        stop: set[int],
+        salt: bytes,
+        place: dict[str, Any],
+    ) -> None:
         name = f"r{len(self.requests)}"
         options = {
             "max_tokens": max_tokens,
             "seed": seed,
             "stop": tuple(sorted(stop)),
             "salt": salt,
+            **place,
         }
         self.requests[name] = parts, options
         self.engine.add(name, *parts, **options)
         self.engine.scheduler.check()
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data(), max_tokens=st.integers(1, 25))
-    def ask_again(self, data: st.DataObject, max_tokens: int) -> None:
+    @rule(data=st.data(), max_tokens=st.integers(1, 25), place=PLACES)
+    def ask_again(self, data: st.DataObject, max_tokens: int, place: dict[str, Any]) -> None:
         """A prompt that was sent before, so that prefixes are found, whole and in part."""
         parts, options = self.requests[data.draw(st.sampled_from(sorted(self.requests)))]
         name = f"r{len(self.requests)}"
-        self.requests[name] = [*parts, 3], options | {"max_tokens": max_tokens}
+        self.requests[name] = [*parts, 3], options | {"max_tokens": max_tokens} | place
         self.engine.add(name, *self.requests[name][0], **self.requests[name][1])
 
     @precondition(lambda self: self.engine.core.has_work)
@@ -128,6 +148,7 @@ class Traffic(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         self.engine.finish()
+        event(f"preempted {self.engine.scheduler.stats.preemptions > 0}")
         event(f"found {self.engine.scheduler.stats.cached_tokens > 0}")
         assert set(self.engine.ends) == set(self.requests) - self.aborted
         for name, (parts, options) in self.requests.items():
