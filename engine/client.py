@@ -297,7 +297,7 @@ class ProcessEngine(BaseEngine):
             self.stats = message.stats
             if any(output.finish_reason in ("stop", "length") for output in message.outputs):
                 self._deaths = 0
-            self._streams.deal(message.outputs)
+            self._streams.deal(message)
         elif isinstance(message, Progress):
             self.progress = message
         elif isinstance(message, Ready):

@@ -54,7 +54,7 @@ class InprocEngine(BaseEngine):
                 report = await loop.run_in_executor(self._thread, _step, core, inbox)
                 if report is not None:
                     self.stats = report.stats
-                    self._streams.deal(report.outputs)
+                    self._streams.deal(report)
         except Exception:
             logger.exception("the engine fails")
             self._enter("failed")

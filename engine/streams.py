@@ -4,8 +4,9 @@ They outlive the engine. When one dies, ``disconnect`` is called, and ``connect`
 ready: every request that had not ended is sent again with the tokens it has been given, and its
 reader sees a pause. A request that kills engines must not be sent for ever, and must not take the
 others along; so what was being computed at a death is under suspicion, and suspects are sent one
-at a time, before anything else, each until it got some tokens and makes room for the next. The
-one on trial when an engine dies is the culprit: it fails, and the others are cleared.
+at a time, before anything else, each until it got some tokens and makes room for the next, which
+is sent when the engine has reported itself empty. The one on trial when an engine dies is the
+culprit: it fails, and the others are cleared.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ import msgspec
 
 from wire.channel import Buffer
 from wire.errors import EngineFailed, ServiceError
-from wire.messages import Abort, EngineOutput, EngineRequest
+from wire.messages import Abort, EngineOutput, EngineRequest, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +64,13 @@ class Streams:
         self._open: dict[str, _Stream] = {}
         self._unsent: dict[str, _Stream] = {}
         self._trial: _Stream | None = None
+        # One that has passed its trial was aborted, and the engine may not know it yet.
+        self._emptying = False
 
     @property
     def at_work(self) -> bool:
-        """Whether the engine owes an output."""
-        return len(self._open) > len(self._unsent)
+        """Whether the engine owes a report."""
+        return self._emptying or len(self._open) > len(self._unsent)
 
     async def read(
         self, request: EngineRequest, buffers: Sequence[Buffer]
@@ -104,9 +107,11 @@ class Streams:
             self._trial = None
             self._send_on()
 
-    def deal(self, outputs: Sequence[EngineOutput]) -> None:
+    def deal(self, report: StepReport) -> None:
         """Hand each output to its reader; those of aborted requests are dropped."""
-        for output in outputs:
+        if report.stats.running == report.stats.waiting == 0:
+            self._emptying = False
+        for output in report.outputs:
             stream = self._open.get(output.id)
             if stream is None:
                 continue
@@ -127,12 +132,17 @@ class Streams:
         self._send_on()
 
     def _pass(self, stream: _Stream) -> None:
-        """It has stood its trial; it makes room for that of the next, which must be alone too."""
+        """It has stood its trial; it makes room for that of the next, which must be alone too.
+
+        Until the engine is empty, its death may still be this one's doing, outputs of this one may
+        still come, and its id is not free.
+        """
         self._trial = None
         stream.tried = True
         if self._next_suspect() is not None:
             self._send(Abort([stream.request.id]), ())
             self._unsent[stream.request.id] = stream
+            self._emptying = True
 
     def _next_suspect(self) -> _Stream | None:
         return next((s for s in self._unsent.values() if s.deaths and not s.tried), None)
@@ -158,6 +168,7 @@ class Streams:
         for stream in self._open.values():
             stream.tried = False
         self._trial = None
+        self._emptying = False
         self._unsent = dict(self._open)
 
     def fail(self, make_error: Callable[[], ServiceError]) -> None:
@@ -174,7 +185,7 @@ class Streams:
 
     def _send_on(self) -> None:
         """Send what may be sent now: suspects first and alone, then the others."""
-        if not self._connected or not self._unsent or self._trial is not None:
+        if not self._connected or self._emptying or self._trial is not None:
             return
         suspect = self._next_suspect()
         if suspect is not None:
