@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 Send = Callable[[EngineRequest | Abort, Sequence[Buffer]], None]
 
-# Tokens that end a trial well, at the first suspicion; eight times as many at each further one,
-# for what kills late. And tokens after which all suspicion is forgotten.
-_TRIAL = 8
+# Each further trial of a stream is so much longer, for what kills late.
+_LONGER = 8
+# Tokens after which all suspicion is forgotten.
 _CLEARED = 256
 
 
@@ -54,11 +54,12 @@ class Streams:
 
     A reader that is slow finds all its outputs at once; nothing is dropped and nobody else waits
     for it. ``send`` must neither block nor fail; it is called only between ``connect`` and
-    ``disconnect``.
+    ``disconnect``. ``trial`` is how many tokens end a first trial well.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, *, trial: int = 8) -> None:
         self._send = send
+        self._trial_length = trial
         self._connected = False
         # Both in order of arrival; what has ended for the engine is in neither.
         self._open: dict[str, _Stream] = {}
@@ -125,7 +126,8 @@ class Streams:
                     self._trial = None
                 continue
             made = len(stream.token_ids) - stream.sent_length
-            if stream is self._trial and made >= _TRIAL * 8 ** (stream.deaths - 1):
+            enough = self._trial_length * _LONGER ** (stream.deaths - 1)
+            if stream is self._trial and made >= enough:
                 self._pass(stream)
             if made >= _CLEARED:
                 stream.deaths = 0
