@@ -245,7 +245,8 @@ class Restarts(RuleBasedStateMachine):
                 reader.result()
         assert not self.streams.at_work
         assert self.core._scheduler.stats.blocks_used == 0
-        assert not (self.runner.rows or self.runner.raw)
+        assert not self.runner.rows
+        assert not self.runner.raw
         self.check_tokens()
 
     def check_tokens(self) -> None:
