@@ -10,6 +10,7 @@ from pathlib import Path
 from engine.client import EngineClient
 from server.admission import Gate
 from server.chat.prepare import Media, ServedModel
+from server.grammars import GrammarChecker
 from server.metrics import Metrics
 from wire.errors import ServiceError, Unavailable
 from wire.settings import Settings
@@ -28,6 +29,7 @@ class Service:
         self.settings = settings
         self.engine = engine
         self.media = media
+        self.grammars = GrammarChecker()
         self.metrics = Metrics(engine)
         self.gate = Gate(settings.server.max_concurrent_requests, self.metrics.in_flight)
         self.name = settings.server.served_model_name or Path(settings.engine.model).name
@@ -104,10 +106,11 @@ class Service:
             await self.engine.stop()  # each request gets an error of its own, not a cut stream
 
     async def stop(self) -> None:
-        """End engine and media."""
+        """End engine, media and the worker for grammars."""
         self._draining = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self.engine.stop()
         await self.media.close()
+        await self.grammars.close()

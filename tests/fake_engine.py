@@ -36,6 +36,7 @@ def make_ready(template: PromptFormat = HF, max_model_len: int = 512) -> Ready:
         dtype="float32",
         attention="sdpa",
         parameters=1000,
+        grammars=True,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
 from wire.sampling import Grammar
 
@@ -51,7 +52,8 @@ def complaint(matcher: LLMatcher) -> str | None:
     found = re.search(r"^error: (.+)$", text, re.MULTILINE)
     line = found[1] if found else text.strip().partition("\n")[0]
     line = re.sub(r"^(at )?(\d+)\(\d+\): ", r"line \2: ", line)
-    line = line.removeprefix("line 1: ").removeprefix("failed to compile JSON schema: ")
+    for prefix in ("line 1: ", "failed to compile JSON schema: ", "Parser Error: "):
+        line = line.removeprefix(prefix)
     for tail in ("; following special tokens", ":  ("):  # a list of names, a dump of an expression
         line = line.partition(tail)[0]
     return line if len(line) <= _WORDS else line[:_WORDS] + "…"
@@ -69,8 +71,18 @@ def lark(grammar: Grammar) -> str:
         case "choice":
             start = " | ".join(quote(text) for text in msgspec.json.decode(grammar.text))
         case "lark":
-            return grammar.text + _OPTIONS
+            return _as_lark(grammar.text) + _OPTIONS
     return f"start: {start}" + _OPTIONS
+
+
+def _as_lark(text: str) -> str:
+    """``text``, translated if it is in the notation of llama.cpp, which vLLM's clients use."""
+    if is_lark_syntax(text):
+        return text
+    try:
+        return str(gbnf_to_lark(text))
+    except Exception:  # of several kinds; what the compiler then says of the text is clearer
+        return text
 
 
 def json_rule(schema: dict[str, Any], *, strict: bool = True) -> str:

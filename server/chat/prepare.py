@@ -14,7 +14,9 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from preprocessing import MediaPart, TiledMedia
+from server.chat.demands import Demand, callable_tools, demanded
 from server.chat.prompt import Prompt, PromptBuilder, Segment, Turn
+from server.grammars import GrammarChecker
 from server.schemas.chat import PART_TYPES, ChatRequest, ImagePart, Message, TextPart
 from server.schemas.validate import decode
 from server.tokenizer import Tokenizer
@@ -122,6 +124,7 @@ class PreparedChat:
     show_stop: bool
     parse_tools: bool
     max_calls: int | None
+    called_reason: str
     skip_special_tokens: bool
     stream: bool
     include_usage: bool
@@ -193,6 +196,7 @@ async def prepare(
     model: ServedModel,
     media: Media,
     limits: MediaSettings,
+    grammars: GrammarChecker,
     run: Run,
 ) -> PreparedChat:
     """Check, fetch, tokenise; ``run`` does what takes longer for longer texts. Raises
@@ -205,6 +209,10 @@ async def prepare(
         )
     # Tokenising bad words takes longer than their number of bytes suggests.
     sampling = await (asyncio.to_thread if request.bad_words else run)(_sampling, request, model)
+    demand = await run(demanded, request, model.tokenizer)
+    if demand is not None:
+        await _check_demand(demand, request, model, grammars)
+        sampling = _constrained(sampling, demand)
     conversation = await run(read_conversation, request.messages)
     if len(conversation.pictures) > limits.max_images:
         raise InvalidRequest(
@@ -219,6 +227,7 @@ async def prepare(
     media_seconds = time.monotonic() - began
     prompt = await run(model.prompts.build, segments, pictures)
     options = request.stream_options
+    named = request.tool_choice is not None and request.tool_choice.single
     return PreparedChat(
         engine=EngineRequest(
             id=identity,
@@ -234,7 +243,8 @@ async def prepare(
         stops=tuple(request.stop or ()),
         show_stop=bool(request.include_stop_str_in_output),
         parse_tools=_offers_tools(request),
-        max_calls=1 if request.parallel_tool_calls is False else None,
+        max_calls=1 if named or request.parallel_tool_calls is False else None,
+        called_reason="stop" if named else "tool_calls",  # as OpenAI has it
         skip_special_tokens=request.skip_special_tokens is not False,
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
@@ -242,12 +252,45 @@ async def prepare(
     )
 
 
+async def _check_demand(
+    demand: Demand, request: ChatRequest, model: ServedModel, grammars: GrammarChecker
+) -> None:
+    """Raise InvalidRequest for a grammar that cannot be used."""
+    if not model.ready.grammars:
+        raise InvalidRequest(
+            f"{demand.field}: the served checkpoint cannot be held to a grammar.",
+            param=demand.field,
+            code="unsupported_parameter",
+        )
+    problem = await grammars.problem(demand.grammar, model.tokenizer, model.ready.vocab_size)
+    if problem is None:
+        return
+    for part in demand.parts:
+        found = await grammars.problem(part.grammar, model.tokenizer, model.ready.vocab_size)
+        if found is not None:
+            demand, problem = part, found
+            break
+    raise InvalidRequest(f"{demand.field} {problem}.", param=demand.field)
+
+
+def _constrained(sampling: SamplingParams, demand: Demand) -> SamplingParams:
+    if not sampling.stop_token_ids:
+        raise InvalidRequest(
+            f"ignore_eos: what {demand.field} demands has an end; send one of them.",
+            param="ignore_eos",
+        )
+    return msgspec.structs.replace(sampling, grammar=demand.grammar)
+
+
 def _offers_tools(request: ChatRequest) -> bool:
-    return bool(request.tools) and request.tool_choice != "none"
+    return bool(callable_tools(request))
 
 
 def _render(request: ChatRequest, conversation: Conversation, model: ServedModel) -> list[Segment]:
-    tools = (request.tools or ()) if _offers_tools(request) else ()
+    choice = request.tool_choice
+    demanded_call = choice is not None and choice.mode == "required"
+    # The grammar holds a demanded call to the tools that are allowed; the others may be seen.
+    tools = (request.tools or ()) if demanded_call else callable_tools(request)
     offered = [tool.model_dump(exclude_unset=True) for tool in tools]
     return model.prompts.render(conversation.turns, len(conversation.pictures), offered)
 

@@ -14,7 +14,7 @@ from server.chat.choices import Choices
 from server.chat.detokenize import Detokenizer
 from server.chat.prepare import PreparedChat
 from server.chat.stops import StopMatcher
-from server.chat.tools import ToolCall, ToolParser
+from server.chat.tools import CallArguments, CallStart, ToolParser
 from server.metrics import Metrics
 from server.schemas.chat import (
     AnswerMessage,
@@ -23,6 +23,7 @@ from server.schemas.chat import (
     ChunkChoice,
     Completion,
     Delta,
+    FunctionAnswer,
     FunctionDelta,
     ToolCallAnswer,
     ToolCallDelta,
@@ -52,6 +53,7 @@ class ChoiceState:
         self._min_tokens = chat.engine.sampling.min_tokens
         self._tools = ToolParser() if chat.parse_tools else None
         self._max_calls = chat.max_calls
+        self._called_reason = chat.called_reason
         self._calls = 0
         self._tokenizer = chat.model.tokenizer
         self._logprobs: list[TokenLogprob] = []
@@ -80,7 +82,8 @@ class ChoiceState:
         reason = "stop" if self._stops.stopped else output.finish_reason
         deltas = self._deltas(text, ended=ended, complete=reason == "stop")
         if ended and self.finish_reason is None:
-            self.finish_reason = "tool_calls" if self._calls and reason == "stop" else reason
+            called = self._calls and reason == "stop"
+            self.finish_reason = self._called_reason if called else reason
         return deltas
 
     def _likely(self, token: int, logprob: float) -> TopLogprob:
@@ -103,17 +106,18 @@ class ChoiceState:
         for piece in pieces:
             if isinstance(piece, str):
                 deltas.append(Delta(content=piece))
-                continue
-            deltas.append(Delta(tool_calls=[_call_delta(self._calls, piece)]))
-            self._calls += 1
-            if self._calls == self._max_calls:
-                self.finish_reason = "tool_calls"
+            elif isinstance(piece, CallStart):
+                start = FunctionDelta("", piece.name)
+                call = ToolCallDelta(self._calls, start, piece.id, "function")
+                deltas.append(Delta(tool_calls=[call]))
+                self._calls += 1
+            elif isinstance(piece, CallArguments):
+                more = ToolCallDelta(self._calls - 1, FunctionDelta(piece.text))
+                deltas.append(Delta(tool_calls=[more]))
+            elif self._calls == self._max_calls:
+                self.finish_reason = self._called_reason
                 break
         return deltas
-
-
-def _call_delta(index: int, call: ToolCall) -> ToolCallDelta:
-    return ToolCallDelta(index, call.id, FunctionDelta(call.name, call.arguments))
 
 
 async def chunks(
@@ -212,7 +216,9 @@ class _Answer:
         if isinstance(part.delta.content, str):
             self._texts.append(part.delta.content)
         for call in part.delta.tool_calls or ():
-            self._calls.append(ToolCallAnswer(call.id, call.function))
+            if isinstance(call.id, str) and isinstance(call.function.name, str):
+                self._calls.append(ToolCallAnswer(call.id, FunctionAnswer(call.function.name, "")))
+            self._calls[call.index].function.arguments += call.function.arguments
         if part.logprobs is not None:
             self._logprobs = self._logprobs or Logprobs([])
             self._logprobs.content += part.logprobs.content

@@ -1,13 +1,17 @@
 """Tool calls in the Hermes form that Qwen2.5-based models use: how tools, calls and results stand
-in a prompt, and how calls are found in what the model writes."""
+in a prompt, the grammar of an answer that must call, and how calls are found in what the model
+writes."""
 
 import dataclasses
 import json
+import re
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from server.chat.stops import longest_beginning
+from server.tokenizer import Tokenizer
+from wire.grammar import json_rule, quote
 
 CALL = "<tool_call>"
 CALL_END = "</tool_call>"
@@ -40,76 +44,214 @@ def _dump(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+class Function(Protocol):
+    """What a grammar must know of a function; ``parameters`` is a JSON schema."""
+
+    @property
+    def name(self) -> str:
+        """How it is called."""
+
+    @property
+    def parameters(self) -> dict[str, Any] | None:
+        """None if it takes none."""
+
+    @property
+    def strict(self) -> bool | None:
+        """Whether a schema that cannot be enforced whole is refused."""
+
+
+def call_grammar(functions: Sequence[Function], tokenizer: Tokenizer, *, many: bool) -> str:
+    """The Lark grammar of one call of one of ``functions`` (or, with ``many``, of several), each
+    written as ``render_call`` does. The tags are tokens where the checkpoint has them."""
+    opening, closing = (_tag(tag, tokenizer) for tag in (CALL, CALL_END))
+    lines = ['start: call ("\\n" call)*' if many else "start: call"]
+    lines.append("call: " + " | ".join(f"call_{number}" for number in range(len(functions))))
+    for number, function in enumerate(functions):
+        head = quote(f'\n{{"name": {_dump(function.name)}, "arguments": ')
+        tail = quote("}\n")
+        lines.append(f"call_{number}: {opening} {head} arguments_{number} {tail} {closing}")
+        lines.append(f"arguments_{number}: {arguments_rule(function)}")
+    return "\n".join(lines)
+
+
+def arguments_rule(function: Function) -> str:
+    """The right-hand side of the rule for a function's arguments, which are always an object."""
+    schema = function.parameters
+    if schema is None:  # as OpenAI has it: a function without parameters
+        schema = {"properties": {}, "additionalProperties": False}
+    return json_rule({**schema, "type": "object"}, strict=bool(function.strict))
+
+
+def _tag(tag: str, tokenizer: Tokenizer) -> str:
+    token = tokenizer.token_id(tag)
+    # A special token would be left out of the text, where calls are looked for.
+    plain = token is None or token in tokenizer.special_ids
+    return quote(tag) if plain else f"<[{token}]>"
+
+
 @dataclasses.dataclass(frozen=True)
-class ToolCall:
-    """One complete call; ``arguments`` is the text of a JSON object."""
+class CallStart:
+    """A call whose name is known; what follows of it belongs to its arguments."""
 
     id: str
     name: str
-    arguments: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CallArguments:
+    """More of the text of the last call's arguments, as the model wrote it."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CallEnd:
+    """The last call is over."""
+
+
+Piece = str | CallStart | CallArguments | CallEnd
+
+# How a call begins if it is written as models are taught: then its arguments can be passed on as
+# they come. Bounded, so that looking for it at every piece costs nothing to speak of.
+_BEGINNING = re.compile(
+    r'\s{0,32}\{\s{0,32}"name"\s{0,32}:\s{0,32}"([^"\\<\x00-\x1f]{1,256})"\s{0,32},'
+    r'\s{0,32}"arguments"\s{0,32}:\s{0,32}(?=\{)'
+)
+_TAG = re.compile(f"{CALL}|{CALL_END}")
 
 
 class ToolParser:
-    """Split what the model writes into text and calls.
+    """Split what the model writes into text and calls; the outcome does not depend on how the text
+    was cut into pieces.
 
-    Text that may be the beginning of a call is held back, with the blank before it. A call is
-    handed out when it is complete; what is no well-formed call stays text.
+    Text that may be the beginning of a call is held back, with the blank before it. A call that
+    begins as usual is handed out from its name on, piece by piece, and stays one even if it breaks
+    off. Any other is held until its end, and stays text if it is no well-formed call.
     """
 
     def __init__(self) -> None:
         self._held = ""
-        self._inside = False
+        self._read = self._read_text
+        self._arguments = _Arguments()
         self._called = False
 
-    def push(self, text: str) -> list[str | ToolCall]:
+    def push(self, text: str) -> list[Piece]:
         """What is certain after ``text``, in order."""
         self._held += text
-        pieces: list[str | ToolCall] = []
-        while True:
-            if not self._inside:
-                before, tag, after = self._held.partition(CALL)
-                if not tag:
-                    pieces.append(self._release())
-                    break
-                pieces.append(before.rstrip())
-                self._held, self._inside = tag + after, True
-            call, tag, after = self._held.partition(CALL_END)
-            if not tag:
-                break
-            pieces.append(self._call(call.removeprefix(CALL), call + tag))
-            self._held, self._inside = after, False
-        return [piece for piece in pieces if piece]
+        pieces: list[Piece] = []
+        while self._read(pieces):
+            pass
+        return pieces
 
-    def flush(self, *, complete: bool = True) -> list[str | ToolCall]:
+    def flush(self, *, complete: bool = True) -> list[Piece]:
         """What was held back; ``complete`` is False if the model was cut off."""
         text, self._held = self._held, ""
-        if self._inside:
-            self._inside = False
+        read, self._read = self._read, self._read_text
+        if read == self._read_arguments:
+            return [CallEnd()]
+        if read == self._read_rest or (self._called and text.isspace()):
+            return []
+        if read == self._read_call and complete:
             # Some models end their turn instead of closing the last tag.
-            piece = self._call(text.removeprefix(CALL), text) if complete else text
-        else:
-            piece = "" if self._called and text.isspace() else text
-        return [piece] if piece else []
+            return self._call(text.removeprefix(CALL)) or [text]
+        return [text] if text else []
 
-    def _release(self) -> str:
-        certain = self._held[: len(self._held) - longest_beginning(self._held, (CALL,))].rstrip()
-        self._held = self._held[len(certain) :]
-        return certain
+    # Each reads from what is held and says whether there may be more to read: in another state.
 
-    def _call(self, body: str, raw: str) -> str | ToolCall:
-        call = _parse(body)
-        self._called = self._called or call is not None
-        return call or raw
+    def _read_text(self, pieces: list[Piece]) -> bool:
+        at = self._held.find(CALL)
+        end = at if at >= 0 else len(self._held) - longest_beginning(self._held, (CALL,))
+        certain = self._held[:end].rstrip()
+        if certain:
+            pieces.append(certain)
+        self._held = self._held[at if at >= 0 else len(certain) :]
+        if at >= 0:
+            self._read = self._read_call
+        return at >= 0
+
+    def _read_call(self, pieces: list[Piece]) -> bool:
+        begins = _BEGINNING.match(self._held, len(CALL))
+        if begins:
+            pieces.append(self._start(begins[1]))
+            self._held = self._held[begins.end() :]
+            self._arguments = _Arguments()
+            self._read = self._read_arguments
+            return True
+        call, tag, after = self._held.partition(CALL_END)
+        if not tag:
+            return False
+        pieces += self._call(call.removeprefix(CALL)) or [call + tag]
+        self._held, self._read = after, self._read_text
+        return True
+
+    def _read_arguments(self, pieces: list[Piece]) -> bool:
+        count = self._arguments.take(self._held)
+        if count:
+            pieces.append(CallArguments(self._held[:count]))
+        self._held = self._held[count:]
+        if not self._arguments.over:
+            return False
+        pieces.append(CallEnd())
+        self._read = self._read_rest
+        return True
+
+    def _read_rest(self, pieces: list[Piece]) -> bool:
+        """Between a call's arguments and the tag that closes it, or that opens the next one."""
+        found = _TAG.search(self._held)
+        if found is None:
+            self._held = self._held[-len(CALL_END) :]
+            return False
+        self._held = self._held[found.end() if found[0] == CALL_END else found.start() :]
+        self._read = self._read_text
+        return True
+
+    def _start(self, name: str) -> CallStart:
+        self._called = True
+        return CallStart("call_" + uuid.uuid4().hex[:24], name)
+
+    def _call(self, body: str) -> list[Piece]:
+        """The pieces of a whole call; none if it is not well-formed."""
+        try:
+            value = json.loads(body)
+        except (ValueError, RecursionError):
+            return []
+        if not isinstance(value, dict):
+            return []
+        name, arguments = value.get("name"), value.get("arguments", {})
+        if not (isinstance(name, str) and name and isinstance(arguments, dict)):
+            return []
+        return [self._start(name), CallArguments(_dump(arguments)), CallEnd()]
 
 
-def _parse(body: str) -> ToolCall | None:
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(value, dict):
-        return None
-    name, arguments = value.get("name"), value.get("arguments", {})
-    if isinstance(name, str) and name and isinstance(arguments, dict):
-        return ToolCall("call_" + uuid.uuid4().hex[:24], name, _dump(arguments))
-    return None
+class _Arguments:
+    """Finds the end of a JSON object by its braces, as it arrives."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._quoted = self._escaped = False
+        self.over = False
+
+    def take(self, text: str) -> int:
+        """How many more characters belong to it. A "<" outside of a string ends it too: there it
+        cannot be JSON, and is where a tag begins."""
+        for index, character in enumerate(text):
+            if self._quoted:
+                if self._escaped:
+                    self._escaped = False
+                elif character == "\\":
+                    self._escaped = True
+                elif character == '"':
+                    self._quoted = False
+            elif character == '"':
+                self._quoted = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    self.over = True
+                    return index + 1
+            elif character == "<":
+                self.over = True
+                return index
+        return len(text)

@@ -51,7 +51,9 @@ async def _prepare(service: Service, body: bytes) -> PreparedChat:
     request = await run(parse_chat_request, body)
     identity = f"chatcmpl-{uuid.uuid4().hex}"
     limits = service.settings.media
-    chat = await prepare(request, identity, service.served(), service.media, limits, run)
+    chat = await prepare(
+        request, identity, service.served(), service.media, limits, service.grammars, run
+    )
     if chat.buffers:
         service.metrics.media_time.observe(chat.media_seconds)
     return chat

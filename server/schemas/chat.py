@@ -4,10 +4,19 @@ client, and docs/api.md against the three. Incoming JSON is validated by pydanti
 outgoing chunks are msgspec structs, because one is written per token.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
 from server.schemas.common import Logprobs, Usage
@@ -50,7 +59,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "web_search_options": (),
     # vLLM
     "add_generation_prompt": (True,),
@@ -60,14 +68,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
-    "guided_choice": ([],),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "length_penalty": (1,),
     "mm_processor_kwargs": ({},),
     "prompt_logprobs": (),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
@@ -236,12 +239,100 @@ Biases = Annotated[
 ]
 
 
+_MODES = ("auto", "none", "required")
+
+
+class ToolChoice(_Model):
+    """Whether tools may or must be called; ``names`` are those that may be, None for all. With
+    ``single`` one function was named: it is called once."""
+
+    mode: Literal["auto", "none", "required"]
+    names: list[str] | None = None
+    single: bool = False
+
+
 def _tool_choice(value: object) -> object:
-    # Forcing a call needs constrained decoding, which the engine does not have.
-    if value in (None, "auto", "none"):
-        return value
+    if value is None:
+        return None
+    if value in _MODES:
+        return ToolChoice.model_validate({"mode": value})
     kind = value.get("type") if isinstance(value, dict) else value
-    raise _wrong(f"is {clip(kind)}; supported are 'auto' and 'none'")
+    if isinstance(value, dict) and kind == "function":
+        return ToolChoice(mode="required", names=[_function_name(value)], single=True)
+    if isinstance(value, dict) and kind == "allowed_tools":
+        allowed = value.get("allowed_tools")
+        given = allowed if isinstance(allowed, dict) else {}
+        mode, tools = given.get("mode"), given.get("tools")
+        if not isinstance(tools, list) or mode not in ("auto", "required"):
+            raise _wrong("must have a 'mode', 'auto' or 'required', and 'tools'", "allowed_tools")
+        names = [_function_name(tool) for tool in tools]
+        return ToolChoice.model_validate({"mode": mode, "names": names})
+    raise _wrong(
+        f"is {clip(kind)}; supported are 'auto', 'none', 'required', and objects of the type "
+        "'function' or 'allowed_tools'"
+    )
+
+
+def _function_name(value: object) -> str:
+    function = value.get("function") if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise _wrong("must name a function in 'function.name'")
+    return name
+
+
+_Choice = Annotated[
+    ToolChoice | None,
+    BeforeValidator(_tool_choice),
+    WithJsonSchema({"anyOf": [{"enum": [*_MODES, None]}, {"type": "object"}]}),
+]
+
+
+def _schema(value: object) -> object:
+    """A JSON schema, or the text of one."""
+    if isinstance(value, str):
+        try:
+            value = msgspec.json.decode(value)
+        except (msgspec.DecodeError, RecursionError):
+            raise _wrong("must be a JSON schema") from None
+    return value
+
+
+def _schema_name(value: object) -> object:
+    if isinstance(value, str) and not re.fullmatch("[a-zA-Z0-9_-]{1,64}", value):
+        raise _wrong("must be 1 to 64 letters, digits, '_' or '-'")
+    return value
+
+
+Schema = Annotated[dict[str, Any], BeforeValidator(_schema)]
+ChoiceTexts = list[str]
+
+
+class JsonSchemaFormat(_Model):
+    """With ``strict``, a schema that cannot be enforced whole is refused."""
+
+    name: Annotated[str, BeforeValidator(_schema_name)]
+    definition: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Model):
+    """OpenAI's way to say what an answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(_Model):
+    """vLLM's way: one of the five. What would change their meaning is refused."""
+
+    definition: Schema | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: ChoiceTexts | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: None = None
+    whitespace_pattern: None = None
 
 
 class ChatRequest(_Model):
@@ -266,8 +357,9 @@ class ChatRequest(_Model):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Annotated[Literal["auto", "none"] | None, BeforeValidator(_tool_choice)] = None
+    tool_choice: _Choice = None
     parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     # vLLM's extensions
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
@@ -278,24 +370,29 @@ class ChatRequest(_Model):
     ignore_eos: bool | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: ChoiceTexts | None = None
+    guided_grammar: str | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     skip_special_tokens: bool | None = None
 
 
-class FunctionDelta(msgspec.Struct):
-    """A called function; ``arguments`` is the text of a JSON object."""
+class FunctionDelta(msgspec.Struct, omit_defaults=True):
+    """More of a called function: its name, once, then the text of its arguments in pieces."""
 
-    name: str
     arguments: str
+    name: str | msgspec.UnsetType = msgspec.UNSET
 
 
-class ToolCallDelta(msgspec.Struct):
-    """One call, always whole."""
+class ToolCallDelta(msgspec.Struct, omit_defaults=True):
+    """More of one call; the first one of a call has everything but arguments."""
 
     index: int
-    id: str
     function: FunctionDelta
-    type: str = "function"
+    id: str | msgspec.UnsetType = msgspec.UNSET
+    type: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
@@ -326,11 +423,18 @@ class Chunk(msgspec.Struct):
     object: str = "chat.completion.chunk"
 
 
+class FunctionAnswer(msgspec.Struct):
+    """A called function; ``arguments`` is the text of a JSON object, unless it was cut off."""
+
+    name: str
+    arguments: str
+
+
 class ToolCallAnswer(msgspec.Struct):
     """One call of a whole answer."""
 
     id: str
-    function: FunctionDelta
+    function: FunctionAnswer
     type: str = "function"
 
 

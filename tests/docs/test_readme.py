@@ -14,9 +14,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "demo" / "README.md"]
 
 
-def block(language: str, server: Server) -> str:
-    """The only README block of a language, aimed at the test's server."""
-    (text,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def block(language: str, server: Server, number: int = 0) -> str:
+    """A README block of a language, aimed at the test's server."""
+    text = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)[number]
     assert "http://127.0.0.1:8000" in text
     return text.replace("http://127.0.0.1:8000", server.url)
 
@@ -28,6 +28,15 @@ def test_the_curl_line_answers_about_the_picture(demo_server: Server) -> None:
     answer = json.loads(done.stdout)["choices"][0]["message"]["content"]
     assert "red" in answer
     assert "circle" in answer
+
+
+def test_the_answer_to_the_second_curl_line_keeps_to_its_schema(demo_server: Server) -> None:
+    done = subprocess.run(
+        ["bash", "-c", block("bash", demo_server, 1)], cwd=ROOT, capture_output=True, check=True
+    )
+    answer = json.loads(json.loads(done.stdout)["choices"][0]["message"]["content"])
+    assert answer["color"] in ("red", "green")
+    assert answer["number"] <= 9
 
 
 def test_the_sdk_example_answers_about_the_picture(demo_server: Server) -> None:
