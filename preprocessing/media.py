@@ -18,13 +18,15 @@ class MediaPart:
     """One picture of a request, before anything was fetched.
 
     ``url`` is a data:, http: or https: URL; ``param`` is the field an error names, for example
-    "messages[0].content[1].image_url"; ``max_tiles`` can only lower the server's maximum. The
+    "messages[0].content[1].image_url"; ``max_tiles`` can only lower the server's maximum. Only
+    parts with the same ``salt`` have digests in common. The
     URL may hold a whole picture: it stays out of the repr, and so out of every log.
     """
 
     url: str = dataclasses.field(repr=False)
     param: str
     max_tiles: int | None = None
+    salt: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TiledMedia:
 
     ``tiles`` are contiguous bytes, uint8 ``[count, 3, side, side]``: ``rows * columns`` tiles
     row by row, then the thumbnail if there is one. ``width`` and ``height`` are the picture's
-    own pixels, after orientation. ``digest`` identifies encoded bytes and tile settings.
+    own pixels, after orientation. ``digest`` identifies encoded bytes, tile settings and salt.
     """
 
     digest: bytes

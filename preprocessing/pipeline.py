@@ -78,7 +78,7 @@ class MediaPipeline:
 
     async def _load(self, part: MediaPart, settings: TileSettings) -> TiledMedia:
         encoded = await self._fetcher.fetch(part.url, part.param)
-        parts = (encoded, settings.digest_bytes)
+        parts = (encoded, settings.digest_bytes, part.salt)
         digest = (
             media_digest(parts)
             if len(encoded) < _LONG

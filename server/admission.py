@@ -6,11 +6,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from prometheus_client import Gauge
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import error_response
+from server.metrics import Metrics
 from wire.errors import BodyTooLarge, BodyTooSlow, ServiceError, TooManyRequests
 from wire.settings import ServerSettings
 
@@ -20,15 +20,16 @@ logger = logging.getLogger(__name__)
 class Gate:
     """Counts running requests. ``idle`` is set while there is none."""
 
-    def __init__(self, limit: int, gauge: Gauge) -> None:
+    def __init__(self, limit: int, metrics: Metrics) -> None:
         self._limit = limit
-        self._gauge = gauge
+        self._metrics = metrics
         self._running = 0
         self.idle = asyncio.Event()
         self.idle.set()
 
     def __enter__(self) -> None:
         if self._running >= self._limit:
+            self._metrics.refused.labels(TooManyRequests.code).inc()
             raise TooManyRequests(
                 f"The server is answering {self._limit} requests already; try again later.",
                 retry_after=1,
@@ -40,7 +41,7 @@ class Gate:
 
     def _count(self, change: int) -> None:
         self._running += change
-        self._gauge.set(self._running)
+        self._metrics.in_flight.set(self._running)
         if self._running:
             self.idle.clear()
         else:

@@ -60,7 +60,7 @@ def create_app(settings: Settings, engine: EngineClient, media: Media) -> FastAP
         settings=settings.server,
     )
     requests = service.metrics.requests
-    app.add_middleware(BearerAuth, keys=settings.server.api_key)
+    app.add_middleware(BearerAuth, settings=settings.server)
     app.add_middleware(Boundary, observe=lambda status: requests.labels(str(status)).inc())
     describe = app.openapi
     app.openapi = lambda: _with_chat_schema(describe())  # type: ignore[method-assign]

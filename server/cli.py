@@ -153,7 +153,7 @@ def _default(field: "dataclasses.Field[Any]") -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return ",".join(value) or "none"
+        return ",".join(map(str, value)) or "none"
     return str(value) if value != "" else "none"
 
 

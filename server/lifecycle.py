@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engine.client import EngineClient
 from server.admission import Gate
+from server.backlog import Backlog
 from server.chat.prepare import Media, ServedModel
 from server.grammars import GrammarChecker
 from server.metrics import Metrics
@@ -31,7 +32,9 @@ class Service:
         self.media = media
         self.grammars = GrammarChecker()
         self.metrics = Metrics(engine)
-        self.gate = Gate(settings.server.max_concurrent_requests, self.metrics.in_flight)
+        self.gate = Gate(settings.server.max_concurrent_requests, self.metrics)
+        fair = settings.engine.scheduling_policy == "fair"
+        self.backlog = Backlog(settings.server, self.metrics, fair=fair)
         self.name = settings.server.served_model_name or Path(settings.engine.model).name
         self.model: ServedModel | None = None
         self.settled = asyncio.Event()

@@ -42,6 +42,22 @@ class Metrics:
         self.in_flight = Gauge(
             "internvl_requests_in_flight", "Requests being answered.", registry=self.registry
         )
+        self.queued_requests = Gauge(
+            "internvl_queued_requests",
+            "Choices given to the engine that have no first token yet.",
+            registry=self.registry,
+        )
+        self.queued_tokens = Gauge(
+            "internvl_queued_tokens",
+            "Prompt tokens of requests that have no first token yet.",
+            registry=self.registry,
+        )
+        self.refused = Counter(
+            "internvl_requests_refused",
+            "Requests refused because too much is being done already, by the error's code.",
+            ["code"],
+            registry=self.registry,
+        )
         self.finished = Counter(
             "internvl_completions",
             "Finished completions.",
@@ -57,6 +73,7 @@ class Metrics:
         self.time_to_first_token = self._seconds(
             "time_to_first_token", "From request to first token."
         )
+        self.queue_time = self._seconds("queue", "From asking the engine to its first token.")
         self.request_time = self._seconds("completion", "From request to last token.")
         self.media_time = self._seconds("media", "To fetch, decode and tile a request's pictures.")
         self.registry.register(_EngineCollector(engine))

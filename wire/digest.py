@@ -8,7 +8,7 @@ Buffer = bytes | bytearray | memoryview
 
 
 def media_digest(parts: Iterable[Buffer]) -> bytes:
-    """Digest of a picture's encoded bytes and of everything that decides its tiles."""
+    """Digest of a picture's encoded bytes, of everything that decides its tiles, and of a salt."""
     digest = hashlib.blake2b(digest_size=32, person=b"internvl-media")
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))

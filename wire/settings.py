@@ -8,6 +8,7 @@ be parsed is fatal wherever it came from.
 """
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -48,6 +49,16 @@ class ServerSettings:
     api_key: tuple[str, ...] = knob(
         (), "Key a client must send as bearer token; comma-separated for several.", secret=True
     )
+    api_key_weights: tuple[float, ...] = knob(
+        (),
+        "Under the fair scheduling policy, the part of the engine that each API key gets when all "
+        "want more: a number above 0 per key, in the order of the keys; default: equal parts.",
+    )
+    cache_per_key: bool = knob(
+        True,
+        "Let requests find only what was cached for the same API key, prompts and pictures: "
+        "otherwise the time of an answer tells one client what another has sent.",
+    )
     max_request_bytes: int = knob(
         64 << 20, "Largest request body in bytes; larger ones get 413.", low=1024
     )
@@ -61,6 +72,18 @@ class ServerSettings:
     )
     max_concurrent_requests: int = knob(
         256, "Requests in the server at once; more get 429 with Retry-After.", low=1
+    )
+    max_num_queued_reqs: int = knob(
+        512,
+        "Requests that may wait for their first token, each choice counted; more get 429 with "
+        "Retry-After.",
+        low=1,
+    )
+    max_num_queued_tokens: int = knob(
+        1 << 20,
+        "Prompt tokens, pictures' included, that may wait for their first token; more get 429 "
+        "with Retry-After.",
+        low=1,
     )
     drain_timeout: float = knob(
         30.0, "Seconds that running requests may finish in after SIGTERM.", low=0
@@ -214,11 +237,19 @@ def load(cli: Mapping[str, str], env: Mapping[str, str], file: Path | None = Non
         else:
             continue
         given[group][field.name] = _parse(source, raw, kind, field.metadata)
-    return Settings(
-        server=ServerSettings(**given["server"]),
-        media=MediaSettings(**given["media"]),
-        engine=EngineSettings(**given["engine"]),
-    )
+    server = ServerSettings(**given["server"])
+    _check_weights(server)
+    return Settings(server, MediaSettings(**given["media"]), EngineSettings(**given["engine"]))
+
+
+def _check_weights(server: ServerSettings) -> None:
+    weights = server.api_key_weights
+    if not all(0 < weight < math.inf for weight in weights):
+        raise SettingError("api_key_weights must be numbers above 0")
+    if weights and len(weights) != len(server.api_key):
+        raise SettingError(
+            f"api_key_weights has {len(weights)} numbers for {len(server.api_key)} keys"
+        )
 
 
 def _read_file(file: Path | None) -> dict[str, Any]:
@@ -257,8 +288,9 @@ def _convert(raw: Any, kind: Any) -> Any:
             raise ValueError(raw)
         return words[str(raw).lower()]
     if typing.get_origin(kind) is tuple:
+        each, _ = typing.get_args(kind)
         items = raw if isinstance(raw, list) else str(raw).split(",")
-        return tuple(str(item).strip() for item in items if str(item).strip())
+        return tuple(each(text) for item in items if (text := str(item).strip()))
     if isinstance(raw, bool) or (kind is not str and not isinstance(raw, str | int | float)):
         raise TypeError(raw)
     if kind is int and isinstance(raw, float):

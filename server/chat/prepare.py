@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from preprocessing import MediaPart, TiledMedia
+from server.auth import Tenant
 from server.chat.demands import Demand, callable_tools, demanded
 from server.chat.prompt import Prompt, PromptBuilder, Segment, Turn
 from server.grammars import GrammarChecker
@@ -90,6 +91,7 @@ class ServedModel:
     tokenizer: Tokenizer
     prompts: PromptBuilder
     defaults: Defaults
+    has_priorities: bool
 
     @classmethod
     def load(cls, name: str, created: int, ready: Ready, settings: Settings) -> "ServedModel":
@@ -107,7 +109,9 @@ class ServedModel:
         prompts = PromptBuilder(
             tokenizer, template, ready.geometry.tokens_per_tile, ready.max_model_len
         )
-        return cls(name, created, ready, tokenizer, prompts, Defaults.load(folder))
+        has_priorities = settings.engine.scheduling_policy == "priority"
+        defaults = Defaults.load(folder)
+        return cls(name, created, ready, tokenizer, prompts, defaults, has_priorities)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +143,9 @@ class Conversation:
     pictures: list[MediaPart]
 
 
-def read_conversation(messages: Sequence[Message]) -> Conversation:
-    """Take messages apart. Raises InvalidRequest for what a role cannot hold."""
+def read_conversation(messages: Sequence[Message], salt: bytes) -> Conversation:
+    """Take messages apart. Raises InvalidRequest for what a role cannot hold. Pictures of another
+    ``salt`` are other pictures to every cache."""
     turns: list[Turn] = []
     pictures: list[MediaPart] = []
     for index, message in enumerate(messages):
@@ -157,7 +162,7 @@ def read_conversation(messages: Sequence[Message]) -> Conversation:
             if isinstance(part, ImagePart):
                 most = 1 if part.image_url.detail == "low" else None
                 content.append(len(pictures))
-                pictures.append(MediaPart(part.image_url.url, f"{where}.image_url.url", most))
+                pictures.append(MediaPart(part.image_url.url, f"{where}.image_url.url", most, salt))
             else:
                 text = part.text if isinstance(part, TextPart) else part.refusal
                 if text:
@@ -198,6 +203,7 @@ async def prepare(
     limits: MediaSettings,
     grammars: GrammarChecker,
     run: Run,
+    tenant: Tenant,
 ) -> PreparedChat:
     """Check, fetch, tokenise; ``run`` does what takes longer for longer texts. Raises
     ClientErrors; when one picture fails, the others stop."""
@@ -207,13 +213,18 @@ async def prepare(
             param="model",
             code="model_not_found",
         )
+    if request.priority and not model.has_priorities:
+        raise InvalidRequest(
+            "priority must be 0 or left out: this server does not schedule by priority.",
+            param="priority",
+        )
     # Tokenising bad words takes longer than their number of bytes suggests.
     sampling = await (asyncio.to_thread if request.bad_words else run)(_sampling, request, model)
     demand = await run(demanded, request, model.tokenizer)
     if demand is not None:
         await _check_demand(demand, request, model, grammars)
         sampling = _constrained(sampling, demand)
-    conversation = await run(read_conversation, request.messages)
+    conversation = await run(read_conversation, request.messages, tenant.salt)
     if len(conversation.pictures) > limits.max_images:
         raise InvalidRequest(
             f"The request has {len(conversation.pictures)} pictures; at most {limits.max_images} "
@@ -234,7 +245,11 @@ async def prepare(
             prompt=prompt.ids,
             sampling=_with_room(sampling, request, prompt, model.ready.max_model_len),
             items=prompt.items,
-            cache_salt=(request.cache_salt or "").encode(),
+            # Fingerprints have one length: no two pairs of them and a client's salt are alike.
+            cache_salt=tenant.salt + (request.cache_salt or "").encode(),
+            priority=_or(request.priority, 0),
+            tenant=tenant.id,
+            weight=tenant.weight,
         ),
         buffers=[pictures[source].tiles for source in prompt.buffers],
         n=_or(request.n, 1),

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 import msgspec
 
 from engine.client import EngineClient
+from server.backlog import Backlog
 from server.chat.choices import Choices
 from server.chat.detokenize import Detokenizer
 from server.chat.prepare import PreparedChat
@@ -121,9 +122,11 @@ class ChoiceState:
 
 
 async def chunks(
-    chat: PreparedChat, engine: EngineClient, metrics: Metrics, began: float
+    chat: PreparedChat, engine: EngineClient, backlog: Backlog, metrics: Metrics, began: float
 ) -> AsyncGenerator[Chunk, None]:
     """Generate, and yield the answer piece by piece; the last chunk holds the usage.
+
+    Raises TooManyRequests before anything else if too much is waiting.
 
     Closing the generator, or ending early at a stop string, aborts the request in the engine.
     ``began`` is the ``time.monotonic`` of the request's arrival.
@@ -137,6 +140,7 @@ async def chunks(
         choice = ChunkChoice(delta, index, logprobs, finish_reason)
         return Chunk(chat.engine.id, created, chat.model.name, [choice])
 
+    place = backlog.enter(chat.engine.tenant, chat.n, len(chat.engine.prompt))
     metrics.prompt_tokens.inc(len(chat.engine.prompt))
     begun = False
     try:
@@ -148,6 +152,7 @@ async def chunks(
                     begun = True
                     metrics.time_to_first_token.observe(time.monotonic() - began)
                 if not state.completion_tokens:
+                    place.begin()
                     yield chunk(index, Delta(role="assistant", content=""))
                 for delta in state.feed(output):
                     yield chunk(index, delta)
@@ -162,6 +167,7 @@ async def chunks(
         usage = Usage(prompt, completion, prompt + completion, details)
         yield Chunk(chat.engine.id, created, chat.model.name, [], usage)
     finally:
+        place.leave()
         metrics.generated_tokens.inc(sum(state.completion_tokens for state in states))
         for state in states:
             metrics.finished.labels(state.finish_reason or "abort").inc()

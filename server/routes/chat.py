@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from server.auth import Tenant
 from server.chat.prepare import PreparedChat, prepare
 from server.chat.sse import EventStream, unless_gone
 from server.chat.stream import chunks, events, fold
@@ -33,12 +34,13 @@ async def create_chat_completion(request: Request) -> Response:
     if kind != "application/json":
         raise UnsupportedMediaType("Content-Type must be application/json.")
     body = await request.body()
-    return await unless_gone(request.receive, _answer(service, body, began))
+    tenant: Tenant = request.state.tenant
+    return await unless_gone(request.receive, _answer(service, body, tenant, began))
 
 
-async def _answer(service: Service, body: bytes, began: float) -> Response:
-    chat = await _prepare(service, body)
-    source = chunks(chat, service.engine, service.metrics, began)
+async def _answer(service: Service, body: bytes, tenant: Tenant, began: float) -> Response:
+    chat = await _prepare(service, body, tenant)
+    source = chunks(chat, service.engine, service.backlog, service.metrics, began)
     if chat.stream:
         encoded = events(source, include_usage=chat.include_usage)
         return EventStream(encoded, service.settings.server.keep_alive_interval)
@@ -46,13 +48,14 @@ async def _answer(service: Service, body: bytes, began: float) -> Response:
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
-async def _prepare(service: Service, body: bytes) -> PreparedChat:
+async def _prepare(service: Service, body: bytes, tenant: Tenant) -> PreparedChat:
     run = asyncio.to_thread if len(body) > THREAD_BYTES else _here
     request = await run(parse_chat_request, body)
+    service.backlog.check(tenant.id, request.n or 1)
     identity = f"chatcmpl-{uuid.uuid4().hex}"
     limits = service.settings.media
     chat = await prepare(
-        request, identity, service.served(), service.media, limits, service.grammars, run
+        request, identity, service.served(), service.media, limits, service.grammars, run, tenant
     )
     if chat.buffers:
         service.metrics.media_time.observe(chat.media_seconds)

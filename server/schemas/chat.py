@@ -376,6 +376,7 @@ class ChatRequest(_Model):
     guided_choice: ChoiceTexts | None = None
     guided_grammar: str | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
     skip_special_tokens: bool | None = None
 
 

@@ -50,12 +50,17 @@ class Houses:
         self._open: list[House] = []
 
     async def open(
-        self, engine: FakeEngine | None = None, *, wait: bool = True, **server: Any
+        self,
+        engine: FakeEngine | None = None,
+        *,
+        wait: bool = True,
+        policy: str = "fcfs",
+        **server: Any,
     ) -> House:
         settings = Settings(
             ServerSettings(served_model_name="tiny", **server),
             MediaSettings(max_images=4),
-            EngineSettings(model=str(self.folder)),
+            EngineSettings(model=str(self.folder), scheduling_policy=policy),
         )
         engine = engine or FakeEngine()
         media = FakeMedia()

@@ -68,8 +68,10 @@ def settings_schema() -> dict[str, Any]:
             continue
         if kind in kinds:
             rule: dict[str, Any] = {"type": kinds[kind]}
-        else:
+        elif kind == tuple[str, ...]:
             rule = {"type": "array", "items": {"type": "string", "pattern": "^[^,]*$"}}
+        else:
+            rule = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}}
         for key, name in (("low", "minimum"), ("high", "maximum"), ("choices", "enum")):
             if field.metadata[key] is not None:
                 rule[name] = field.metadata[key]

@@ -578,8 +578,12 @@ async def test_the_same_bytes_are_decoded_once() -> None:
         assert media.stats.decoded == 1
         fewer = await media.load(MediaPart(whole.url, PARAM, 1))
         assert fewer.count == 1 < first.count
-        await media.load(part(encode(Image.new("RGB", (300, 200), "blue"))))
+        salted = await media.load(MediaPart(whole.url, PARAM, salt=b"of another"))
+        assert salted.tiles == first.tiles
+        assert salted.digest != first.digest
         assert media.stats.decoded == 3
+        await media.load(part(encode(Image.new("RGB", (300, 200), "blue"))))
+        assert media.stats.decoded == 4
 
 
 async def test_pictures_that_come_at_once_are_decoded_once() -> None:

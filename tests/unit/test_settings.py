@@ -39,6 +39,7 @@ def test_the_command_line_beats_the_environment_beats_the_file(tmp_path: Path) -
         ("allow_private_media", "False", False),
         ("api_key", "one, two,,", ("one", "two")),
         ("api_key", "", ()),
+        ("api_key_weights", "", ()),
         ("model", "/a/b", "/a/b"),
         ("max_model_len", "0", 0),
         ("gpu_memory_utilization", "1", 1.0),
@@ -66,6 +67,7 @@ def test_text_becomes_the_settings_type(name: str, text: str, value: object) -> 
         ("allow_private_media", "perhaps"),
         ("device", "tpu"),
         ("block_size", "0"),
+        ("api_key_weights", "1,many"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_fatal_and_names_its_source(name: str, text: str) -> None:
@@ -100,6 +102,21 @@ def test_a_file_may_hold_lists_and_booleans(tmp_path: Path) -> None:
     settings = load({}, {}, file)
     assert settings.server.api_key == ("a", "b")
     assert settings.media.allow_private_media is True
+
+
+def test_weights_stand_beside_the_keys() -> None:
+    settings = load({"api_key": "a,b", "api_key_weights": "1, 0.5"}, {})
+    assert settings.server.api_key_weights == (1.0, 0.5)
+    for keys, weights in (
+        ("a", "1,2"),
+        ("", "1"),
+        ("a", "0"),
+        ("a", "-1"),
+        ("a", "nan"),
+        ("a", "inf"),
+    ):
+        with pytest.raises(SettingError, match="api_key_weights"):
+            load({"api_key": keys, "api_key_weights": weights}, {})
 
 
 def test_a_missing_file_is_fatal(tmp_path: Path) -> None:
