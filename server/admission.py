@@ -3,8 +3,10 @@ long a client may take to send its body and to read its answer. A permit is held
 byte of the answer is sent, streams included."""
 
 import asyncio
+import collections
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,29 +20,43 @@ logger = logging.getLogger(__name__)
 
 
 class Gate:
-    """Counts running requests. ``idle`` is set while there is none."""
+    """Counts running requests. ``idle`` is set while there is none.
 
-    def __init__(self, limit: int, metrics: Metrics) -> None:
+    Under the fair policy a tenant gets a permit too while it has none, or less than an equal part
+    of them, as server.backlog does with the queue.
+    """
+
+    def __init__(self, limit: int, metrics: Metrics, *, fair: bool) -> None:
         self._limit = limit
         self._metrics = metrics
+        self._fair = fair
         self._running = 0
+        self._tenants = collections.Counter[bytes]()
         self.idle = asyncio.Event()
         self.idle.set()
 
-    def __enter__(self) -> None:
-        if self._running >= self._limit:
+    @contextlib.contextmanager
+    def permit(self, tenant: bytes) -> Iterator[None]:
+        """Hold a permit. Raises TooManyRequests if there is none."""
+        own = self._tenants[tenant]
+        has_part = own == 0 or (own + 1) * len(self._tenants) <= self._limit
+        if self._running >= self._limit and not (self._fair and has_part):
             self._metrics.refused.labels(TooManyRequests.code).inc()
             raise TooManyRequests(
                 f"The server is answering {self._limit} requests already; try again later.",
                 retry_after=1,
             )
-        self._count(+1)
+        self._count(tenant, +1)
+        try:
+            yield
+        finally:
+            self._count(tenant, -1)
 
-    def __exit__(self, *_: object) -> None:
-        self._count(-1)
-
-    def _count(self, change: int) -> None:
+    def _count(self, tenant: bytes, change: int) -> None:
         self._running += change
+        self._tenants[tenant] += change
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
         self._metrics.in_flight.set(self._running)
         if self._running:
             self.idle.clear()
@@ -80,7 +96,7 @@ class Admission:
             refusal = self._refusal()
             if refusal is not None:
                 raise refusal
-            with self._gate:
+            with self._gate.permit(scope["state"]["tenant"].id):
                 await self._app(scope, self._limited(receive), self._timed(send))
         except ServiceError as error:
             await error_response(error)(scope, receive, send)

@@ -32,8 +32,8 @@ class Service:
         self.media = media
         self.grammars = GrammarChecker()
         self.metrics = Metrics(engine)
-        self.gate = Gate(settings.server.max_concurrent_requests, self.metrics)
         fair = settings.engine.scheduling_policy == "fair"
+        self.gate = Gate(settings.server.max_concurrent_requests, self.metrics, fair=fair)
         self.backlog = Backlog(settings.server, self.metrics, fair=fair)
         self.name = settings.server.served_model_name or Path(settings.engine.model).name
         self.model: ServedModel | None = None

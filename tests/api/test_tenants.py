@@ -166,10 +166,17 @@ async def test_a_running_request_does_not_wait(houses: Houses) -> None:
     await within(asyncio.gather(*(client.task for client in clients)))
 
 
-async def test_under_the_fair_policy_one_key_cannot_fill_the_queue_for_another(
-    houses: Houses,
+@pytest.mark.parametrize(
+    ("limit", "code"),
+    [
+        ("max_num_queued_reqs", "queue_full_requests"),
+        ("max_concurrent_requests", "too_many_requests"),
+    ],
+)
+async def test_under_the_fair_policy_one_key_cannot_fill_the_server_for_another(
+    houses: Houses, limit: str, code: str
 ) -> None:
-    house = await houses.open(policy="fair", max_num_queued_reqs=2, api_key=("flood", "other"))
+    house = await houses.open(policy="fair", api_key=("flood", "other"), **{limit: 2})
     go_on = silent(house.engine)
     asked = [asyncio.create_task(ask_as(house, "flood")) for _ in range(2)]
     async with asyncio.timeout(5):
@@ -180,7 +187,10 @@ async def test_under_the_fair_policy_one_key_cannot_fill_the_queue_for_another(
     async with asyncio.timeout(5):
         while len(house.engine.requests) < 3:
             await asyncio.sleep(0)
-    assert (await ask_as(house, "other")).status_code == 429
+    for key in ("flood", "other"):
+        refused = await ask_as(house, key)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == code
     go_on.set()
     assert {answer.status_code for answer in await within(asyncio.gather(*asked))} == {200}
 
