@@ -9,6 +9,7 @@ step at the median and the 99th percentile, and per prompt at the median.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -18,6 +19,8 @@ from engine.blocks import BlockPool
 from engine.plan import Sampled, StepResult
 from engine.prefix import extend_digests
 from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+from engine.waiting import QUEUES
 from wire.geometry import PromptFormat, VisionGeometry
 from wire.messages import EngineRequest, Ready, VisionItem
 from wire.sampling import SamplingParams
@@ -92,6 +95,37 @@ def measure(
     }
 
 
+def measure_queue(policy: str, waiting: int) -> dict[str, float]:
+    """Time each operation of a queue in which so many of a thousand tenants and priorities wait."""
+    queue = QUEUES[policy]()
+    sequences = []
+    for number in range(waiting):
+        name, group = f"request-{number}", number * 7919 % 1000
+        request = EngineRequest(
+            name, [1] * 9, SamplingParams(), priority=group, tenant=b"%d" % group
+        )
+        sequences.append(Sequence(request, number, 100))
+    taken = waiting // 2
+    marks = [time.perf_counter()]
+    for sequence in sequences:
+        queue.push(sequence)
+    marks.append(time.perf_counter())
+    for _ in range(taken):
+        head = queue.head()
+        assert head is not None
+        queue.take(head)
+    marks.append(time.perf_counter())
+    for sequence in list(queue):
+        queue.remove(sequence)
+    marks.append(time.perf_counter())
+    spent = (end - begin for begin, end in itertools.pairwise(marks))
+    counts = {"push": waiting, "take": taken, "remove": waiting - taken}
+    return {
+        name: round(seconds / count * 1e6, 2)
+        for (name, count), seconds in zip(counts.items(), spent, strict=True)
+    }
+
+
 def measure_prefix(tokens: int, pictures: int, rounds: int = 21) -> dict[str, object]:
     """Time the digests of a prompt's blocks, and finding all of them in the pool."""
     size = EngineSettings().block_size
@@ -133,6 +167,7 @@ def main() -> None:
     found["policies"] = {
         policy: {
             "waiting": arguments.waiting,
+            "us_per_operation_with_10000_waiting": measure_queue(policy, 10_000),
             "us_per_step": measure(
                 arguments.rows, arguments.prompt, arguments.steps, policy, arguments.waiting
             )["us_per_step"],
