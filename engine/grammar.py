@@ -4,13 +4,14 @@ Torch-free: masks are written into arrays. What a grammar means, and what bounds
 ``wire.grammar``. Called from the runner's thread only.
 """
 
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 from wire.grammar import compile_grammar, complaint
 from wire.sampling import Grammar, SamplingParams
@@ -19,13 +20,15 @@ from wire.tokenizer_file import TokenizerError, read_tokenizer_json
 logger = logging.getLogger(__name__)
 
 _KEPT = 64
+# Masks that are worth waking other threads: one takes about ten microseconds.
+_ENOUGH = 8
 
 
 class Matcher:
     """Where one sequence stands in its grammar. ``error`` says why it cannot go on, if so."""
 
     def __init__(self, inner: LLMatcher, tokenizer: LLTokenizer, stops: Sequence[int]) -> None:
-        self._inner = inner
+        self.inner = inner
         self._ends = tokenizer.eos_tokens
         self._stops = stops
         self._taken = 0
@@ -35,26 +38,45 @@ class Matcher:
 
     def advance(self, output: np.ndarray) -> None:
         """Take in the generated tokens; ``output`` holds all of them, int64."""
-        self._inner.consume_tokens(output[self._taken :].tolist())
+        self.inner.consume_tokens(output[self._taken :].tolist())
         self._taken = len(output)
-        self.error = complaint(self._inner)
+        self.error = complaint(self.inner)
 
-    def fill(self, mask: np.ndarray) -> None:
-        """Write what is allowed next: uint32 ``[words]``, bit ``i & 31`` of word ``i >> 5`` for
-        token i. The request's stop tokens are allowed where a sentence may end; nothing is, if
-        there is an error, which may only come up here."""
-        if not self.error:
-            self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            self.error = complaint(self._inner)
+    def settle(self, mask: np.ndarray) -> None:
+        """Finish a mask that the library has written: the request's stop tokens in the place of its
+        own, or nothing if there is an error, which may only have come up with the mask."""
+        self.error = complaint(self.inner)
         if self.error:
             mask[:] = 0
             return
         for token in self._ends:
             mask[token >> 5] &= ~np.uint32(1 << (token & 31))
-        if self._inner.is_accepting():
+        if self.inner.is_accepting():
             for token in self._stops:
                 if token >> 5 < len(mask):
                     mask[token >> 5] |= np.uint32(1 << (token & 31))
+
+
+def masks(matchers: Sequence[Matcher]) -> np.ndarray:
+    """What each matcher allows next: uint32 ``[R, words]``, bit ``i & 31`` of word ``i >> 5`` for
+    token i. Stop tokens are allowed where a sentence may end, and nothing where there is an error.
+    """
+    found = np.zeros((len(matchers), matchers[0].words), dtype=np.uint32)
+    going = [(matcher.inner, i) for i, matcher in enumerate(matchers) if not matcher.error]
+    if len(going) >= _ENOUGH:
+        size = found.strides[0]
+        _threads().unsafe_compute_mask_ptr(going, found.ctypes.data, size, len(found))
+    else:
+        for inner, i in going:
+            inner.unsafe_compute_mask_ptr(found[i].ctypes.data, found[i].nbytes)
+    for matcher, mask in zip(matchers, found, strict=True):
+        matcher.settle(mask)
+    return found
+
+
+@functools.cache
+def _threads() -> LLExecutor:
+    return LLExecutor()
 
 
 class Grammars:

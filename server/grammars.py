@@ -34,7 +34,7 @@ class GrammarChecker:
         self._turn = asyncio.Lock()
         self._worker: _Worker | None = None
         self._vocabulary = b""
-        self._good: OrderedDict[Grammar, None] = OrderedDict()
+        self._good: OrderedDict[tuple[bytes, Grammar], None] = OrderedDict()
 
     async def problem(self, grammar: Grammar, tokenizer: Tokenizer, vocab_size: int) -> str | None:
         """What is wrong with a grammar, to be read behind the name of a field; None if it is good.
@@ -45,21 +45,20 @@ class GrammarChecker:
         found = grammar.problem()
         if found is not None:
             return found
+        vocabulary = msgspec.json.encode(Vocabulary(vocab_size, tokenizer.added))
+        if (vocabulary, grammar) in self._good:
+            self._good.move_to_end((vocabulary, grammar))
+            return None
         async with self._turn:
-            vocabulary = msgspec.json.encode(Vocabulary(vocab_size, tokenizer.added))
             if vocabulary != self._vocabulary:
                 await self._end()
-                self._good.clear()
                 self._vocabulary = vocabulary
-            if grammar in self._good:
-                self._good.move_to_end(grammar)
-                return None
             found = await self._ask(grammar)
-            if found is None:
-                self._good[grammar] = None
-                if len(self._good) > _KEPT:
-                    self._good.popitem(last=False)
-            return found
+        if found is None:
+            self._good[vocabulary, grammar] = None
+            if len(self._good) > _KEPT:
+                self._good.popitem(last=False)
+        return found
 
     async def close(self) -> None:
         """End the worker."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from engine.grammar import masks
 from engine.sampling.base import SampleRow
 from model.transfer import to_device
 
@@ -23,11 +24,11 @@ class GrammarMask:
 
     def apply(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         matchers = [row.matcher for row in rows if row.matcher is not None]
-        masks = np.empty((len(rows), matchers[0].words), dtype=np.uint32)
-        for row, matcher, mask in zip(rows, matchers, masks, strict=True):
+        for row, matcher in zip(rows, matchers, strict=True):
             matcher.advance(row.output)
-            matcher.fill(mask)
-        octets = to_device(masks.view(np.uint8), logits.device)  # bit i & 7 of byte i >> 3
+        octets = to_device(
+            masks(matchers).view(np.uint8), logits.device
+        )  # bit i & 7 of byte i >> 3
         shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
         allowed = (octets[:, :, None] >> shifts & 1).flatten(1).bool()
         # The model may know fewer tokens than the tokenizer, or have rows that stand for none.

@@ -133,6 +133,24 @@ async def test_whoever_leaves_does_not_leave_the_answer_to_the_next(
     assert asking.cancelled()
 
 
+async def test_what_was_found_good_is_not_asked_again(checker: GrammarChecker) -> None:
+    assert await checker.problem(GOOD, TOKENS, SIZE) is None
+    slow = asyncio.ensure_future(checker.problem(KILLED["many patterns"], TOKENS, SIZE))
+    assert await checker.problem(GOOD, TOKENS, SIZE) is None
+    assert not slow.done()
+    assert await slow == TOO_LONG
+
+
+async def test_another_model_gets_a_worker_of_its_own(checker: GrammarChecker) -> None:
+    named = Grammar("lark", "start: <tool_call>")
+    assert await checker.problem(named, TOKENS, SIZE) is None
+    spec = json.loads(tokenizer_json())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != "<tool_call>"]
+    problem = await checker.problem(named, Tokenizer(spec), SIZE)
+    assert problem is not None
+    assert "unknown special token" in problem
+
+
 async def test_many_ask_at_once_and_each_gets_its_own_answer(checker: GrammarChecker) -> None:
     asked = [Grammar("regex", "a" * i if i % 2 else "(?=a)" * i) for i in range(1, 20)]
     found = await asyncio.gather(*(checker.problem(one, TOKENS, SIZE) for one in asked))

@@ -10,7 +10,7 @@ import regex
 import torch
 from llguidance import LLTokenizer
 
-from engine.grammar import Grammars, Matcher
+from engine.grammar import Grammars, Matcher, masks
 from engine.sampling.base import SampleRow
 from engine.sampling.sampler import sample
 from server.tokenizer import Tokenizer
@@ -89,9 +89,7 @@ def begin(grammar: Grammar, stops: tuple[int, ...] = (END,)) -> Matcher:
 
 def allowed(matcher: Matcher, output: list[int]) -> set[int]:
     matcher.advance(np.array(output, dtype=np.int64))
-    mask = np.empty(matcher.words, dtype=np.uint32)
-    matcher.fill(mask)
-    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    bits = np.unpackbits(masks([matcher])[0].view(np.uint8), bitorder="little")
     return set(np.nonzero(bits)[0].tolist())
 
 
@@ -161,6 +159,14 @@ def test_a_matcher_that_starts_late_is_where_one_that_went_along_is() -> None:
     for length in range(len(output)):
         allowed(along, output[:length])
     assert allowed(along, output) == allowed(begin(grammar), output)
+
+
+def test_many_masks_at_once_are_those_made_one_by_one() -> None:
+    grammars = [grammar for grammar, _ in LANGUAGES] + [Grammar("regex", "(?=refused)")]
+    together = masks([begin(grammar) for grammar in grammars])
+    assert len(together) > 8
+    for mask, grammar in zip(together, grammars, strict=True):
+        np.testing.assert_array_equal(mask, masks([begin(grammar)])[0])
 
 
 def test_a_token_that_does_not_fit_ends_in_an_error_and_an_empty_mask() -> None:
