@@ -69,17 +69,22 @@ class GrammarChecker:
         worker = self._worker = self._worker or await self._start()
         answer = b""
         try:
-            with contextlib.suppress(ConnectionError, TimeoutError):
-                async with asyncio.timeout(TIMEOUT):
+            async with asyncio.timeout(TIMEOUT):
+                with contextlib.suppress(ConnectionError):  # it is dead, as the answer will tell
                     worker.questions.write(msgspec.json.encode(grammar) + b"\n")
                     await worker.questions.drain()
-                    answer = await worker.answers.readline()
+                answer = await worker.answers.readline()
+                if not answer:
+                    # To kill what has died already would hide what it died of.
+                    await worker.process.wait()
+        except TimeoutError:
+            return TOO_LONG
         finally:
             if not answer:
                 await self._end()
         if not answer:
-            crashed = worker.process.returncode not in (-signal.SIGPROF, -signal.SIGKILL)
-            return "cannot be compiled" if crashed else TOO_LONG
+            too_long = worker.process.returncode == -signal.SIGPROF
+            return TOO_LONG if too_long else "cannot be compiled"
         reason = msgspec.json.decode(answer, type=str | None)
         return reason and f"cannot be compiled: {reason}"
 
@@ -97,6 +102,7 @@ class GrammarChecker:
     async def _end(self) -> None:
         worker, self._worker = self._worker, None
         if worker is not None:
-            with contextlib.suppress(ProcessLookupError):
-                worker.process.kill()
+            if worker.process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    worker.process.kill()
             await worker.process.wait()
