@@ -9,7 +9,7 @@ every token to compute, every picture to encode and every tensor to drop, in tha
 
 import msgspec
 
-from wire.messages import TokenLogprobs
+from wire.messages import PromptLogprobs, TokenLogprobs
 from wire.sampling import SamplingParams
 
 
@@ -43,6 +43,8 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     ``new_blocks`` are appended to the row's block table before. With ``sample`` the last
     position computed is the sequence's last token, and the next one is drawn and appended to
     the row by the runner itself. The token at ``start`` may be one that the step before draws.
+    With ``score`` the tokens of the prompt that follow these positions are looked up in their
+    logits.
     """
 
     id: str
@@ -50,6 +52,7 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     count: int
     new_blocks: list[int]
     sample: bool
+    score: bool = False
 
 
 class EncodeItem(msgspec.Struct, frozen=True):
@@ -94,7 +97,9 @@ class Sampled(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """The runner's answer: one Sampled per Work with ``sample``, in the plan's order."""
+    """The runner's answer: one Sampled per Work with ``sample``, in the plan's order, and for each
+    with ``score`` an entry per position that another token of the prompt follows."""
 
     step: int
     sampled: list[Sampled]
+    scored: list[list[PromptLogprobs]] = []

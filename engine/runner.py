@@ -14,15 +14,16 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.core import EngineCore
 from engine.grammar import Grammars
 from engine.memory import kv_blocks
-from engine.plan import Sampled, StepPlan, StepResult
+from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import Rows, StepBatch
-from engine.sampling.logprobs import Likely, logprobs
+from engine.sampling.logprobs import Likely, Scored, logprobs, score
 from engine.sampling.sampler import sample
 from engine.vision import EncoderOutputs
 from model import ModelConfig, build_model, count_parameters, load_config
@@ -48,7 +49,8 @@ class _Begun:
 
     step: int
     names: list[str]
-    logits: Tensor | None  # None without rows
+    logits: Tensor | None = None  # None without rows
+    scored: Scored | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ class _Drawn:
     names: list[str]
     tokens: Tensor  # [R] int64
     likely: Likely | None
+    scored: Scored | None
     arrived: torch.cuda.Event | None  # None: the device is the host
 
 
@@ -159,8 +162,7 @@ class ModelRunner:
             matcher = self._grammars.matcher(new.sampling) if self._grammars else None
             self._rows.add(new, matcher)
         self._vision.encode(plan.encode)
-        names = [work.id for work in plan.work if work.sample]
-        self._begun = _Begun(plan.step, names, self._compute(plan) if plan.work else None)
+        self._begun = self._compute(plan) if plan.work else _Begun(plan.step, [])
 
     @torch.inference_mode()
     def sample(self) -> None:
@@ -168,17 +170,17 @@ class ModelRunner:
         assert self._begun is not None, "nothing was begun"
         assert self._drawn is None, "the step before is not finished"
         begun, self._begun = self._begun, None
-        if begun.logits is None:
-            self._drawn = _Drawn(begun.step, [], torch.zeros(0), None, None)
-            return
-        rows = [self._rows.sample_row(name) for name in begun.names]
-        tokens = sample(begun.logits, rows)
-        self._last[self._rows.lines(begun.names)] = tokens.clamp(min=0)
-        likely = logprobs(begun.logits, tokens, rows)
+        tokens, likely = torch.zeros(0), None
+        if begun.logits is not None:
+            rows = [self._rows.sample_row(name) for name in begun.names]
+            tokens = sample(begun.logits, rows)
+            self._last[self._rows.lines(begun.names)] = tokens.clamp(min=0)
+            likely = logprobs(begun.logits, tokens, rows)
         # Copied now, behind the draw: a copy asked for later would stand behind the next step.
         tokens, likely = to_host(tokens), likely and likely.to_host()
+        scored = begun.scored and begun.scored.to_host()
         arrived = torch.cuda.current_stream().record_event() if self._last.is_cuda else None
-        self._drawn = _Drawn(begun.step, begun.names, tokens, likely, arrived)
+        self._drawn = _Drawn(begun.step, begun.names, tokens, likely, scored, arrived)
 
     def finish(self) -> StepResult:
         """Wait for the tokens of the step that was sampled; rows that live get theirs."""
@@ -195,7 +197,7 @@ class ModelRunner:
                 continue
             self._rows.append_token(name, token)
             sampled.append(Sampled(name, token, logprobs=entry))
-        return StepResult(drawn.step, sampled)
+        return StepResult(drawn.step, sampled, drawn.scored.read() if drawn.scored else [])
 
     def _forget(self, plan: StepPlan) -> None:
         for name in plan.removed:
@@ -206,8 +208,8 @@ class ModelRunner:
         for digest in plan.drop:
             self._vision.drop(digest)
 
-    def _compute(self, plan: StepPlan) -> Tensor | None:
-        """The logits of the rows to draw for."""
+    def _compute(self, plan: StepPlan) -> _Begun:
+        """The logits of the rows to draw for, and what is looked up of prompts."""
         fresh = [block for work in plan.work for block in work.new_blocks]
         if fresh:
             self._kv.clear(fresh)
@@ -218,9 +220,28 @@ class ModelRunner:
         hidden = self._model(
             self._embed(plan, batch), batch.positions, batch.attention, self._kv, self._attention
         )
-        ends = zip(plan.work, batch.starts, strict=True)
-        last = [start + work.count - 1 for work, start in ends if work.sample]
-        return self._model.logits(hidden[to_device(last, hidden.device)]) if last else None
+        names, last, scoring = [], [], []
+        for work, start in zip(plan.work, batch.starts, strict=True):
+            if work.score:
+                scoring.append((work, hidden[start : start + work.count]))
+            if work.sample:
+                names.append(work.id)
+                last.append(start + work.count - 1)
+        scored = self._score(scoring) if scoring else None
+        logits = self._model.logits(hidden[to_device(last, hidden.device)]) if last else None
+        return _Begun(plan.step, names, logits, scored)
+
+    def _score(self, scoring: Sequence[tuple[Work, Tensor]]) -> Scored:
+        """Look up the prompts' tokens; each work comes with its hidden states."""
+        parts, rows, tokens = [], [], []
+        for work, hidden in scoring:
+            row = self._rows.sample_row(work.id)
+            following = row.prompt[work.start + 1 : work.start + 1 + work.count]
+            parts.append((len(following), row.params.prompt_logprobs))
+            rows.append(hidden[: len(following)])
+            tokens.append(following)
+        found = to_device(np.concatenate(tokens), rows[0].device)
+        return score(self._model.logits, torch.cat(rows), found, parts)
 
     def _embed(self, plan: StepPlan, batch: StepBatch) -> Tensor:
         ids = batch.ids

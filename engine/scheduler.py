@@ -65,7 +65,8 @@ class _Draft:
     def add(self, sequence: Sequence, count: int, new_blocks: list[int]) -> None:
         start = sequence.num_planned
         sample = start + count == sequence.num_known
-        self.work.append(Work(sequence.id, start, count, new_blocks, sample))
+        score = sequence.unscored and start < sequence.prompt_len - 1
+        self.work.append(Work(sequence.id, start, count, new_blocks, sample, score))
         self.sequences.append(sequence)
         sequence.num_planned += count
         sequence.num_known += sample
@@ -299,12 +300,15 @@ class Scheduler:
             draft.add(sequence, count, blocks)
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks that hold a prefix of the sequence; never of all: its last token is computed."""
+        """Blocks that hold a prefix of the sequence; never of all: its last token is computed, and
+        so is what must be scored."""
         if not self._prefix_caching:
             return []
         self._name_blocks(sequence)
-        most = (len(sequence.token_ids) - 1) // self._block_size
-        return self._pool.match(sequence.digests[:most])
+        most = len(sequence.token_ids) - 1
+        if sequence.unscored:
+            most = len(sequence.scores or ())
+        return self._pool.match(sequence.digests[: most // self._block_size])
 
     def _name_blocks(self, sequence: Sequence) -> None:
         request = sequence.request
@@ -362,10 +366,12 @@ class Scheduler:
         plan, sequences = self._planned.popleft()
         assert result.step == plan.step, "this result belongs to another plan"
         outputs: list[EngineOutput] = []
-        sampled = iter(result.sampled)
+        sampled, scored = iter(result.sampled), iter(result.scored)
         publishing, block_size, running = self._prefix_caching, self._block_size, Status.RUNNING
         for sequence, work in zip(sequences, plan.work, strict=True):
             drawn = next(sampled) if work.sample else None
+            if work.score:
+                sequence.take_scores(work.start, next(scored))
             if sequence.status is running:  # and not preempted since
                 sequence.num_computed += work.count
                 if publishing and sequence.num_computed // block_size > sequence.num_published:
@@ -397,6 +403,7 @@ class Scheduler:
             return EngineOutput(sequence.id, [], "error", error=drawn.error)
         token = drawn.token_id
         sequence.token_ids.append(token)
+        scores, sequence.scores = sequence.scores, None
         self._generated_tokens += 1
         reason = None
         if token in sequence.stop_ids:
@@ -408,7 +415,7 @@ class Scheduler:
         stop_token = token if reason == "stop" else None
         logprobs = None if drawn.logprobs is None else [drawn.logprobs]
         return EngineOutput(
-            sequence.id, [token], reason, stop_token, sequence.num_cached, None, logprobs
+            sequence.id, [token], reason, stop_token, sequence.num_cached, None, logprobs, scores
         )
 
     def _release_passed(self, sequence: Sequence) -> None:

@@ -8,7 +8,7 @@ engine. It has no phase: ``num_computed`` positions are in the KV cache and must
 import enum
 
 from engine.plan import NewRow, VisionSpan
-from wire.messages import EngineRequest
+from wire.messages import EngineRequest, PromptLogprobs
 
 
 class Refused(Exception):
@@ -34,6 +34,8 @@ class Sequence:
     the digests whose encoder output this sequence keeps alive. ``digests`` name the full blocks
     of its tokens as far as they were needed; the first ``num_published`` of ``blocks`` can be
     found by them. ``num_cached`` prompt positions were not computed but found, at the start.
+    ``scores`` are the log-probabilities of the prompt as far as they are known, from its second
+    token on; None if nobody waits for them.
     ``num_charged`` tokens were charged to the tenant, by this engine or one that died.
     """
 
@@ -55,6 +57,7 @@ class Sequence:
         "num_published",
         "prompt_len",
         "request",
+        "scores",
         "spans",
         "started",
         "status",
@@ -85,6 +88,19 @@ class Sequence:
         self.num_published = 0
         self.num_cached = 0
         self.num_charged = len(self.token_ids) if request.output else 0
+        # One that goes on behind some output has reported them.
+        asked = request.sampling.prompt_logprobs >= 0 and not request.output
+        self.scores: list[PromptLogprobs] | None = [] if asked else None
+
+    @property
+    def unscored(self) -> bool:
+        """Whether log-probabilities of the prompt are missing."""
+        return self.scores is not None and len(self.scores) < self.prompt_len - 1
+
+    def take_scores(self, start: int, scores: list[PromptLogprobs]) -> None:
+        """Add those from position ``start`` on; some may be known from before a preemption."""
+        if self.scores is not None:
+            self.scores += scores[len(self.scores) - start :]
 
     def new_row(self) -> NewRow:
         """The whole sequence, for a runner that does not hold it."""

@@ -16,7 +16,15 @@ from engine.core import EngineCore
 from engine.plan import EncodeItem, NewRow, Sampled, StepPlan, StepResult, Work
 from wire.channel import Buffer
 from wire.geometry import PromptFormat, VisionGeometry
-from wire.messages import EngineOutput, EngineRequest, Progress, Ready, StepReport, VisionItem
+from wire.messages import (
+    EngineOutput,
+    EngineRequest,
+    Progress,
+    PromptLogprobs,
+    Ready,
+    StepReport,
+    VisionItem,
+)
 from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
 
@@ -35,6 +43,7 @@ class Row:
     prompt_len: int
     seed: int
     inputs: dict[int, tuple[bytes, int]]  # position -> (digest, index in the picture)
+    likeliest: int = -1  # to name for each token of the prompt
     blocks: list[int] = dataclasses.field(default_factory=list)
     states: list[int] = dataclasses.field(default_factory=list)
 
@@ -69,6 +78,7 @@ class FakeRunner:
         self.plans: list[StepPlan] = []
         self._begun: StepPlan | None = None
         self._flying: tuple[StepPlan, list[Sampled]] | None = None
+        self._scored: dict[int, list[list[PromptLogprobs]]] = {}  # by step
         self._ready = Ready(
             geometry=GEOMETRY,
             prompt_format=PromptFormat("hf", None, False),
@@ -111,6 +121,7 @@ class FakeRunner:
         self._check_budgets(plan)
         for work in plan.work:
             self._compute(work)
+        self._scored[plan.step] = [self._score(work) for work in plan.work if work.score]
         self._begun = plan
 
     def sample(self) -> None:
@@ -122,7 +133,7 @@ class FakeRunner:
     def finish(self) -> StepResult:
         assert self._flying is not None, "nothing was sampled"
         (plan, sampled), self._flying = self._flying, None
-        return StepResult(plan.step, sampled)
+        return StepResult(plan.step, sampled, self._scored.pop(plan.step))
 
     def execute(self, plan: StepPlan) -> StepResult:
         """A step with nothing beside it."""
@@ -151,7 +162,8 @@ class FakeRunner:
             for index in range(span.length):
                 inputs[span.offset + index] = (span.digest, index)
         assert len(inputs) == sum(span.length for span in new.spans)
-        row = Row(list(new.token_ids), new.prompt_len, new.sampling.seed, inputs, list(new.blocks))
+        row = Row(list(new.token_ids), new.prompt_len, new.sampling.seed, inputs)
+        row.likeliest, row.blocks = new.sampling.prompt_logprobs, list(new.blocks)
         size = self._ready.block_size
         assert len(row.blocks) * size < len(row.tokens), "nothing is left to compute"
         row.states = [self.cache[block, slot] for block in row.blocks for slot in range(size)]
@@ -201,6 +213,17 @@ class FakeRunner:
             self.cache[row.blocks[position // size], position % size] = state
             row.states.append(state)
 
+    def _score(self, work: Work) -> list[PromptLogprobs]:
+        row = self.rows[work.id]
+        assert row.likeliest >= 0, "scored although nobody asked"
+        entries = []
+        for position in range(work.start, min(work.start + work.count, row.prompt_len - 1)):
+            state, token = row.states[position], row.tokens[position + 1]
+            top = [(state % VOCAB, float(number)) for number in range(row.likeliest)]
+            entries.append(PromptLogprobs(-float(state % 1000 + token), state % 7, top))
+        assert entries, "nothing to score"
+        return entries
+
     def _draw(self, work: Work) -> Sampled:
         row = self.rows[work.id]
         if row.tokens[-1] in self.bad_after:
@@ -231,6 +254,7 @@ def request(
     seed: int = 0,
     stop: tuple[int, ...] = (),
     salt: bytes = b"",
+    prompt_logprobs: int = -1,
     **fields: Any,
 ) -> tuple[EngineRequest, list[bytes]]:
     """A request and its buffers; a part is a number of text tokens or (picture seed, tiles)."""
@@ -246,7 +270,12 @@ def request(
         items.append(VisionItem(digest, len(prompt), length, part[1], len(buffers)))
         prompt += [IMAGE] * length
         buffers.append(raw)
-    sampling = SamplingParams(max_tokens=max_tokens, seed=seed, stop_token_ids=(*stop, EOS))
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        seed=seed,
+        stop_token_ids=(*stop, EOS),
+        prompt_logprobs=prompt_logprobs,
+    )
     return EngineRequest(name, prompt, sampling, items, salt, **fields), buffers
 
 
@@ -263,6 +292,7 @@ class Engine:
         self.scheduler = self.core._scheduler
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, EngineOutput] = {}
+        self.scores: dict[str, list[PromptLogprobs]] = {}
 
     def add(self, name: str, *parts: int | tuple[int, int], **options: Any) -> None:
         self.core.add(*request(name, *parts, **options))
@@ -282,6 +312,9 @@ class Engine:
         self.scheduler.check()
         for output in report.outputs:
             assert output.id not in self.ends, "an output after the last one"
+            if output.prompt_logprobs is not None:
+                assert output.id not in self.tokens, "not in the first output"
+                self.scores[output.id] = output.prompt_logprobs
             self.tokens.setdefault(output.id, []).extend(output.token_ids)
             if output.finish_reason is not None:
                 self.ends[output.id] = output
@@ -301,6 +334,13 @@ class Engine:
 
 def alone(*parts: int | tuple[int, int], **options: Any) -> list[int]:
     """The tokens of a request that has the engine to itself, its prompt in one chunk."""
+    return alone_with_scores(*parts, **options)[0]
+
+
+def alone_with_scores(
+    *parts: int | tuple[int, int], **options: Any
+) -> tuple[list[int], list[PromptLogprobs] | None]:
+    """The same, and the log-probabilities of its prompt."""
     draws_eos = options.pop("draws_eos", False)
     engine = Engine(
         num_kv_blocks=512,
@@ -313,4 +353,4 @@ def alone(*parts: int | tuple[int, int], **options: Any) -> list[int]:
     engine.add("alone", *parts, **options)
     engine.finish()
     assert not any(work.start for work in engine.runner.plans[0].work)
-    return engine.tokens["alone"]
+    return engine.tokens["alone"], engine.scores.get("alone")

@@ -63,12 +63,22 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     top: list[tuple[int, float]]
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Log-probability of a token of the prompt, how many tokens were at least as likely in its
+    place, and (id, log-probability) of the likeliest, best first."""
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
 class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one request. ``finish_reason`` is None, "stop", "length" or "error".
 
     A stop token ends a request with "stop" and is the last of ``token_ids``;
     ``error`` says what went wrong when the reason is "error". ``cached_tokens`` positions of
-    the prompt were found in the prefix cache. ``logprobs`` has an entry per token if asked for.
+    the prompt were found in the prefix cache. ``logprobs`` has an entry per token if asked for;
+    ``prompt_logprobs`` stands in the first output, with one per token of the prompt but the first.
     """
 
     id: str
@@ -78,6 +88,7 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     cached_tokens: int = 0
     error: str | None = None
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[PromptLogprobs] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

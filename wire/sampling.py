@@ -73,7 +73,8 @@ class SamplingParams(msgspec.Struct, frozen=True):
     The penalties are neutral at 1.0 (repetition) and 0.0. ``logit_bias`` holds (token id, number
     to add), ``bad_words`` token sequences that are never completed; without
     ``allowed_token_ids`` all are allowed. ``logprobs`` is how many of the likeliest tokens to
-    report beside the drawn one; -1 reports nothing.
+    report beside the drawn one; -1 reports nothing. ``prompt_logprobs`` is the same for each token
+    of the prompt but the first.
 
     With a ``grammar`` the text is a sentence of it, or the beginning of one where ``max_tokens``
     cuts it off: no other token is drawn, and stop tokens only where a sentence may end.
@@ -94,6 +95,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
     logprobs: int = -1
+    prompt_logprobs: int = -1
     grammar: Grammar | None = None
 
     @property
@@ -123,6 +125,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _within("logprobs", self.logprobs, -1, MAX_LOGPROBS)
+        _within("prompt_logprobs", self.prompt_logprobs, -1, MAX_LOGPROBS)
         for token, bias in self.logit_bias:
             _within(f"logit_bias.{token}", bias, -100.0, 100.0)
         if not all(self.bad_words):

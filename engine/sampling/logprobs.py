@@ -1,16 +1,22 @@
-"""Log-probabilities of drawn tokens and of the likeliest ones, for the rows that ask for them.
+"""Log-probabilities of drawn tokens, of tokens of a prompt, and of the likeliest in their place,
+for the rows that ask for them.
 
 They are those of the model itself, before any penalty, bias, filter or temperature.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from engine.sampling.base import SampleRow
 from model.transfer import to_device, to_host
-from wire.messages import TokenLogprobs
+from wire.messages import PromptLogprobs, TokenLogprobs
+
+# Rows of the vocabulary that scoring a prompt holds at once.
+_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -50,3 +56,52 @@ def logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[SampleRow]) -> Likel
     drawn = likely.gather(-1, tokens[index, None].clamp(min=0))[:, 0]
     values, ids = likely.topk(min(max(counts), logits.shape[-1]), dim=-1)
     return Likely(asking, counts, drawn, values, ids)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """M tokens of prompts; ``parts`` are (how many, likeliest to name) of each piece of work."""
+
+    parts: list[tuple[int, int]]
+    own: Tensor  # [M] fp32
+    ranks: Tensor  # [M] int64
+    values: Tensor  # [M, K] fp32
+    ids: Tensor  # [M, K] int64
+
+    def to_host(self) -> "Scored":
+        """The same on the host, in a while; see ``model.transfer``."""
+        found = (to_host(tensor) for tensor in (self.own, self.ranks, self.values, self.ids))
+        return Scored(self.parts, *found)
+
+    def read(self) -> list[list[PromptLogprobs]]:
+        """The entries of each piece of work."""
+        lines = (tensor.tolist() for tensor in (self.own, self.ranks, self.values, self.ids))
+        entries = zip(*lines, strict=True)
+        return [
+            [
+                PromptLogprobs(own, rank, list(zip(ids[:most], best[:most], strict=True)))
+                for own, rank, best, ids in itertools.islice(entries, count)
+            ]
+            for count, most in self.parts
+        ]
+
+
+def score(
+    to_logits: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    tokens: Tensor,
+    parts: list[tuple[int, int]],
+) -> Scored:
+    """Look ``tokens`` [M] up in the logits of the positions before them, ``hidden`` [M, H].
+
+    The logits are made of 64 rows at a time, whatever M is.
+    """
+    most = max(most for _, most in parts)
+    found = []
+    for rows, wanted in zip(hidden.split(_AT_ONCE), tokens.split(_AT_ONCE), strict=True):
+        logits = to_logits(rows)
+        total = logits.logsumexp(-1, keepdim=True)
+        own = logits.gather(-1, wanted[:, None])
+        values, ids = logits.topk(min(most, logits.shape[-1]), dim=-1)
+        found.append(((own - total)[:, 0], (logits >= own).sum(-1), values - total, ids))
+    return Scored(parts, *(torch.cat(tensors) for tensors in zip(*found, strict=True)))

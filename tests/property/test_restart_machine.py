@@ -22,10 +22,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from engine.core import EngineCore
 from engine.plan import Sampled, Work
 from engine.streams import Streams
-from tests.fake_runner import GEOMETRY, TOKEN_BYTES, FakeRunner, alone, request
+from tests.fake_runner import GEOMETRY, TOKEN_BYTES, FakeRunner, alone_with_scores, request
 from wire.channel import Buffer
 from wire.errors import EngineFailed
-from wire.messages import Abort, EngineRequest, StepReport
+from wire.messages import Abort, EngineRequest, PromptLogprobs, StepReport
 from wire.settings import EngineSettings
 
 Parts = list[int | tuple[int, int]]
@@ -87,6 +87,7 @@ class Restarts(RuleBasedStateMachine):
         self.deadly: dict[str, int] = {}
         self.readers: dict[str, asyncio.Task[None]] = {}
         self.tokens: dict[str, list[int]] = {}
+        self.scores: dict[str, list[PromptLogprobs]] = {}
         self.failed: dict[str, EngineFailed] = {}
         self.left: set[str] = set()
         self.deaths: Counter[str] = Counter()
@@ -114,17 +115,25 @@ class Restarts(RuleBasedStateMachine):
         max_tokens=st.integers(1, 30),
         seed=st.integers(0, 2),
         count=st.integers(1, 3),
+        scores=st.sampled_from([-1, 2]),
         deadly=st.one_of(st.none(), st.none(), st.none(), st.integers(0, 12)),
     )
     def arrive(
-        self, parts: Parts, max_tokens: int, seed: int, count: int, deadly: int | None
+        self,
+        parts: Parts,
+        max_tokens: int,
+        seed: int,
+        count: int,
+        scores: int,
+        deadly: int | None,
     ) -> None:
         """Some requests that differ in their seeds; the first may be deadly."""
         if deadly is not None:
             self.deadly[f"r{len(self.requests)}"] = deadly
         for number in range(count):
             name = f"r{len(self.requests)}"
-            self.requests[name] = parts, {"max_tokens": max_tokens, "seed": seed + number}
+            options = {"seed": seed + number, "prompt_logprobs": scores}
+            self.requests[name] = parts, options | {"max_tokens": max_tokens}
             self.readers[name] = self.loop.create_task(self.read(name))
         self.let_readers_run()
 
@@ -135,6 +144,9 @@ class Restarts(RuleBasedStateMachine):
         try:
             async for output in self.streams.read(*request(name, *parts, **options)):
                 assert not ended, "an output after the last one"
+                if output.prompt_logprobs is not None:
+                    assert not got, "not in the first output"
+                    self.scores[name] = output.prompt_logprobs
                 got += output.token_ids
                 ended = output.finish_reason is not None
             assert ended, "a stream without an end"
@@ -257,8 +269,11 @@ class Restarts(RuleBasedStateMachine):
                 assert not self.tokens.get(name)
                 continue
             longest = min(self.capacity + 1, 256)
-            whole = alone(*parts, **options, draws_eos=True, max_model_len=longest)
+            whole, scores = alone_with_scores(
+                *parts, **options, draws_eos=True, max_model_len=longest
+            )
             got = self.tokens.get(name, [])
+            assert self.scores.get(name) == (scores if got else None)
             assert got == whole[: len(got)]
             if name in self.left:
                 continue

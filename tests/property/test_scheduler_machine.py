@@ -11,7 +11,7 @@ from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from tests.fake_runner import GEOMETRY, TOKEN_BYTES, Engine, alone
+from tests.fake_runner import GEOMETRY, TOKEN_BYTES, Engine, alone_with_scores
 from wire.messages import StepReport
 
 Parts = list[int | tuple[int, int]]
@@ -77,6 +77,7 @@ class Traffic(RuleBasedStateMachine):
         seed=st.integers(0, 3),
         stop=st.sets(st.integers(0, 94), max_size=8),
         salt=st.sampled_from([b"", b"", b"salt"]),
+        scores=st.sampled_from([-1, -1, 2]),
         place=PLACES,
     )
     def arrive(
@@ -86,6 +87,7 @@ class Traffic(RuleBasedStateMachine):
         seed: int,
         stop: set[int],
         salt: bytes,
+        scores: int,
         place: dict[str, Any],
     ) -> None:
         name = f"r{len(self.requests)}"
@@ -94,6 +96,7 @@ class Traffic(RuleBasedStateMachine):
             "seed": seed,
             "stop": tuple(sorted(stop)),
             "salt": salt,
+            "prompt_logprobs": scores,
             **place,
         }
         self.requests[name] = parts, options
@@ -157,10 +160,11 @@ class Traffic(RuleBasedStateMachine):
                 if name in self.engine.ends:
                     assert self.engine.ends[name].finish_reason == "error"
                 continue
-            whole = alone(
+            whole, scores = alone_with_scores(
                 *parts, **options, draws_eos=True, max_model_len=min(self.capacity + 1, 256)
             )
             got = self.engine.tokens.get(name, [])
+            assert self.engine.scores.get(name) == (scores if got else None)
             assert got == whole[: len(got)]
             assert name in self.aborted or got == whole
 
