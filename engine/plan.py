@@ -88,12 +88,14 @@ class StepPlan(msgspec.Struct, frozen=True):
 
 
 class Sampled(msgspec.Struct, frozen=True, gc=False):
-    """The token drawn for row ``id``; ``error`` instead when none could be."""
+    """The token drawn for row ``id``; ``error`` instead when none could be, and ``stuck`` when the
+    row's parameters leave none."""
 
     id: str
     token_id: int
     error: str | None = None
     logprobs: TokenLogprobs | None = None
+    stuck: bool = False
 
 
 class StepResult(msgspec.Struct, frozen=True):

@@ -24,7 +24,7 @@ from engine.memory import kv_blocks
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, logprobs, score
-from engine.sampling.sampler import sample
+from engine.sampling.sampler import NOTHING_LEFT, sample
 from engine.vision import EncoderOutputs
 from model import ModelConfig, build_model, count_parameters, load_config
 from model.attention import choose
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 # Up to this many parameters the CPU computes in fp32: exact, and no slower at that size.
 _SMALL = 100_000_000
 _NOT_FINITE = "the model's output is not a number"
-_NOTHING_LEFT = "no token is left that grammar and parameters allow"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +192,7 @@ class ModelRunner:
         sampled = []
         for name, token, entry in zip(drawn.names, drawn.tokens.tolist(), likely, strict=True):
             if token < 0:
-                sampled.append(Sampled(name, 0, self._complaint(name)))
+                sampled.append(self._none_drawn(name, token))
                 continue
             self._rows.append_token(name, token)
             sampled.append(Sampled(name, token, logprobs=entry))
@@ -255,10 +254,13 @@ class ModelRunner:
                 self._vision.place(embeddings, row.spans, work.start, at, work.count)
         return embeddings
 
-    def _complaint(self, name: str) -> str:
-        """Why nothing was drawn for a row."""
+    def _none_drawn(self, name: str, reason: int) -> Sampled:
         matcher = self._rows.matcher(name)
-        return _NOT_FINITE if matcher is None else matcher.error or _NOTHING_LEFT
+        if matcher is not None and matcher.error:
+            return Sampled(name, 0, matcher.error)
+        if reason == NOTHING_LEFT:
+            return Sampled(name, 0, stuck=True)
+        return Sampled(name, 0, _NOT_FINITE)
 
 
 def _device(settings: EngineSettings) -> str:

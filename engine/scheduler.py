@@ -401,6 +401,9 @@ class Scheduler:
             self._pool.forget(self._pool.match(sequence.digests))
             self._end(sequence)
             return EngineOutput(sequence.id, [], "error", error=drawn.error)
+        if drawn.stuck:
+            self._end(sequence)
+            return EngineOutput(sequence.id, [], "stuck")
         token = drawn.token_id
         sequence.token_ids.append(token)
         scores, sequence.scores = sequence.scores, None

@@ -73,9 +73,10 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """New tokens of one request. ``finish_reason`` is None, "stop", "length" or "error".
+    """New tokens of one request. ``finish_reason`` is None, "stop", "length", "stuck" or "error".
 
     A stop token ends a request with "stop" and is the last of ``token_ids``;
+    One that is "stuck" allows no token to come next: its own parameters contradict each other here.
     ``error`` says what went wrong when the reason is "error". ``cached_tokens`` positions of
     the prompt were found in the prefix cache. ``logprobs`` has an entry per token if asked for;
     ``prompt_logprobs`` stands in the first output, with one per token of the prompt but the first.

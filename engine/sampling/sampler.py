@@ -17,6 +17,8 @@ from engine.sampling.base import SampleRow, Step
 from model.transfer import to_device
 
 _BITS = 48
+NOT_FINITE, NOTHING_LEFT = -1, -2
+"""What ``sample`` gives in place of a token."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -29,8 +31,8 @@ def uniform(seed: int, position: int) -> float:
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """The next token of each row of fp32 logits ``[R, V]``: int64 ``[R]``, on their device.
 
-    -1 where the logits are not numbers, or where nothing that may be drawn is left. Nothing here
-    waits for the device.
+    NOT_FINITE where the logits are not numbers, NOTHING_LEFT where all that might be drawn was
+    removed. Nothing here waits for the device.
     """
     logits = _apply(SHAPING, logits, rows)
     best, tokens = logits.max(dim=-1)
@@ -45,7 +47,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
             found = _draw(_apply(FILTERS, logits[index], chosen), numbers)
             tokens = tokens.index_copy(0, index, found)
     # NaN and +inf come through a maximum; -inf alone means that a token was removed.
-    return tokens.where(best.isfinite(), -1)
+    return tokens.where(best.isfinite(), NOT_FINITE).where(best != -torch.inf, NOTHING_LEFT)
 
 
 def _apply(steps: Sequence[Step], logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:

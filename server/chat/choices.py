@@ -84,5 +84,6 @@ class Choices:
         if index == 0:
             return request
         seed = (request.sampling.seed + index + MAX_SEED + 1) % (2 * MAX_SEED + 2) - MAX_SEED - 1
-        sampling = msgspec.structs.replace(request.sampling, seed=seed)
+        # The prompt is the same: the first one reports it.
+        sampling = msgspec.structs.replace(request.sampling, seed=seed, prompt_logprobs=-1)
         return msgspec.structs.replace(request, id=f"{request.id}-{index}", sampling=sampling)

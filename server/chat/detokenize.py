@@ -9,13 +9,18 @@ from server.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """One sequence's text. ``push`` what was generated, then ``flush`` once."""
+    """One sequence's text. ``push`` what was generated, then ``flush`` once.
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    One that ``continues`` a text begins with whatever space its first token has.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continues: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip_space = tokenizer.strips_first_space
+        self._strip_space = tokenizer.strips_first_space and not continues
 
     def push(self, tokens: Iterable[int]) -> str:
         """The text that is certain after these tokens."""

@@ -16,9 +16,16 @@ import msgspec
 from preprocessing import MediaPart, TiledMedia
 from server.auth import Tenant
 from server.chat.demands import Demand, callable_tools, demanded
-from server.chat.prompt import Prompt, PromptBuilder, Segment, Turn
+from server.chat.prompt import Ending, Prompt, PromptBuilder, Segment, Turn
 from server.grammars import GrammarChecker
-from server.schemas.chat import PART_TYPES, ChatRequest, ImagePart, Message, TextPart
+from server.schemas.chat import (
+    MAX_PROMPT_LOGPROBS,
+    PART_TYPES,
+    ChatRequest,
+    ImagePart,
+    Message,
+    TextPart,
+)
 from server.schemas.validate import decode
 from server.tokenizer import Tokenizer
 from wire.channel import Buffer
@@ -117,7 +124,8 @@ class ServedModel:
 @dataclasses.dataclass(frozen=True)
 class PreparedChat:
     """A request that can be generated and answered. ``buffers`` travel beside ``engine``, the
-    request of the first of ``n`` choices."""
+    request of the first of ``n`` choices. ``echo`` stands before what is generated, which
+    ``continues`` a message if that was asked for."""
 
     engine: EngineRequest
     buffers: list[Buffer]
@@ -130,6 +138,8 @@ class PreparedChat:
     max_calls: int | None
     called_reason: str
     skip_special_tokens: bool
+    echo: str
+    continues: bool
     stream: bool
     include_usage: bool
     media_seconds: float
@@ -224,6 +234,7 @@ async def prepare(
     if demand is not None:
         await _check_demand(demand, request, model, grammars)
         sampling = _constrained(sampling, demand)
+    ending = _ending(request)
     conversation = await run(read_conversation, request.messages, tenant.salt)
     if len(conversation.pictures) > limits.max_images:
         raise InvalidRequest(
@@ -232,18 +243,21 @@ async def prepare(
             param="messages",
             code="too_many_images",
         )
-    segments = await run(_render, request, conversation, model)
+    segments = await run(_render, request, conversation, model, ending)
     began = time.monotonic()
     pictures = await _load_all(media, conversation.pictures, model.ready, limits.media_workers + 2)
     media_seconds = time.monotonic() - began
     prompt = await run(model.prompts.build, segments, pictures)
+    sampling = _with_room(sampling, request, prompt, model.ready.max_model_len)
+    _check_possible(sampling)
+    _check_prompt_logprobs(sampling, prompt)
     options = request.stream_options
     named = request.tool_choice is not None and request.tool_choice.single
     return PreparedChat(
         engine=EngineRequest(
             id=identity,
             prompt=prompt.ids,
-            sampling=_with_room(sampling, request, prompt, model.ready.max_model_len),
+            sampling=sampling,
             items=prompt.items,
             # Fingerprints have one length: no two pairs of them and a client's salt are alike.
             cache_salt=tenant.salt + (request.cache_salt or "").encode(),
@@ -261,6 +275,8 @@ async def prepare(
         max_calls=1 if named or request.parallel_tool_calls is False else None,
         called_reason="stop" if named else "tool_calls",  # as OpenAI has it
         skip_special_tokens=request.skip_special_tokens is not False,
+        echo=_echo(request, conversation),
+        continues=ending == "continue",
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
         media_seconds=media_seconds,
@@ -301,13 +317,42 @@ def _offers_tools(request: ChatRequest) -> bool:
     return bool(callable_tools(request))
 
 
-def _render(request: ChatRequest, conversation: Conversation, model: ServedModel) -> list[Segment]:
+def _ending(request: ChatRequest) -> Ending:
+    """How the prompt shall end. Raises InvalidRequest."""
+    if not request.continue_final_message:
+        return "close" if request.add_generation_prompt is False else "ask"
+    if request.add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt cannot both be true.",
+            param="continue_final_message",
+        )
+    last = request.messages[-1]
+    if last.role != "assistant" or last.tool_calls:
+        raise InvalidRequest(
+            "continue_final_message: the last message must be one of the assistant without "
+            "tool_calls.",
+            param="continue_final_message",
+        )
+    return "continue"
+
+
+def _echo(request: ChatRequest, conversation: Conversation) -> str:
+    """The text of a last message by the assistant, if it is to be repeated."""
+    last = conversation.turns[-1]
+    if not request.echo or last.role != "assistant":
+        return ""
+    return "".join(part for part in last.content if isinstance(part, str))
+
+
+def _render(
+    request: ChatRequest, conversation: Conversation, model: ServedModel, ending: Ending
+) -> list[Segment]:
     choice = request.tool_choice
     demanded_call = choice is not None and choice.mode == "required"
     # The grammar holds a demanded call to the tools that are allowed; the others may be seen.
     tools = (request.tools or ()) if demanded_call else callable_tools(request)
     offered = [tool.model_dump(exclude_unset=True) for tool in tools]
-    return model.prompts.render(conversation.turns, len(conversation.pictures), offered)
+    return model.prompts.render(conversation.turns, len(conversation.pictures), offered, ending)
 
 
 def _sampling(request: ChatRequest, model: ServedModel) -> SamplingParams:
@@ -332,6 +377,7 @@ def _sampling(request: ChatRequest, model: ServedModel) -> SamplingParams:
         bad_words=_bad_words(request.bad_words or (), model.tokenizer),
         allowed_token_ids=tuple(request.allowed_token_ids or ()),
         logprobs=_or(request.top_logprobs, 0) if request.logprobs else -1,
+        prompt_logprobs=_or(request.prompt_logprobs, -1),
     )
     sampling.check()
     return sampling
@@ -378,6 +424,38 @@ def _with_room(
     if least > most:
         raise InvalidRequest(f"min_tokens must be at most {most} here.", param="min_tokens")
     return msgspec.structs.replace(sampling, max_tokens=most, min_tokens=least)
+
+
+def _check_possible(sampling: SamplingParams) -> None:
+    """Raise InvalidRequest where no first token may be drawn. Contradictions that only come up
+    later end the answer with an error then."""
+    left = set(sampling.allowed_token_ids)
+    if not left:
+        return
+    fields = ["allowed_token_ids"]
+    for name, removed in (
+        ("bad_words", {word[0] for word in sampling.bad_words if len(word) == 1}),
+        ("min_tokens", set(sampling.stop_token_ids) if sampling.min_tokens else set[int]()),
+    ):
+        if left & removed:
+            fields.append(name)
+            left -= removed
+    if not left:
+        raise InvalidRequest(
+            f"{' and '.join(fields)} contradict each other: no token is left to begin with.",
+            param="allowed_token_ids",
+        )
+
+
+def _check_prompt_logprobs(sampling: SamplingParams, prompt: Prompt) -> None:
+    """Raise InvalidRequest where they would be too many."""
+    asked = len(prompt.ids) * (sampling.prompt_logprobs + 1)
+    if asked > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequest(
+            f"prompt_logprobs: {len(prompt.ids)} tokens with {sampling.prompt_logprobs} likeliest "
+            f"of each are {asked} entries; at most {MAX_PROMPT_LOGPROBS} are reported.",
+            param="prompt_logprobs",
+        )
 
 
 async def _load_all(

@@ -7,7 +7,7 @@ the ids equal to those of the whole rendered text wherever a client typed no tok
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from server.chat import tools
 from server.tokenizer import Tokenizer
@@ -66,6 +66,9 @@ class _Special:
 
 Segment = str | int | _Special
 
+Ending = Literal["ask", "close", "continue"]
+"""How a prompt ends: with the beginning of an assistant turn, behind the last turn, or in it."""
+
 
 class PromptBuilder:
     """Renders conversations for one checkpoint. ``number_images`` and ``system`` are settled:
@@ -96,13 +99,17 @@ class PromptBuilder:
         return found
 
     def render(
-        self, turns: Sequence[Turn], pictures: int, offered: Sequence[dict[str, Any]] = ()
+        self,
+        turns: Sequence[Turn],
+        pictures: int,
+        offered: Sequence[dict[str, Any]] = (),
+        ending: Ending = "ask",
     ) -> list[Segment]:
         """The text that asks for the next assistant turn; ``offered`` are tools.
 
         Raises ContextTooLong, without tokenising it, for a text that cannot fit.
         """
-        segments = list(self._segments(turns, pictures, offered))
+        segments = list(self._segments(turns, pictures, offered, ending))
         text = "".join(segment for segment in segments if isinstance(segment, str))
         most = self._max_model_len
         # No token is shorter than a byte, so that few prompts need the second question.
@@ -161,7 +168,11 @@ class PromptBuilder:
         return ids
 
     def _segments(
-        self, turns: Sequence[Turn], pictures: int, offered: Sequence[dict[str, Any]]
+        self,
+        turns: Sequence[Turn],
+        pictures: int,
+        offered: Sequence[dict[str, Any]],
+        ending: Ending,
     ) -> Iterator[Segment]:
         numbered = self._template.number_images and pictures > 1
         turns = self._with_system(turns, offered)
@@ -178,8 +189,11 @@ class PromptBuilder:
             else:
                 yield from (_Special(TURN), turn.role)
                 yield from self._content(turn, numbered)
+            if ending == "continue" and index + 1 == len(turns):
+                return
             yield from (_Special(TURN_END), "\n")
-        yield from (_Special(TURN), "assistant\n")
+        if ending == "ask":
+            yield from (_Special(TURN), "assistant\n")
 
     def _content(self, turn: Turn, numbered: bool) -> Iterator[Segment]:
         # In an assistant turn made of calls alone, the first call follows the role directly.

@@ -1,6 +1,7 @@
 """From engine outputs to chunks. The answer without streaming is a fold over the same chunks, so
 the two can never disagree."""
 
+import asyncio
 import collections
 import contextlib
 import logging
@@ -31,12 +32,13 @@ from server.schemas.chat import (
 )
 from server.schemas.common import (
     Logprobs,
+    PromptLogprob,
     PromptTokensDetails,
     TokenLogprob,
     TopLogprob,
     Usage,
 )
-from wire.errors import EngineFailed
+from wire.errors import EngineFailed, InvalidRequest
 from wire.messages import EngineOutput
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,9 @@ class ChoiceState:
 
     def __init__(self, chat: PreparedChat) -> None:
         self._detokenizer = Detokenizer(
-            chat.model.tokenizer, skip_special_tokens=chat.skip_special_tokens
+            chat.model.tokenizer,
+            skip_special_tokens=chat.skip_special_tokens,
+            continues=chat.continues,
         )
         self._stops = StopMatcher(chat.stops, show=chat.show_stop)
         self._show_stop = chat.show_stop
@@ -153,7 +157,14 @@ async def chunks(
                     metrics.time_to_first_token.observe(time.monotonic() - began)
                 if not state.completion_tokens:
                     place.begin()
-                    yield chunk(index, Delta(role="assistant", content=""))
+                    first = chunk(index, Delta(role="assistant", content=""))
+                    if output.prompt_logprobs is not None:
+                        # Thousands of entries: other streams go on meanwhile.
+                        found = await asyncio.to_thread(_prompt_logprobs, chat, output)
+                        first.prompt_logprobs = found
+                    yield first
+                    if chat.echo:
+                        yield chunk(index, Delta(content=chat.echo))
                 for delta in state.feed(output):
                     yield chunk(index, delta)
                 if state.finish_reason is not None:
@@ -174,7 +185,34 @@ async def chunks(
         metrics.request_time.observe(time.monotonic() - began)
 
 
+def _prompt_logprobs(
+    chat: PreparedChat, output: EngineOutput
+) -> list[dict[str, PromptLogprob] | None]:
+    """One entry per token of the prompt, as vLLM has them: by token id, the prompt's own first.
+    Nothing is before the first token, so it has none."""
+    tokenizer = chat.model.tokenizer
+
+    def entry(token: int, logprob: float, rank: int) -> PromptLogprob:
+        text = tokenizer.token_bytes(token).decode("utf-8", "replace")
+        return PromptLogprob(max(logprob, -9999.0), rank, text)
+
+    entries: list[dict[str, PromptLogprob] | None] = [None]
+    for token, found in zip(chat.engine.prompt[1:], output.prompt_logprobs or (), strict=True):
+        place = {str(token): entry(token, found.logprob, found.rank)}
+        for rank, (likely, logprob) in enumerate(found.top, 1):
+            place.setdefault(str(likely), entry(likely, logprob, rank))
+        entries.append(place)
+    return entries
+
+
 def _check(output: EngineOutput) -> None:
+    if output.finish_reason == "stuck":
+        # Not "stop": the answer may be cut off anywhere, and the model did not choose to end it.
+        raise InvalidRequest(
+            "The parameters of this request (allowed_token_ids, bad_words, min_tokens, or what the "
+            "answer must be) leave no token to go on with.",
+            code="no_token_left",
+        )
     if output.finish_reason == "error":
         logger.error("the engine ended request %s: %s", output.id, output.error)
         raise EngineFailed("The engine could not finish this request.")
@@ -199,13 +237,18 @@ async def events(
 async def fold(source: AsyncGenerator[Chunk, None]) -> Completion:
     """The whole answer; ``source`` is closed."""
     answers: dict[int, _Answer] = collections.defaultdict(_Answer)
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
     async with contextlib.aclosing(source):
         async for chunk in source:
+            if chunk.prompt_logprobs is not msgspec.UNSET:
+                prompt_logprobs = chunk.prompt_logprobs
             for part in chunk.choices:
                 answers[part.index].add(part)
             if isinstance(chunk.usage, Usage):
                 choices = [answers[index].choice(index) for index in sorted(answers)]
-                return Completion(chunk.id, chunk.created, chunk.model, choices, chunk.usage)
+                whole = Completion(chunk.id, chunk.created, chunk.model, choices, chunk.usage)
+                whole.prompt_logprobs = prompt_logprobs
+                return whole
     raise EngineFailed("The engine could not finish this request.")
 
 

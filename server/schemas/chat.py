@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from server.schemas.common import Logprobs, Usage
+from server.schemas.common import Logprobs, PromptLogprob, Usage
 from wire.sampling import MAX_LOGPROBS, MAX_SEED
 
 MAX_MESSAGES = 2048
@@ -31,6 +31,8 @@ MAX_CHOICES = 16
 MAX_TOKEN_IDS = 1024
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_LENGTH = 64
+# Log-probabilities that one answer reports of its prompt: tokens times (1 + the likeliest of each).
+MAX_PROMPT_LOGPROBS = 32768
 
 # Fields that change neither the answer nor its form here: bookkeeping, hints, and knobs of
 # features that this model family does not have.
@@ -61,16 +63,12 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "web_search_options": (),
     # vLLM
-    "add_generation_prompt": (True,),
     "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
-    "echo": (False,),
     "length_penalty": (1,),
     "mm_processor_kwargs": ({},),
-    "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
@@ -375,6 +373,10 @@ class ChatRequest(_Model):
     guided_regex: str | None = None
     guided_choice: ChoiceTexts | None = None
     guided_grammar: str | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    echo: bool | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
     skip_special_tokens: bool | None = None
@@ -422,6 +424,7 @@ class Chunk(msgspec.Struct):
     choices: list[ChunkChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     object: str = "chat.completion.chunk"
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
 
 
 class FunctionAnswer(msgspec.Struct):
@@ -466,3 +469,4 @@ class Completion(msgspec.Struct):
     choices: list[Choice]
     usage: Usage
     object: str = "chat.completion"
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET

@@ -41,6 +41,14 @@ class Logprobs(msgspec.Struct):
     refusal: None = None
 
 
+class PromptLogprob(msgspec.Struct):
+    """A token at some place of the prompt; ``rank`` 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class ErrorDetail(msgspec.Struct):
     """What the OpenAI envelope holds; all four keys are always there."""
 

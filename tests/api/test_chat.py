@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tests.api.conftest import House, Houses
 from tests.fake_engine import CHAT, EOS, FakeEngine, Step, make_ready, say
 from tests.small_tokenizer import encode_rendered
-from wire.messages import EngineOutput, EngineRequest, TokenLogprobs
+from wire.messages import EngineOutput, EngineRequest, PromptLogprobs, TokenLogprobs
 from wire.sampling import MAX_SEED
 
 HELLO: Any = [{"role": "user", "content": "Hello!"}]
@@ -472,3 +472,87 @@ async def test_the_openapi_page_describes_the_chat_request(house: House) -> None
     references = re.findall(r'"\$ref": "#/components/schemas/(\w+)"', json.dumps(page))
     assert "Message" in references
     assert set(references) <= set(page["components"]["schemas"])
+
+
+PREFILL: Any = [*HELLO, {"role": "assistant", "content": "The answer"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "ending"),
+    [
+        ({}, "<|im_end|>\n<|im_start|>assistant\n"),
+        ({"add_generation_prompt": True}, "<|im_end|>\n<|im_start|>assistant\n"),
+        ({"add_generation_prompt": False}, "<|im_end|>\n"),
+        ({"continue_final_message": True}, ""),
+        ({"continue_final_message": True, "add_generation_prompt": False}, ""),
+    ],
+)
+async def test_a_prompt_ends_as_it_is_asked_to(
+    house: House, options: dict[str, Any], ending: str
+) -> None:
+    await house.ask(messages=PREFILL, **options)
+    (request,) = house.engine.requests
+    assert request.prompt == encode_rendered(
+        "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\nThe answer" + ending
+    )
+
+
+async def test_an_empty_message_is_continued_as_if_it_were_asked_for(house: House) -> None:
+    empty = {"role": "assistant", "content": ""}
+    await house.ask(messages=[*HELLO, empty], continue_final_message=True)
+    await house.ask(messages=HELLO)
+    continued, asked = house.engine.requests
+    assert continued.prompt == asked.prompt
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_echo_repeats_the_assistants_last_message(house: House, n: int) -> None:
+    options = {"messages": PREFILL, "continue_final_message": True, "echo": True, "n": n}
+    whole = (await house.ask(**options)).json()
+    assert [choice["message"]["content"] for choice in whole["choices"]] == [
+        "The answerA red circle."
+    ] * n
+    streamed = events((await house.ask(**options, stream=True)).text)
+    for index in range(n):
+        choices = [event["choices"][0] for event in streamed]
+        deltas = [choice["delta"] for choice in choices if choice["index"] == index]
+        assert deltas[0] == {"role": "assistant", "content": ""}
+        assert deltas[1] == {"content": "The answer"}
+    assert whole["usage"]["completion_tokens"] == n * (len(encode_rendered("A red circle.")) + 1)
+    plain = (await house.ask(messages=HELLO, echo=True)).json()
+    assert plain["choices"][0]["message"]["content"] == "A red circle."
+
+
+async def test_log_probabilities_of_the_prompt_come_once_by_token_id(house: House) -> None:
+    def script(request: EngineRequest) -> Iterable[Step]:
+        scores = [
+            PromptLogprobs(-math.inf, 9, [(token, -0.5), (7, -1.0)])
+            if at % 2
+            else PromptLogprobs(-2.0, 3, [(7, -0.5), (8, -1.0)])
+            for at, token in enumerate(request.prompt[1:])
+        ]
+        asked = request.sampling.prompt_logprobs >= 0
+        word = encode_rendered("Yes")
+        yield EngineOutput(request.id, word, prompt_logprobs=scores if asked else None)
+        yield EngineOutput(request.id, [EOS], "stop", EOS)
+
+    house.engine.script = script
+    whole = (await house.ask(prompt_logprobs=2, n=2)).json()
+    asked = [request.sampling.prompt_logprobs for request in house.engine.requests]
+    assert asked == [2, -1]
+    prompt = house.engine.requests[0].prompt
+    found = whole["prompt_logprobs"]
+    assert len(found) == len(prompt)
+    assert found[0] is None
+    token = str(prompt[1])
+    assert list(found[1]) == [token, "7", "8"]
+    assert found[1][token] == {"logprob": -2.0, "rank": 3, "decoded_token": "user"}
+    assert [place["rank"] for place in found[1].values()] == [3, 1, 2]
+    assert found[2][str(prompt[2])]["logprob"] == -9999.0
+    assert len(found[2]) == 2
+    streamed = events((await house.ask(prompt_logprobs=2, stream=True)).text)
+    assert [event.pop("prompt_logprobs", None) for event in streamed] == [
+        found,
+        *[None] * (len(streamed) - 1),
+    ]
+    assert "prompt_logprobs" not in (await house.ask()).json()

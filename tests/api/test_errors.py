@@ -17,7 +17,8 @@ from server.routes import chat as routes
 from server.schemas import validate
 from server.schemas.chat import IGNORED, REFUSED, ChatRequest
 from tests.api.conftest import House, Houses
-from tests.fake_engine import say
+from tests.fake_engine import EOS, say
+from tests.small_tokenizer import encode_rendered
 from wire.errors import EngineFailed
 
 HELLO: Any = [{"role": "user", "content": "Hello!"}]
@@ -145,6 +146,36 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"stream_options": 1}, "stream_options", "object"),
     ({"tools": [{"type": "retrieval"}]}, "tools[0].type", "'function'"),
     ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name", "missing"),
+    (
+        {"messages": HELLO, "allowed_token_ids": [5], "min_tokens": 1, "stop_token_ids": [5]},
+        "allowed_token_ids",
+        "allowed_token_ids and min_tokens contradict",
+    ),
+    ({"messages": HELLO, "prompt_logprobs": 21}, "prompt_logprobs", "at most 20"),
+    ({"messages": HELLO, "prompt_logprobs": -1}, "prompt_logprobs", "at least 0"),
+    ({"messages": HELLO, "prompt_logprobs": True}, "prompt_logprobs", "integer"),
+    ({"messages": HELLO, "echo": "yes"}, "echo", "true or false"),
+    ({"messages": HELLO, "continue_final_message": True}, "continue_final_message", "assistant"),
+    (
+        {"messages": HELLO, "continue_final_message": True, "add_generation_prompt": True},
+        "continue_final_message",
+        "both",
+    ),
+    (
+        {
+            "messages": [
+                *HELLO,
+                {
+                    "role": "assistant",
+                    "content": "x",
+                    "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+                },
+            ],
+            "continue_final_message": True,
+        },
+        "continue_final_message",
+        "tool_calls",
+    ),
 ]
 
 
@@ -380,6 +411,46 @@ async def test_an_error_after_the_first_byte_arrives_in_the_stream(house: House)
     answer = await house.ask()
     assert answer.status_code == 500
     assert "details" not in error_of(answer)["message"]
+
+
+async def test_parameters_that_leave_nothing_to_begin_with_are_named(house: House) -> None:
+    (word,) = encode_rendered("A")
+    options = {"allowed_token_ids": [word, EOS], "bad_words": ["A"], "min_tokens": 1}
+    answer = await house.ask(**options)
+    assert answer.status_code == 400
+    error = error_of(answer)
+    assert error["param"] == "allowed_token_ids"
+    assert "allowed_token_ids and bad_words and min_tokens" in error["message"]
+    assert not house.engine.requests
+    for less in options:
+        answer = await house.ask(**{name: options[name] for name in options if name != less})
+        assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_parameters_that_leave_nothing_to_go_on_with_are_the_requests_fault(
+    house: House, stream: bool
+) -> None:
+    house.engine.script = say("A red", finish="stuck")
+    answer = await house.ask(stream=stream)
+    if stream:
+        error = json.loads(answer.text.split("\n\n")[-3].removeprefix("data: "))["error"]
+    else:
+        assert answer.status_code == 400
+        error = error_of(answer)
+    assert error["code"] == "no_token_left"
+    assert error["type"] == "invalid_request_error"
+
+
+async def test_more_prompt_logprobs_than_are_reported_are_refused(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "MAX_PROMPT_LOGPROBS", 100)
+    assert (await house.ask(prompt_logprobs=0)).status_code == 200
+    answer = await house.ask(prompt_logprobs=20)
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == "prompt_logprobs"
+    assert "100" in error_of(answer)["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

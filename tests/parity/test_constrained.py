@@ -163,7 +163,5 @@ def test_a_grammar_that_cannot_go_on_ends_its_row_alone(alone: dict[str, list[in
     outputs = []
     while (report := core.step()) is not None:
         outputs += report.outputs
-    assert [o.error for o in outputs if o.id == "stuck" and o.finish_reason] == [
-        "no token is left that grammar and parameters allow"
-    ]
+    assert [o.finish_reason for o in outputs if o.id == "stuck"][-1] == "stuck"
     assert [t for o in outputs if o.id == other.id for t in o.token_ids] == alone[other.id]

@@ -12,7 +12,7 @@ from llguidance import LLTokenizer
 
 from engine.grammar import Grammars, Matcher, masks
 from engine.sampling.base import SampleRow
-from engine.sampling.sampler import sample
+from engine.sampling.sampler import NOTHING_LEFT, sample
 from server.tokenizer import Tokenizer
 from tests.small_tokenizer import reference, tokenizer_json
 from wire.errors import InvalidRequest
@@ -233,7 +233,7 @@ def test_nothing_makes_a_forbidden_token_possible(values: dict[str, object]) -> 
 def test_where_nothing_is_left_that_row_alone_has_no_token(values: dict[str, object]) -> None:
     yes = Grammar("choice", '["yes"]')
     both = rows(yes, **values) + rows(None)
-    assert sample(flat(0, 1), both).tolist() == [-1, SIZE - 1]
+    assert sample(flat(0, 1), both).tolist() == [NOTHING_LEFT, SIZE - 1]
 
 
 def problems() -> Iterator[tuple[Grammar, str]]:
