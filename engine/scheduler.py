@@ -65,7 +65,7 @@ class _Draft:
     def add(self, sequence: Sequence, count: int, new_blocks: list[int]) -> None:
         start = sequence.num_planned
         sample = start + count == sequence.num_known
-        score = sequence.unscored and start < sequence.prompt_len - 1
+        score = sequence.scores is not None and start < sequence.prompt_len - 1
         self.work.append(Work(sequence.id, start, count, new_blocks, sample, score))
         self.sequences.append(sequence)
         sequence.num_planned += count

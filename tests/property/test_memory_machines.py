@@ -1,5 +1,8 @@
 """Random operations on the block pool and the vision cache, against simple models of them."""
 
+import itertools
+from collections import Counter
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -9,37 +12,84 @@ from engine.vision_cache import VisionCache
 
 TOTAL = 12
 BUDGET = 20
+ALL_NAMES = [bytes([name]) for name in range(6)]
+NAMES = st.sampled_from(ALL_NAMES)
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
-    """Owners come and go; what they own is disjoint, and together with the rest everything."""
+    """Owners come, share what is published, and go.
+
+    The model: blocks per owner, free blocks in the order in which they will be handed out, and
+    the block that is found under each name.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(TOTAL)
         self.owners: list[list[int]] = []
+        self.free_blocks = list(range(TOTAL))
+        self.found: dict[bytes, int] = {}
+
+    def pick(self, data: st.DataObject) -> list[int]:
+        return self.owners[data.draw(st.integers(0, len(self.owners) - 1))]
+
+    def lose(self, blocks: list[int]) -> None:
+        self.found = {name: block for name, block in self.found.items() if block not in blocks}
 
     @rule(count=st.integers(0, TOTAL + 2))
     def allocate(self, count: int) -> None:
-        free = self.pool.num_free
         blocks = self.pool.allocate(count)
-        assert (blocks is None) == (count > free)
-        if blocks is not None:
-            assert len(blocks) == count
-            self.owners.append(blocks)
+        if count > len(self.free_blocks):
+            assert blocks is None
+            return
+        assert blocks == self.free_blocks[:count]
+        del self.free_blocks[:count]
+        self.lose(blocks)
+        self.owners.append(blocks)
+
+    @precondition(lambda self: self.owners)
+    @rule(data=st.data(), name=NAMES)
+    def publish(self, data: st.DataObject, name: bytes) -> None:
+        unnamed = [b for b in self.pick(data) if b not in self.found.values()]
+        if unnamed:
+            self.pool.publish(unnamed[0], name)
+            self.found.setdefault(name, unnamed[0])
+
+    @rule(names=st.lists(NAMES, max_size=4, unique=True))
+    def share(self, names: list[bytes]) -> None:
+        blocks = self.pool.match(names)
+        known = list(itertools.takewhile(self.found.__contains__, names))
+        assert blocks == [self.found[name] for name in known]
+        assert self.pool.count_free(blocks) == sum(b in self.free_blocks for b in blocks)
+        self.pool.share(blocks)
+        self.free_blocks = [b for b in self.free_blocks if b not in blocks]
+        self.owners.append(blocks)
+
+    @precondition(lambda self: self.owners)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        blocks = self.pick(data)
+        self.pool.forget(blocks)
+        self.lose(blocks)
 
     @precondition(lambda self: self.owners)
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
-        index = data.draw(st.integers(0, len(self.owners) - 1))
-        self.pool.free(self.owners.pop(index))
+        blocks = self.pick(data)
+        self.owners.remove(blocks)
+        single = [b for b in blocks if not any(b in others for others in self.owners)]
+        assert self.pool.count_single(blocks) == len(single)
+        self.pool.free(blocks)
+        self.free_blocks += reversed(single)
 
     @invariant()
-    def every_block_has_one_place(self) -> None:
+    def the_pool_agrees_with_the_model(self) -> None:
         self.pool.check()
-        owned = [block for blocks in self.owners for block in blocks]
-        assert len(set(owned)) == len(owned)
-        assert len(owned) + self.pool.num_free == TOTAL
+        owned = Counter(block for blocks in self.owners for block in blocks)
+        assert self.pool.references == owned
+        assert self.pool.num_free == len(self.free_blocks) == TOTAL - len(owned)
+        for name in ALL_NAMES:
+            assert self.pool.match([name]) == ([self.found[name]] if name in self.found else [])
 
 
 class VisionCacheMachine(RuleBasedStateMachine):
@@ -88,7 +138,7 @@ class VisionCacheMachine(RuleBasedStateMachine):
         assert self.cache.used <= BUDGET or len(self.resident) == 1
 
 
-BlockPoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+BlockPoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 VisionCacheMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestBlockPool = BlockPoolMachine.TestCase
 TestVisionCache = VisionCacheMachine.TestCase

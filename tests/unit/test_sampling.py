@@ -13,14 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from engine.sampling import FILTERS, SHAPING
 from engine.sampling.base import SampleRow, Step
 from engine.sampling.filters import MinP, Temperature, TopK, TopP
-from engine.sampling.logprobs import logprobs
+from engine.sampling.logprobs import logprobs, score
 from engine.sampling.sampler import sample, uniform
 from engine.sampling.shaping import MinTokens
 from wire.sampling import MAX_SEED, SamplingParams
@@ -207,6 +211,44 @@ def shaped(prompt: Sequence[int] = PROMPT, output: Sequence[int] = OUTPUT, **val
     return after
 
 
+@pytest.mark.parametrize(
+    ("values", "warpers"),
+    [
+        ({"top_k": 1000}, [TopKLogitsWarper(1000)]),
+        ({"top_k": 7}, [TopKLogitsWarper(7)]),
+        ({"top_p": 0.05}, [TopPLogitsWarper(0.05)]),
+        ({"top_p": 0.9}, [TopPLogitsWarper(0.9)]),
+        ({"min_p": 0.02}, [MinPLogitsWarper(0.02)]),
+        ({"temperature": 0.6}, [TemperatureLogitsWarper(0.6)]),
+        (
+            {"temperature": 1.7, "top_k": 30, "top_p": 0.8, "min_p": 0.05},
+            [
+                TemperatureLogitsWarper(1.7),
+                TopKLogitsWarper(30),
+                TopPLogitsWarper(0.8),
+                MinPLogitsWarper(0.05),
+            ],
+        ),
+    ],
+)
+def test_filters_equal_transformers_warpers(
+    values: dict[str, float], warpers: list[object]
+) -> None:
+    """The same tokens stay, with the same probabilities."""
+    row = at(msgspec.structs.replace(NEUTRAL, **values), 0)
+    for seed in range(20):
+        logits = rows(1, vocab=400, seed=seed)
+        expected = logits
+        for warper in warpers:
+            expected = reference(warper, [0], expected)
+        found = logits
+        for step in FILTERS:
+            if step.needed(row):
+                found = step.apply(found, [row])
+        assert torch.equal(found.isneginf(), expected.isneginf())
+        torch.testing.assert_close(found.softmax(-1), expected.softmax(-1))
+
+
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 2.0])
 def test_repetition_penalty_equals_transformers(penalty: float) -> None:
     expected = reference(RepetitionPenaltyLogitsProcessor(penalty), PROMPT + OUTPUT, rows(1))
@@ -299,3 +341,23 @@ def test_logprobs_are_the_models_own_for_the_rows_that_ask() -> None:
             assert [value for _, value in entry.top] == pytest.approx(
                 best.values.tolist(), abs=1e-5
             )
+
+
+def test_scores_are_looked_up_in_pieces_and_ties_count_as_likely() -> None:
+    hidden = rows(150, vocab=30)
+    hidden[:, 11] = hidden[:, 12]
+    tokens = torch.arange(150) % 30
+    expected = hidden.double().log_softmax(-1)
+    first, second, third = score(
+        lambda part: part, hidden, tokens, [(1, 0), (100, 3), (49, 2)]
+    ).read()
+    assert [len(first), len(second), len(third)] == [1, 100, 49]
+    for at_row, entry in enumerate([*first, *second, *third]):
+        row, token = expected[at_row], int(tokens[at_row])
+        assert entry.logprob == pytest.approx(row[token].item(), abs=1e-5)
+        assert entry.rank == (row >= row[token]).sum()
+        best = row.topk(len(entry.top)).values.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(best, abs=1e-5)
+    assert {len(entry.top) for entry in first} == {0}
+    assert {len(entry.top) for entry in second} == {3}
+    assert {len(entry.top) for entry in third} == {2}
