@@ -103,6 +103,8 @@ class ModelRunner:
         )
         # The token drawn last for each line of the rows' tables.
         self._last = torch.zeros(settings.max_num_seqs, dtype=torch.long, device=device)
+        # No more than a step may draw for: memory is set aside for the logits of so many.
+        self._score_at_once = min(64, settings.max_num_seqs)
         self._begun: _Begun | None = None
         self._drawn: _Drawn | None = None
         self._vision = EncoderOutputs(self._model)
@@ -240,7 +242,7 @@ class ModelRunner:
             rows.append(hidden[: len(following)])
             tokens.append(following)
         found = to_device(np.concatenate(tokens), rows[0].device)
-        return score(self._model.logits, torch.cat(rows), found, parts)
+        return score(self._model.logits, torch.cat(rows), found, parts, self._score_at_once)
 
     def _embed(self, plan: StepPlan, batch: StepBatch) -> Tensor:
         ids = batch.ids

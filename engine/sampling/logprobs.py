@@ -15,9 +15,6 @@ from engine.sampling.base import SampleRow
 from model.transfer import to_device, to_host
 from wire.messages import PromptLogprobs, TokenLogprobs
 
-# Rows of the vocabulary that scoring a prompt holds at once.
-_AT_ONCE = 64
-
 
 @dataclass(frozen=True)
 class Likely:
@@ -91,14 +88,15 @@ def score(
     hidden: Tensor,
     tokens: Tensor,
     parts: list[tuple[int, int]],
+    at_once: int = 64,
 ) -> Scored:
     """Look ``tokens`` [M] up in the logits of the positions before them, ``hidden`` [M, H].
 
-    The logits are made of 64 rows at a time, whatever M is.
+    The logits are made of ``at_once`` rows at a time, whatever M is.
     """
     most = max(most for _, most in parts)
     found = []
-    for rows, wanted in zip(hidden.split(_AT_ONCE), tokens.split(_AT_ONCE), strict=True):
+    for rows, wanted in zip(hidden.split(at_once), tokens.split(at_once), strict=True):
         logits = to_logits(rows)
         total = logits.logsumexp(-1, keepdim=True)
         own = logits.gather(-1, wanted[:, None])
