@@ -4,10 +4,8 @@ hears of it; every refusal a client can cause after validation is raised here.""
 
 import asyncio
 import dataclasses
-import json
-import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -16,10 +14,10 @@ import msgspec
 from preprocessing import MediaPart, TiledMedia
 from server.auth import Tenant
 from server.chat.demands import Demand, callable_tools, demanded
-from server.chat.prompt import Ending, Prompt, PromptBuilder, Segment, Turn
+from server.chat.prompt import Ending, PromptBuilder, Segment, Turn
+from server.chat.sampling import Defaults, either, fit_sampling, read_sampling
 from server.grammars import GrammarChecker
 from server.schemas.chat import (
-    MAX_PROMPT_LOGPROBS,
     PART_TYPES,
     ChatRequest,
     ImagePart,
@@ -32,7 +30,7 @@ from wire.channel import Buffer
 from wire.errors import ContextTooLong, InvalidRequest, NotFound
 from wire.geometry import VisionGeometry
 from wire.messages import EngineRequest, Ready
-from wire.sampling import MAX_SEED, SamplingParams
+from wire.sampling import SamplingParams
 from wire.settings import MediaSettings, Settings
 
 _T = TypeVar("_T")
@@ -60,32 +58,6 @@ class Media(Protocol):
 
     async def close(self) -> None:
         """Free everything."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Defaults:
-    """Sampling where a request says nothing: the checkpoint's generation_config.json."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    @classmethod
-    def load(cls, folder: Path) -> "Defaults":
-        """Read the file; without one, or with a strange one, OpenAI's defaults."""
-        try:
-            raw = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-            found = cls(
-                temperature=float(raw.get("temperature") or 1.0) if raw.get("do_sample") else 0.0,
-                top_p=float(raw.get("top_p") or 1.0),
-                top_k=int(raw.get("top_k") or 0),
-            )
-            if "do_sample" not in raw:
-                found = dataclasses.replace(found, temperature=float(raw.get("temperature") or 1.0))
-            SamplingParams(found.temperature, found.top_p, found.top_k).check()
-        except (OSError, ValueError, TypeError, AttributeError, InvalidRequest):
-            return cls()
-        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +201,9 @@ async def prepare(
             param="priority",
         )
     # Tokenising bad words takes longer than their number of bytes suggests.
-    sampling = await (asyncio.to_thread if request.bad_words else run)(_sampling, request, model)
+    sampling = await (asyncio.to_thread if request.bad_words else run)(
+        read_sampling, request, model.defaults, model.ready, model.tokenizer
+    )
     demand = await run(demanded, request, model.tokenizer)
     if demand is not None:
         await _check_demand(demand, request, model, grammars)
@@ -248,9 +222,7 @@ async def prepare(
     pictures = await _load_all(media, conversation.pictures, model.ready, limits.media_workers + 2)
     media_seconds = time.monotonic() - began
     prompt = await run(model.prompts.build, segments, pictures)
-    sampling = _with_room(sampling, request, prompt, model.ready.max_model_len)
-    _check_possible(sampling)
-    _check_prompt_logprobs(sampling, prompt)
+    sampling = fit_sampling(sampling, request, len(prompt.ids), model.ready.max_model_len)
     options = request.stream_options
     named = request.tool_choice is not None and request.tool_choice.single
     return PreparedChat(
@@ -261,12 +233,12 @@ async def prepare(
             items=prompt.items,
             # Fingerprints have one length: no two pairs of them and a client's salt are alike.
             cache_salt=tenant.salt + (request.cache_salt or "").encode(),
-            priority=_or(request.priority, 0),
+            priority=either(request.priority, 0),
             tenant=tenant.id,
             weight=tenant.weight,
         ),
         buffers=[pictures[source].tiles for source in prompt.buffers],
-        n=_or(request.n, 1),
+        n=either(request.n, 1),
         model=model,
         image_tokens=sum(item.length for item in prompt.items),
         stops=tuple(request.stop or ()),
@@ -353,109 +325,6 @@ def _render(
     tools = (request.tools or ()) if demanded_call else callable_tools(request)
     offered = [tool.model_dump(exclude_unset=True) for tool in tools]
     return model.prompts.render(conversation.turns, len(conversation.pictures), offered, ending)
-
-
-def _sampling(request: ChatRequest, model: ServedModel) -> SamplingParams:
-    """Everything but the length, which depends on the prompt."""
-    defaults = model.defaults
-    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-        _check_ids(name, getattr(request, name) or (), model.ready.vocab_size)
-    if request.top_logprobs and not request.logprobs:
-        raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
-    eos = () if request.ignore_eos else model.ready.eos_token_ids
-    sampling = SamplingParams(
-        temperature=_or(request.temperature, defaults.temperature),
-        top_p=_or(request.top_p, defaults.top_p),
-        top_k=max(_or(request.top_k, defaults.top_k), 0),  # vLLM writes "all" as -1
-        min_p=_or(request.min_p, 0.0),
-        seed=_or(request.seed, secrets.randbelow(MAX_SEED)),
-        stop_token_ids=tuple(dict.fromkeys((*eos, *(request.stop_token_ids or ())))),
-        repetition_penalty=_or(request.repetition_penalty, 1.0),
-        presence_penalty=_or(request.presence_penalty, 0.0),
-        frequency_penalty=_or(request.frequency_penalty, 0.0),
-        logit_bias=tuple((request.logit_bias or {}).items()),
-        bad_words=_bad_words(request.bad_words or (), model.tokenizer),
-        allowed_token_ids=tuple(request.allowed_token_ids or ()),
-        logprobs=_or(request.top_logprobs, 0) if request.logprobs else -1,
-        prompt_logprobs=_or(request.prompt_logprobs, -1),
-    )
-    sampling.check()
-    return sampling
-
-
-def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
-    for number, token in enumerate(ids):
-        if token >= vocab_size:
-            where = f"{name}[{token if name == 'logit_bias' else number}]"
-            raise InvalidRequest(f"{where}: token ids must be less than {vocab_size}.", param=where)
-
-
-def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Each word as it stands at the beginning of a text and behind a space."""
-    spelled = (tokenizer.encode(text) for word in words for text in (word, " " + word.lstrip()))
-    return tuple(dict.fromkeys(tuple(ids) for ids in spelled if ids))
-
-
-def _or(value: _T | None, default: _T) -> _T:
-    return default if value is None else value
-
-
-def _with_room(
-    sampling: SamplingParams, request: ChatRequest, prompt: Prompt, context: int
-) -> SamplingParams:
-    """With as many tokens as were asked for, or else as many as fit."""
-    room = context - len(prompt.ids)
-    asked = request.max_completion_tokens or request.max_tokens
-    if room < 1:
-        raise ContextTooLong(
-            f"The prompt has {len(prompt.ids)} tokens; this model's context is {context} tokens, "
-            "of which at least one must be left for the answer.",
-            param="messages",
-        )
-    if asked is not None and asked > room:
-        name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
-        raise ContextTooLong(
-            f"The prompt has {len(prompt.ids)} tokens and {name} is {asked}; together they must "
-            f"not be more than this model's context of {context} tokens.",
-            param=name,
-        )
-    most = room if asked is None else asked
-    least = _or(request.min_tokens, 0)
-    if least > most:
-        raise InvalidRequest(f"min_tokens must be at most {most} here.", param="min_tokens")
-    return msgspec.structs.replace(sampling, max_tokens=most, min_tokens=least)
-
-
-def _check_possible(sampling: SamplingParams) -> None:
-    """Raise InvalidRequest where no first token may be drawn. Contradictions that only come up
-    later end the answer with an error then."""
-    left = set(sampling.allowed_token_ids)
-    if not left:
-        return
-    fields = ["allowed_token_ids"]
-    for name, removed in (
-        ("bad_words", {word[0] for word in sampling.bad_words if len(word) == 1}),
-        ("min_tokens", set(sampling.stop_token_ids) if sampling.min_tokens else set[int]()),
-    ):
-        if left & removed:
-            fields.append(name)
-            left -= removed
-    if not left:
-        raise InvalidRequest(
-            f"{' and '.join(fields)} contradict each other: no token is left to begin with.",
-            param="allowed_token_ids",
-        )
-
-
-def _check_prompt_logprobs(sampling: SamplingParams, prompt: Prompt) -> None:
-    """Raise InvalidRequest where they would be too many."""
-    asked = len(prompt.ids) * (sampling.prompt_logprobs + 1)
-    if asked > MAX_PROMPT_LOGPROBS:
-        raise InvalidRequest(
-            f"prompt_logprobs: {len(prompt.ids)} tokens with {sampling.prompt_logprobs} likeliest "
-            f"of each are {asked} entries; at most {MAX_PROMPT_LOGPROBS} are reported.",
-            param="prompt_logprobs",
-        )
 
 
 async def _load_all(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.chat import prepare, tools
+from server.chat import prepare, sampling, tools
 from server.chat.prompt import PromptBuilder
 from server.routes import chat as routes
 from server.schemas import validate
@@ -445,7 +445,7 @@ async def test_parameters_that_leave_nothing_to_go_on_with_are_the_requests_faul
 async def test_more_prompt_logprobs_than_are_reported_are_refused(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "MAX_PROMPT_LOGPROBS", 100)
+    monkeypatch.setattr(sampling, "MAX_PROMPT_LOGPROBS", 100)
     assert (await house.ask(prompt_logprobs=0)).status_code == 200
     answer = await house.ask(prompt_logprobs=20)
     assert answer.status_code == 400
