@@ -81,7 +81,7 @@ class Restarts(RuleBasedStateMachine):
         )
         self.capacity = blocks * 3
         self.tells = tells  # who was being computed at a death
-        self.streams = Streams(self.send, trial=2)
+        self.streams = Streams(self.send, trial=1)
         self.core: EngineCore | None = None
         self.requests: dict[str, tuple[Parts, dict[str, Any]]] = {}
         self.deadly: dict[str, int] = {}
@@ -170,6 +170,19 @@ class Restarts(RuleBasedStateMachine):
         self.left.add(name)
         self.readers[name].cancel()
         self.let_readers_run()
+
+    @precondition(lambda self: self.core is not None and self.unheard_of())
+    @rule()
+    def leave_before_the_engine_knows(self) -> None:
+        for name in self.unheard_of():
+            self.left.add(name)
+            self.readers[name].cancel()
+        self.let_readers_run()
+
+    def unheard_of(self) -> list[str]:
+        """Open requests that are on their way to the engine."""
+        waiting = [m.id for m, _ in self.unread if isinstance(m, EngineRequest)]
+        return [name for name in self.open() if name in waiting]
 
     @precondition(lambda self: self.core is not None and self.unread)
     @rule(count=st.integers(1, 4))

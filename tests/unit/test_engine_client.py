@@ -278,10 +278,11 @@ async def test_nobody_is_convicted_while_the_engine_may_still_compute_another() 
     house.streams.disconnect()
     house.streams.connect()
     assert house.take_sent()[-1] == "a"
-    assert not a.done()
-    assert not b.done()
-    await leave(a)
-    await leave(b)
+    house.say("a", *range(64))
+    house.report(running=0)
+    for name, reader in (("a", a), ("b", b)):
+        house.say(name, 9, end="stop")
+        assert (await result(reader))[-1] == 9
 
 
 async def test_only_those_the_engine_names_are_suspects() -> None:
