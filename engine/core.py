@@ -7,6 +7,7 @@ computes, and knows nothing of either's insides.
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Protocol
 
 from engine.plan import StepPlan, StepResult
@@ -26,6 +27,9 @@ class Runner(Protocol):
     def ready(self) -> Ready:
         """The facts of the model and of the memory it got."""
 
+    def prepare(self, request: EngineRequest) -> Future[object] | None:
+        """Begin, in another thread, what a row of this request will need; None if nothing."""
+
     def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         """Keep the raw tiles of a request until a plan removes it."""
 
@@ -41,6 +45,9 @@ class Runner(Protocol):
 
 MakeRunner = Callable[[EngineSettings, Callable[[Progress], None]], Runner]
 """Loads a model, reporting progress; ``ModelRunner`` itself is one."""
+
+
+_Preparing = tuple[Future[object], EngineRequest, Sequence[Buffer]]
 
 
 class EngineCore:
@@ -59,6 +66,8 @@ class EngineCore:
         self._pipelined = mode == "on" or (mode == "auto" and not ready.device.startswith("cpu"))
         self._flying: StepPlan | None = None  # sampled, not finished
         self._refused: list[EngineOutput] = []
+        # Not the scheduler's yet: what their rows need is being prepared.
+        self._preparing: dict[str, _Preparing] = {}
         self.suspects: list[str] = []
         """Requests being computed at this moment; an exception is likely due to one of them."""
 
@@ -74,29 +83,59 @@ class EngineCore:
         self.suspects = [request.id]
         try:
             self._check(request, buffers)
-            self._scheduler.add(request)
+            if request.id in self._preparing:
+                raise Refused("a request with this id is still being handled")
+            done = self._runner.prepare(request)
+            if done is None:
+                self._schedule(request, buffers)
+            else:
+                self._preparing[request.id] = done, request, buffers
         except Refused as refusal:
-            logger.warning("request=%s refused: %s", request.id, refusal)
-            self._refused.append(EngineOutput(request.id, [], "error", error=str(refusal)))
-            return
+            self._refuse(request, refusal)
+
+    def _schedule(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
+        self._scheduler.add(request)
         if request.items:
             self._runner.upload(request, buffers)
+
+    def _refuse(self, request: EngineRequest, refusal: Refused) -> None:
+        logger.warning("request=%s refused: %s", request.id, refusal)
+        self._refused.append(EngineOutput(request.id, [], "error", error=str(refusal)))
+
+    def _schedule_prepared(self) -> None:
+        """Hand over what is prepared; with nothing else to do, wait for it."""
+        if not (self._scheduler.has_work or self._flying or self._refused):
+            wait([done for done, _, _ in self._preparing.values()], return_when=FIRST_COMPLETED)
+        for name, (done, request, buffers) in list(self._preparing.items()):
+            if not done.done():
+                continue
+            del self._preparing[name]
+            try:
+                if done.exception() is not None:
+                    raise Refused(f"it could not be prepared: {done.exception()}")
+                self._schedule(request, buffers)
+            except Refused as refusal:
+                self._refuse(request, refusal)
 
     def abort(self, ids: Sequence[str]) -> None:
         """Forget requests; there will be no output for them. Unknown ids are ignored."""
         self._refused = [output for output in self._refused if output.id not in ids]
         for request_id in ids:
+            self._preparing.pop(request_id, None)
             self._scheduler.abort(request_id)
 
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has something to do."""
-        return bool(self._refused or self._flying) or self._scheduler.has_work
+        waiting = self._refused or self._flying or self._preparing
+        return bool(waiting) or self._scheduler.has_work
 
     def step(self) -> StepReport | None:
         """Plan and compute one step; None if there was nothing to do."""
         if not self.has_work:
             return None
+        if self._preparing:
+            self._schedule_prepared()
         outputs, self._refused = self._refused, []
         self.suspects = [] if self._flying is None else self._flying.ids
         plan = self._scheduler.plan()

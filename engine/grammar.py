@@ -1,13 +1,15 @@
 """Which tokens a grammar allows next, for the sequences that have one.
 
 Torch-free: masks are written into arrays. What a grammar means, and what bounds it, is in
-``wire.grammar``. Called from the runner's thread only.
+``wire.grammar``.
 """
 
 import functools
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,11 +82,16 @@ def _threads() -> LLExecutor:
 
 
 class Grammars:
-    """Makes matchers for one checkpoint's vocabulary, and keeps what was compiled last."""
+    """Makes matchers for one checkpoint's vocabulary, and keeps what was compiled last.
+
+    ``prepare`` compiles in a thread, so that no step waits for it.
+    """
 
     def __init__(self, tokenizer: LLTokenizer) -> None:
         self._tokenizer = tokenizer
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()  # of what is kept
+        self._thread = ThreadPoolExecutor(1, "grammars")
 
     @classmethod
     def load(cls, folder: Path, eos_token_ids: Sequence[int]) -> "Grammars | None":
@@ -97,16 +104,28 @@ class Grammars:
             logger.warning("no structured output: %s", error)
             return None
 
+    def prepare(self, grammar: Grammar) -> Future[LLMatcher] | None:
+        """Compile a grammar, for ``matcher`` to find; None if it is there."""
+        with self._lock:
+            if grammar in self._compiled:
+                return None
+        return self._thread.submit(self._compile, grammar)
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        with self._lock:
+            compiled = self._compiled.pop(grammar, None)
+        if compiled is None:
+            compiled = compile_grammar(self._tokenizer, grammar)
+        with self._lock:
+            self._compiled[grammar] = compiled
+            if len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+        return compiled
+
     def matcher(self, sampling: SamplingParams) -> Matcher | None:
         """A matcher at the beginning of the request's grammar; None if it has none. One that could
         not be compiled has an error."""
-        grammar = sampling.grammar
-        if grammar is None:
+        if sampling.grammar is None:
             return None
-        compiled = self._compiled.pop(grammar, None)
-        if compiled is None:
-            compiled = compile_grammar(self._tokenizer, grammar)
-        self._compiled[grammar] = compiled
-        if len(self._compiled) > _KEPT:
-            self._compiled.popitem(last=False)
+        compiled = self._compile(sampling.grammar)
         return Matcher(compiled.deep_copy(), self._tokenizer, sampling.stop_token_ids)

@@ -12,7 +12,9 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,6 +152,11 @@ class ModelRunner:
     def ready(self) -> Ready:
         """The facts of the model and of the memory it got."""
         return self._ready
+
+    def prepare(self, request: EngineRequest) -> Future[Any] | None:
+        """Begin to compile a request's grammar; None if there is nothing to wait for."""
+        grammar = request.sampling.grammar
+        return self._grammars.prepare(grammar) if self._grammars and grammar else None
 
     def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         """Keep the raw tiles of a request until a plan removes it."""

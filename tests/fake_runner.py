@@ -10,6 +10,7 @@ the contract of ``engine.plan``, so that a mistake is named where it is made.
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from engine.core import EngineCore
@@ -76,6 +77,7 @@ class FakeRunner:
         self.tensors: dict[bytes, list[bytes]] = {}
         self.cache: dict[tuple[int, int], int] = {}
         self.plans: list[StepPlan] = []
+        self.preparing: dict[str, Future[Any]] = {}
         self._begun: StepPlan | None = None
         self._flying: tuple[StepPlan, list[Sampled]] | None = None
         self._scored: dict[int, list[list[PromptLogprobs]]] = {}  # by step
@@ -96,6 +98,9 @@ class FakeRunner:
 
     def ready(self) -> Ready:
         return self._ready
+
+    def prepare(self, request: EngineRequest) -> Future[Any] | None:
+        return self.preparing.get(request.id)
 
     def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         assert request.id not in self.raw, "uploaded twice"

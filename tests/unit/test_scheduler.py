@@ -1,5 +1,8 @@
 """What the scheduler plans, step by step, with a runner that checks every plan."""
 
+import threading
+from concurrent.futures import Future
+
 import msgspec
 import pytest
 
@@ -505,3 +508,57 @@ def test_two_plans_may_be_under_way_and_no_more() -> None:
     engine.scheduler.plan()
     with pytest.raises(AssertionError, match="not committed"):
         engine.scheduler.plan()
+
+
+# What must be prepared first
+
+
+def test_a_request_is_scheduled_when_what_it_needs_is_prepared() -> None:
+    engine = Engine()
+    done = engine.runner.preparing["slow"] = Future()
+    engine.add("slow", 3, (1, 2), max_tokens=4)
+    engine.add("quick", 5, max_tokens=2)
+    for _ in range(2):
+        assert list(work(engine.step())) == ["quick"]
+    done.set_result(None)
+    engine.finish()
+    assert engine.tokens["slow"] == alone(3, (1, 2), max_tokens=4)
+
+
+def test_a_step_with_nothing_else_to_do_waits_for_what_is_prepared() -> None:
+    engine = Engine()
+    done = engine.runner.preparing["a"] = Future()
+    engine.add("a", 3, max_tokens=1)
+    threading.Timer(0.05, done.set_result, [None]).start()
+    assert list(work(engine.step())) == ["a"]
+
+
+def test_a_request_can_be_aborted_while_it_is_prepared() -> None:
+    engine = Engine()
+    done = engine.runner.preparing["a"] = Future()
+    engine.add("a", 3, (1, 1))
+    engine.core.abort(["a"])
+    assert not engine.core.has_work
+    done.set_result(None)
+    engine.finish()
+    assert not engine.runner.plans
+
+
+def test_a_request_that_cannot_be_prepared_ends_alone() -> None:
+    engine = Engine()
+    done = engine.runner.preparing["a"] = Future()
+    engine.add("a", 3)
+    engine.add("a", 3)  # while the first is being prepared
+    done.set_exception(ValueError("no such rule"))
+    engine.add("b", 3, max_tokens=2)
+    report = engine.core.step()
+    assert report is not None
+    errors = [output.error for output in report.outputs if output.id == "a"]
+    assert errors == [
+        "a request with this id is still being handled",
+        "it could not be prepared: no such rule",
+    ]
+    others = [output for output in report.outputs if output.id != "a"]
+    engine.take(StepReport(others, report.stats))
+    engine.finish()
+    assert engine.tokens["b"] == alone(3, max_tokens=2)
