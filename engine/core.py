@@ -10,12 +10,22 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Protocol
 
+import msgspec
+
 from engine.plan import StepPlan, StepResult
 from engine.scheduler import Scheduler
 from engine.sequence import Refused
 from wire.channel import Buffer
 from wire.errors import InvalidRequest
-from wire.messages import Abort, EngineOutput, EngineRequest, Progress, Ready, StepReport
+from wire.messages import (
+    Abort,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    Progress,
+    Ready,
+    StepReport,
+)
 from wire.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -149,7 +159,13 @@ class EngineCore:
             if not self._pipelined:
                 outputs += self._land()
         self._scheduler.check_idle()
-        return StepReport(outputs, self._scheduler.stats)
+        return StepReport(outputs, self._stats())
+
+    def _stats(self) -> EngineStats:
+        stats = self._scheduler.stats
+        if not self._preparing:
+            return stats
+        return msgspec.structs.replace(stats, waiting=stats.waiting + len(self._preparing))
 
     def _land(self) -> list[EngineOutput]:
         """Finish and commit the step that is under way, if there is one."""

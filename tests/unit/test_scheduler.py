@@ -520,6 +520,9 @@ def test_a_request_is_scheduled_when_what_it_needs_is_prepared() -> None:
     engine.add("quick", 5, max_tokens=2)
     for _ in range(2):
         assert list(work(engine.step())) == ["quick"]
+    report = engine.core.step()  # for the runner to forget the quick one
+    assert report is not None
+    assert report.stats.waiting == 1
     done.set_result(None)
     engine.finish()
     assert engine.tokens["slow"] == alone(3, (1, 2), max_tokens=4)
