@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.sampling.base import SampleRow, column
+from engine.sampling.base import SampleRow, chunk_sums, column, weights
 from model.transfer import to_device
 
 # Below this a temperature is as good as greedy, and dividing by it would overflow.
 _COLDEST = 1e-6
+# Tokens among which top-p looks first on the CPU.
+_LIKELIEST = 1024
 
 
 class Temperature:
@@ -38,7 +40,7 @@ class TopK:
         counts = [min(row.params.top_k, logits.shape[-1]) for row in rows]
         best = logits.topk(max(counts), dim=-1).values
         last = to_device(counts, logits.device)[:, None] - 1
-        return logits.masked_fill(logits < best.gather(-1, last), -torch.inf)
+        return _keep(logits, logits >= best.gather(-1, last))
 
 
 class TopP:
@@ -48,12 +50,27 @@ class TopP:
         return row.params.top_p < 1.0
 
     def apply(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-        best = logits.sort(dim=-1, descending=True).values
-        shares = best.softmax(-1, dtype=torch.float64)
-        before = shares.cumsum(-1) - shares
-        kept = before < column(before, rows, lambda p: p.top_p)
-        last = kept.sum(-1, keepdim=True).clamp(min=1) - 1
-        return logits.masked_fill(logits < best.gather(-1, last), -torch.inf)
+        share = weights(logits)
+        _, sums = chunk_sums(share)
+        wanted = sums[:, -1:] * column(sums, rows, lambda p: p.top_p)
+        count = logits.shape[-1]
+        if logits.device.type == "cpu" and count > _LIKELIEST:
+            # Nearly always a few tokens reach p, and finding those is a tenth of sorting all.
+            least, reached = self._least(logits, share, wanted, _LIKELIEST)
+            if bool(reached.all()):
+                return _keep(logits, logits >= least)
+        least, _ = self._least(logits, share, wanted, count)
+        return _keep(logits, logits >= least)
+
+    def _least(
+        self, logits: Tensor, share: Tensor, wanted: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """The last logit kept, [R, 1], if it is among the ``count`` highest, and whether it is."""
+        best, order = logits.topk(count, dim=-1)
+        shares = share.gather(-1, order).double()
+        until = shares.cumsum(-1)
+        last = (until - shares < wanted).sum(-1, keepdim=True).clamp(min=1) - 1
+        return best.gather(-1, last), until[:, -1:] >= wanted
 
 
 class MinP:
@@ -64,4 +81,9 @@ class MinP:
 
     def apply(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         least = logits.amax(-1, keepdim=True) + column(logits, rows, lambda p: p.min_p).log()
-        return logits.masked_fill(logits < least, -torch.inf)
+        return _keep(logits, logits >= least)
+
+
+def _keep(logits: Tensor, kept: Tensor) -> Tensor:
+    # On the CPU ten times as fast as masked_fill.
+    return torch.where(kept, logits, -torch.inf)

@@ -33,4 +33,4 @@ class GrammarMask:
         allowed = (octets[:, :, None] >> shifts & 1).flatten(1).bool()
         # The model may know fewer tokens than the tokenizer, or have rows that stand for none.
         allowed = pad(allowed, (0, logits.shape[-1] - allowed.shape[-1]))
-        return logits.masked_fill(~allowed, -torch.inf)
+        return torch.where(allowed, logits, -torch.inf)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from engine.sampling import FILTERS, SHAPING
-from engine.sampling.base import SampleRow, Step
+from engine.sampling.base import SampleRow, Step, chunk_sums, weights
 from model.transfer import to_device
 
 _BITS = 48
+_BELOW_ONE = 1 - 2.0**-_BITS
 NOT_FINITE, NOTHING_LEFT = -1, -2
 """What ``sample`` gives in place of a token."""
 
@@ -64,9 +65,24 @@ def _apply(steps: Sequence[Step], logits: Tensor, rows: Sequence[SampleRow]) -> 
 
 
 def _draw(logits: Tensor, numbers: Sequence[float]) -> Tensor:
-    """The first token whose cumulated probability exceeds the row's number."""
-    total = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
-    # The number is at most 1 - 2**-48, so the product stays below the last sum and an
-    # impossible token, whose sum equals the one before, is never found.
-    wanted = to_device(numbers, total.device, total.dtype)[:, None] * total[:, -1:]
-    return torch.searchsorted(total, wanted, right=True)[:, 0]
+    """The first token whose cumulated probability exceeds the row's number.
+
+    Found in two strides: the chunk, then the token in it.
+    """
+    chunks, sums = chunk_sums(weights(logits))
+    number = to_device(numbers, logits.device, torch.float64)[:, None]
+    chunk, rest = _find(sums, number * sums[:, -1:])
+    chosen = chunks[torch.arange(len(chunks), device=logits.device), chunk[:, 0]]
+    token, _ = _find(chosen.cumsum(-1, dtype=torch.float64), rest)
+    return (chunk * chunks.shape[-1] + token)[:, 0]
+
+
+def _find(sums: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of the sums [R, K] that exceeds ``wanted`` [R, 1], and by how much that exceeds
+    the sum before."""
+    # Below the last sum something is found, and it is possible: an impossible token's sum equals
+    # the one before.
+    wanted = wanted.minimum(sums[:, -1:] * _BELOW_ONE)
+    found = torch.searchsorted(sums, wanted, right=True).clamp(max=sums.shape[-1] - 1)
+    before = sums.gather(-1, (found - 1).clamp(min=0)).where(found > 0, 0.0)
+    return found, wanted - before

@@ -68,6 +68,15 @@ def test_top_p_keeps_one_token_however_small() -> None:
     assert kept(TopP(), PROBABILITIES.log(), top_p=1e-9) == [1]
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])  # 0.01: thousands of tokens reach 0.9
+def test_top_p_over_a_large_vocabulary_keeps_what_a_sorted_sum_keeps(spread: float) -> None:
+    logits = rows(3, vocab=7001) * spread
+    for row, p in zip(logits, (0.3, 0.9, 0.999), strict=True):
+        likely = row.double().softmax(-1).sort(descending=True)
+        count = int((likely.values.cumsum(-1) - likely.values < p).sum())
+        assert kept(TopP(), row, top_p=p) == sorted(likely.indices[:count].tolist())
+
+
 @pytest.mark.parametrize(("k", "tokens"), [(1, [1]), (3, [1, 3, 4]), (99, [0, 1, 2, 3, 4])])
 def test_top_k_keeps_the_likeliest(k: int, tokens: list[int]) -> None:
     assert kept(TopK(), PROBABILITIES.log(), top_k=k) == tokens
@@ -153,6 +162,16 @@ def test_draws_follow_the_probabilities() -> None:
     found = torch.bincount(torch.tensor(tokens), minlength=5) / count
     # Four standard deviations of the likeliest token's share.
     assert (found - PROBABILITIES).abs().max() < 4 * math.sqrt(0.25 / count)
+
+
+@pytest.mark.parametrize("vocab", [1, 50, 512, 513, 1300])
+def test_a_draw_inverts_the_cumulated_probabilities(vocab: int) -> None:
+    logits = rows(40, vocab)
+    logits[:, 1::3] = -torch.inf
+    drawn = draw(logits, [SamplingParams(seed=n) for n in range(40)], [0] * 40)
+    for seed, (row, token) in enumerate(zip(logits, drawn, strict=True)):
+        reached = row.double().softmax(-1).cumsum(-1)
+        assert token == int((reached <= uniform(seed, 0)).sum())
 
 
 def test_uniform_numbers_are_even_and_never_one() -> None:
