@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -33,6 +33,9 @@ from wire.messages import (
 from wire.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
+
+FAULTS = ("load", "step", "hang", "exit")
+"""Why an engine was lost: an exception while loading or in a step, silence, or another death."""
 
 # How often the delay between a death and the next start is doubled.
 _DOUBLINGS = 5
@@ -59,6 +62,12 @@ class EngineClient(Protocol):
 
     restarts: int
     """How often an engine was replaced."""
+
+    faults: Mapping[str, int]
+    """How often an engine was lost, by cause: see ``FAULTS``."""
+
+    convicted: int
+    """Requests given up because engines died of them."""
 
     async def start(self) -> None:
         """Start loading; returns at once."""
@@ -92,9 +101,15 @@ class BaseEngine(abc.ABC):
         self.ready: Ready | None = None
         self.stats = EngineStats()
         self.restarts = 0
+        self.faults = dict.fromkeys(FAULTS, 0)
         self._streams = Streams(self._send)
         self._settled = asyncio.Event()  # the state is not "starting"
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def convicted(self) -> int:
+        """Requests given up because engines died of them."""
+        return self._streams.convicted
 
     async def start(self) -> None:
         """Start loading; returns at once."""
@@ -145,7 +160,7 @@ class BaseEngine(abc.ABC):
             return  # it came while the client was being ended
         self.ready = ready
         self._enter("ready")
-        self._streams.connect()
+        self._streams.connect(ready.max_model_len)
 
     @abc.abstractmethod
     def _send(self, message: EngineRequest | Abort, buffers: Sequence[Buffer]) -> None: ...
@@ -195,6 +210,7 @@ class ProcessEngine(BaseEngine):
         self._deaths = 0  # in a row, without an answer between them
         self._failed_starts = 0  # in a row
         self._suspects: Sequence[str] = ()
+        self._fault: str | None = None  # the kind that the engine itself named
         self._heard = 0  # messages
         self._outbox: asyncio.Queue[tuple[object, Sequence[Buffer]]] = asyncio.Queue()
         self._process: asyncio.subprocess.Process | None = None
@@ -226,7 +242,7 @@ class ProcessEngine(BaseEngine):
 
     async def _live_and_die(self) -> bool:
         """One engine process, from its start to its death; whether there should be another."""
-        self.failure = None
+        self.failure = self._fault = None
         self._suspects = ()
         self._failed_starts += 1  # until it is ready
         try:
@@ -305,6 +321,7 @@ class ProcessEngine(BaseEngine):
             self._connect(message)
         elif isinstance(message, Fault):
             self.failure = f"{message.kind}: {message.text}"
+            self._fault = message.kind
             self._suspects = message.suspects
 
     def _lose(self, error: BaseException) -> None:
@@ -315,6 +332,8 @@ class ProcessEngine(BaseEngine):
         self.stats = EngineStats()
         if self.state == "stopped":
             return
+        kind = "hang" if isinstance(error, _Hung) else self._fault
+        self.faults[kind if kind in FAULTS else "exit"] += 1
         self._deaths += 1
         self._enter("starting")
         self._streams.disconnect(self._suspects)

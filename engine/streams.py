@@ -7,6 +7,8 @@ others along; so what was being computed at a death is under suspicion, and susp
 at a time, before anything else, each until it got some tokens and makes room for the next, which
 is sent when the engine has reported itself empty. The one on trial when an engine dies is the
 culprit: it fails, and the others are cleared.
+
+A successor may have less room; a request that has grown beyond it ends with "length".
 """
 
 import asyncio
@@ -67,6 +69,9 @@ class Streams:
         self._trial: _Stream | None = None
         # One that has passed its trial was aborted, and the engine may not know it yet.
         self._emptying = False
+        self._max_model_len: int | None = None
+        self.convicted = 0
+        """Requests given up because engines died of them."""
 
     @property
     def at_work(self) -> bool:
@@ -149,9 +154,10 @@ class Streams:
     def _next_suspect(self) -> _Stream | None:
         return next((s for s in self._unsent.values() if s.deaths and not s.tried), None)
 
-    def connect(self) -> None:
-        """An engine is ready: send everything that is open."""
+    def connect(self, max_model_len: int | None = None) -> None:
+        """An engine is ready, for so many tokens of prompt and completion: send what is open."""
         self._connected = True
+        self._max_model_len = max_model_len
         self._send_on()
 
     def disconnect(self, suspects: Collection[str] = ()) -> None:
@@ -182,6 +188,7 @@ class Streams:
 
     def _convict(self, stream: _Stream) -> None:
         logger.error("request=%s is given up: engines die of it", stream.request.id)
+        self.convicted += 1
         del self._open[stream.request.id]
         stream.fail(EngineFailed("the engine failed during this request"))
 
@@ -201,6 +208,10 @@ class Streams:
 
     def _resend(self, stream: _Stream) -> None:
         request = stream.request
+        length, limit = len(request.prompt) + len(stream.token_ids), self._max_model_len
+        if stream.token_ids and limit is not None and length >= limit:
+            self.deal([EngineOutput(request.id, [], "length")])
+            return
         stream.sent_length = len(stream.token_ids)
         if stream.token_ids:
             request = msgspec.structs.replace(request, output=list(stream.token_ids))

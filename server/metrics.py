@@ -95,6 +95,17 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily(
             "internvl_engine_restarts", "Engines replaced.", value=self._engine.restarts
         )
+        faults = CounterMetricFamily(
+            "internvl_engine_faults", "Engines lost, by cause.", labels=["kind"]
+        )
+        for kind, count in self._engine.faults.items():
+            faults.add_metric([kind], count)
+        yield faults
+        yield CounterMetricFamily(
+            "internvl_requests_given_up",
+            "Requests that got an error because engines died of them.",
+            value=self._engine.convicted,
+        )
         for field, (name, grows, help) in _ENGINE.items():
             family = CounterMetricFamily if grows else GaugeMetricFamily
             yield family("internvl_" + name, help, value=getattr(stats, field))

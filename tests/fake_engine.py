@@ -63,6 +63,8 @@ class FakeEngine:
         self.ready: Ready | None = None
         self.stats = EngineStats(running=1, waiting=2, blocks_used=3, blocks_total=64)
         self.restarts = 0
+        self.faults = {"load": 0, "step": 0, "hang": 0, "exit": 0}
+        self.convicted = 0
         self.script = script or say("A red circle.")
         self.requests: list[EngineRequest] = []
         self.buffers: list[Sequence[Buffer]] = []

@@ -169,6 +169,33 @@ async def test_requests_wait_for_the_first_connection_and_those_that_left_are_no
     await leave(b)
 
 
+async def test_a_request_that_has_outgrown_a_smaller_successor_ends_with_its_length() -> None:
+    house = House()
+    grown, fits, fresh = await house.ask("grown", "fits", "fresh")
+    house.say("grown", 1, 2, 3)
+    house.say("fits", 1, 2)
+    house.take_sent()
+    house.streams.disconnect(["fits"])
+    house.streams.connect(6)  # prompts of three tokens
+    assert house.take_sent() == ["fits"]
+    house.say("fits", 4, end="length")
+    assert house.take_sent() == ["fresh"]
+    house.say("fresh", 5, end="stop")
+    assert [await result(reader) for reader in (grown, fits, fresh)] == [[1, 2, 3], [1, 2, 4], [5]]
+
+
+async def test_a_suspect_that_has_outgrown_its_engine_does_not_hold_up_the_others() -> None:
+    house = House()
+    grown, other = await house.ask("grown", "other")
+    house.say("grown", 1, 2, 3)
+    house.take_sent()
+    house.streams.disconnect(["grown"])
+    house.streams.connect(6)
+    assert house.take_sent() == ["other"]
+    house.say("other", 5, end="stop")
+    assert [await result(reader) for reader in (grown, other)] == [[1, 2, 3], [5]]
+
+
 TRIAL = range(8)  # tokens that end a first trial well
 
 
