@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -63,11 +63,12 @@ class EngineClient(Protocol):
     restarts: int
     """How often an engine was replaced."""
 
-    faults: Mapping[str, int]
+    faults: dict[str, int]
     """How often an engine was lost, by cause: see ``FAULTS``."""
 
-    convicted: int
-    """Requests given up because engines died of them."""
+    @property
+    def convicted(self) -> int:
+        """Requests given up because engines died of them."""
 
     async def start(self) -> None:
         """Start loading; returns at once."""

@@ -1,95 +1,182 @@
-"""How many blocks the KV cache gets.
+"""What the largest step takes, and how many blocks are left for the KV cache.
 
-Asked once, by the runner, when the weights are loaded. An explicit setting wins; otherwise the
-cache takes a share of what is free, and never more than full rows could use.
+Asked by the runner, once, when the weights are loaded. The largest step is not computed from
+formulas but run: ``largest_step`` is a plan like any other. An explicit size of the cache wins,
+but is refused where it cannot fit; otherwise the cache takes what a share of the memory leaves
+beside everything else, and never more than full rows could use.
 """
 
+import contextlib
+import ctypes
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from model import InternVL, ModelConfig
-from model.attention.base import AttentionBackend, AttentionBatch
+from engine.plan import EncodeItem, NewRow, StepPlan, Work
+from model import InternVL
 from model.kv_cache import KVCache
+from wire.geometry import VisionGeometry
+from wire.messages import EngineRequest, VisionItem
+from wire.sampling import MAX_LOGPROBS, SamplingParams
 from wire.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 
-_CPU_MOST = 2 << 30
-_CPU_SHARE = 4
-_MEMINFO = Path("/proc/meminfo")
+_PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
+# Layers take the same memory one after the other: two show the peak of any number.
+_LAYERS = 2
+# As many ids as a request may name.
+_NAMED = 1024
 
 
-def kv_blocks(
-    settings: EngineSettings, model: InternVL, attention: AttentionBackend, max_model_len: int
-) -> int:
-    """Blocks of the cache. Raises ValueError if there is no room for a single one."""
-    if settings.num_kv_blocks:
-        return settings.num_kv_blocks
+@contextlib.contextmanager
+def shallow(model: InternVL) -> Iterator[None]:
+    """Leave out all but two layers of encoder and decoder, so that a step takes little time."""
+    encoder, decoder = model.vision.layers, model.decoder.layers
+    model.vision.layers = nn.ModuleList(list(encoder)[:_LAYERS])
+    model.decoder.layers = nn.ModuleList(list(decoder)[:_LAYERS])
+    try:
+        yield
+    finally:
+        model.vision.layers, model.decoder.layers = encoder, decoder
+
+
+def largest_step(
+    settings: EngineSettings, geometry: VisionGeometry, max_model_len: int, vocab_size: int
+) -> tuple[EngineRequest, list[bytes], StepPlan]:
+    """The step that takes the most memory; before it, the request must be uploaded.
+
+    All tiles are encoded. One row ends a prompt of full length with all tokens that the others
+    leave, which generate at full length; every row draws, with everything a sampler can do. All
+    name the same blocks, as many as one row of full length has.
+    """
+    most = geometry.max_tiles + 1
+    pictures, left = [], max(settings.max_num_encoder_tiles, most)
+    while left:
+        pictures.append(min(most, left))
+        left -= pictures[-1]
+    items = [VisionItem(b"%d" % i, 0, 0, count, i) for i, count in enumerate(pictures)]
+    rows = min(settings.max_num_seqs, settings.max_num_batched_tokens)
+    ids, blocks = [0] * max_model_len, list(range(-(-max_model_len // settings.block_size)))
+    named = range(min(_NAMED, vocab_size))
+    sampling = SamplingParams(
+        top_p=0.9,
+        top_k=vocab_size,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        presence_penalty=0.1,
+        allowed_token_ids=tuple(named),
+        logit_bias=tuple((token, 1.0) for token in named),
+        logprobs=MAX_LOGPROBS,
+    )
+    chunk = min(max_model_len, settings.max_num_batched_tokens - rows + 1)
+    work = []
+    for index in range(rows):
+        count = 1 if index else chunk
+        work.append(Work(f"{index}", max_model_len - count, count, [], True))
+    plan = StepPlan(
+        step=0,
+        new_rows=[NewRow(item.id, ids, max_model_len // 2, sampling, [], blocks) for item in work],
+        work=work,
+        encode=[EncodeItem(item.digest, "0", item.buffer, item.tiles) for item in items],
+        drop=[],
+        removed=[],
+    )
+    buffers = [bytes(count * geometry.tile_bytes) for count in pictures]
+    return EngineRequest("0", ids, sampling, items), buffers, plan
+
+
+def measure(device: torch.device, run: Callable[[], None]) -> int:
+    """Bytes of the device that ``run`` takes at its peak, over what is held when it has ended.
+
+    On the CPU it is resident memory that counts, libraries' own included.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError):  # then the peak since the start counts, which is no less
+        (_PROC / "self/clear_refs").write_text("5", "ascii")
+    run()
+    with contextlib.suppress(AttributeError):  # glibc keeps what was freed; others may not
+        ctypes.CDLL(None).malloc_trim(0)
+    status = _table(_PROC / "self/status")
+    return status["VmHWM"] - status["VmRSS"]
+
+
+def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, step: int) -> int:
+    """Blocks of the cache beside a step of ``step`` bytes, as ``measure`` found it.
+
+    Raises ValueError if there is no room for a single one, or not for as many as were asked for.
+    """
+    geometry = model.config.geometry
+    token = model.config.text.hidden_size * model.dtype.itemsize
+    # The largest picture is encoded even if it is larger than the budget.
+    largest = (geometry.max_tiles + 1) * geometry.tokens_per_tile * token
+    rest = step + max(settings.encoder_cache_bytes, largest)
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(model.device)
+        share = settings.gpu_memory_utilization
+    else:
+        free, total = free_memory()
+        share = settings.cpu_memory_utilization
+        rest += max(
+            settings.request_tile_bytes,
+            max_model_len // geometry.tokens_per_tile * geometry.tile_bytes,
+        )
     size = KVCache.block_bytes(model.config.text, settings.block_size, model.dtype)
     useful = settings.max_num_seqs * -(-max_model_len // settings.block_size)
-    if settings.kv_cache_memory:
-        memory = settings.kv_cache_memory
-    elif model.device.type == "cuda":
-        memory = _free_on_gpu(settings, model, attention)
-    else:
-        memory = min(_CPU_MOST, free_memory() // _CPU_SHARE)
-    blocks = min(useful, memory // size)
+    explicit = settings.num_kv_blocks * size or settings.kv_cache_memory
+    memory = explicit or int(total * share) - (total - free) - rest
+    blocks = settings.num_kv_blocks or min(useful, memory // size)
+    logger.info(
+        "memory total=%d free=%d step=%d beside_cache=%d block=%d blocks=%d",
+        total, free, step, rest, size, blocks,
+    )  # fmt: skip
     if blocks < 1:
         raise ValueError(
             f"no memory for the KV cache: a block takes {size} bytes, {max(memory, 0)} are there"
         )
+    if explicit and blocks * size + rest > free:
+        raise ValueError(
+            f"a KV cache of {blocks} blocks takes {blocks * size} bytes; with {rest} for the "
+            f"largest step and for pictures that is more than the {free} bytes that are free"
+        )
     return blocks
 
 
-def free_memory() -> int:
-    """Bytes of main memory that can be had without swapping, the container's limit included."""
-    values = dict(line.split(":", 1) for line in _MEMINFO.read_text("ascii").splitlines())
-    free = int(values["MemAvailable"].split()[0]) * 1024
-    try:
-        limit = int((_CGROUP / "memory.max").read_text("ascii"))
-        used = int((_CGROUP / "memory.current").read_text("ascii"))
-    except (OSError, ValueError):  # not in a container, or no limit ("max")
-        return free
-    return min(free, max(0, limit - used))
+def free_memory() -> tuple[int, int]:
+    """Bytes of main memory that can be had without swapping, and bytes in all.
+
+    A container's limit counts where it is lower.
+    """
+    machine = _table(_PROC / "meminfo")
+    free, total = machine["MemAvailable"], machine["MemTotal"]
+    for limit_file, used_file in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit = int((_CGROUP / limit_file).read_text("ascii"))
+            used = int((_CGROUP / used_file).read_text("ascii"))
+            stat = ((_CGROUP / used_file).parent / "memory.stat").read_text("ascii")
+        except (OSError, ValueError):  # not in a container, or no limit ("max")
+            continue
+        # Files that were read count as used until somebody else needs the room.
+        rows = dict(line.split() for line in stat.splitlines())
+        used -= int(rows.get("inactive_file", 0)) + int(rows.get("active_file", 0))
+        if limit < total:
+            free, total = min(free, max(0, limit - used)), limit
+    return free, total
 
 
-def _free_on_gpu(settings: EngineSettings, model: InternVL, attention: AttentionBackend) -> int:
-    """What the share of the GPU leaves beside weights, activations and encoded pictures."""
-    device = model.device
-    torch.cuda.reset_peak_memory_stats(device)
-    _run_largest(settings, model, attention)
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)
-    torch.cuda.empty_cache()
-    share = int(total * settings.gpu_memory_utilization)
-    memory = share - others - peak - settings.encoder_cache_bytes
-    logger.info("memory total=%d share=%d others=%d peak=%d", total, share, others, peak)
-    return memory
-
-
-@torch.inference_mode()
-def _run_largest(settings: EngineSettings, model: InternVL, attention: AttentionBackend) -> None:
-    """The most memory a step can take: all tiles at once, then a prompt of all tokens."""
-    config: ModelConfig = model.config
-    side, device = config.geometry.tile_size, model.device
-    tiles = min(16, settings.max_num_encoder_tiles)
-    model.encode_tiles(torch.zeros((tiles, 3, side, side), dtype=torch.uint8, device=device))
-    count, size = settings.max_num_batched_tokens, settings.block_size
-    blocks = -(-count // size)
-    kv = KVCache(config.text, blocks=blocks, block_size=size, device=device, dtype=model.dtype)
-    positions = torch.arange(count, device=device)
-    batch = AttentionBatch(
-        query_starts=torch.tensor([0, count], dtype=torch.int32, device=device),
-        context_lengths=torch.tensor([count], dtype=torch.int32, device=device),
-        slots=positions,
-        block_tables=torch.arange(blocks, device=device)[None],
-        queries=(count,),
-        contexts=(count,),
-    )
-    hidden = model(model.embed(torch.zeros_like(positions)), positions, batch, kv, attention)
-    model.logits(hidden[: settings.max_num_seqs])
+def _table(file: Path) -> dict[str, int]:
+    """The sizes that a file of /proc lists, in bytes."""
+    rows = (line.partition(":") for line in file.read_text("ascii").splitlines())
+    return {name: int(value.split()[0]) * 1024 for name, _, value in rows if value.endswith(" kB")}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.core import EngineCore
 from engine.grammar import Grammars
-from engine.memory import kv_blocks
+from engine.memory import kv_blocks, largest_step, measure, shallow
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, logprobs, score
@@ -89,28 +89,15 @@ class ModelRunner:
         self._attention = choose(settings.attention_backend, config.text, device, dtype)
         progress(Progress("cache"))
         limit = _max_model_len(settings, config)
-        blocks = kv_blocks(settings, self._model, self._attention, limit)
-        self._kv = KVCache(
-            config.text, blocks=blocks, block_size=settings.block_size, device=device, dtype=dtype
-        )
-        capacity = blocks * settings.block_size
-        if capacity < limit:
-            logger.warning("max_model_len=%d reduced to the KV cache's %d tokens", limit, capacity)
-            limit = capacity
-        self._rows = Rows(
-            capacity=settings.max_num_seqs,
-            max_len=limit,
-            block_size=settings.block_size,
-            device=device,
-        )
-        # The token drawn last for each line of the rows' tables.
-        self._last = torch.zeros(settings.max_num_seqs, dtype=torch.long, device=device)
         # No more than a step may draw for: memory is set aside for the logits of so many.
         self._score_at_once = min(64, settings.max_num_seqs)
-        self._begun: _Begun | None = None
-        self._drawn: _Drawn | None = None
-        self._vision = EncoderOutputs(self._model)
         self._grammars = Grammars.load(folder, config.eos_token_ids)
+        if settings.num_kv_blocks:
+            limit = _within(settings.num_kv_blocks, settings, limit)
+        step = self._profile(settings, limit)
+        blocks = kv_blocks(settings, self._model, limit, step)
+        limit = _within(blocks, settings, limit)
+        self._allocate(settings, blocks, limit)
         self._ready = Ready(
             geometry=config.geometry,
             prompt_format=config.prompt_format,
@@ -128,7 +115,45 @@ class ModelRunner:
         )
         progress(Progress("warm-up"))
         self._warm_up(settings)
-        self._vision = EncoderOutputs(self._model)  # without the warm-up's picture
+        # Without the warm-up's picture.
+        self._vision = EncoderOutputs(self._model, settings.encoder_chunk_tiles)
+
+    def _allocate(self, settings: EngineSettings, blocks: int, max_model_len: int) -> None:
+        """Make everything that steps work on, empty."""
+        text, device, size = self._model.config.text, self._model.device, settings.block_size
+        text = dataclasses.replace(text, layers=len(self._model.decoder.layers))
+        self._kv = KVCache(
+            text, blocks=blocks, block_size=size, device=device, dtype=self._model.dtype
+        )
+        self._rows = Rows(
+            capacity=settings.max_num_seqs, max_len=max_model_len, block_size=size, device=device
+        )
+        # The token drawn last for each line of the rows' tables.
+        self._last = torch.zeros(settings.max_num_seqs, dtype=torch.long, device=device)
+        self._begun: _Begun | None = None
+        self._drawn: _Drawn | None = None
+        self._vision = EncoderOutputs(self._model, settings.encoder_chunk_tiles)
+
+    def _profile(self, settings: EngineSettings, max_model_len: int) -> int:
+        """Bytes that the largest step takes beside weights and caches."""
+        config = self._model.config
+        request, buffers, plan = largest_step(
+            settings, config.geometry, max_model_len, config.vocab_size
+        )
+        names = [work.id for work in plan.work]
+        digests = [item.digest for item in plan.encode]
+        with shallow(self._model):
+            self._allocate(settings, len(plan.new_rows[0].blocks), max_model_len)
+            self._kv.clear(plan.new_rows[0].blocks)
+            self.upload(request, buffers)
+
+            def run() -> None:
+                for step in (plan, StepPlan(1, [], [], [], digests, names)):
+                    self.begin(step)
+                    self.sample()
+                    self.finish()
+
+            return measure(self._model.device, run)
 
     def _warm_up(self, settings: EngineSettings) -> None:
         """Compute a picture and two tokens.
@@ -160,7 +185,7 @@ class ModelRunner:
 
     def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         """Keep the raw tiles of a request until a plan removes it."""
-        self._vision.upload(request.id, buffers)
+        self._vision.upload(request, buffers)
 
     @torch.inference_mode()
     def begin(self, plan: StepPlan) -> None:
@@ -270,6 +295,16 @@ class ModelRunner:
         if reason == NOTHING_LEFT:
             return Sampled(name, 0, stuck=True)
         return Sampled(name, 0, _NOT_FINITE)
+
+
+def _within(blocks: int, settings: EngineSettings, max_model_len: int) -> int:
+    """``max_model_len``, or as much of it as fits in so many blocks."""
+    capacity = blocks * settings.block_size
+    if capacity < max_model_len:
+        logger.warning(
+            "max_model_len=%d reduced to the KV cache's %d tokens", max_model_len, capacity
+        )
+    return min(capacity, max_model_len)
 
 
 def _device(settings: EngineSettings) -> str:

@@ -12,34 +12,52 @@ from torch import Tensor
 from engine.plan import EncodeItem, VisionSpan
 from model import InternVL
 from wire.channel import Buffer
+from wire.messages import EngineRequest
 
-# Tiles per forward pass: enough to fill the machine, few enough to bound the activations.
+# Tiles per pass of the encoder: enough to fill the machine, few enough to bound the activations.
 _CHUNK = {"cpu": 4, "cuda": 16}
 
 
 class EncoderOutputs:
-    """Encoded pictures by digest, ``[tokens, hidden]`` each, and the tiles still to encode."""
+    """Encoded pictures by digest, ``[tokens, hidden]`` each, and the tiles still to encode.
 
-    def __init__(self, model: InternVL) -> None:
+    Tiles are kept once, however many requests show the same picture. ``chunk`` tiles go through
+    the encoder at once; 0 leaves it to the device.
+    """
+
+    def __init__(self, model: InternVL, chunk: int = 0) -> None:
         self._model = model
         self._side = model.config.geometry.tile_size
-        self._chunk = _CHUNK.get(model.device.type, 4)
-        self._tiles: dict[str, list[Tensor]] = {}
+        self._chunk = chunk or _CHUNK.get(model.device.type, 4)
+        self._tiles: dict[bytes, Tensor] = {}
+        self._users: dict[bytes, int] = {}  # requests per picture
+        self._shown: dict[str, set[bytes]] = {}  # pictures of each request
         self._outputs: dict[bytes, Tensor] = {}
 
-    def upload(self, request_id: str, buffers: Sequence[Buffer]) -> None:
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of all raw tiles."""
+        return sum(tiles.nbytes for tiles in self._tiles.values())
+
+    def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         """Keep a request's tiles, one buffer of uint8 ``[T, 3, side, side]`` per picture."""
-        self._tiles[request_id] = [
-            # A bytearray is taken over as it is; read-only memory would make torch complain.
-            torch.frombuffer(
-                buffer if isinstance(buffer, bytearray) else bytearray(buffer), dtype=torch.uint8
-            ).view(-1, 3, self._side, self._side)
-            for buffer in buffers
-        ]
+        self._shown[request.id] = {item.digest for item in request.items}
+        for digest in self._shown[request.id]:
+            self._users[digest] = self._users.get(digest, 0) + 1
+        for item in request.items:
+            if item.digest not in self._tiles:
+                buffer = buffers[item.buffer]
+                # A bytearray is taken over as it is; read-only memory would make torch complain.
+                own = buffer if isinstance(buffer, bytearray) else bytearray(buffer)
+                tiles = torch.frombuffer(own, dtype=torch.uint8)
+                self._tiles[item.digest] = tiles.view(-1, 3, self._side, self._side)
 
     def forget(self, request_id: str) -> None:
-        """Drop a request's tiles; unknown ids are ignored."""
-        self._tiles.pop(request_id, None)
+        """Drop the tiles that only this request shows; unknown ids are ignored."""
+        for digest in self._shown.pop(request_id, ()):
+            self._users[digest] -= 1
+            if not self._users[digest]:
+                del self._users[digest], self._tiles[digest]
 
     def drop(self, digest: bytes) -> None:
         """Drop an encoder output."""
@@ -49,7 +67,7 @@ class EncoderOutputs:
         """Encode pictures, their tiles batched across pictures."""
         if not items:
             return
-        tiles = torch.cat([self._tiles[item.request_id][item.buffer] for item in items])
+        tiles = torch.cat([self._tiles[item.digest] for item in items])
         encoded = torch.cat([self._model.encode_tiles(part) for part in tiles.split(self._chunk)])
         parts = encoded.split([item.tiles for item in items])
         for item, part in zip(items, parts, strict=True):

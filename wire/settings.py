@@ -169,6 +169,9 @@ class EngineSettings:
         choices=("fcfs", "priority", "fair"),
     )
     max_num_encoder_tiles: int = knob(16, "Picture tiles encoded in one step.", low=1)
+    encoder_chunk_tiles: int = knob(
+        0, "Picture tiles in one pass of the encoder; 0: 16 on CUDA, 4 on the CPU.", low=0
+    )
     encoder_cache_bytes: int = knob(
         256 << 20, "Memory for encoded pictures that wait for their prefill.", low=1
     )
@@ -185,6 +188,19 @@ class EngineSettings:
     kv_cache_memory: int = knob(0, "Bytes for the KV cache; 0: measured from what is free.", low=0)
     gpu_memory_utilization: float = knob(
         0.9, "Share of the GPU's memory that the server may use.", low=0.05, high=1.0
+    )
+    cpu_memory_utilization: float = knob(
+        0.6,
+        "Share of the main memory, or of the container's limit, that may be in use when the KV "
+        "cache of an engine on the CPU is full. The rest is for pictures that are decoded.",
+        low=0.05,
+        high=1.0,
+    )
+    request_tile_bytes: int = knob(
+        512 << 20,
+        "Memory for the tiles of requests that are being answered, in the API process and again "
+        "in the engine; a request that finds no room waits.",
+        low=1,
     )
     engine_timeout: float = knob(
         300.0,

@@ -20,6 +20,8 @@ _BITS = 48
 _BELOW_ONE = 1 - 2.0**-_BITS
 NOT_FINITE, NOTHING_LEFT = -1, -2
 """What ``sample`` gives in place of a token."""
+# Logits that go through the steps at once. Sorting, and sums in fp64, take many times their size.
+_AT_ONCE = 1 << 22
 
 
 def uniform(seed: int, position: int) -> float:
@@ -35,6 +37,16 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     NOT_FINITE where the logits are not numbers, NOTHING_LEFT where all that might be drawn was
     removed. Nothing here waits for the device.
     """
+    count = max(1, _AT_ONCE // logits.shape[-1])
+    if len(rows) <= count:
+        return _sample(logits, rows)
+    parts = [
+        _sample(logits[i : i + count], rows[i : i + count]) for i in range(0, len(rows), count)
+    ]
+    return torch.cat(parts)
+
+
+def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     logits = _apply(SHAPING, logits, rows)
     best, tokens = logits.max(dim=-1)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]

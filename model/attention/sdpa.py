@@ -1,7 +1,8 @@
 """The reference backend: torch's scaled-dot-product attention over gathered blocks.
 
 Runs wherever torch runs. Rows with one new token are gathered together, padded to the longest
-of their group; rows with more are taken one by one, a slice of queries at a time.
+of their group; rows with more are taken one by one, a slice of queries at a time. Both bound what
+a step takes beside the cache: rows that share blocks would otherwise be gathered to many times it.
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ from model.kv_cache import KVCache
 
 # Queries per call with a mask, which torch widens to [queries, context] floats.
 _SLICE = 256
+# Keys gathered per call, padding included, unless a single row has more.
+_GATHERED = 1 << 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +166,13 @@ def _gather(cache: Tensor, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _groups(rows: list[int], contexts: tuple[int, ...]) -> list[list[int]]:
-    """Split rows so that padding at most doubles what a group reads; longest group first."""
+    """Split rows so that padding at most doubles what a group reads, and no group reads more than
+    ``_GATHERED`` keys; longest group first."""
     groups: list[list[int]] = []
     for row in sorted(rows, key=lambda row: -contexts[row]):
-        if groups and contexts[row] * 2 >= contexts[groups[-1][0]]:
+        longest = contexts[groups[-1][0]] if groups else 0
+        room = groups and (len(groups[-1]) + 1) * longest <= _GATHERED
+        if room and contexts[row] * 2 >= longest:
             groups[-1].append(row)
         else:
             groups.append([row])

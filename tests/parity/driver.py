@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.plan import EncodeItem, NewRow, Sampled, StepPlan, VisionSpan, Work
 from engine.runner import ModelRunner
 from tests.checkpoints import IMAGE_TOKEN
-from wire.messages import EngineRequest
+from wire.messages import EngineRequest, VisionItem
 from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
 
@@ -64,13 +64,14 @@ class Driver:
         """A prompt; its runs of picture tokens belong to ``pictures`` in order."""
         pictures = pictures or []
         per_tile = self.runner.ready().geometry.tokens_per_tile
-        spans, at = [], 0
+        spans, items, at = [], [], 0
         for index, tiles in enumerate(pictures):
             at = ids.index(IMAGE_TOKEN, at)
             digest = digests[index] if digests else f"{name}/{index}".encode()
             spans.append(VisionSpan(digest, at, len(tiles) * per_tile))
+            items.append(VisionItem(digest, at, len(tiles) * per_tile, len(tiles), index))
             at += len(tiles) * per_tile
-        request = EngineRequest(name, ids, sampling)
+        request = EngineRequest(name, ids, sampling, items)
         self.runner.upload(request, [tiles.numpy().tobytes() for tiles in pictures])
         self.sequences[name] = Sequence(
             list(ids), len(ids), sampling, spans, [len(tiles) for tiles in pictures]

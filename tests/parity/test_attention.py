@@ -23,6 +23,7 @@ BATCHES = {
     "prefills at block borders": [(15, 15), (16, 16), (17, 17), (1, 1)],
     "second chunk": [(5, 21)],
     "chunk longer than a slice": [(300, 700)],
+    "more keys than are gathered at once": [(1, 15_000), (1, 16_000), (1, 12_000), (1, 40_000)],
     "everything at once": [(1, 5), (7, 7), (1, 90), (3, 40), (1, 6), (20, 21), (2, 2)],
 }
 

@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.memory import free_memory
 from engine.runner import ModelRunner
+from model import load_config
+from model.kv_cache import KVCache
 from tests.checkpoints import Shape, make_checkpoint
 from wire.messages import Progress
 from wire.settings import EngineSettings
@@ -70,14 +73,61 @@ def test_memory_for_the_cache_is_divided_into_blocks(folder: Path) -> None:
     assert (ready.blocks_total, ready.max_model_len) == (14, 100)
 
 
-@pytest.mark.parametrize(("limit", "free"), [("max", 8000 * 1024), ("3000000", 2000000)])
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("max", (8_192_000, 16_384_000)),
+        ("3000000", (2_300_000, 3_000_000)),  # what files take can be had
+        ("99999999", (8_192_000, 16_384_000)),
+        ("500000", (0, 500_000)),
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2])
 def test_a_containers_limit_bounds_what_is_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, free: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    expected: tuple[int, int],
+    version: int,
 ) -> None:
-    assert free_memory() > 0
+    free, total = free_memory()
+    assert 0 < free < total
     (tmp_path / "meminfo").write_text("MemTotal: 16000 kB\nMemAvailable:  8000 kB\n")
-    (tmp_path / "memory.max").write_text(limit + "\n")
-    (tmp_path / "memory.current").write_text("1000000\n")
-    monkeypatch.setattr("engine.memory._MEMINFO", tmp_path / "meminfo")
+    names = ("memory.max", "memory.current")
+    if version == 1:
+        (tmp_path / "memory").mkdir()
+        names = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    (tmp_path / names[0]).write_text(limit + "\n")
+    (tmp_path / names[1]).write_text("1000000\n")
+    stat = tmp_path / names[0]
+    stat.with_name("memory.stat").write_text("anon 5\nactive_file 100000\ninactive_file 200000\n")
+    monkeypatch.setattr("engine.memory._PROC", tmp_path)
     monkeypatch.setattr("engine.memory._CGROUP", tmp_path)
-    assert free_memory() == free
+    assert free_memory() == expected
+
+
+def test_a_cache_that_cannot_fit_is_refused_at_the_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: dict[str, Any] = {"encoder_cache_bytes": 1000, "request_tile_bytes": 1 << 20}
+    monkeypatch.setattr("engine.memory.free_memory", lambda: (200 << 20, 400 << 20))
+    block = KVCache.block_bytes(load_config(folder).text, 16, torch.float32)
+    many = (200 << 20) // block
+    for explicit in ({"num_kv_blocks": many}, {"kv_cache_memory": 200 << 20}):
+        with pytest.raises(ValueError, match="more than the 209715200 bytes that are free"):
+            ModelRunner(settings(folder, max_num_seqs=many, **explicit, **values))
+    assert ModelRunner(settings(folder, num_kv_blocks=9, **values)).ready().blocks_total == 9
+    # Half of the memory is in use: a share of half leaves nothing.
+    with pytest.raises(ValueError, match="0 are there"):
+        ModelRunner(settings(folder, cpu_memory_utilization=0.5, **values))
+
+
+def test_the_cache_gets_what_a_share_leaves_beside_the_largest_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.memory.free_memory", lambda: (300 << 20, 400 << 20))
+    monkeypatch.setattr("engine.runner.measure", lambda device, run: 30 << 20)
+    values: dict[str, Any] = {"encoder_cache_bytes": 20 << 20, "request_tile_bytes": 40 << 20}
+    ready = ModelRunner(settings(folder, cpu_memory_utilization=0.5, **values)).ready()
+    block = KVCache.block_bytes(load_config(folder).text, 16, torch.float32)
+    assert ready.blocks_total == ((200 - 100 - 30 - 20 - 40) << 20) // block
