@@ -1,11 +1,26 @@
 """A number of bytes that many share: who asks for more than is left waits, and whoever came first
 is served first, so that nobody who needs much is passed for ever by those who need little. Knows
-nothing of what the bytes are for; the pipeline bounds its pictures with it."""
+nothing of what the bytes are for: the pipeline bounds the pictures being decoded with it, the
+server the tiles of the requests being answered."""
 
 import asyncio
 import collections
 import contextlib
 from collections.abc import AsyncIterator
+
+
+class Share:
+    """Bytes of a budget, while its context lasts."""
+
+    def __init__(self, budget: "Budget", size: int) -> None:
+        self._budget = budget
+        self.size = size
+
+    def keep(self, size: int) -> None:
+        """Give back what is over ``size``."""
+        if size < self.size:
+            self._budget._give_back(self.size - size)
+            self.size = size
 
 
 class Budget:
@@ -15,20 +30,31 @@ class Budget:
         self._total = self._left = total
         self._waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
 
+    @property
+    def used(self) -> int:
+        """Bytes that are held."""
+        return self._total - self._left
+
     @contextlib.asynccontextmanager
-    async def share(self, size: int) -> AsyncIterator[None]:
-        """Hold ``size`` bytes; all of them if there are no more in total."""
-        size = min(size, self._total)
+    async def share(self, size: int, patience: float | None = None) -> AsyncIterator[Share]:
+        """Hold ``size`` bytes; all of them if there are no more in total.
+
+        Raises TimeoutError if they cannot be had within ``patience`` seconds.
+        """
+        share = Share(self, min(size, self._total))
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((size, turn))
+        self._waiting.append((share.size, turn))
         self._admit()
         try:
-            await turn
-            yield
+            async with asyncio.timeout(patience):
+                await turn
+            yield share
         finally:
-            if not turn.cancelled():
-                self._left += size
-            self._admit()
+            self._give_back(0 if turn.cancelled() else share.size)
+
+    def _give_back(self, size: int) -> None:
+        self._left += size
+        self._admit()
 
     def _admit(self) -> None:
         while self._waiting:

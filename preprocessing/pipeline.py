@@ -5,11 +5,12 @@ prompts or tokens. The same bytes are decoded once while their tiles are in the 
 """
 
 import asyncio
+import contextlib
 import weakref
 
 from preprocessing.budget import Budget
 from preprocessing.media import MediaPart, TiledMedia, TileSettings
-from preprocessing.pool import DecodePool, PoolStats
+from preprocessing.pool import QUEUE_TIMEOUT, DecodePool, PoolStats, too_many
 from preprocessing.sources import Fetcher
 from preprocessing.tile_cache import TileCache
 from wire.digest import media_digest
@@ -64,8 +65,8 @@ class MediaPipeline:
     async def load(self, part: MediaPart) -> TiledMedia:
         """Fetch, decode and tile one picture.
 
-        Raises MediaRefused naming the part, or Unavailable when there is no worker to ask. Waits
-        while the pictures of others take all of ``media_memory``.
+        Raises MediaRefused naming the part, or Unavailable when there is no worker to ask, or
+        when the pictures of others take all of ``media_memory`` for too long.
         """
         if self._geometry is None:
             raise Unavailable("The picture decoder is not running.", retry_after=5)
@@ -73,7 +74,12 @@ class MediaPipeline:
         encoded = self._settings.max_media_bytes
         if part.url[:5].lower() == "data:":
             encoded = min(encoded, len(part.url) * 3 // 4)
-        async with self._memory.share(encoded + settings.most_bytes):
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                share = self._memory.share(encoded + settings.most_bytes, QUEUE_TIMEOUT)
+                await held.enter_async_context(share)
+            except TimeoutError:
+                raise too_many(part.param) from None
             return await self._load(part, settings)
 
     async def _load(self, part: MediaPart, settings: TileSettings) -> TiledMedia:

@@ -146,6 +146,11 @@ def _check(answer: Tiled, tiles: bytes, settings: TileSettings) -> None:
         raise ChannelClosed("a worker sent tiles that do not fit the question")
 
 
+def too_many(param: str) -> Unavailable:
+    """The error for a picture that has waited too long for its turn."""
+    return Unavailable("Too many pictures are waiting to be decoded.", param=param, retry_after=10)
+
+
 class DecodePool:
     """``settings.media_workers`` children, at most one job each."""
 
@@ -226,9 +231,7 @@ class DecodePool:
                         return worker
                     self._died(worker, "while idle")
         except TimeoutError:
-            raise Unavailable(
-                "Too many pictures are waiting to be decoded.", param=param, retry_after=10
-            ) from None
+            raise too_many(param) from None
         finally:
             self._waiting -= 1
 

@@ -1,6 +1,7 @@
 """How much work is let in: a permit per running request, a cap on the bytes of a body, and how
 long a client may take to send its body and to read its answer. A permit is held until the last
-byte of the answer is sent, streams included."""
+byte of the answer is sent, streams included, and so is whatever a route enters into the exit stack
+that it finds in its scope as "held"."""
 
 import asyncio
 import collections
@@ -96,7 +97,9 @@ class Admission:
             refusal = self._refusal()
             if refusal is not None:
                 raise refusal
-            with self._gate.permit(scope["state"]["tenant"].id):
+            async with contextlib.AsyncExitStack() as held:
+                held.enter_context(self._gate.permit(scope["state"]["tenant"].id))
+                scope["held"] = held
                 await self._app(scope, self._limited(receive), self._timed(send))
         except ServiceError as error:
             await error_response(error)(scope, receive, send)

@@ -3,23 +3,26 @@ together: starting, ready, draining or failed. Routes ask it; only the app and t
 runs it change it."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from pathlib import Path
 
 from engine.client import EngineClient
+from preprocessing.budget import Budget, Share
 from server.admission import Gate
 from server.backlog import Backlog
 from server.chat.prepare import Media, ServedModel
 from server.grammars import GrammarChecker
 from server.metrics import Metrics
-from wire.errors import ServiceError, Unavailable
+from wire.errors import ServiceError, TooManyRequests, Unavailable
 from wire.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL = 0.5
 RETRY_AFTER = 5
+TILE_TIMEOUT = 30.0
 
 
 class Service:
@@ -35,6 +38,8 @@ class Service:
         fair = settings.engine.scheduling_policy == "fair"
         self.gate = Gate(settings.server.max_concurrent_requests, self.metrics, fair=fair)
         self.backlog = Backlog(settings.server, self.metrics, fair=fair)
+        self._tiles = Budget(settings.engine.request_tile_bytes)
+        self.metrics.tile_bytes.set_function(lambda: self._tiles.used)
         self.name = settings.server.served_model_name or Path(settings.engine.model).name
         self.model: ServedModel | None = None
         self.settled = asyncio.Event()
@@ -98,6 +103,21 @@ class Service:
         if self.model is None:
             raise self.refusal() or Unavailable("The server is not ready.")
         return self.model
+
+    async def tile_room(self, held: contextlib.AsyncExitStack, size: int) -> Share:
+        """Wait until ``size`` more bytes of tiles may be kept, and enter them into ``held``.
+
+        They are kept until the answer ends, because a new engine would need them.
+        """
+        try:
+            return await held.enter_async_context(self._tiles.share(size, TILE_TIMEOUT))
+        except TimeoutError:
+            raise TooManyRequests(
+                "The pictures of other requests take all the memory there is for them; try again "
+                "later.",
+                param="messages",
+                retry_after=RETRY_AFTER,
+            ) from None
 
     async def drain(self) -> None:
         """Take no new work; return when the running work is done or its time is over."""

@@ -58,6 +58,11 @@ class Metrics:
             ["code"],
             registry=self.registry,
         )
+        self.tile_bytes = Gauge(
+            "internvl_request_tile_bytes",
+            "Tiles of the requests being answered.",
+            registry=self.registry,
+        )
         self.finished = Counter(
             "internvl_completions",
             "Finished completions.",

@@ -12,6 +12,8 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from preprocessing import MediaPart, TiledMedia
+from preprocessing.budget import Share
+from preprocessing.media import TileSettings
 from server.auth import Tenant
 from server.chat.demands import Demand, callable_tools, demanded
 from server.chat.prompt import Ending, PromptBuilder, Segment, Turn
@@ -41,6 +43,13 @@ class Run(Protocol):
 
     async def __call__(self, function: Callable[..., _T], /, *arguments: Any) -> _T:
         """What ``function`` returns."""
+
+
+class Room(Protocol):
+    """Waits until tiles of so many bytes may be held, and holds them until the answer ends."""
+
+    async def __call__(self, size: int, /) -> Share:
+        """Raises TooManyRequests when it takes too long."""
 
 
 class Media(Protocol):
@@ -186,9 +195,10 @@ async def prepare(
     grammars: GrammarChecker,
     run: Run,
     tenant: Tenant,
+    room: Room,
 ) -> PreparedChat:
-    """Check, fetch, tokenise; ``run`` does what takes longer for longer texts. Raises
-    ClientErrors; when one picture fails, the others stop."""
+    """Check, fetch, tokenise; ``run`` does what takes longer for longer texts, ``room`` waits for
+    room for tiles. Raises ClientErrors; when one picture fails, the others stop."""
     if request.model is not None and request.model != model.name:
         raise NotFound(
             f"This server does not serve that model; it serves {model.name!r}.",
@@ -219,7 +229,11 @@ async def prepare(
         )
     segments = await run(_render, request, conversation, model, ending)
     began = time.monotonic()
-    pictures = await _load_all(media, conversation.pictures, model.ready, limits.media_workers + 2)
+    pictures: list[TiledMedia] = []
+    if parts := conversation.pictures:
+        share = await room(_most_tile_bytes(parts, model.ready))
+        pictures = await _load_all(media, parts, model.ready, limits.media_workers + 2)
+        share.keep(sum(len(picture.tiles) for picture in pictures))
     media_seconds = time.monotonic() - began
     prompt = await run(model.prompts.build, segments, pictures)
     sampling = fit_sampling(sampling, request, len(prompt.ids), model.ready.max_model_len)
@@ -325,6 +339,13 @@ def _render(
     tools = (request.tools or ()) if demanded_call else callable_tools(request)
     offered = [tool.model_dump(exclude_unset=True) for tool in tools]
     return model.prompts.render(conversation.turns, len(conversation.pictures), offered, ending)
+
+
+def _most_tile_bytes(parts: Sequence[MediaPart], ready: Ready) -> int:
+    """What the tiles of pictures may take: all that each may have, or all that the context has."""
+    geometry = ready.geometry
+    context = ready.max_model_len // geometry.tokens_per_tile * geometry.tile_bytes
+    return min(context, sum(TileSettings.of(geometry, p.max_tiles).most_bytes for p in parts))
 
 
 async def _load_all(

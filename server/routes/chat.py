@@ -1,6 +1,7 @@
 """/v1/chat/completions."""
 
 import asyncio
+import functools
 import time
 import uuid
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server.auth import Tenant
-from server.chat.prepare import PreparedChat, prepare
+from server.chat.prepare import PreparedChat, Room, prepare
 from server.chat.sse import EventStream, unless_gone
 from server.chat.stream import chunks, events, fold
 from server.errors import UnsupportedMediaType
@@ -35,11 +36,14 @@ async def create_chat_completion(request: Request) -> Response:
         raise UnsupportedMediaType("Content-Type must be application/json.")
     body = await request.body()
     tenant: Tenant = request.state.tenant
-    return await unless_gone(request.receive, _answer(service, body, tenant, began))
+    room = functools.partial(service.tile_room, request.scope["held"])
+    return await unless_gone(request.receive, _answer(service, body, tenant, room, began))
 
 
-async def _answer(service: Service, body: bytes, tenant: Tenant, began: float) -> Response:
-    chat = await _prepare(service, body, tenant)
+async def _answer(
+    service: Service, body: bytes, tenant: Tenant, room: Room, began: float
+) -> Response:
+    chat = await _prepare(service, body, tenant, room)
     source = chunks(chat, service.engine, service.backlog, service.metrics, began)
     if chat.stream:
         encoded = events(source, include_usage=chat.include_usage)
@@ -48,14 +52,22 @@ async def _answer(service: Service, body: bytes, tenant: Tenant, began: float) -
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
-async def _prepare(service: Service, body: bytes, tenant: Tenant) -> PreparedChat:
+async def _prepare(service: Service, body: bytes, tenant: Tenant, room: Room) -> PreparedChat:
     run = asyncio.to_thread if len(body) > THREAD_BYTES else _here
     request = await run(parse_chat_request, body)
     service.backlog.check(tenant.id, request.n or 1)
     identity = f"chatcmpl-{uuid.uuid4().hex}"
     limits = service.settings.media
     chat = await prepare(
-        request, identity, service.served(), service.media, limits, service.grammars, run, tenant
+        request,
+        identity,
+        service.served(),
+        service.media,
+        limits,
+        service.grammars,
+        run,
+        tenant,
+        room,
     )
     if chat.buffers:
         service.metrics.media_time.observe(chat.media_seconds)

@@ -55,12 +55,17 @@ class Houses:
         *,
         wait: bool = True,
         policy: str = "fcfs",
+        request_tile_bytes: int = 1 << 20,
         **server: Any,
     ) -> House:
         settings = Settings(
             ServerSettings(served_model_name="tiny", **server),
             MediaSettings(max_images=4),
-            EngineSettings(model=str(self.folder), scheduling_policy=policy),
+            EngineSettings(
+                model=str(self.folder),
+                scheduling_policy=policy,
+                request_tile_bytes=request_tile_bytes,
+            ),
         )
         engine = engine or FakeEngine()
         media = FakeMedia()

@@ -273,3 +273,46 @@ async def test_what_runs_at_the_end_of_a_drain_is_told_so(houses: Houses) -> Non
     await within(client.task)
     assert house.service.gate.idle.is_set()
     assert not house.service.failed.is_set()
+
+
+def with_picture(detail: str = "high") -> dict[str, Any]:
+    """A streamed question about a picture: two tiles of 48 bytes, or one at detail "low"."""
+    picture = {"type": "image_url", "image_url": {"url": "http://here/1", "detail": detail}}
+    return {"messages": [{"role": "user", "content": [picture]}], "stream": True}
+
+
+async def test_tiles_are_bounded_over_all_open_answers(
+    houses: Houses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "TILE_TIMEOUT", 0)
+    most = 13 * 48  # what a picture may have before it is decoded
+    house = await houses.open(request_tile_bytes=most + 48)
+    metric = "internvl_request_tile_bytes"
+    go_on = stuck(house.engine)
+    small = Client(house, with_picture("low"))
+    await within(small.read_until(b"Yes"))
+    assert f"{metric} 48.0" in (await house.http.get("/metrics")).text
+    large = Client(house, with_picture())
+    await within(large.read_until(b"Yes"))
+    assert f"{metric} 144.0" in (await house.http.get("/metrics")).text
+    refused = await house.ask(**with_picture())
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"] == "5"
+    assert refused.json()["error"]["param"] == "messages"
+    text = Client(house, HELLO | {"stream": True})  # has no tiles
+    await within(text.read_until(b"Yes"))
+    small.leave()
+    await within(small.task)
+    assert f"{metric} 96.0" in (await house.http.get("/metrics")).text
+    go_on.set()
+    for client in (large, text):
+        await within(client.task)
+    assert (await house.ask(**with_picture())).status_code == 200
+    assert f"{metric} 0.0" in (await house.http.get("/metrics")).text
+
+
+async def test_a_refused_picture_gives_its_room_back(house: House) -> None:
+    bad = {"type": "image_url", "image_url": {"url": "http://here/bad"}}
+    answer = await house.ask(messages=[{"role": "user", "content": [bad]}])
+    assert answer.status_code == 400
+    assert "internvl_request_tile_bytes 0.0" in (await house.http.get("/metrics")).text

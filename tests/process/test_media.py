@@ -178,6 +178,20 @@ async def test_many_at_once_each_get_their_own() -> None:
         assert (one.tiles[0], one.tiles[256], one.tiles[512]) == colour
 
 
+async def test_a_picture_that_finds_no_memory_for_too_long_is_told_to_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("preprocessing.pipeline.QUEUE_TIMEOUT", 0)
+    async with pipeline(media_memory=1) as media:
+        async with hanging_job(media, plain()) as (pid, first):
+            with pytest.raises(Unavailable) as refused:
+                await media.load(plain("blue"))
+            assert refused.value.retry_after
+            os.kill(pid, signal.SIGCONT)
+            assert (await first).count
+        assert (await media.load(plain("blue"))).count
+
+
 async def test_only_as_many_pictures_as_the_memory_holds_are_on_their_way() -> None:
     one = TileSettings.of(GEOMETRY).most_bytes + 200
     async with pipeline(media_memory=2 * one) as media:

@@ -93,3 +93,30 @@ async def test_an_error_gives_its_share_back() -> None:
             pass
     async with asyncio.timeout(5), budget.share(10):
         pass
+
+
+async def test_what_is_not_needed_goes_to_whoever_waits() -> None:
+    budget = Budget(10)
+    async with budget.share(9) as share:
+        waiting = Holder(budget, 6)
+        await settle()
+        share.keep(5)
+        assert not waiting.has
+        share.keep(4)
+        await settle()
+        assert waiting.has
+        share.keep(100)  # it cannot grow
+        assert budget.used == 10
+    await waiting.leave()
+    assert budget.used == 0
+
+
+async def test_whoever_waits_too_long_gets_nothing_and_holds_nobody_up() -> None:
+    budget = Budget(10)
+    async with budget.share(6, patience=0):
+        with pytest.raises(TimeoutError):
+            async with budget.share(5, patience=0):
+                raise AssertionError
+        async with budget.share(4, patience=0):
+            assert budget.used == 10
+    assert budget.used == 0
