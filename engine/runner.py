@@ -22,7 +22,13 @@ from torch import Tensor
 
 from engine.core import EngineCore
 from engine.grammar import Grammars
-from engine.memory import kv_blocks, largest_step, measure, shallow
+from engine.memory import (
+    kv_blocks,
+    largest_step,
+    measure,
+    return_what_is_freed,
+    shallow,
+)
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, logprobs, score
@@ -81,6 +87,7 @@ class ModelRunner:
         folder = Path(settings.model)
         config = load_config(folder)
         if device.type == "cpu":
+            return_what_is_freed()
             torch.set_num_threads(settings.threads or _threads(config))
         dtype = _dtype(settings, config, device)
         self._model = build_model(

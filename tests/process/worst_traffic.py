@@ -1,6 +1,6 @@
 """Drives a real engine with the worst traffic that its settings admit, and says what it took.
 
-``python -m tests.process.worst_traffic FOLDER JSON`` prints one line of JSON, in bytes: ``peak``,
+``python -m tests.process.worst_traffic FOLDER JSON`` writes JSON, in bytes: ``peak``,
 what the process took at most beyond what it held when it was ready; ``step``, what was profiled;
 ``cache``, what keys and values may take; ``tiles``, all tiles that were sent.
 """
@@ -94,4 +94,4 @@ def request(ready: Any, index: int) -> tuple[EngineRequest, list[bytearray]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], json.loads(sys.argv[2]))))
+    sys.stdout.write(json.dumps(main(sys.argv[1], json.loads(sys.argv[2]))))

@@ -125,9 +125,10 @@ def test_a_cache_that_cannot_fit_is_refused_at_the_start(
 def test_the_cache_gets_what_a_share_leaves_beside_the_largest_step(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.memory.free_memory", lambda: (300 << 20, 400 << 20))
-    monkeypatch.setattr("engine.runner.measure", lambda device, run: 30 << 20)
+    monkeypatch.setattr("engine.memory.free_memory", lambda: (350 << 20, 400 << 20))
+    monkeypatch.setattr("engine.runner.measure", lambda device, run: 32 << 20)
     values: dict[str, Any] = {"encoder_cache_bytes": 20 << 20, "request_tile_bytes": 40 << 20}
     ready = ModelRunner(settings(folder, cpu_memory_utilization=0.5, **values)).ready()
     block = KVCache.block_bytes(load_config(folder).text, 16, torch.float32)
-    assert ready.blocks_total == ((200 - 100 - 30 - 20 - 40) << 20) // block
+    # A quarter is added to the step for what the allocator holds.
+    assert ready.blocks_total == ((200 - 50 - 40 - 20 - 40) << 20) // block
