@@ -29,8 +29,8 @@ _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _LARGE = 8 << 20
-# What the C library holds from one step to the next makes two equal steps differ.
-_UNEVEN = 1.25
+# What the C library may hold beside what is in use: its top (see _M_TRIM_THRESHOLD) and its holes.
+_HELD = 4 * _LARGE
 # Layers take the same memory one after the other: two show the peak of any number.
 _LAYERS = 2
 # As many ids as a request may name.
@@ -140,7 +140,8 @@ def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, ste
     else:
         free, total = free_memory()
         share = settings.cpu_memory_utilization
-        rest += int(step * _UNEVEN) + max(
+        rest += step + _HELD
+        rest += max(
             settings.request_tile_bytes,
             max_model_len // geometry.tokens_per_tile * geometry.tile_bytes,
         )

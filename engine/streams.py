@@ -118,25 +118,28 @@ class Streams:
         if report.stats.running == report.stats.waiting == 0:
             self._emptying = False
         for output in report.outputs:
-            stream = self._open.get(output.id)
-            if stream is None:
-                continue
-            stream.token_ids += output.token_ids
-            stream.outputs.append(output)
-            stream.arrived.set()
-            if output.finish_reason is not None:
-                del self._open[output.id]
-                self._unsent.pop(output.id, None)
-                if stream is self._trial:
-                    self._trial = None
-                continue
-            made = len(stream.token_ids) - stream.sent_length
-            enough = self._trial_length * _LONGER ** (stream.deaths - 1)
-            if stream is self._trial and made >= enough:
-                self._pass(stream)
-            if made >= _CLEARED:
-                stream.deaths = 0
+            self._give(output)
         self._send_on()
+
+    def _give(self, output: EngineOutput) -> None:
+        stream = self._open.get(output.id)
+        if stream is None:
+            return
+        stream.token_ids += output.token_ids
+        stream.outputs.append(output)
+        stream.arrived.set()
+        if output.finish_reason is not None:
+            del self._open[output.id]
+            self._unsent.pop(output.id, None)
+            if stream is self._trial:
+                self._trial = None
+            return
+        made = len(stream.token_ids) - stream.sent_length
+        enough = self._trial_length * _LONGER ** (stream.deaths - 1)
+        if stream is self._trial and made >= enough:
+            self._pass(stream)
+        if made >= _CLEARED:
+            stream.deaths = 0
 
     def _pass(self, stream: _Stream) -> None:
         """It has stood its trial; it makes room for that of the next, which must be alone too.
@@ -210,7 +213,8 @@ class Streams:
         request = stream.request
         length, limit = len(request.prompt) + len(stream.token_ids), self._max_model_len
         if stream.token_ids and limit is not None and length >= limit:
-            self.deal([EngineOutput(request.id, [], "length")])
+            self._give(EngineOutput(request.id, [], "length"))
+            self._send_on()
             return
         stream.sent_length = len(stream.token_ids)
         if stream.token_ids:

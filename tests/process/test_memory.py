@@ -12,13 +12,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # A vocabulary, a context and pictures large enough to be seen beside the interpreter.
 SHAPE = Shape(tile_size=112, image_size=112, vocab=50_000, positions=2048)
 SETTINGS = {
-    "max_num_seqs": 32,
+    "max_num_seqs": 48,
     "max_num_batched_tokens": 2048,
     "max_num_encoder_tiles": 104,
     "encoder_cache_bytes": 1 << 20,
     "request_tile_bytes": 32 << 20,
-    "num_kv_blocks": 1000,
+    "num_kv_blocks": 1200,
 }
+HELD = 32 << 20  # beside what is in use, by the C library
 
 
 def test_the_worst_traffic_takes_no_more_than_was_profiled(tmp_path: Path) -> None:
@@ -27,6 +28,6 @@ def test_the_worst_traffic_takes_no_more_than_was_profiled(tmp_path: Path) -> No
     child = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert child.returncode == 0, child.stderr.decode()
     took = json.loads(child.stdout)
-    assert took["step"] > 30 << 20  # else this test says nothing
-    bound = 1.25 * took["step"] + took["cache"] + took["tiles"] + SETTINGS["encoder_cache_bytes"]
-    assert took["peak"] < bound, took
+    assert took["step"] > 64 << 20  # else this test says nothing
+    bound = took["step"] + took["cache"] + took["tiles"] + SETTINGS["encoder_cache_bytes"]
+    assert took["peak"] < bound + HELD, took
