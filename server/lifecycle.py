@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 WATCH_INTERVAL = 0.5
 RETRY_AFTER = 5
 TILE_TIMEOUT = 30.0
+TOO_MANY_PICTURES = "too_many_pictures"
 
 
 class Service:
@@ -112,10 +113,12 @@ class Service:
         try:
             return await held.enter_async_context(self._tiles.share(size, TILE_TIMEOUT))
         except TimeoutError:
+            self.metrics.refused.labels(TOO_MANY_PICTURES).inc()
             raise TooManyRequests(
                 "The pictures of other requests take all the memory there is for them; try again "
                 "later.",
                 param="messages",
+                code=TOO_MANY_PICTURES,
                 retry_after=RETRY_AFTER,
             ) from None
 

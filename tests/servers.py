@@ -27,15 +27,18 @@ def free_port() -> int:
 
 
 class Server:
-    """``python -m server`` with some flags; ready when the constructor returns."""
+    """``python -m server`` with some flags; ready when the constructor returns.
 
-    def __init__(self, log: Path, flags: Sequence[str] = ()) -> None:
+    ``module`` is run in its place.
+    """
+
+    def __init__(self, log: Path, flags: Sequence[str] = (), module: str = "server") -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "server", "--port", str(self.port), *flags],
+                [sys.executable, "-m", module, "--port", str(self.port), *flags],
                 cwd=ROOT,
                 stdout=sink,
                 stderr=sink,
@@ -73,8 +76,9 @@ class Server:
         raise AssertionError(f"{name} is {self.metric(name)}, never became {value}")
 
     def metric(self, name: str) -> float | None:
+        """Its value, or that of the first with this name; a name may hold its labels."""
         for line in httpx.get(self.url + "/metrics", timeout=5).text.splitlines():
-            if line.split("{")[0].split(" ")[0] == name:
+            if name in (line.rsplit(" ", 1)[0], line.split("{")[0].split(" ")[0]):
                 return float(line.rsplit(" ", 1)[1])
         return None
 

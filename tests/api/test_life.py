@@ -298,6 +298,7 @@ async def test_tiles_are_bounded_over_all_open_answers(
     refused = await house.ask(**with_picture())
     assert refused.status_code == 429
     assert refused.headers["retry-after"] == "5"
+    assert refused.json()["error"]["code"] == "too_many_pictures"
     assert refused.json()["error"]["param"] == "messages"
     text = Client(house, HELLO | {"stream": True})  # has no tiles
     await within(text.read_until(b"Yes"))

@@ -1,0 +1,91 @@
+"""An engine that misbehaves when it is told to: ``python -m tests.e2e.faulty_engine FILE FD``.
+
+While FILE exists, it holds the JSON of a ``Fault``, and the first step that is meant suffers it.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import engine.__main__ as engine_main
+from engine.plan import StepPlan
+from engine.runner import ModelRunner
+from wire.messages import Progress
+from wire.settings import EngineSettings
+
+# Seconds that are added to each step, so that streams overlap for a while.
+PACE = 0.01
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``how`` a step fails that computes at least ``rows`` rows, or the row whose seed is ``seed``.
+
+    ``once``: the file goes before the fault comes; else every such step suffers it.
+    """
+
+    how: str
+    rows: int = 1
+    seed: int | None = None
+    once: bool = True
+
+
+class FaultyRunner(ModelRunner):
+    """Fails as the file says; the warm-up succeeds."""
+
+    file: Path | None = None
+
+    def begin(self, plan: StepPlan) -> None:
+        time.sleep(PACE if self.file else 0)
+        super().begin(plan)
+
+    def _compute(self, plan: StepPlan) -> Tensor | None:
+        logits = super()._compute(plan)
+        if self.file is None or not self.file.exists():
+            return logits
+        fault = Fault(**json.loads(self.file.read_text()))
+        seeds = [self._rows[work.id].sampling.seed for work in plan.work]
+        if len(seeds) < fault.rows or (fault.seed is not None and fault.seed not in seeds):
+            return logits
+        if fault.once:
+            self.file.unlink()
+        if fault.how == "nan":
+            assert logits is not None
+            drawing = [s for s, work in zip(seeds, plan.work, strict=True) if work.sample]
+            logits[drawing.index(fault.seed)] = torch.nan
+            return logits
+        fail(fault.how)
+        return logits
+
+
+def fail(how: str) -> None:
+    if how == "raise":
+        raise RuntimeError("told to fail")
+    if how == "device memory":
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    if how == "main memory":
+        torch.empty(1 << 60)  # RuntimeError, by torch's own allocator
+    if how == "sleep":
+        time.sleep(600)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def load(settings: EngineSettings, progress: Callable[[Progress], None]) -> FaultyRunner:
+    runner = FaultyRunner(settings, progress)
+    runner.file = Path(sys.argv[2])
+    return runner
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = reversed(sys.argv[1:])  # the descriptor comes first for the engine's own main
+    engine_main.load = load  # type: ignore[assignment]
+    engine_main.main()

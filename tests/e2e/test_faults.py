@@ -1,0 +1,191 @@
+"""Whatever happens to the engine, the streams that are not to blame end as they would have.
+
+One server for all faults: it must also be as good as new after each of them.
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.faulty_engine import Fault
+from tests.e2e.test_life import conversation
+from tests.servers import Server
+
+ENGINE = "tests.e2e.faulty_engine"
+TIMEOUT = 6.0  # of the watchdog; an engine under load must load faster
+COUNT = 6
+ROWS = 8  # of all streams: two have two choices
+TOKENS = 40
+MARKED = 666
+
+Texts = dict[int, str]
+
+
+class House:
+    """A server whose engine fails on demand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.fault = folder / "fault.json"
+        flags = ["--engine-timeout", str(TIMEOUT), str(self.fault)]
+        self.server = Server(folder / "log.txt", flags, module="tests.e2e.faulty_server")
+        self._pool = ThreadPoolExecutor(COUNT + 1)
+        self.whole = self.results(self.begin())
+
+    def inject(self, **fault: Any) -> None:
+        part = self.fault.with_suffix(".part")
+        part.write_text(json.dumps(asdict(Fault(**fault))))
+        part.rename(self.fault)
+
+    def begin(self) -> list[Future[Texts]]:
+        return [self._pool.submit(stream, self.server, number) for number in range(COUNT)]
+
+    def begin_marked(self) -> Future[Texts]:
+        return self._pool.submit(stream, self.server, COUNT, seed=MARKED, temperature=1.0)
+
+    def results(self, streams: list[Future[Texts]]) -> list[Texts]:
+        return [future.result(90) for future in streams]
+
+    def engine(self) -> int:
+        (pid,) = self.server.children(ENGINE)
+        return pid
+
+    def wait_running(self, rows: int = ROWS) -> None:
+        self.server.wait_for_metric("internvl_requests_running", rows)
+
+    def is_away(self) -> None:
+        """Not ready and says why, but alive."""
+        self.server.wait_for_status("/ready", 503)
+        answer = httpx.get(self.server.url + "/ready", timeout=5)
+        if answer.status_code == 503:  # else it is back already
+            assert answer.json()["reason"] == "the engine is starting again"
+        assert httpx.get(self.server.url + "/live", timeout=5).status_code == 200
+
+    def is_back(self) -> None:
+        self.server.wait_for_status("/ready", 200)
+        self.server.wait_for_metric("internvl_requests_running", 0)
+        self.server.wait_for_metric("internvl_kv_blocks_used", 0)
+
+    def count(self, name: str) -> float:
+        return self.server.metric(name) or 0.0
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self.server.close()
+
+
+def stream(server: Server, number: int, **options: Any) -> Texts:
+    """The text of each choice of a streamed answer; fails unless each has all its tokens."""
+    texts: Texts = {}
+    asked = conversation(number) | {"n": 2 if number in (1, 2) else 1} | options
+    usage = None
+    with server.client() as client:
+        for chunk in client.chat.completions.create(
+            model="internvl-demo",
+            stream=True,
+            stream_options={"include_usage": True},
+            max_tokens=TOKENS,
+            extra_body={"ignore_eos": True},
+            **asked,
+        ):
+            usage = chunk.usage
+            for choice in chunk.choices:
+                text = texts.get(choice.index, "")
+                texts[choice.index] = text + (choice.delta.content or "")
+    assert usage is not None
+    assert usage.completion_tokens == TOKENS * asked["n"]
+    return texts
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    house = House(tmp_path_factory.mktemp("faulty"))
+    yield house
+    house.close()
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ("raise", "step"),
+        ("device memory", "step"),
+        ("main memory", "step"),
+        ("kill", "exit"),
+        ("sleep", "hang"),
+    ],
+)
+def test_no_stream_notices_a_fault_in_a_step(house: House, how: str, kind: str) -> None:
+    metric = f'internvl_engine_faults_total{{kind="{kind}"}}'
+    before = house.count(metric)
+    house.inject(how=how, rows=ROWS)
+    streams = house.begin()
+    house.is_away()
+    assert house.results(streams) == house.whole
+    house.is_back()
+    assert house.count(metric) == before + 1
+
+
+def test_no_stream_notices_an_engine_that_is_stopped(house: House) -> None:
+    streams = house.begin()
+    house.wait_running()
+    os.kill(house.engine(), signal.SIGSTOP)
+    house.is_away()
+    assert house.results(streams) == house.whole
+    house.is_back()
+
+
+def test_no_stream_notices_an_engine_that_dies_again_while_it_loads(house: House) -> None:
+    streams = house.begin()
+    house.wait_running()
+    dead = house.engine()
+    for _ in range(2):
+        os.kill(dead, signal.SIGKILL)
+        end = time.monotonic() + 30
+        while (pids := house.server.children(ENGINE)) in ([], [dead]):
+            assert time.monotonic() < end, "there is no successor"
+            time.sleep(0.01)
+        (dead,) = pids
+    house.is_away()
+    assert house.results(streams) == house.whole
+    house.is_back()
+
+
+def test_a_request_that_engines_die_of_fails_alone(house: House) -> None:
+    before = house.count("internvl_requests_given_up_total")
+    house.inject(how="main memory", seed=MARKED, once=False)
+    streams = house.begin()
+    marked = house.begin_marked()
+    with pytest.raises(openai.APIError) as failed:
+        marked.result(90)
+    assert failed.value.body["code"] == "engine_error"
+    assert house.results(streams) == house.whole
+    house.fault.unlink()
+    house.is_back()
+    assert house.count("internvl_requests_given_up_total") == before + 1
+
+
+def test_a_row_that_is_not_a_number_fails_alone_and_is_not_found_again(house: House) -> None:
+    restarts = house.count("internvl_engine_restarts_total")
+    house.inject(how="nan", rows=2, seed=MARKED)
+    streams = house.begin()
+    with pytest.raises(openai.APIError):
+        house.begin_marked().result(90)
+    assert house.results(streams) == house.whole
+    assert house.count("internvl_engine_restarts_total") == restarts
+    house.is_back()
+    # What it had computed may be wrong: the same prompt finds nothing at first.
+    asked = conversation(COUNT) | {"model": "internvl-demo", "max_tokens": 4}
+    with house.server.client() as client:
+        found = [client.chat.completions.create(**asked).usage for _ in range(2)]
+    cached = [usage.prompt_tokens_details.cached_tokens for usage in found]
+    assert cached[0] == 0
+    assert cached[1] > 0
