@@ -22,7 +22,7 @@ from tests.e2e.test_life import conversation
 from tests.servers import Server
 
 ENGINE = "tests.e2e.faulty_engine"
-TIMEOUT = 6.0  # of the watchdog; an engine under load must load faster
+TIMEOUT = 15.0  # of the watchdog; a busy machine must load torch faster
 COUNT = 6
 ROWS = 8  # of all streams: two have two choices
 TOKENS = 40
@@ -120,7 +120,6 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         ("device memory", "step"),
         ("main memory", "step"),
         ("kill", "exit"),
-        ("sleep", "hang"),
     ],
 )
 def test_no_stream_notices_a_fault_in_a_step(house: House, how: str, kind: str) -> None:
@@ -141,6 +140,7 @@ def test_no_stream_notices_an_engine_that_is_stopped(house: House) -> None:
     house.is_away()
     assert house.results(streams) == house.whole
     house.is_back()
+    assert house.count('internvl_engine_faults_total{kind="hang"}') == 1
 
 
 def test_no_stream_notices_an_engine_that_dies_again_while_it_loads(house: House) -> None:
