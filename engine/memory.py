@@ -131,20 +131,16 @@ def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, ste
     token = model.config.text.hidden_size * model.dtype.itemsize
     # The largest picture is encoded even if it is larger than the budget.
     largest = (geometry.max_tiles + 1) * geometry.tokens_per_tile * token
-    rest = max(settings.encoder_cache_bytes, largest)
+    rest = step + max(settings.encoder_cache_bytes, largest)
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(model.device)
         share = settings.gpu_memory_utilization
-        rest += step
     else:
         free, total = free_memory()
         share = settings.cpu_memory_utilization
-        rest += step + _HELD
-        rest += max(
-            settings.request_tile_bytes,
-            max_model_len // geometry.tokens_per_tile * geometry.tile_bytes,
-        )
+        context = max_model_len // geometry.tokens_per_tile * geometry.tile_bytes
+        rest += max(settings.request_tile_bytes, context) + _HELD
     size = KVCache.block_bytes(model.config.text, settings.block_size, model.dtype)
     useful = settings.max_num_seqs * -(-max_model_len // settings.block_size)
     explicit = settings.num_kv_blocks * size or settings.kv_cache_memory
@@ -156,7 +152,8 @@ def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, ste
     )  # fmt: skip
     if blocks < 1:
         raise ValueError(
-            f"no memory for the KV cache: a block takes {size} bytes, {max(memory, 0)} are there"
+            f"no memory for the KV cache: a block takes {size} bytes, {max(memory, 0)} are there "
+            f"(docs/operations.md says what else takes {rest}, and which settings bound it)"
         )
     if explicit and blocks * size + rest > free:
         raise ValueError(
