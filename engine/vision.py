@@ -34,11 +34,6 @@ class EncoderOutputs:
         self._shown: dict[str, set[bytes]] = {}  # pictures of each request
         self._outputs: dict[bytes, Tensor] = {}
 
-    @property
-    def raw_bytes(self) -> int:
-        """Bytes of all raw tiles."""
-        return sum(tiles.nbytes for tiles in self._tiles.values())
-
     def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         """Keep a request's tiles, one buffer of uint8 ``[T, 3, side, side]`` per picture."""
         self._shown[request.id] = {item.digest for item in request.items}

@@ -171,6 +171,35 @@ def test_a_shared_picture_is_encoded_once(folder: Path, alone: dict[str, list[in
     assert driver.encodings == 1
 
 
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_tiles_may_be_encoded_few_at_a_time(
+    folder: Path, alone: dict[str, list[int]], chunk: int
+) -> None:
+    driver = Driver(folder, encoder_chunk_tiles=chunk)
+    passes: list[int] = []
+    model = driver.runner._model
+    encode = model.encode_tiles
+    model.encode_tiles = lambda tiles: (passes.append(len(tiles)), encode(tiles))[1]
+    names = [name for name in CASES if CASES[name][1]]
+    for name in names:
+        driver.add(name, *CASES[name])
+    assert driver.generate(STEPS) == [alone[name] for name in names]
+    assert max(passes) == chunk
+
+
+def test_tiles_are_kept_once_until_nobody_shows_them(folder: Path) -> None:
+    driver = Driver(folder)
+    kept = driver.runner._vision._tiles
+    driver.add("a", *CASES["picture"], digests=[b"same"])
+    driver.add("b", *CASES["picture"], digests=[b"same"])
+    assert list(kept) == [b"same"]
+    driver.runner._vision.forget("a")
+    assert list(kept) == [b"same"]
+    driver.runner._vision.forget("b")
+    driver.runner._vision.forget("b")
+    assert not kept
+
+
 def test_rows_that_end_make_room_for_others(folder: Path, alone: dict[str, list[int]]) -> None:
     driver = Driver(folder, max_num_seqs=2)
     for index in range(5):
