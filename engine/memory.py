@@ -87,15 +87,23 @@ def largest_step(
         allowed_token_ids=tuple(named),
         logit_bias=tuple((token, 1.0) for token in named),
         logprobs=MAX_LOGPROBS,
+        prompt_logprobs=MAX_LOGPROBS,
     )
     chunk = min(max_model_len, settings.max_num_batched_tokens - rows + 1)
     work = []
     for index in range(rows):
         count = 1 if index else chunk
-        work.append(Work(f"{index}", max_model_len - count, count, [], True))
+        # Scoring ends before the last token of a prompt, which nothing follows.
+        score = index == 0 and count > 1
+        work.append(Work(f"{index}", max_model_len - count, count, [], True, score))
     plan = StepPlan(
         step=0,
-        new_rows=[NewRow(item.id, ids, max_model_len // 2, sampling, [], blocks) for item in work],
+        new_rows=[
+            NewRow(
+                w.id, ids, max_model_len if w.score else max_model_len // 2, sampling, [], blocks
+            )
+            for w in work
+        ],
         work=work,
         encode=[EncodeItem(item.digest, "0", item.buffer, item.tiles) for item in items],
         drop=[],

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 import engine.__main__ as engine_main
 from engine.plan import StepPlan
@@ -47,23 +47,23 @@ class FaultyRunner(ModelRunner):
         time.sleep(PACE if self.file else 0)
         super().begin(plan)
 
-    def _compute(self, plan: StepPlan) -> Tensor | None:
-        logits = super()._compute(plan)
+    def _compute(self, plan: StepPlan) -> Any:
+        begun = super()._compute(plan)
         if self.file is None or not self.file.exists():
-            return logits
+            return begun
         fault = Fault(**json.loads(self.file.read_text()))
         seeds = [self._rows[work.id].sampling.seed for work in plan.work]
         if len(seeds) < fault.rows or (fault.seed is not None and fault.seed not in seeds):
-            return logits
+            return begun
         if fault.once:
             self.file.unlink()
         if fault.how == "nan":
-            assert logits is not None
+            assert begun.logits is not None
             drawing = [s for s, work in zip(seeds, plan.work, strict=True) if work.sample]
-            logits[drawing.index(fault.seed)] = torch.nan
-            return logits
+            begun.logits[drawing.index(fault.seed)] = torch.nan
+            return begun
         fail(fault.how)
-        return logits
+        return begun
 
 
 def fail(how: str) -> None:
