@@ -77,15 +77,15 @@ def largest_step(
     items = [VisionItem(b"%d" % i, 0, 0, count, i) for i, count in enumerate(pictures)]
     rows = min(settings.max_num_seqs, settings.max_num_batched_tokens)
     ids, blocks = [0] * max_model_len, list(range(-(-max_model_len // settings.block_size)))
-    named = range(min(_NAMED, vocab_size))
     sampling = SamplingParams(
-        top_p=0.9,
+        # So flat that top_p cannot be found among the likeliest tokens alone.
+        temperature=2.0,
+        top_p=1 - 1e-9,
         top_k=vocab_size,
         min_p=0.1,
         repetition_penalty=1.1,
         presence_penalty=0.1,
-        allowed_token_ids=tuple(named),
-        logit_bias=tuple((token, 1.0) for token in named),
+        logit_bias=tuple((token, 1.0) for token in range(min(_NAMED, vocab_size))),
         logprobs=MAX_LOGPROBS,
         prompt_logprobs=MAX_LOGPROBS,
     )

@@ -20,7 +20,7 @@ _BITS = 48
 _BELOW_ONE = 1 - 2.0**-_BITS
 NOT_FINITE, NOTHING_LEFT = -1, -2
 """What ``sample`` gives in place of a token."""
-# Logits that go through the steps at once. Sorting, and sums in fp64, take many times their size.
+# Logits that go through the steps at once, which make several times as much of them.
 _AT_ONCE = 1 << 22
 
 
