@@ -86,6 +86,10 @@ class BlockPool:
             if digest is not None:
                 del self._found[digest]
 
+    def forget_digests(self, digests: Iterable[bytes]) -> None:
+        """Let nothing be found by any of these any more."""
+        self.forget([self._found[digest] for digest in digests if digest in self._found])
+
     def free(self, blocks: Sequence[int]) -> None:
         """Give back one reference of each block of a sequence, which are in its own order."""
         for block in reversed(blocks):

@@ -88,8 +88,8 @@ class StepPlan(msgspec.Struct, frozen=True):
 
 
 class Sampled(msgspec.Struct, frozen=True, gc=False):
-    """The token drawn for row ``id``; ``error`` instead when none could be, and ``stuck`` when the
-    row's parameters leave none."""
+    """The token drawn for row ``id``. There is none when its parameters leave none (``stuck``), and
+    when the model's output cannot be used; ``error`` says why where there is more to say."""
 
     id: str
     token_id: int

@@ -300,7 +300,7 @@ class ModelRunner:
     def _none_drawn(self, name: str, reason: int) -> Sampled:
         matcher = self._rows.matcher(name)
         if matcher is not None and matcher.error:
-            return Sampled(name, 0, matcher.error)
+            return Sampled(name, 0, matcher.error, stuck=True)
         if reason == NOTHING_LEFT:
             return Sampled(name, 0, stuck=True)
         return Sampled(name, 0, _NOT_FINITE)

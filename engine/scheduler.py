@@ -396,14 +396,14 @@ class Scheduler:
                 self._fenced.append((last_step, blocks, held))
 
     def _accept(self, sequence: Sequence, drawn: Sampled) -> EngineOutput:
-        if drawn.error is not None:
-            # What made the logits wrong may be in the cache, where others would find it.
-            self._pool.forget(self._pool.match(sequence.digests))
+        if drawn.error is not None or drawn.stuck:
+            if not drawn.stuck:
+                # What made the logits wrong may be in the cache, where others would find it; behind
+                # a gap too, since the blocks before it may be computed again.
+                self._pool.forget_digests(sequence.digests)
             self._end(sequence)
-            return EngineOutput(sequence.id, [], "error", error=drawn.error)
-        if drawn.stuck:
-            self._end(sequence)
-            return EngineOutput(sequence.id, [], "stuck")
+            ending = "stuck" if drawn.error is None else "error"
+            return EngineOutput(sequence.id, [], ending, error=drawn.error)
         token = drawn.token_id
         sequence.token_ids.append(token)
         scores, sequence.scores = sequence.scores, None

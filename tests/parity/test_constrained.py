@@ -165,3 +165,24 @@ def test_a_grammar_that_cannot_go_on_ends_its_row_alone(alone: dict[str, list[in
         outputs += report.outputs
     assert [o.finish_reason for o in outputs if o.id == "stuck"][-1] == "stuck"
     assert [t for o in outputs if o.id == other.id for t in o.token_ids] == alone[other.id]
+
+
+def test_a_grammar_that_fails_says_why_and_its_prompt_stays_cached() -> None:
+    options = EngineSettings(
+        model=str(CHECKPOINT), device="cpu", threads=1, num_kv_blocks=128, block_size=4
+    )
+    runner = ModelRunner(options)
+    core = EngineCore(options, runner, runner.ready())
+    made = request(0, 0.0)
+    broken = msgspec.structs.replace(made.sampling, grammar=Grammar("regex", "(?=a)"))
+    core.add(msgspec.structs.replace(made, sampling=broken))
+    outputs = []
+    while (report := core.step()) is not None:
+        outputs += report.outputs
+    (output,) = outputs
+    assert output.finish_reason == "error"
+    assert "look-around" in str(output.error)
+    core.add(made)
+    while core.step() is not None:
+        pass
+    assert core._scheduler.stats.cached_tokens > 0

@@ -155,6 +155,24 @@ def test_the_blocks_of_a_failed_row_are_found_by_nobody() -> None:
     assert engine.step().work[0].start == 0
 
 
+def test_no_block_of_two_failed_rows_is_found_when_their_beginning_is_computed_again() -> None:
+    """The first to fail takes their beginning along; what the second had behind it must go too."""
+    bad, start = 90, [*range(8)]
+    first, second = ([*start, number, number, number, number, bad] for number in (20, 30))
+    engine = Engine(bad_after=frozenset({bad}))
+    engine.add_tokens("start", [*start, 1], max_tokens=1)
+    engine.finish()
+    engine.add_tokens("first", first, max_tokens=2)
+    engine.add_tokens("second", second, max_tokens=2)
+    engine.finish()
+    assert engine.ends["first"].error
+    assert engine.ends["second"].error
+    engine.add_tokens("start again", [*start, 1], max_tokens=1)
+    engine.finish()
+    engine.add_tokens("next", [*second, 1], max_tokens=2)
+    assert engine.step().work[0].start == len(start)
+
+
 def test_only_prompt_tokens_count_as_cached_when_a_request_is_resumed() -> None:
     engine = Engine()
     for name in "ab":
