@@ -30,6 +30,8 @@ from wire.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 
+_MOMENT = 0.01  # seconds
+
 
 class Runner(Protocol):
     """What the engine needs of ``engine.runner.ModelRunner``; tests have a fake one."""
@@ -113,9 +115,13 @@ class EngineCore:
         self._refused.append(EngineOutput(request.id, [], "error", error=str(refusal)))
 
     def _schedule_prepared(self) -> None:
-        """Hand over what is prepared; with nothing else to do, wait for it."""
+        """Hand over what is prepared; with nothing else to do, wait for it a moment.
+
+        No longer, because requests that need nothing prepared, and aborts, may have come meanwhile.
+        """
         if not (self._scheduler.has_work or self._flying or self._refused):
-            wait([done for done, _, _ in self._preparing.values()], return_when=FIRST_COMPLETED)
+            futures = [done for done, _, _ in self._preparing.values()]
+            wait(futures, _MOMENT, return_when=FIRST_COMPLETED)
         for name, (done, request, buffers) in list(self._preparing.items()):
             if not done.done():
                 continue
@@ -131,7 +137,8 @@ class EngineCore:
         """Forget requests; there will be no output for them. Unknown ids are ignored."""
         self._refused = [output for output in self._refused if output.id not in ids]
         for request_id in ids:
-            self._preparing.pop(request_id, None)
+            if preparing := self._preparing.pop(request_id, None):
+                preparing[0].cancel()
             self._scheduler.abort(request_id)
 
     @property

@@ -528,12 +528,21 @@ def test_a_request_is_scheduled_when_what_it_needs_is_prepared() -> None:
     assert engine.tokens["slow"] == alone(3, (1, 2), max_tokens=4)
 
 
-def test_a_step_with_nothing_else_to_do_waits_for_what_is_prepared() -> None:
+def test_an_idle_step_waits_a_moment_for_what_is_prepared_and_lets_others_in() -> None:
     engine = Engine()
-    done = engine.runner.preparing["a"] = Future()
-    engine.add("a", 3, max_tokens=1)
-    threading.Timer(0.05, done.set_result, [None]).start()
-    assert list(work(engine.step())) == ["a"]
+    done = engine.runner.preparing["slow"] = Future()
+    watchdog = threading.Timer(10, done.set_result, [None])
+    watchdog.start()
+    engine.add("slow", 3, max_tokens=1)
+    report = engine.core.step()
+    assert report is not None
+    assert not report.outputs
+    engine.add("quick", 5, max_tokens=1)
+    assert list(work(engine.step())) == ["quick"]
+    watchdog.cancel()
+    assert not done.done()
+    done.set_result(None)
+    assert list(work(engine.step())) == ["slow"]
 
 
 def test_a_request_can_be_aborted_while_it_is_prepared() -> None:
@@ -541,8 +550,8 @@ def test_a_request_can_be_aborted_while_it_is_prepared() -> None:
     done = engine.runner.preparing["a"] = Future()
     engine.add("a", 3, (1, 1))
     engine.core.abort(["a"])
+    assert done.cancelled()
     assert not engine.core.has_work
-    done.set_result(None)
     engine.finish()
     assert not engine.runner.plans
 
