@@ -77,7 +77,8 @@ class SamplingParams(msgspec.Struct, frozen=True):
     of the prompt but the first.
 
     With a ``grammar`` the text is a sentence of it, or the beginning of one where ``max_tokens``
-    cuts it off: no other token is drawn, and stop tokens only where a sentence may end.
+    cuts it off: no other token is drawn, and stop tokens only where a sentence may end. A stop
+    token that the grammar also allows as text ends the sequence there too.
     """
 
     temperature: float = 1.0
