@@ -116,6 +116,8 @@ class Grammars:
             compiled = self._compiled.pop(grammar, None)
         if compiled is None:
             compiled = compile_grammar(self._tokenizer, grammar)
+            if not compiled.is_error():
+                compiled.compute_bitmask()  # every copy begins with what this has found out
         with self._lock:
             self._compiled[grammar] = compiled
             if len(self._compiled) > _KEPT:

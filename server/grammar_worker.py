@@ -64,6 +64,9 @@ def examine(tokenizer: LLTokenizer, grammar: Grammar) -> str | None:
 
 def main() -> None:
     """Answer until the input ends."""
+    # They reach the whole group; whoever asks decides when this process is not needed any more.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     vocabulary = msgspec.json.decode(sys.stdin.buffer.readline(), type=Vocabulary)

@@ -26,6 +26,8 @@ def demanded(request: ChatRequest, tokenizer: Tokenizer) -> Demand | None:
     """The grammar of a request, if it has one. Raises InvalidRequest if it has two."""
     try:
         demands = list(_demands(request, tokenizer))
+        if not demands:
+            return _strict_tools(request, tokenizer)
     except RecursionError:
         raise InvalidRequest("The request holds a JSON schema that is nested too deep.") from None
     if len(demands) > 1:
@@ -34,7 +36,7 @@ def demanded(request: ChatRequest, tokenizer: Tokenizer) -> Demand | None:
             f"{first} and {second} both say what the answer must be; send one of them.",
             param=second,
         )
-    return demands[0] if demands else None
+    return demands[0]
 
 
 def callable_tools(request: ChatRequest) -> list[Tool]:
@@ -84,18 +86,29 @@ def _demands(request: ChatRequest, tokenizer: Tokenizer) -> Iterator[Demand]:
     )
     choice = request.tool_choice
     if choice is not None and choice.mode == "required":
-        called = callable_tools(request)
+        functions = [tool.function for tool in callable_tools(request)]
         many = not choice.single and request.parallel_tool_calls is not False
-        text = tools.call_grammar([tool.function for tool in called], tokenizer, many=many)
-        parts = [
-            Demand(
-                f"tools[{number}].function.parameters",
-                Grammar("lark", f"start: {tools.arguments_rule(tool.function)}"),
-            )
-            for number, tool in enumerate(request.tools or ())
-            if tool in called
-        ]
-        yield Demand("tool_choice", Grammar("lark", text), tuple(parts))
+        text = tools.call_grammar(functions, tokenizer, many=many)
+        yield Demand("tool_choice", Grammar("lark", text), _parts(request))
+
+
+def _strict_tools(request: ChatRequest, tokenizer: Tokenizer) -> Demand | None:
+    """That calls keep to their schemas, if there are any."""
+    functions = [tool.function for tool in callable_tools(request)]
+    text = tools.free_grammar(functions, tokenizer)
+    return None if text is None else Demand("tools", Grammar("lark", text), _parts(request))
+
+
+def _parts(request: ChatRequest) -> "tuple[Demand, ...]":
+    called = callable_tools(request)
+    return tuple(
+        Demand(
+            f"tools[{number}].function.parameters",
+            Grammar("lark", f"start: {tools.arguments_rule(tool.function)}"),
+        )
+        for number, tool in enumerate(request.tools or ())
+        if tool in called
+    )
 
 
 def _constraints(

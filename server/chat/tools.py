@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from server.chat.stops import longest_beginning
@@ -63,15 +63,44 @@ class Function(Protocol):
 def call_grammar(functions: Sequence[Function], tokenizer: Tokenizer, *, many: bool) -> str:
     """The Lark grammar of one call of one of ``functions`` (or, with ``many``, of several), each
     written as ``render_call`` does. The tags are tokens where the checkpoint has them."""
+    rules = [arguments_rule(function) for function in functions]
+    start = 'start: call ("\\n" call)*' if many else "start: call"
+    return "\n".join([start, *_calls(functions, rules, tokenizer)])
+
+
+def free_grammar(functions: Sequence[Function], tokenizer: Tokenizer) -> str | None:
+    """The Lark grammar of any text with calls in it, which holds the arguments of strict functions
+    to their schemas. None if no function is strict, or the checkpoint has no tokens for the tags:
+    then nothing tells a call from text before it is there."""
+    tags = {_tag(tag, tokenizer) for tag in (CALL, CALL_END)}
+    if not any(function.strict for function in functions) or quote(CALL) in tags:
+        return None
+    rules = [
+        arguments_rule(function) if function.strict else json_rule({"type": "object"})
+        for function in functions
+    ]
+    others = [token for token, name in tokenizer.added.items() if name != CALL]
+    return "\n".join(
+        [
+            "start: TEXT? ((call | other) TEXT?)*",
+            f"other: <[{','.join(map(str, others))}]>",
+            # Spelled out, the tag would begin a call to whoever reads the text.
+            f"TEXT: /(.|\\n)+/ & ~/(.|\\n)*{CALL}(.|\\n)*/",
+            *_calls(functions, rules, tokenizer),
+        ]
+    )
+
+
+def _calls(
+    functions: Sequence[Function], rules: Sequence[str], tokenizer: Tokenizer
+) -> Iterator[str]:
     opening, closing = (_tag(tag, tokenizer) for tag in (CALL, CALL_END))
-    lines = ['start: call ("\\n" call)*' if many else "start: call"]
-    lines.append("call: " + " | ".join(f"call_{number}" for number in range(len(functions))))
-    for number, function in enumerate(functions):
+    yield "call: " + " | ".join(f"call_{number}" for number in range(len(functions)))
+    for number, (function, rule) in enumerate(zip(functions, rules, strict=True)):
         head = quote(f'\n{{"name": {_dump(function.name)}, "arguments": ')
         tail = quote("}\n")
-        lines.append(f"call_{number}: {opening} {head} arguments_{number} {tail} {closing}")
-        lines.append(f"arguments_{number}: {arguments_rule(function)}")
-    return "\n".join(lines)
+        yield f"call_{number}: {opening} {head} arguments_{number} {tail} {closing}"
+        yield f"arguments_{number}: {rule}"
 
 
 def arguments_rule(function: Function) -> str:

@@ -212,6 +212,20 @@ async def test_a_demanded_call_is_a_grammar_of_the_tools_that_may_be_called(
     assert answer["finish_reason"] == ("stop" if choice == named("time") else "tool_calls")
 
 
+async def test_strict_tools_are_a_grammar_unless_the_answer_has_one(house: House) -> None:
+    strict = {"type": "function", "function": {"name": "time", "strict": True}}
+    await house.ask(tools=[WEATHER, strict])
+    assert lark(house).startswith("start: TEXT")
+    await house.ask(tools=[WEATHER, strict], response_format={"type": "json_object"})
+    assert house.engine.requests[-1].sampling.grammar == Grammar("json_object")
+    for body in ({"tools": [WEATHER]}, {"tools": [strict], "tool_choice": "none"}):
+        await house.ask(**body)
+        assert house.engine.requests[-1].sampling.grammar is None
+    bad = {"name": "x", "strict": True, "parameters": {"properties": {"a": {"not": {}}}}}
+    answer = await house.ask(tools=[WEATHER, {"type": "function", "function": bad}])
+    assert error_of(answer)["param"] == "tools[1].function.parameters"
+
+
 async def test_tools_that_may_not_be_called_are_not_offered(house: House) -> None:
     only = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named("time")]}}
     await house.ask(tools=[WEATHER, TIME], tool_choice=only)

@@ -101,6 +101,29 @@ def test_one_call_is_made_where_no_more_are_wanted(demo_server: Server) -> None:
         assert len(calls(ask(demo_server, seed=seed, **options).choices[0].message)) == 1
 
 
+def test_a_strict_tool_is_called_as_its_schema_says_if_the_model_calls_it(
+    demo_server: Server,
+) -> None:
+    def arguments(**options: Any) -> str:
+        rooms = {"room": {"enum": ["attic", "cellar"]}, "color": {"type": "string"}}
+        parameters = {
+            "type": "object",
+            "properties": rooms,
+            "required": ["room", "color"],
+            "additionalProperties": False,
+        }
+        function = {"name": "set_light", "parameters": parameters, **options}
+        tools = [{"type": "function", "function": function}]
+        text = "Make the light in the kitchen red."
+        answer = ask(demo_server, text, tools=tools, temperature=0).choices[0]
+        ((name, found),) = calls(answer.message)
+        assert (name, answer.finish_reason) == ("set_light", "tool_calls")
+        return found
+
+    assert json.loads(arguments())["room"] == "kitchen"
+    assert json.loads(arguments(strict=True))["room"] in ("attic", "cellar")
+
+
 def test_every_choice_keeps_to_a_schema_and_equals_the_one_drawn_alone(
     demo_server: Server,
 ) -> None:

@@ -15,6 +15,7 @@ from server.chat.tools import (
     CallStart,
     ToolParser,
     call_grammar,
+    free_grammar,
     render_call,
 )
 from server.schemas.chat import FunctionDefinition
@@ -197,6 +198,48 @@ def test_a_demanded_call_is_written_as_models_are_taught_and_keeps_to_its_schema
     if whole:
         names = [name for name, _ in parse(list(text))]
         assert set(names) <= {"get weather", 'say "<hi>"', "loose"}
+
+
+STRICT = WEATHER.model_copy(update={"strict": True})
+
+
+def ids_of(text: str, *, tags: bool = True) -> list[int]:
+    """``text`` in tokens; tags and special tokens as such, or all spelled out."""
+    return list(reference().encode(text).ids) if tags else TOKENS.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "tags", "whole"),
+    [
+        ("", True, True),
+        ('Hello, <b> "you" ä\n', True, True),
+        ("see <ref>dog</ref><box>[[1]]</box>", True, True),
+        (f"I look.\n{render_call('get weather', {'city': 'Paris'})}\nSo!", True, True),
+        ("\n".join(render_call("get weather", {"city": c}) for c in "ab"), True, True),
+        (render_call("loose", {"n": "as it likes"}), True, True),
+        (render_call("get weather", {}), True, False),
+        (render_call("get weather", {"city": 1}), True, False),
+        (render_call("unknown", {}), True, False),
+        (render_call("get weather", {}), False, False),
+        ("a <tool_call", False, True),
+    ],
+)
+def test_strict_tools_hold_calls_to_their_schemas_and_leave_the_text_alone(
+    text: str, tags: bool, whole: bool
+) -> None:
+    grammar = free_grammar([STRICT, LOOSE], TOKENS)
+    assert grammar is not None
+    matcher = compile_grammar(LLTokenizer(tokenizer_json()), Grammar("lark", grammar))
+    assert complaint(matcher) is None
+    accepted = matcher.consume_tokens(ids_of(text, tags=tags)) and matcher.is_accepting()
+    assert accepted == whole
+
+
+def test_without_strict_tools_or_tokens_for_the_tags_text_is_free() -> None:
+    assert free_grammar([WEATHER, LOOSE], TOKENS) is None
+    spec = json.loads(tokenizer_json())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != CALL]
+    assert free_grammar([STRICT], Tokenizer(spec)) is None
 
 
 def test_tags_are_spelled_where_the_checkpoint_has_no_token_for_them() -> None:
