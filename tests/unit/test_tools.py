@@ -178,6 +178,7 @@ LOOSE = FunctionDefinition(name="loose", parameters={"properties": {"n": {"type"
         (render_call('say "<hi>"', {"a": 1}), False, False),
         (render_call("get_weather", {"city": "Paris"}), False, False),
         (render_call("loose", {"n": "1"}), False, False),
+        (f'{CALL}\n{{"name": "loose", "arguments": [1]}}\n{CALL_END}', False, False),
         ("Paris", True, False),
         ("", True, False),
     ],
