@@ -17,7 +17,7 @@ from wire.grammar import compile_grammar, complaint
 from wire.sampling import Grammar
 
 COMPILE_SECONDS = 0.25
-"""Of processor time. The engine stands still as long when it compiles what was accepted."""
+"""Of processor time. What is accepted takes the engine as long, in a thread beside its steps."""
 _MEMORY = 1 << 30
 
 

@@ -67,7 +67,7 @@ def conversation(number: int) -> dict[str, Any]:
         content = [picture, {"type": "text", "text": content}]
     asked: dict[str, Any] = {"messages": [{"role": "user", "content": content}], "temperature": 0.0}
     if number % 4 > 1:
-        asked |= {"temperature": 1.0, "seed": number}
+        asked |= {"temperature": 1.0, "seed": number + 1}
     if number % 5 == 3:
         asked["n"] = 2
     if number % 5 == 4:
