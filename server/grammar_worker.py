@@ -16,7 +16,7 @@ from llguidance import LLTokenizer, TokenizerWrapper
 from wire.grammar import compile_grammar, complaint
 from wire.sampling import Grammar
 
-COMPILE_SECONDS = 0.25
+COMPILE_SECONDS = 0.5
 """Of processor time. What is accepted takes the engine as long, in a thread beside its steps."""
 _MEMORY = 1 << 30
 
