@@ -197,24 +197,22 @@ class Streams:
 
     def _send_on(self) -> None:
         """Send what may be sent now: suspects first and alone, then the others."""
-        if not self._connected or self._emptying or self._trial is not None:
-            return
-        suspect = self._next_suspect()
-        if suspect is not None:
-            del self._unsent[suspect.request.id]
-            self._trial = suspect
-            self._resend(suspect)
-            return
-        unsent, self._unsent = self._unsent, {}
-        for stream in unsent.values():
-            self._resend(stream)
+        while self._connected and self._unsent and not self._emptying and self._trial is None:
+            suspect = self._next_suspect()
+            if suspect is not None:
+                del self._unsent[suspect.request.id]
+                self._trial = suspect
+                self._resend(suspect)
+            else:
+                unsent, self._unsent = self._unsent, {}
+                for stream in unsent.values():
+                    self._resend(stream)
 
     def _resend(self, stream: _Stream) -> None:
         request = stream.request
         length, limit = len(request.prompt) + len(stream.token_ids), self._max_model_len
         if stream.token_ids and limit is not None and length >= limit:
             self._give(EngineOutput(request.id, [], "length"))
-            self._send_on()
             return
         stream.sent_length = len(stream.token_ids)
         if stream.token_ids:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -194,6 +195,17 @@ async def test_a_suspect_that_has_outgrown_its_engine_does_not_hold_up_the_other
     assert house.take_sent() == ["other"]
     house.say("other", 5, end="stop")
     assert [await result(reader) for reader in (grown, other)] == [[1, 2, 3], [5]]
+
+
+async def test_any_number_of_suspects_may_have_outgrown_their_engine() -> None:
+    house = House()
+    names = [f"{number}" for number in range(sys.getrecursionlimit())]
+    readers = await house.ask(*names)
+    house.report(*(EngineOutput(name, [1, 2, 3]) for name in names))
+    house.streams.disconnect()
+    house.streams.connect(6)
+    for reader in readers:
+        assert await result(reader) == [1, 2, 3]
 
 
 TRIAL = range(8)  # tokens that end a first trial well
