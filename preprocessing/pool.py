@@ -48,8 +48,14 @@ BYTES_PER_PIXEL = 16
 SPARE_MEMORY = 256 << 20
 SLACK = 4096  # bytes of a reply that are not tiles
 
-# The worker gets these variables and no other: the server's own may hold keys.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "HOME", "SYSTEMROOT", "LANG")
+
+
+def child_environment() -> dict[str, str]:
+    """The variables of a child that handles what clients send: it runs the code that we do, and
+    knows none of our keys."""
+    kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    return {**kept, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
 
 
 @dataclasses.dataclass
@@ -81,10 +87,7 @@ class _Worker:
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    env={
-                        **{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-                        "PYTHONPATH": str(Path(__file__).parents[1]),
-                    },
+                    env=child_environment(),
                 )
             except BaseException:
                 ours.close()

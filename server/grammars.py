@@ -2,6 +2,7 @@
 it. The worker is started at the first question and again after each grammar that kills it."""
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import signal
@@ -10,12 +11,16 @@ from collections import OrderedDict
 
 import msgspec
 
+from preprocessing.pool import child_environment
 from server.grammar_worker import Vocabulary
 from server.tokenizer import Tokenizer
+from wire.errors import Unavailable
 from wire.sampling import Grammar
 
 # Of waiting for one answer. A worker that is refused the processor for so long is as good as dead.
 TIMEOUT = 20.0
+# Of waiting for a turn.
+QUEUE_TIMEOUT = 60.0
 _KEPT = 256
 TOO_LONG = "takes too long to compile"
 
@@ -28,32 +33,57 @@ class _Worker:
 
 
 class GrammarChecker:
-    """Asks one grammar at a time; what was found good last is not asked again."""
+    """Asks one grammar at a time, of one tenant after the other; what was found good last is not
+    asked again."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
+        # One of each tenant waits for the turn, so that nobody's many hold up another's one.
+        self._tenants = collections.defaultdict[bytes, asyncio.Lock](asyncio.Lock)
         self._worker: _Worker | None = None
         self._vocabulary = b""
         self._good: OrderedDict[tuple[bytes, Grammar], None] = OrderedDict()
 
-    async def problem(self, grammar: Grammar, tokenizer: Tokenizer, vocab_size: int) -> str | None:
+    async def problem(
+        self, grammar: Grammar, tokenizer: Tokenizer, vocab_size: int, tenant: bytes = b""
+    ) -> str | None:
         """What is wrong with a grammar, to be read behind the name of a field; None if it is good.
+        Raises Unavailable if others keep the worker busy for too long.
 
-        Whoever is cancelled meanwhile costs the worker its life, as its answer would be taken for
-        that of the next.
+        The question of one who leaves meanwhile is still answered, to nobody: to end the worker
+        would cost the next one the time in which another starts.
         """
         found = grammar.problem()
         if found is not None:
             return found
         vocabulary = msgspec.json.encode(Vocabulary(vocab_size, tokenizer.added))
-        if (vocabulary, grammar) in self._good:
-            self._good.move_to_end((vocabulary, grammar))
+        if self._is_known(vocabulary, grammar):
             return None
-        async with self._turn:
-            if vocabulary != self._vocabulary:
-                await self._end()
-                self._vocabulary = vocabulary
-            found = await self._ask(grammar)
+        try:
+            async with asyncio.timeout(QUEUE_TIMEOUT) as waiting, self._tenants[tenant]:
+                await self._turn.acquire()
+                asking = asyncio.create_task(self._examine(vocabulary, grammar))
+                asking.add_done_callback(lambda _: self._turn.release())
+                waiting.reschedule(None)
+                return await asyncio.shield(asking)
+        except TimeoutError:
+            raise Unavailable(
+                "Too many grammars are waiting to be compiled.", retry_after=10
+            ) from None
+
+    def _is_known(self, vocabulary: bytes, grammar: Grammar) -> bool:
+        if (vocabulary, grammar) not in self._good:
+            return False
+        self._good.move_to_end((vocabulary, grammar))
+        return True
+
+    async def _examine(self, vocabulary: bytes, grammar: Grammar) -> str | None:
+        if self._is_known(vocabulary, grammar):  # since a moment ago
+            return None
+        if vocabulary != self._vocabulary:
+            await self._end()
+            self._vocabulary = vocabulary
+        found = await self._ask(grammar)
         if found is None:
             self._good[vocabulary, grammar] = None
             if len(self._good) > _KEPT:
@@ -90,9 +120,10 @@ class GrammarChecker:
 
     async def _start(self) -> _Worker:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "server.grammar_worker"),
+            *(sys.executable, "-P", "-m", "server.grammar_worker"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            env=child_environment(),
         )
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("a process without its pipes")

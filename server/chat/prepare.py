@@ -32,7 +32,7 @@ from wire.channel import Buffer
 from wire.errors import ContextTooLong, InvalidRequest, NotFound
 from wire.geometry import VisionGeometry
 from wire.messages import EngineRequest, Ready
-from wire.sampling import SamplingParams
+from wire.sampling import Grammar, SamplingParams
 from wire.settings import MediaSettings, Settings
 
 _T = TypeVar("_T")
@@ -216,7 +216,7 @@ async def prepare(
     )
     demand = await run(demanded, request, model.tokenizer)
     if demand is not None:
-        await _check_demand(demand, request, model, grammars)
+        await _check_demand(demand, model, grammars, tenant)
         sampling = _constrained(sampling, demand)
     ending = _ending(request)
     conversation = await run(read_conversation, request.messages, tenant.salt)
@@ -270,7 +270,7 @@ async def prepare(
 
 
 async def _check_demand(
-    demand: Demand, request: ChatRequest, model: ServedModel, grammars: GrammarChecker
+    demand: Demand, model: ServedModel, grammars: GrammarChecker, tenant: Tenant
 ) -> None:
     """Raise InvalidRequest for a grammar that cannot be used."""
     if not model.ready.grammars:
@@ -279,11 +279,15 @@ async def _check_demand(
             param=demand.field,
             code="unsupported_parameter",
         )
-    problem = await grammars.problem(demand.grammar, model.tokenizer, model.ready.vocab_size)
+
+    async def problem_of(grammar: Grammar) -> str | None:
+        return await grammars.problem(grammar, model.tokenizer, model.ready.vocab_size, tenant.id)
+
+    problem = await problem_of(demand.grammar)
     if problem is None:
         return
     for part in demand.parts:
-        found = await grammars.problem(part.grammar, model.tokenizer, model.ready.vocab_size)
+        found = await problem_of(part.grammar)
         if found is not None:
             demand, problem = part, found
             break

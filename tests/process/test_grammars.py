@@ -4,12 +4,14 @@ import asyncio
 import json
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from server.grammars import TOO_LONG, GrammarChecker
 from server.tokenizer import Tokenizer
 from tests.small_tokenizer import reference, tokenizer_json
+from wire.errors import Unavailable
 from wire.sampling import Grammar
 
 TOKENS = Tokenizer(json.loads(tokenizer_json()))
@@ -122,15 +124,55 @@ async def test_a_worker_that_dies_is_replaced(checker: GrammarChecker) -> None:
     assert await checker.problem(Grammar("regex", "a"), TOKENS, SIZE) is None
 
 
-async def test_whoever_leaves_does_not_leave_the_answer_to_the_next(
+async def test_whoever_leaves_costs_the_next_neither_its_answer_nor_the_worker(
     checker: GrammarChecker,
 ) -> None:
     assert await checker.problem(GOOD, TOKENS, SIZE) is None
+    worker = checker._worker
     asking = asyncio.ensure_future(checker.problem(Grammar("regex", "(?=a)"), TOKENS, SIZE))
-    await asyncio.sleep(0)  # it has asked
+    waiting = asyncio.ensure_future(checker.problem(Grammar("regex", "(?=c)"), TOKENS, SIZE))
+    await asyncio.sleep(0)  # the first one has its turn
     asking.cancel()
+    waiting.cancel()
     assert await checker.problem(Grammar("regex", "b"), TOKENS, SIZE) is None
     assert asking.cancelled()
+    assert waiting.cancelled()
+    assert checker._worker is worker
+
+
+async def test_a_tenant_with_many_slow_grammars_does_not_hold_up_another(
+    checker: GrammarChecker,
+) -> None:
+    slow = [schema({"type": "integer", "multipleOf": 999_983 + 2 * i}) for i in range(8)]
+    theirs = [asyncio.ensure_future(checker.problem(one, TOKENS, SIZE, b"a")) for one in slow]
+    await asyncio.sleep(0)  # they wait already
+    assert await checker.problem(GOOD, TOKENS, SIZE, b"b") is None
+    assert sum(one.done() for one in theirs) <= 2
+    assert await asyncio.gather(*theirs) == [TOO_LONG] * len(slow)
+
+
+async def test_nobody_waits_for_ever(
+    checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = asyncio.ensure_future(checker.problem(KILLED["many patterns"], TOKENS, SIZE))
+    await asyncio.sleep(0)  # it has its turn
+    monkeypatch.setattr("server.grammars.QUEUE_TIMEOUT", 0)
+    with pytest.raises(Unavailable, match="waiting to be compiled"):
+        await checker.problem(GOOD, TOKENS, SIZE)
+    assert await slow == TOO_LONG
+
+
+async def test_the_worker_runs_this_code_and_knows_no_keys(
+    checker: GrammarChecker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "msgspec.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("INTERNVL_API_KEY", "secret")
+    assert await checker.problem(GOOD, TOKENS, SIZE) is None
+    assert checker._worker is not None
+    environment = Path(f"/proc/{checker._worker.process.pid}/environ").read_bytes()
+    assert b"secret" not in environment
 
 
 async def test_what_was_found_good_is_not_asked_again(checker: GrammarChecker) -> None:
