@@ -104,4 +104,5 @@ def json_rule(schema: dict[str, Any], *, strict: bool = True) -> str:
 
 def quote(text: str) -> str:
     """A Lark string that matches exactly ``text``."""
-    return json.dumps(text, ensure_ascii=False)
+    # The one control character that JSON leaves as it is and Lark does not.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

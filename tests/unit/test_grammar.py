@@ -47,6 +47,7 @@ LANGUAGES: list[tuple[Grammar, str]] = [
         r'yes!?|no|a <ref> "b"\n|',
     ),
     (Grammar("choice", '["<tool_call>", "<tool"]'), "<tool_call>|<tool"),
+    (Grammar("choice", '["a\x7f\\u0000\\t"]'), "a\x7f\0\t"),
     (Grammar("lark", 'start: a "." \na: "x" a | /[yz]/'), r"x*[yz]\."),
     (Grammar("json_schema", '{"type": "string"}'), STRING),
     (Grammar("json_schema", '{"type": "integer"}'), INTEGER),
