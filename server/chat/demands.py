@@ -40,8 +40,13 @@ def demanded(request: ChatRequest, tokenizer: Tokenizer) -> Demand | None:
 
 
 def callable_tools(request: ChatRequest) -> list[Tool]:
-    """The tools that may be called. Raises InvalidRequest where a choice has no such tool."""
+    """The tools that may be called. Raises InvalidRequest where a choice has no such tool, and for
+    a name that would end a call."""
     choice, offered = request.tool_choice, request.tools or []
+    for number, tool in enumerate(offered):
+        if tools.CALL_END in tool.function.name:
+            where = f"tools[{number}].function.name"
+            raise InvalidRequest(f"{where} must not hold the tag that ends a call.", param=where)
     if choice is None or choice.mode == "none":
         return [] if choice else offered
     if choice.mode == "required" and not offered:

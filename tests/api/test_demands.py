@@ -122,6 +122,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_json": {"$ref": "http://127.0.0.1/x"}}, "guided_json", "does not fetch"),
     ({**REGEX, "ignore_eos": True}, "ignore_eos", "structured_outputs.regex"),
     ({"tool_choice": "required"}, "tools", "no tools"),
+    (
+        {"tools": [{"type": "function", "function": {"name": "a</tool_call>"}}]},
+        "tools[0].function.name",
+        "tag that ends a call",
+    ),
     ({"tools": [WEATHER], "tool_choice": "always"}, "tool_choice", "'required'"),
     ({"tools": [WEATHER], "tool_choice": {"type": "custom"}}, "tool_choice", "'custom'"),
     ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice", "function.name"),
