@@ -113,11 +113,12 @@ class Grammars:
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         with self._lock:
-            compiled = self._compiled.pop(grammar, None)
-        if compiled is None:
-            compiled = compile_grammar(self._tokenizer, grammar)
-            if not compiled.is_error():
-                compiled.compute_bitmask()  # every copy begins with what this has found out
+            if grammar in self._compiled:
+                self._compiled.move_to_end(grammar)
+                return self._compiled[grammar]
+        compiled = compile_grammar(self._tokenizer, grammar)
+        if not compiled.is_error():
+            compiled.compute_bitmask()  # every copy begins with what this has found out
         with self._lock:
             self._compiled[grammar] = compiled
             if len(self._compiled) > _KEPT:
