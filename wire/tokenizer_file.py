@@ -38,6 +38,11 @@ def _convert(folder: Path) -> str:
         raise TokenizerError(
             f"{folder} has no tokenizer.json and its tokenizer cannot be converted: {reason[0]}"
         ) from error
+    except subprocess.TimeoutExpired as error:
+        raise TokenizerError(
+            f"{folder} has no tokenizer.json and its tokenizer cannot be converted within "
+            f"{CONVERT_TIMEOUT:g} seconds"
+        ) from error
     return done.stdout
 
 

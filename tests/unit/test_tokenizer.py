@@ -133,6 +133,15 @@ def test_a_folder_without_any_tokenizer_is_an_error(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+def test_a_conversion_that_takes_too_long_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wire.tokenizer_file.CONVERT_TIMEOUT", 0.001)
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="within"):
+        Tokenizer.load(tmp_path)
+
+
 def test_converting_loads_no_torch_into_this_process() -> None:
     code = "import sys, server.tokenizer; sys.exit('transformers' in sys.modules)"
     root = Path(__file__).parents[2]
