@@ -12,7 +12,9 @@ from torch import Tensor
 
 
 def to_device(
-    values: np.ndarray | Sequence[float], device: torch.device, dtype: torch.dtype | None = None
+    values: np.ndarray | Sequence[float] | Sequence[Sequence[float]],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Numbers that the host has, as a tensor on the device; lists of integers become int64."""
     tensor = torch.as_tensor(values, dtype=dtype)

@@ -5,15 +5,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from engine.grammar import Matcher
 from model.transfer import to_device
 from wire.sampling import SamplingParams
-
-_CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +56,3 @@ def entries(logits: Tensor, ids: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     tokens = np.concatenate(ids) if ids else np.zeros(0, np.int64)
     both = to_device(np.stack([rows, tokens.astype(np.int64)]), logits.device)
     return both[0], both[1]
-
-
-def weights(logits: Tensor) -> Tensor:
-    """Unnormalised probabilities; the likeliest token's is 1."""
-    return (logits - logits.amax(-1, keepdim=True)).exp()
-
-
-def chunk_sums(values: Tensor) -> tuple[Tensor, Tensor]:
-    """``[R, V]`` in chunks ``[R, C, 512]``, padded by zeros, and their cumulated sums ``[R, C]``
-    in float64.
-
-    A chunk is summed by one thread, so that the sums of a row are the same in every batch.
-    """
-    chunks = pad(values, (0, -values.shape[-1] % _CHUNK)).unflatten(-1, (-1, _CHUNK))
-    return chunks, chunks.sum(-1).cumsum(-1, dtype=torch.float64)

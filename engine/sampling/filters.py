@@ -8,14 +8,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from engine.sampling.base import SampleRow, chunk_sums, column, weights
+from engine.sampling.base import SampleRow, column
 from model.transfer import to_device
 
 # Below this a temperature is as good as greedy, and dividing by it would overflow.
 _COLDEST = 1e-6
 # Tokens among which top-p looks first on the CPU.
 _LIKELIEST = 1024
+_PIECE = 512
 
 
 class Temperature:
@@ -50,9 +52,9 @@ class TopP:
         return row.params.top_p < 1.0
 
     def apply(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-        share = weights(logits)
-        _, sums = chunk_sums(share)
-        wanted = sums[:, -1:] * column(sums, rows, lambda p: p.top_p)
+        share = (logits - logits.amax(-1, keepdim=True)).exp()
+        total = _sum(share)
+        wanted = total * column(total, rows, lambda p: p.top_p)
         count = logits.shape[-1]
         if logits.device.type == "cpu" and count > _LIKELIEST:
             # Nearly always a few tokens reach p, and finding those is a tenth of sorting all.
@@ -82,6 +84,12 @@ class MinP:
     def apply(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         least = logits.amax(-1, keepdim=True) + column(logits, rows, lambda p: p.min_p).log()
         return _keep(logits, logits >= least)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Sums of rows, ``[R, 1]`` float64, equal in every batch: a piece is summed by one thread."""
+    pieces = pad(values, (0, -values.shape[-1] % _PIECE)).unflatten(-1, (-1, _PIECE))
+    return pieces.sum(-1).sum(-1, keepdim=True, dtype=torch.float64)
 
 
 def _keep(logits: Tensor, kept: Tensor) -> Tensor:
