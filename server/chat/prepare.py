@@ -3,6 +3,7 @@ fetched and tiled, prompt built, sampling settled. Called once per request, befo
 hears of it; every refusal a client can cause after validation is raised here."""
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +37,9 @@ from wire.sampling import Grammar, SamplingParams
 from wire.settings import MediaSettings, Settings
 
 _T = TypeVar("_T")
+
+# Of finding out which of many tools is wrong: each can take as long to compile as all together.
+BLAME_TIMEOUT = 2.0
 
 
 class Run(Protocol):
@@ -286,11 +290,13 @@ async def _check_demand(
     problem = await problem_of(demand.grammar)
     if problem is None:
         return
-    for part in demand.parts:
-        found = await problem_of(part.grammar)
-        if found is not None:
-            demand, problem = part, found
-            break
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(BLAME_TIMEOUT):
+            for part in demand.parts:
+                found = await problem_of(part.grammar)
+                if found is not None:
+                    demand, problem = part, found
+                    break
     raise InvalidRequest(f"{demand.field} {problem}.", param=demand.field)
 
 

@@ -169,6 +169,17 @@ async def test_what_cannot_be_done_is_refused_by_the_name_of_its_field(
     assert not house.engine.requests
 
 
+async def test_the_search_for_the_tool_that_is_wrong_is_bounded(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = {"name": "x", "parameters": {"properties": {"a": {"pattern": "(?=a)"}}}}
+    tools = [WEATHER, {"type": "function", "function": wrong}]
+    monkeypatch.setattr("server.chat.prepare.BLAME_TIMEOUT", 0)
+    error = error_of(await house.ask(tools=tools, tool_choice="required"))
+    assert error["param"] == "tool_choice"
+    assert "look-around" in error["message"]
+
+
 async def test_a_checkpoint_without_a_tokenizer_for_grammars_says_so(houses: Houses) -> None:
     ready = msgspec.structs.replace(make_ready(), grammars=False)
     house = await houses.open(FakeEngine(ready))
