@@ -143,20 +143,21 @@ def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, ste
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(model.device)
-        share = settings.gpu_memory_utilization
+        ours = int(total * settings.gpu_memory_utilization) - (total - free)
     else:
-        free, total = free_memory()
-        share = settings.cpu_memory_utilization
+        # Of what is free, not of all: this memory belongs to other programs too.
+        free = free_memory()
+        ours = int(free * settings.cpu_memory_utilization)
         context = max_model_len // geometry.tokens_per_tile * geometry.tile_bytes
         rest += max(settings.request_tile_bytes, context) + _HELD
     size = KVCache.block_bytes(model.config.text, settings.block_size, model.dtype)
     useful = settings.max_num_seqs * -(-max_model_len // settings.block_size)
     explicit = settings.num_kv_blocks * size or settings.kv_cache_memory
-    memory = explicit or int(total * share) - (total - free) - rest
+    memory = explicit or ours - rest
     blocks = settings.num_kv_blocks or min(useful, memory // size)
     logger.info(
-        "memory total=%d free=%d step=%d beside_cache=%d block=%d blocks=%d",
-        total, free, step, rest, size, blocks,
+        "memory free=%d ours=%d step=%d beside_cache=%d block=%d blocks=%d",
+        free, ours, step, rest, size, blocks,
     )  # fmt: skip
     if blocks < 1:
         raise ValueError(
@@ -171,11 +172,8 @@ def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, ste
     return blocks
 
 
-def free_memory() -> tuple[int, int]:
-    """Bytes of main memory that can be had without swapping, and bytes in all.
-
-    A container's limit counts where it is lower.
-    """
+def free_memory() -> int:
+    """Bytes of main memory that can be had without swapping; a container's limit counts too."""
     machine = _table(_PROC / "meminfo")
     free, total = machine["MemAvailable"], machine["MemTotal"]
     for limit_file, used_file in (
@@ -192,8 +190,8 @@ def free_memory() -> tuple[int, int]:
         rows = dict(line.split() for line in stat.splitlines())
         used -= int(rows.get("inactive_file", 0)) + int(rows.get("active_file", 0))
         if limit < total:
-            free, total = min(free, max(0, limit - used)), limit
-    return free, total
+            free = min(free, max(0, limit - used))
+    return free
 
 
 def _table(file: Path) -> dict[str, int]:

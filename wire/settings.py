@@ -190,9 +190,9 @@ class EngineSettings:
         0.9, "Share of the GPU's memory that the server may use.", low=0.05, high=1.0
     )
     cpu_memory_utilization: float = knob(
-        0.6,
-        "Share of the main memory, or of the container's limit, that may be in use when the KV "
-        "cache of an engine on the CPU is full. The rest is for pictures that are decoded.",
+        0.8,
+        "Share of the main memory that is free at the start, a container's limit considered, that "
+        "an engine on the CPU may use. The rest is for pictures that are decoded.",
         low=0.05,
         high=1.0,
     )

@@ -76,10 +76,10 @@ def test_memory_for_the_cache_is_divided_into_blocks(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [
-        ("max", (8_192_000, 16_384_000)),
-        ("3000000", (2_300_000, 3_000_000)),  # what files take can be had
-        ("99999999", (8_192_000, 16_384_000)),
-        ("500000", (0, 500_000)),
+        ("max", 8_192_000),
+        ("3000000", 2_300_000),  # what files take can be had
+        ("99999999", 8_192_000),
+        ("500000", 0),
     ],
 )
 @pytest.mark.parametrize("version", [1, 2])
@@ -87,11 +87,10 @@ def test_a_containers_limit_bounds_what_is_free(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     limit: str,
-    expected: tuple[int, int],
+    expected: int,
     version: int,
 ) -> None:
-    free, total = free_memory()
-    assert 0 < free < total
+    assert free_memory() > 0
     (tmp_path / "meminfo").write_text("MemTotal: 16000 kB\nMemAvailable:  8000 kB\n")
     names = ("memory.max", "memory.current")
     if version == 1:
@@ -110,25 +109,24 @@ def test_a_cache_that_cannot_fit_is_refused_at_the_start(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values: dict[str, Any] = {"encoder_cache_bytes": 1000, "request_tile_bytes": 1 << 20}
-    monkeypatch.setattr("engine.memory.free_memory", lambda: (200 << 20, 400 << 20))
+    monkeypatch.setattr("engine.memory.free_memory", lambda: 200 << 20)
     block = KVCache.block_bytes(load_config(folder).text, 16, torch.float32)
     many = (200 << 20) // block
     for explicit in ({"num_kv_blocks": many}, {"kv_cache_memory": 200 << 20}):
         with pytest.raises(ValueError, match="more than the 209715200 bytes that are free"):
             ModelRunner(settings(folder, max_num_seqs=many, **explicit, **values))
     assert ModelRunner(settings(folder, num_kv_blocks=9, **values)).ready().blocks_total == 9
-    # Half of the memory is in use: a share of half leaves nothing.
     with pytest.raises(ValueError, match="0 are there"):
-        ModelRunner(settings(folder, cpu_memory_utilization=0.5, **values))
+        ModelRunner(settings(folder, cpu_memory_utilization=0.1, **values))
 
 
 def test_the_cache_gets_what_a_share_leaves_beside_the_largest_step(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.memory.free_memory", lambda: (350 << 20, 400 << 20))
+    monkeypatch.setattr("engine.memory.free_memory", lambda: 300 << 20)
     monkeypatch.setattr("engine.runner.measure", lambda device, run: 32 << 20)
     values: dict[str, Any] = {"encoder_cache_bytes": 20 << 20, "request_tile_bytes": 40 << 20}
     ready = ModelRunner(settings(folder, cpu_memory_utilization=0.5, **values)).ready()
     block = KVCache.block_bytes(load_config(folder).text, 16, torch.float32)
     # 32 MiB are added for what the C library holds.
-    assert ready.blocks_total == ((200 - 50 - 32 - 32 - 20 - 40) << 20) // block
+    assert ready.blocks_total == ((150 - 32 - 32 - 20 - 40) << 20) // block
