@@ -232,6 +232,7 @@ class FakeRunner:
     def _draw(self, work: Work) -> Sampled:
         row = self.rows[work.id]
         if row.tokens[-1] in self.bad_after:
+            row.tokens.append(0)  # a step under way behind it computes something
             return Sampled(work.id, 0, "the logits are not finite")
         draw = zlib.crc32(b"%d %d" % (row.seed, len(row.tokens) - row.prompt_len), row.states[-1])
         row.tokens.append(draw % self.num_draws)
@@ -347,12 +348,14 @@ def alone_with_scores(
 ) -> tuple[list[int], list[PromptLogprobs] | None]:
     """The same, and the log-probabilities of its prompt."""
     draws_eos = options.pop("draws_eos", False)
+    bad_after = options.pop("bad_after", frozenset())
     engine = Engine(
         num_kv_blocks=512,
         max_num_batched_tokens=4096,
         max_num_encoder_tiles=512,
         max_model_len=options.pop("max_model_len", 256),
         draws_eos=draws_eos,
+        bad_after=bad_after,
         enable_prefix_caching=False,
     )
     engine.add("alone", *parts, **options)

@@ -2,7 +2,7 @@
 
 After every step the scheduler's invariants hold and the runner has found nothing wrong with the
 plan; in the end every request has ended exactly once, with the tokens it gets alone, and nothing
-is held.
+is held. The model fails rows whose last token is one of some.
 """
 
 from typing import Any
@@ -44,6 +44,7 @@ class Traffic(RuleBasedStateMachine):
         cache_tiles=st.integers(1, 6),
         pipelined=st.sampled_from(["on", "off"]),
         policy=st.sampled_from(["fcfs", "priority", "fair"]),
+        bad_after=st.sampled_from([frozenset(), frozenset({7, 50, 81})]),
     )
     def start(
         self,
@@ -55,6 +56,7 @@ class Traffic(RuleBasedStateMachine):
         cache_tiles: int,
         pipelined: str,
         policy: str,
+        bad_after: frozenset[int],
     ) -> None:
         self.capacity = block_size * blocks
         self.engine = Engine(
@@ -67,7 +69,9 @@ class Traffic(RuleBasedStateMachine):
             async_scheduling=pipelined,
             scheduling_policy=policy,
             draws_eos=True,
+            bad_after=bad_after,
         )
+        self.bad_after = bad_after
         self.requests: dict[str, tuple[Parts, dict[str, Any]]] = {}
         self.aborted: set[str] = set()
 
@@ -161,7 +165,11 @@ class Traffic(RuleBasedStateMachine):
                     assert self.engine.ends[name].finish_reason == "error"
                 continue
             whole, scores = alone_with_scores(
-                *parts, **options, draws_eos=True, max_model_len=min(self.capacity + 1, 256)
+                *parts,
+                **options,
+                draws_eos=True,
+                bad_after=self.bad_after,
+                max_model_len=min(self.capacity + 1, 256),
             )
             got = self.engine.tokens.get(name, [])
             assert self.engine.scores.get(name) == (scores if got else None)
