@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -243,19 +244,21 @@ class Run:
         self.encoder = Encoder(Tokenizer.from_file(str(work / "tokenizer.json")))
         self.optimiser = Optimiser(self.net)
         self.stage, self.step = "look", 0
-        state = work / "state.json"
+        state = work / "state.safetensors"
         if state.exists():
-            saved = json.loads(state.read_text())
+            with safe_open(state, "pt") as file:
+                saved = json.loads(file.metadata()["state"])
             self.stage, self.step = saved["stage"], saved["step"]
-            self.optimiser.restore(load_file(work / "state.safetensors"), saved["count"])
+            self.optimiser.restore(load_file(state), saved["count"])
 
     def save(self) -> None:
         if self.rank:
             return
-        save_file(self.optimiser.tensors(), self.work / "state.new")
-        os.replace(self.work / "state.new", self.work / "state.safetensors")
         state = {"stage": self.stage, "step": self.step, "count": self.optimiser.count}
-        (self.work / "state.json").write_text(json.dumps(state))
+        # One file, so that a run that is killed finds weights and counters of the same step.
+        new = self.work / "state.new"
+        save_file(self.optimiser.tensors(), new, {"state": json.dumps(state)})
+        os.replace(new, self.work / "state.safetensors")
 
     def update(self, loss: Tensor, lr: float) -> None:
         """One step of what this stage trains."""

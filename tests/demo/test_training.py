@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
@@ -167,12 +168,14 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path: Path) -> Non
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert start(whole).wait() == 0
     run = start(parts)
-    while not (parts / "state.json").exists():
+    state = parts / "state.safetensors"
+    while not state.exists():
         assert run.poll() is None
         time.sleep(0.01)
     run.kill()
     run.wait()
-    assert json.loads((parts / "state.json").read_text())["stage"] == "look"
+    with safe_open(state, "pt") as file:
+        assert json.loads(file.metadata()["state"])["stage"] == "look"
     assert start(parts).wait() == 0
     one, other = (load_file(folder / "state.safetensors") for folder in (whole, parts))
     assert one.keys() == other.keys()
