@@ -92,7 +92,7 @@ def test_a_generated_answer_is_as_likely_as_it_was_when_it_is_part_of_the_prompt
 
 def test_seeded_choices_are_seeded_requests(demo_server: Server) -> None:
     question = user(["Tell me something."])
-    options = {"temperature": 1.0, "max_tokens": 24, "ignore_eos": True}
+    options = {"temperature": 2.0, "max_tokens": 24, "ignore_eos": True}
     together = ask(demo_server, question, n=4, seed=11, **options)["choices"]
     texts = [choice["message"]["content"] for choice in together]
     alone = [ask(demo_server, question, seed=11 + k, **options)["choices"][0] for k in range(4)]

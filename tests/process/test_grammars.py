@@ -82,11 +82,6 @@ KILLED = {
     "many patterns": schema(
         {"allOf": [{"type": "string", "pattern": f"a{i}"} for i in range(100)]}
     ),
-    "negations": Grammar(
-        "lark",
-        "start: A\nA: "
-        + " & ".join(f"~/.*{chr(97 + i % 26) * (i % 9 + 1)}.*/" for i in range(600)),
-    ),
 }
 
 

@@ -10,7 +10,7 @@ from tests.checkpoints import Shape, make_checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 
 # A vocabulary, a context and pictures large enough to be seen beside the interpreter.
-SHAPE = Shape(tile_size=112, image_size=112, vocab=50_000, positions=2048)
+SHAPE = Shape(tile_size=112, image_size=112, vocab=150_000, positions=2048)
 SETTINGS = {
     "max_num_seqs": 48,
     "max_num_batched_tokens": 2048,
