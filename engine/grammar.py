@@ -21,6 +21,8 @@ from wire.tokenizer_file import TokenizerError, read_tokenizer_json
 
 logger = logging.getLogger(__name__)
 
+# Compiled grammars; a large one takes 3 MB. Where more than so many different ones wait at once, a
+# step compiles again the one that it does not find.
 _KEPT = 64
 # Masks that are worth waking other threads: one takes about ten microseconds.
 _ENOUGH = 8
