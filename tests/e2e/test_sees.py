@@ -198,6 +198,23 @@ def test_four_choices_are_four_requests_with_seeds_in_a_row(demo_server: Server)
             assert sum(shares) <= 1.0001
 
 
+def test_one_picture_asked_about_by_fifty_is_encoded_once(demo_server: Server) -> None:
+    name = "internvl_encoded_tiles_total"
+    picture = draw("green", "triangle", (117, 113), "black")  # nobody else's
+    before = demo_server.metric(name)
+    assert before is not None
+    with ThreadPoolExecutor(50) as pool:
+        # The question comes first, and every one is another: no two share a prompt's beginning.
+        answers = list(
+            pool.map(
+                lambda n: demo_server.ask(f"Number {n}: what is in this picture?", picture),
+                range(50),
+            )
+        )
+    assert len(answers) == 50
+    assert demo_server.metric(name) == before + 1
+
+
 def beside(left: tuple[str, str], right: tuple[str, str]) -> Image.Image:
     """Two things next to each other."""
     picture = Image.new("RGB", (224, 112), "white")
