@@ -105,7 +105,7 @@ def largest_step(
             for w in work
         ],
         work=work,
-        encode=[EncodeItem(item.digest, "0", item.buffer, item.tiles) for item in items],
+        encode=[EncodeItem(item.digest, "0", item.tiles) for item in items],
         drop=[],
         removed=[],
     )

@@ -56,11 +56,10 @@ class Work(msgspec.Struct, frozen=True, gc=False):
 
 
 class EncodeItem(msgspec.Struct, frozen=True):
-    """Encode the tiles of ``digest``: buffer number ``buffer`` of request ``request_id``."""
+    """Encode the ``tiles`` tiles of picture ``digest``, which request ``request_id`` shows."""
 
     digest: bytes
     request_id: str
-    buffer: int
     tiles: int
 
 

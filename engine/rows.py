@@ -119,7 +119,8 @@ class Rows:
     def batch(self, work: Sequence[Work]) -> StepBatch:
         """The flat batch of a plan's work, whose block tables are up to date."""
         size, device = self._block_size, self._device
-        lines = np.array([self._rows[item.id].index for item in work])
+        rows = [self._rows[item.id] for item in work]
+        lines = np.array([row.index for row in rows])
         first = np.array([item.start for item in work])
         counts = np.array([item.count for item in work])
         ends = counts.cumsum()
@@ -141,7 +142,7 @@ class Rows:
             contexts=tuple(contexts.tolist()),
         )
         ids = self._tokens[owners, positions]
-        late = np.array([item.start == self._rows[item.id].length for item in work])
+        late = first == [row.length for row in rows]
         unknown = to_device(np.stack([starts[late], lines[late]]), device) if late.any() else None
         return StepBatch(
             to_device(ids, device),

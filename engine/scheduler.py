@@ -355,7 +355,7 @@ class Scheduler:
             return False
         if not self._vision.reserve(item.digest, item.length * self._bytes_per_token):
             return False
-        draft.encode.append(EncodeItem(item.digest, sequence.id, item.buffer, item.tiles))
+        draft.encode.append(EncodeItem(item.digest, sequence.id, item.tiles))
         draft.tiles -= item.tiles
         self._encoded_tiles += item.tiles
         return True

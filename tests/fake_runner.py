@@ -73,7 +73,7 @@ class FakeRunner:
         self.bad_after = bad_after
         self.num_draws = EOS + 1 if draws_eos else EOS
         self.rows: dict[str, Row] = {}
-        self.raw: dict[str, list[bytes]] = {}
+        self.raw: dict[str, dict[bytes, bytes]] = {}
         self.tensors: dict[bytes, list[bytes]] = {}
         self.cache: dict[tuple[int, int], int] = {}
         self.plans: list[StepPlan] = []
@@ -104,7 +104,7 @@ class FakeRunner:
 
     def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         assert request.id not in self.raw, "uploaded twice"
-        self.raw[request.id] = [bytes(buffer) for buffer in buffers]
+        self.raw[request.id] = {item.digest: bytes(buffers[item.buffer]) for item in request.items}
 
     def begin(self, plan: StepPlan) -> None:
         assert self._begun is None, "a step is begun that nobody sampled"
@@ -176,7 +176,7 @@ class FakeRunner:
 
     def _encode(self, item: EncodeItem) -> None:
         assert item.digest not in self.tensors, "encoded although it exists"
-        raw = self.raw[item.request_id][item.buffer]
+        raw = self.raw[item.request_id][item.digest]
         assert len(raw) == item.tiles * GEOMETRY.tile_bytes
         per_token = len(raw) // (item.tiles * GEOMETRY.tokens_per_tile)
         self.tensors[item.digest] = [

@@ -9,7 +9,7 @@ from openai.types.chat import ChatCompletionToolParam
 
 from server.chat.tools import render_call
 from tests.api.conftest import House, Houses
-from tests.api.test_errors import error_of
+from tests.api.test_errors import check_refusal, error_of
 from tests.fake_engine import FakeEngine, make_ready, say
 from wire.sampling import Grammar
 
@@ -161,12 +161,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 async def test_what_cannot_be_done_is_refused_by_the_name_of_its_field(
     house: House, body: dict[str, Any], param: str, says: str
 ) -> None:
-    answer = await house.ask(**body)
-    error = error_of(answer)
-    assert answer.status_code == 400
-    assert error["param"] == param
-    assert says in error["message"]
-    assert not house.engine.requests
+    await check_refusal(house, body, param, says)
 
 
 async def test_the_search_for_the_tool_that_is_wrong_is_bounded(

@@ -17,8 +17,8 @@ import httpx
 import openai
 import pytest
 
+from tests.e2e import test_life as life
 from tests.e2e.faulty_engine import Fault
-from tests.e2e.test_life import conversation
 from tests.servers import Server
 
 ENGINE = "tests.e2e.faulty_engine"
@@ -85,23 +85,8 @@ class House:
 
 def stream(server: Server, number: int, **options: Any) -> Texts:
     """The text of each choice of a streamed answer; fails if tokens are missing."""
-    texts: Texts = {}
-    asked = conversation(number) | options
-    usage = None
-    with server.client() as client:
-        for chunk in client.chat.completions.create(
-            model="internvl-demo",
-            stream=True,
-            stream_options={"include_usage": True},
-            max_tokens=TOKENS,
-            **asked,
-        ):
-            usage = chunk.usage
-            for choice in chunk.choices:
-                text = texts.get(choice.index, "")
-                texts[choice.index] = text + (choice.delta.content or "")
-    assert usage is not None
-    assert usage.completion_tokens == TOKENS * asked.get("n", 1)
+    texts, tokens = life.stream(server, number, max_tokens=TOKENS, **options)
+    assert tokens == TOKENS * (life.conversation(number) | options).get("n", 1)
     return texts
 
 
@@ -185,7 +170,7 @@ def test_a_row_that_is_not_a_number_fails_alone_and_is_not_found_again(house: Ho
     assert house.count("internvl_engine_restarts_total") == restarts
     house.is_back()
     # What it had computed may be wrong: the same prompt finds nothing at first.
-    asked = conversation(COUNT) | {"model": "internvl-demo", "max_tokens": 4}
+    asked = life.conversation(COUNT) | {"model": "internvl-demo", "max_tokens": 4}
     with house.server.client() as client:
         found = [client.chat.completions.create(**asked).usage for _ in range(2)]
     cached = [usage.prompt_tokens_details.cached_tokens for usage in found]

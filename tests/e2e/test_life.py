@@ -79,13 +79,9 @@ def conversation(number: int) -> dict[str, Any]:
 
 
 def stream(
-    server: Server, number: int, begun: threading.Barrier | None = None
+    server: Server, number: int, begun: threading.Barrier | None = None, **options: Any
 ) -> tuple[dict[int, str], int]:
-    """Texts and number of tokens of one long answer; waits at ``begun`` for its first token.
-
-    Not longer: a drawn number that falls within float rounding of the border between two tokens
-    may choose either, as the batch decides in which order sums are made (docs/correctness.md).
-    """
+    """Texts and number of tokens of one answer; waits at ``begun`` for its first token."""
     texts: dict[int, str] = collections.defaultdict(str)
     usage = None
     with server.client() as client:
@@ -93,8 +89,7 @@ def stream(
             model="internvl-demo",
             stream=True,
             stream_options={"include_usage": True},
-            max_tokens=60,
-            **conversation(number),
+            **{"max_tokens": 60} | conversation(number) | options,
         ):
             usage = chunk.usage
             for choice in chunk.choices:
