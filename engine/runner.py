@@ -33,7 +33,7 @@ from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, logprobs, score
 from engine.sampling.sampler import NOTHING_LEFT, sample
-from engine.vision import EncoderOutputs
+from engine.vision import EncoderOutputs, Encoding
 from model import ModelConfig, build_model, count_parameters, load_config
 from model.attention import choose
 from model.kv_cache import KVCache
@@ -58,6 +58,7 @@ class _Begun:
     names: list[str]
     logits: Tensor | None = None  # None without rows
     scored: Scored | None = None
+    encoding: Encoding | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,7 @@ class _Drawn:
     tokens: Tensor  # [R] int64
     likely: Likely | None
     scored: Scored | None
+    encoding: Encoding | None
     arrived: torch.cuda.Event | None  # None: the device is the host
 
 
@@ -203,8 +205,9 @@ class ModelRunner:
         for new in plan.new_rows:
             matcher = self._grammars.matcher(new.sampling) if self._grammars else None
             self._rows.add(new, matcher)
-        self._vision.encode(plan.encode)
-        self._begun = self._compute(plan) if plan.work else _Begun(plan.step, [])
+        encoding = self._vision.encode(plan.encode)
+        begun = self._compute(plan) if plan.work else _Begun(plan.step, [])
+        self._begun = dataclasses.replace(begun, encoding=encoding)
 
     @torch.inference_mode()
     def sample(self) -> None:
@@ -222,7 +225,9 @@ class ModelRunner:
         tokens, likely = to_host(tokens), likely and likely.to_host()
         scored = begun.scored and begun.scored.to_host()
         arrived = torch.cuda.current_stream().record_event() if self._last.is_cuda else None
-        self._drawn = _Drawn(begun.step, begun.names, tokens, likely, scored, arrived)
+        self._drawn = _Drawn(
+            begun.step, begun.names, tokens, likely, scored, begun.encoding, arrived
+        )
 
     def finish(self) -> StepResult:
         """Wait for the tokens of the step that was sampled; rows that live get theirs."""
@@ -239,7 +244,9 @@ class ModelRunner:
                 continue
             self._rows.append_token(name, token)
             sampled.append(Sampled(name, token, logprobs=entry))
-        return StepResult(drawn.step, sampled, drawn.scored.read() if drawn.scored else [])
+        scored = drawn.scored.read() if drawn.scored else []
+        encode_seconds = drawn.encoding.seconds() if drawn.encoding else []
+        return StepResult(drawn.step, sampled, scored, encode_seconds)
 
     def _forget(self, plan: StepPlan) -> None:
         for name in plan.removed:

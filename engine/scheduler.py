@@ -365,6 +365,9 @@ class Scheduler:
         assert self._planned, "there is no plan to commit"
         plan, sequences = self._planned.popleft()
         assert result.step == plan.step, "this result belongs to another plan"
+        for item, seconds in zip(plan.encode, result.encode_seconds, strict=True):
+            if (payer := self._sequences.get(item.request_id)) is not None:
+                payer.charge_encoding(item.digest, seconds)
         outputs: list[EngineOutput] = []
         sampled, scored = iter(result.sampled), iter(result.scored)
         publishing, block_size, running = self._prefix_caching, self._block_size, Status.RUNNING
@@ -407,6 +410,7 @@ class Scheduler:
         token = drawn.token_id
         sequence.token_ids.append(token)
         scores, sequence.scores = sequence.scores, None
+        spent, sequence.encode_seconds = sequence.encode_seconds, None
         self._generated_tokens += 1
         reason = None
         if token in sequence.stop_ids:
@@ -415,10 +419,10 @@ class Scheduler:
             reason = "length"
         if reason:
             self._end(sequence)
-        stop_token = token if reason == "stop" else None
+        stop = token if reason == "stop" else None
         logprobs = None if drawn.logprobs is None else [drawn.logprobs]
         return EngineOutput(
-            sequence.id, [token], reason, stop_token, sequence.num_cached, None, logprobs, scores
+            sequence.id, [token], reason, stop, sequence.num_cached, None, logprobs, scores, spent
         )
 
     def _release_passed(self, sequence: Sequence) -> None:

@@ -36,6 +36,7 @@ class Sequence:
     found by them. ``num_cached`` prompt positions were not computed but found, at the start.
     ``scores`` are the log-probabilities of the prompt as far as they are known, from its second
     token on; None if nobody waits for them.
+    ``encode_seconds`` is what its pictures took of the encoder since the last output.
     ``num_charged`` tokens were charged to the tenant, by this engine or one that died.
     """
 
@@ -43,6 +44,7 @@ class Sequence:
         "arrival",
         "blocks",
         "digests",
+        "encode_seconds",
         "held",
         "id",
         "items",
@@ -91,6 +93,7 @@ class Sequence:
         # One that goes on behind some output has reported them.
         asked = request.sampling.prompt_logprobs >= 0 and not request.output
         self.scores: list[PromptLogprobs] | None = [] if asked else None
+        self.encode_seconds: list[float] | None = None
 
     @property
     def unscored(self) -> bool:
@@ -101,6 +104,11 @@ class Sequence:
         """Add those from position ``start`` on; some may be known from before a preemption."""
         if self.scores is not None:
             self.scores += scores[len(self.scores) - start :]
+
+    def charge_encoding(self, digest: bytes, seconds: float) -> None:
+        """A picture was encoded for this sequence; the first item that shows it pays."""
+        spent = self.encode_seconds = self.encode_seconds or [0.0] * len(self.items)
+        spent[next(i for i, item in enumerate(self.items) if item.digest == digest)] += seconds
 
     def new_row(self) -> NewRow:
         """The whole sequence, for a runner that does not hold it."""

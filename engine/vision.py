@@ -4,7 +4,10 @@ The scheduler decides what is encoded and what is dropped; this file only obeys,
 tensors. Tiles stay uint8 until the model normalises them.
 """
 
+import dataclasses
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,31 @@ from wire.messages import EngineRequest
 
 # Tiles per pass of the encoder: enough to fill the machine, few enough to bound the activations.
 _CHUNK = {"cpu": 4, "cuda": 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """A step's work of the encoder, launched: how many tiles each picture has in it, and two
+    moments as ``_now`` gives them."""
+
+    tiles: list[int]
+    began: Any
+    ended: Any
+
+    def seconds(self) -> list[float]:
+        """What each picture took, by its share of the tiles. The device must be done with it."""
+        if isinstance(self.began, float):
+            spent = self.ended - self.began
+        else:
+            spent = self.began.elapsed_time(self.ended) / 1000
+        return [spent * count / sum(self.tiles) for count in self.tiles]
+
+
+def _now(device: torch.device) -> Any:
+    """This moment on the host, or an event on a device, which nobody has to wait for."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
 
 
 class EncoderOutputs:
@@ -58,15 +86,17 @@ class EncoderOutputs:
         """Drop an encoder output."""
         del self._outputs[digest]
 
-    def encode(self, items: Sequence[EncodeItem]) -> None:
+    def encode(self, items: Sequence[EncodeItem]) -> Encoding | None:
         """Encode pictures, their tiles batched across pictures."""
         if not items:
-            return
+            return None
+        began = _now(self._model.device)
         tiles = torch.cat([self._tiles[item.digest] for item in items])
         encoded = torch.cat([self._model.encode_tiles(part) for part in tiles.split(self._chunk)])
         parts = encoded.split([item.tiles for item in items])
         for item, part in zip(items, parts, strict=True):
             self._outputs[item.digest] = part.flatten(0, 1).clone()
+        return Encoding([item.tiles for item in items], began, _now(self._model.device))
 
     def place(
         self, embeddings: Tensor, spans: Sequence[VisionSpan], position: int, at: int, count: int

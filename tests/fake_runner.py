@@ -31,6 +31,7 @@ from wire.settings import EngineSettings
 
 GEOMETRY = VisionGeometry(tile_size=2, tokens_per_tile=4)
 TOKEN_BYTES = 10
+TILE_SECONDS = 0.25  # that encoding takes
 VOCAB = 97
 IMAGE = 96
 EOS = 95
@@ -138,7 +139,8 @@ class FakeRunner:
     def finish(self) -> StepResult:
         assert self._flying is not None, "nothing was sampled"
         (plan, sampled), self._flying = self._flying, None
-        return StepResult(plan.step, sampled, self._scored.pop(plan.step))
+        seconds = [item.tiles * TILE_SECONDS for item in plan.encode]
+        return StepResult(plan.step, sampled, self._scored.pop(plan.step), seconds)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """A step with nothing beside it."""
@@ -299,6 +301,7 @@ class Engine:
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, EngineOutput] = {}
         self.scores: dict[str, list[PromptLogprobs]] = {}
+        self.encode_seconds: dict[str, list[list[float]]] = {}  # of each output that has some
 
     def add(self, name: str, *parts: int | tuple[int, int], **options: Any) -> None:
         self.core.add(*request(name, *parts, **options))
@@ -321,6 +324,8 @@ class Engine:
             if output.prompt_logprobs is not None:
                 assert output.id not in self.tokens, "not in the first output"
                 self.scores[output.id] = output.prompt_logprobs
+            if output.encode_seconds is not None:
+                self.encode_seconds.setdefault(output.id, []).append(output.encode_seconds)
             self.tokens.setdefault(output.id, []).extend(output.token_ids)
             if output.finish_reason is not None:
                 self.ends[output.id] = output

@@ -80,6 +80,8 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     ``error`` says what went wrong when the reason is "error". ``cached_tokens`` positions of
     the prompt were found in the prefix cache. ``logprobs`` has an entry per token if asked for;
     ``prompt_logprobs`` stands in the first output, with one per token of the prompt but the first.
+    ``encode_seconds`` has an entry per item of the request: what encoding it took since the last
+    output. None where nothing was encoded.
     """
 
     id: str
@@ -90,6 +92,7 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     error: str | None = None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[PromptLogprobs] | None = None
+    encode_seconds: list[float] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

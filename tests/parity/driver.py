@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.plan import EncodeItem, NewRow, Sampled, StepPlan, VisionSpan, Work
+from engine.plan import EncodeItem, NewRow, Sampled, StepPlan, StepResult, VisionSpan, Work
 from engine.runner import ModelRunner
 from tests.checkpoints import IMAGE_TOKEN
 from wire.messages import EngineRequest, VisionItem
@@ -48,6 +48,7 @@ class Driver:
         self.sequences: dict[str, Sequence] = {}
         self.encoded: set[bytes] = set()
         self.encodings = 0
+        self.result: StepResult  # of the last step
         self._steps = 0
         self._removed: list[str] = []
         self._preempted: list[str] = []
@@ -127,7 +128,7 @@ class Driver:
         self._steps += 1
         self.runner.begin(plan)
         self.runner.sample()
-        result = self.runner.finish()
+        result = self.result = self.runner.finish()
         assert result.step == plan.step
         assert [s.id for s in result.sampled] == [w.id for w in work if w.sample]
         for sampled in result.sampled:

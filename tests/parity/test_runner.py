@@ -89,6 +89,18 @@ def test_chunked_equals_whole(
         assert driver.generate(STEPS, name, chunk=chunk) == [alone[name]], name
 
 
+def test_a_step_says_what_each_picture_took_of_the_encoder(folder: Path) -> None:
+    driver = Driver(folder)
+    ids, pictures = CASES["pictures"]
+    driver.add("a", ids, pictures)
+    driver.step({"a": len(ids)})
+    one, four, two = driver.result.encode_seconds
+    assert one > 0
+    assert (four, two) == pytest.approx((4 * one, 2 * one))
+    driver.step({"a": 1})
+    assert driver.result.encode_seconds == []
+
+
 def test_a_batch_whose_rows_come_and_go_equals_each_alone(
     folder: Path, alone: dict[str, list[int]]
 ) -> None:
