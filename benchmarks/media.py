@@ -74,7 +74,9 @@ def reference(encoded: bytes) -> np.ndarray[Any, Any]:
 
 
 def ours(encoded: bytes) -> bytes:
-    message, buffers = answer(TileJob(SETTINGS, MAX_PIXELS), bytearray(encoded))
+    message, buffers = answer(
+        TileJob(settings=SETTINGS, max_pixels=MAX_PIXELS, seconds=60), bytearray(encoded)
+    )
     assert isinstance(message, Tiled)
     return bytes(memoryview(buffers[0]))
 

@@ -69,7 +69,7 @@ def largest_step(
     leave, which generate at full length; every row draws, with everything a sampler can do. All
     name the same blocks, as many as one row of full length has.
     """
-    most = geometry.max_tiles + 1
+    most = geometry.tile_limit + 1
     pictures, left = [], max(settings.max_num_encoder_tiles, most)
     while left:
         pictures.append(min(most, left))
@@ -138,7 +138,7 @@ def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, ste
     geometry = model.config.geometry
     token = model.config.text.hidden_size * model.dtype.itemsize
     # The largest picture is encoded even if it is larger than the budget.
-    largest = (geometry.max_tiles + 1) * geometry.tokens_per_tile * token
+    largest = (geometry.tile_limit + 1) * geometry.tokens_per_tile * token
     rest = step + max(settings.encoder_cache_bytes, largest)
     if model.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -88,6 +88,7 @@ class ModelRunner:
         progress(Progress("config"))
         folder = Path(settings.model)
         config = load_config(folder)
+        config = dataclasses.replace(config, geometry=config.geometry.limited(settings.max_tiles))
         if device.type == "cpu":
             return_what_is_freed()
             torch.set_num_threads(settings.threads or _threads(config))

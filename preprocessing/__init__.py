@@ -1,18 +1,18 @@
 """From the picture a client names to the tiles the model sees.
 
-``MediaPipeline`` turns a ``MediaPart`` into ``TiledMedia``: fetch, decode in a sandboxed worker,
-cut into tiles. The pipeline is loaded on first use, because the worker is a module of this
-package too and must not carry a network library into its sandbox.
+``MediaPipeline`` turns a ``MediaPart`` into ``TiledMedia``, or ``TiledVideo``: fetch, decode in a
+sandboxed worker, cut into tiles. The pipeline is loaded on first use, because the worker is a
+module of this package too and must not carry a network library into its sandbox.
 """
 
 from typing import TYPE_CHECKING
 
-from preprocessing.media import MediaPart, TiledMedia
+from preprocessing.media import FrameChoice, Loaded, MediaPart, TiledMedia, TiledVideo
 
 if TYPE_CHECKING:
     from preprocessing.pipeline import MediaPipeline
 
-__all__ = ["MediaPart", "MediaPipeline", "TiledMedia"]
+__all__ = ["FrameChoice", "Loaded", "MediaPart", "MediaPipeline", "TiledMedia", "TiledVideo"]
 
 
 def __getattr__(name: str) -> object:

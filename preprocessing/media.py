@@ -1,41 +1,70 @@
 """The vocabulary of the media room: what the server asks for, what comes back, and the messages
 between the pool and a decode worker. Every module here uses it; it opens nothing itself.
 
-A worker never sends text. It names a ``Reason``, and the sentence a client reads is written in
-``REASONS``: whatever a hostile file makes a library say stays inside the sandbox.
+A worker never sends text of its own making that a client reads. It names a ``Reason``, and the
+sentence is written in ``REASONS``: whatever a hostile file makes a library say stays inside the
+sandbox.
 """
 
 import dataclasses
 import enum
+from typing import Literal
 
 import msgspec
 
+from wire.errors import MediaRefused
 from wire.geometry import VisionGeometry
+
+Kind = Literal["image", "video"]
+# "normalized" shows the model what a person sees; "reference" what the model's own code shows it.
+Treatment = Literal["normalized", "reference"]
+
+NOUNS: dict[Kind, str] = {"image": "The picture", "video": "The video"}
+
+
+class FrameChoice(msgspec.Struct, frozen=True, array_like=True):
+    """Which frames of a video are shown: the middles of equal segments.
+
+    ``most`` of them, or fewer if ``fps`` frames per second are fewer or the video has fewer;
+    ``start`` and ``end`` in seconds bound where they come from, None is the video's own.
+    """
+
+    most: int
+    fps: float | None = None
+    start: float | None = None
+    end: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class MediaPart:
-    """One picture of a request, before anything was fetched.
+    """One picture or video of a request, before anything was fetched.
 
-    ``url`` is a data:, http: or https: URL; ``param`` is the field an error names, for example
-    "messages[0].content[1].image_url"; ``max_tiles`` can only lower the server's maximum. Only
-    parts with the same ``salt`` have digests in common. The
-    URL may hold a whole picture: it stays out of the repr, and so out of every log.
+    ``url`` is a data:, http(s): or file: URL, or the URLs of a video's frames; ``param`` is the
+    field an error names, for example "messages[0].content[1].image_url". ``min_tiles`` and
+    ``max_tiles`` bound the tiles of the picture, or of each frame; None is the model's own (for
+    a frame one tile, as in the reference). ``choice`` is there for a video. Only parts with the
+    same ``salt`` have digests in common. The URL may hold a whole picture: it stays out of the
+    repr, and so out of every log.
     """
 
-    url: str = dataclasses.field(repr=False)
+    url: str | tuple[str, ...] = dataclasses.field(repr=False)
     param: str
     max_tiles: int | None = None
     salt: bytes = b""
+    min_tiles: int | None = None
+    kind: Kind = "image"
+    treatment: Treatment = "normalized"
+    choice: FrameChoice | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TiledMedia:
-    """One picture as the vision encoder takes it.
+    """One picture, or one frame of a video, as the vision encoder takes it.
 
     ``tiles`` are contiguous bytes, uint8 ``[count, 3, side, side]``: ``rows * columns`` tiles
     row by row, then the thumbnail if there is one. ``width`` and ``height`` are the picture's
     own pixels, after orientation. ``digest`` identifies encoded bytes, tile settings and salt.
+    The seconds are what this request waited for it: none where it was in the cache.
     """
 
     digest: bytes
@@ -45,27 +74,60 @@ class TiledMedia:
     rows: int
     width: int
     height: int
+    fetch_seconds: float = dataclasses.field(default=0.0, compare=False)
+    decode_seconds: float = dataclasses.field(default=0.0, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tiles."""
+        return len(self.tiles)
 
 
 class Reason(enum.Enum):
-    """Why a worker refused a picture."""
+    """Why a worker refused a picture or a video."""
 
     UNSUPPORTED = "unsupported"
     BROKEN = "broken"
     EMPTY = "empty"
     TOO_LARGE = "too_large"
+    NO_VIDEO = "no_video"
+    NO_FRAMES = "no_frames"
+    TOO_MANY_FRAMES = "too_many_frames"
+    OUT_OF_RANGE = "out_of_range"
 
 
-# Reason -> (code of the error, what the client reads)
+_FORMATS: dict[Kind, str] = {
+    "image": "PNG, JPEG, WebP, GIF, BMP, TIFF",
+    "video": "MP4, MOV, MKV, WebM, AVI, MPEG, GIF",
+}
+
+# Reason -> (code of the error, what the client reads; {What} is a noun)
 REASONS = {
     Reason.UNSUPPORTED: (
         "unsupported_media",
-        "The picture is in no format this server reads (PNG, JPEG, WebP, GIF, BMP, TIFF).",
+        "{What} is in no format this server reads ({formats}).",
     ),
-    Reason.BROKEN: ("invalid_media", "The picture is damaged or truncated."),
-    Reason.EMPTY: ("invalid_media", "The picture has no pixels."),
-    Reason.TOO_LARGE: ("media_too_large", "The picture has more pixels than this server decodes."),
+    Reason.BROKEN: ("invalid_media", "{What} is damaged or truncated."),
+    Reason.EMPTY: ("invalid_media", "{What} has no pixels."),
+    Reason.TOO_LARGE: ("media_too_large", "{What} has more pixels than this server decodes."),
+    Reason.NO_VIDEO: ("invalid_media", "The file has no video stream."),
+    Reason.NO_FRAMES: ("invalid_media", "The video has no frames."),
+    Reason.TOO_MANY_FRAMES: (
+        "media_too_large",
+        "The video has more frames than this server reads.",
+    ),
+    Reason.OUT_OF_RANGE: (
+        "invalid_value",
+        "The video has no frames between 'start' and 'end'.",
+    ),
 }
+
+
+def refusal(reason: Reason, kind: Kind, param: str) -> MediaRefused:
+    """The error that tells a client of a worker's refusal."""
+    code, sentence = REASONS[reason]
+    message = sentence.format(What=NOUNS[kind], formats=_FORMATS[kind])
+    return MediaRefused(message, param=param, code=code)
 
 
 class TileSettings(msgspec.Struct, frozen=True, array_like=True):
@@ -79,18 +141,33 @@ class TileSettings(msgspec.Struct, frozen=True, array_like=True):
     min_tiles: int
     max_tiles: int
     use_thumbnail: bool
+    treatment: Treatment = "normalized"
 
     @classmethod
-    def of(cls, geometry: VisionGeometry, max_tiles: int | None = None) -> "TileSettings":
-        """The model's settings, with a part's own maximum where it is lower."""
-        most = geometry.max_tiles if max_tiles is None else min(max_tiles, geometry.max_tiles)
+    def of(
+        cls,
+        geometry: VisionGeometry,
+        max_tiles: int | None = None,
+        min_tiles: int | None = None,
+        treatment: Treatment = "normalized",
+    ) -> "TileSettings":
+        """The model's settings with a part's own bounds, within what the server allows."""
+        most = geometry.max_tiles if max_tiles is None else min(max_tiles, geometry.tile_limit)
         most = max(most, 1)
+        least = geometry.min_tiles if min_tiles is None else min_tiles
         return cls(
             side=geometry.tile_size,
-            min_tiles=min(geometry.min_tiles, most),
+            min_tiles=max(1, min(least, most)),
             max_tiles=most,
             use_thumbnail=geometry.use_thumbnail,
+            treatment=treatment,
         )
+
+    @classmethod
+    def for_part(cls, geometry: VisionGeometry, part: MediaPart) -> "TileSettings":
+        """What ``part`` asks for; a frame has one tile unless it asks for more."""
+        most = 1 if part.kind == "video" and part.max_tiles is None else part.max_tiles
+        return cls.of(geometry, most, part.min_tiles, part.treatment)
 
     @property
     def digest_bytes(self) -> bytes:
@@ -100,33 +177,90 @@ class TileSettings(msgspec.Struct, frozen=True, array_like=True):
     @property
     def most_bytes(self) -> int:
         """Bytes of the largest result: every tile and the thumbnail."""
-        return (self.max_tiles + 1) * 3 * self.side * self.side
+        return (self.max_tiles + (self.max_tiles > 1)) * 3 * self.side * self.side
 
 
 class Confine(msgspec.Struct, frozen=True, tag="confine"):
     """First message to a worker: the limits of its sandbox.
 
-    ``memory`` is in bytes, over what the worker has mapped already; ``cpu`` in seconds per job.
+    ``memory`` is in bytes, over what the worker has mapped already.
     """
 
     memory: int
-    cpu: int
 
 
-class TileJob(msgspec.Struct, frozen=True, tag="tile"):
+class LookJob(msgspec.Struct, frozen=True, tag="look", kw_only=True):
+    """Read the header of the one buffer that travels beside this message; no pixel is decoded.
+
+    ``seconds`` of processor time may be used, as in every job.
+    """
+
+    kind: Kind
+    treatment: Treatment
+    max_pixels: int
+    max_frames: int
+    seconds: int
+
+
+class TileJob(msgspec.Struct, frozen=True, tag="tile", kw_only=True):
     """Decode and tile the one buffer that travels beside this message."""
 
     settings: TileSettings
     max_pixels: int
+    seconds: int
 
 
-ToWorker = Confine | TileJob
+class FramesJob(msgspec.Struct, frozen=True, tag="frames", kw_only=True):
+    """Decode some frames of the video beside this message, and tile each.
+
+    ``max_frames`` bounds the frames that its container may have, ``choice.most`` those shown.
+    ``reader`` is "auto", "decord" or "pyav".
+    """
+
+    settings: TileSettings
+    choice: FrameChoice
+    max_pixels: int
+    max_frames: int
+    reader: str
+    seconds: int
+
+
+Job = LookJob | TileJob | FramesJob
+ToWorker = Confine | Job
 
 
 class Confined(msgspec.Struct, frozen=True, tag="confined"):
     """The worker is ready. ``missing`` names the layers this system does not have."""
 
     missing: list[str]
+
+
+class PictureFacts(msgspec.Struct, frozen=True, tag="picture"):
+    """What the header of a picture says: its size as it will be shown, its EXIF ``orientation``
+    (1 to 8) and, of an animation, the number of ``frames``, of which the first is shown."""
+
+    format: str
+    width: int
+    height: int
+    orientation: int = 1
+    frames: int = 1
+
+
+class VideoFacts(msgspec.Struct, frozen=True, tag="video"):
+    """What a video's container says: its size as it will be shown, clockwise ``rotation`` in
+    degrees, number of ``frames``, ``duration`` in seconds and average frames per second."""
+
+    container: str
+    codec: str
+    width: int
+    height: int
+    rotation: int
+    frames: int
+    duration: float
+    fps: float
+
+
+Facts = PictureFacts | VideoFacts
 
 
 class Tiled(msgspec.Struct, frozen=True, tag="tiled"):
@@ -139,10 +273,43 @@ class Tiled(msgspec.Struct, frozen=True, tag="tiled"):
     height: int
 
 
+class Frames(msgspec.Struct, frozen=True, tag="frames"):
+    """Frames of a video, in order: their numbers, their ``seconds`` from the beginning, and a
+    buffer of tiles for each beside this message."""
+
+    facts: VideoFacts
+    indices: list[int]
+    seconds: list[float]
+    tiles: list[Tiled]
+
+
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """The picture cannot be decoded; the worker lives on."""
+    """The file cannot be decoded; the worker lives on."""
 
     reason: Reason
 
 
-FromWorker = Confined | Tiled | Refused
+Answer = PictureFacts | VideoFacts | Tiled | Frames | Refused
+FromWorker = Confined | Answer
+
+
+@dataclasses.dataclass(frozen=True)
+class TiledVideo:
+    """The frames of a video that are shown, their numbers, and their ``seconds`` from its
+    beginning. One that was given as pictures has neither ``seconds`` nor ``facts``."""
+
+    digest: bytes
+    frames: tuple[TiledMedia, ...]
+    indices: tuple[int, ...]
+    seconds: tuple[float, ...] = ()
+    facts: VideoFacts | None = None
+    fetch_seconds: float = dataclasses.field(default=0.0, compare=False)
+    decode_seconds: float = dataclasses.field(default=0.0, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tiles."""
+        return sum(frame.size for frame in self.frames)
+
+
+Loaded = TiledMedia | TiledVideo

@@ -1,15 +1,34 @@
-"""What the server calls: a picture of a request in, its tiles out.
+"""What the server calls: a picture or video of a request in, its tiles out.
 
 ``MediaPipeline`` owns the fetcher, the decode workers and the cache of tiles, and knows nothing of
 prompts or tokens. The same bytes are decoded once while their tiles are in the cache.
+``load`` does everything at once. Whoever must know how large things are before settling how many
+tiles they get calls ``open`` and, when it is settled, ``tile``.
 """
 
 import asyncio
 import contextlib
+import dataclasses
+import time
 import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar, cast
+
+import msgspec
 
 from preprocessing.budget import Budget
-from preprocessing.media import MediaPart, TiledMedia, TileSettings
+from preprocessing.frames import segment_middles
+from preprocessing.media import (
+    Facts,
+    FrameChoice,
+    Kind,
+    Loaded,
+    MediaPart,
+    Tiled,
+    TiledMedia,
+    TiledVideo,
+    TileSettings,
+)
 from preprocessing.pool import QUEUE_TIMEOUT, DecodePool, PoolStats, too_many
 from preprocessing.sources import Fetcher
 from preprocessing.tile_cache import TileCache
@@ -20,9 +39,23 @@ from wire.settings import MediaSettings
 
 _LONG = 1 << 18  # bytes that take a thread longer to hash than a thread takes to start
 
+T = TypeVar("T")
+S = TypeVar("S")
+L = TypeVar("L", TiledMedia, TiledVideo)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """The encoded bytes of a part, and what their headers say: one file and one ``Facts``, or
+    those of each picture of a video that was given as pictures."""
+
+    files: tuple[bytes, ...] = dataclasses.field(repr=False)
+    facts: tuple[Facts, ...]
+    fetch_seconds: float
+
 
 class MediaPipeline:
-    """Fetch, decode and tile. ``load`` may run many times at once.
+    """Fetch, decode and tile. All methods may run many times at once.
 
     Raises SettingError when the settings contradict themselves.
     """
@@ -59,65 +92,229 @@ class MediaPipeline:
         if geometry == self._geometry:
             return
         await self._pool.close()
-        await self._pool.start(TileSettings.of(geometry))
+        await self._pool.start()
         self._geometry = geometry
 
-    async def load(self, part: MediaPart) -> TiledMedia:
-        """Fetch, decode and tile one picture.
+    async def load(self, part: MediaPart) -> Loaded:
+        """Fetch, decode and tile one picture, or one video.
 
         Raises MediaRefused naming the part, or Unavailable when there is no worker to ask, or
-        when the pictures of others take all of ``media_memory`` for too long.
+        when the parts of others take all of ``media_memory`` for too long.
         """
+        settings = self._settings_of(part)
+        if isinstance(part.url, tuple):
+            shown = _chosen(part)
+            frames = await self._each(shown, self._load_picture)
+            return _as_video(frames, shown, part)
+        async with self._room(part, self._most_encoded(part) + _most_tiles(part, settings)):
+            began = time.monotonic()
+            encoded = await self._fetcher.fetch(part.url, part.param)
+            fetched = time.monotonic() - began
+            return await self._tile(part, encoded, settings, fetched)
+
+    @contextlib.asynccontextmanager
+    async def hold(self, parts: Sequence[MediaPart]) -> AsyncIterator[None]:
+        """Room for the encoded bytes of all of ``parts``, while they are opened and tiled.
+
+        Raises Unavailable when there is none for too long.
+        """
+        if not parts:
+            yield
+            return
+        async with self._room(parts[0], sum(map(self._most_encoded, parts))):
+            yield
+
+    async def open(self, part: MediaPart) -> Opened:
+        """Fetch a part and read its headers. Raises as ``load`` does."""
+        self._settings_of(part)
+        began = time.monotonic()
+        if isinstance(part.url, tuple):
+            pictures = _pictures(part)
+            files = await self._each(pictures, self._fetch)
+        else:
+            pictures = [part]
+            files = [await self._fetch(part)]
+        fetched = time.monotonic() - began
+        facts = await self._each(list(zip(pictures, files, strict=True)), self._look)
+        return Opened(tuple(files), tuple(facts), fetched)
+
+    async def tile(self, part: MediaPart, opened: Opened) -> Loaded:
+        """Decode and tile what was opened, with the bounds that ``part`` has now."""
+        settings = self._settings_of(part)
+        if not isinstance(part.url, tuple):
+            return await self._tile(part, opened.files[0], settings, opened.fetch_seconds)
+        shown = _chosen(part)
+        found = [(picture, opened.files[index]) for index, picture in shown]
+
+        async def tiled(pair: tuple[MediaPart, bytes]) -> TiledMedia:
+            return await self._picture(pair[1], settings, pair[0], 0.0)
+
+        return _as_video(await self._each(found, tiled), shown, part)
+
+    def _settings_of(self, part: MediaPart) -> TileSettings:
         if self._geometry is None:
-            raise Unavailable("The picture decoder is not running.", retry_after=5)
-        settings = TileSettings.of(self._geometry, part.max_tiles)
-        encoded = self._settings.max_media_bytes
-        if part.url[:5].lower() == "data:":
-            encoded = min(encoded, len(part.url) * 3 // 4)
+            raise Unavailable("The decoder of pictures is not running.", retry_after=5)
+        return TileSettings.for_part(self._geometry, part)
+
+    def _most_encoded(self, part: MediaPart) -> int:
+        """Bytes that the encoded files of a part can have."""
+        urls = part.url if isinstance(part.url, tuple) else (part.url,)
+        kind: Kind = "image" if isinstance(part.url, tuple) else part.kind
+        most = self._settings.max_media_bytes if kind == "image" else self._settings.max_video_bytes
+        return sum(
+            min(most, len(url) * 3 // 4) if url[:5].lower() == "data:" else most for url in urls
+        )
+
+    @contextlib.asynccontextmanager
+    async def _room(self, part: MediaPart, size: int) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as held:
             try:
-                share = self._memory.share(encoded + settings.most_bytes, QUEUE_TIMEOUT)
-                await held.enter_async_context(share)
+                await held.enter_async_context(self._memory.share(size, QUEUE_TIMEOUT))
             except TimeoutError:
                 raise too_many(part.param) from None
-            return await self._load(part, settings)
+            yield
 
-    async def _load(self, part: MediaPart, settings: TileSettings) -> TiledMedia:
-        encoded = await self._fetcher.fetch(part.url, part.param)
-        parts = (encoded, settings.digest_bytes, part.salt)
-        digest = (
-            media_digest(parts)
-            if len(encoded) < _LONG
-            else await asyncio.to_thread(media_digest, parts)
-        )
-        if not self._settings.tile_cache_bytes:
-            return await self._decode(digest, encoded, settings, part.param)
-        # Whoever comes while the same picture is decoded waits for it; a lock that nobody holds
-        # or waits for disappears from the table.
-        lock = self._locks.setdefault(digest, asyncio.Lock())
-        async with lock:
-            found = self._cache.get(digest)
-            if found is None:
-                found = await self._decode(digest, encoded, settings, part.param)
-                self._cache.put(found)
-        return found
+    async def _each(self, parts: Sequence[S], work: Callable[[S], Awaitable[T]]) -> list[T]:
+        """``work`` of all parts, in order, few at a time; the first failure ends the others."""
+        places = asyncio.Semaphore(self._settings.media_workers + 1)
 
-    async def _decode(
-        self, digest: bytes, encoded: bytes, settings: TileSettings, param: str
+        async def one(part: S) -> T:
+            async with places:
+                return await work(part)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(part)) for part in parts]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _fetch(self, part: MediaPart) -> bytes:
+        return await self._fetcher.fetch(cast(str, part.url), part.param)
+
+    async def _look(self, asked: tuple[MediaPart, bytes]) -> Facts:
+        part, encoded = asked
+        return await self._pool.look(encoded, part.kind, part.treatment, part.param)
+
+    async def _load_picture(self, numbered: tuple[int, MediaPart]) -> TiledMedia:
+        return cast(TiledMedia, await self.load(numbered[1]))
+
+    async def _tile(
+        self, part: MediaPart, encoded: bytes, settings: TileSettings, fetched: float
+    ) -> Loaded:
+        if part.kind == "image":
+            return await self._picture(encoded, settings, part, fetched)
+        return await self._video(encoded, settings, part, fetched)
+
+    async def _picture(
+        self, encoded: bytes, settings: TileSettings, part: MediaPart, fetched: float
     ) -> TiledMedia:
-        result, tiles = await self._pool.tile(encoded, settings, param)
-        return TiledMedia(
-            digest=digest,
-            tiles=tiles,
-            count=result.count,
-            columns=result.columns,
-            rows=result.rows,
-            width=result.width,
-            height=result.height,
-        )
+        digest = await _digest(encoded, settings, part.salt)
+
+        async def decode() -> TiledMedia:
+            result, tiles = await self._pool.tile(encoded, settings, part.param)
+            return _tiled(digest, result, tiles)
+
+        return await self._once(digest, decode, fetched)
+
+    async def _video(
+        self, encoded: bytes, settings: TileSettings, part: MediaPart, fetched: float
+    ) -> TiledVideo:
+        choice = part.choice or FrameChoice(self._settings.num_video_frames)
+        file = await _digest(encoded, settings, part.salt)
+        digest = media_digest((file, msgspec.msgpack.encode(choice)))
+
+        async def decode() -> TiledVideo:
+            result, buffers = await self._pool.frames(encoded, settings, choice, part.param)
+            frames = [
+                # However many frames are shown: the same frame is the same picture.
+                _tiled(media_digest((file, index.to_bytes(8, "little"))), one, tiles)
+                for index, one, tiles in zip(result.indices, result.tiles, buffers, strict=True)
+            ]
+            return TiledVideo(
+                digest, tuple(frames), tuple(result.indices), tuple(result.seconds), result.facts
+            )
+
+        return await self._once(digest, decode, fetched)
+
+    async def _once(self, digest: bytes, decode: Callable[[], Awaitable[L]], fetched: float) -> L:
+        """What the cache has, or else what ``decode`` makes, with the seconds it took."""
+        began = time.monotonic()
+        if not self._settings.tile_cache_bytes:
+            found = await decode()
+        else:
+            # Whoever comes while the same picture is decoded waits for it; a lock that nobody
+            # holds or waits for disappears from the table.
+            async with self._locks.setdefault(digest, asyncio.Lock()):
+                cached = self._cache.get(digest)
+                if cached is not None:
+                    return dataclasses.replace(cast(L, cached), fetch_seconds=fetched)
+                found = await decode()
+                self._cache.put(found)
+        spent = time.monotonic() - began
+        return dataclasses.replace(found, fetch_seconds=fetched, decode_seconds=spent)
 
     async def close(self) -> None:
         """End the workers and give up all connections, for good. Idempotent."""
         self._geometry = None
         await self._fetcher.close()
         await self._pool.close()
+
+
+async def _digest(encoded: bytes, settings: TileSettings, salt: bytes) -> bytes:
+    parts = (encoded, settings.digest_bytes, salt)
+    if len(encoded) < _LONG:
+        return media_digest(parts)
+    return await asyncio.to_thread(media_digest, parts)
+
+
+def _tiled(digest: bytes, result: Tiled, tiles: bytes) -> TiledMedia:
+    return TiledMedia(
+        digest=digest,
+        tiles=tiles,
+        count=result.count,
+        columns=result.columns,
+        rows=result.rows,
+        width=result.width,
+        height=result.height,
+    )
+
+
+def _most_tiles(part: MediaPart, settings: TileSettings) -> int:
+    """Bytes that the tiles of a part can have."""
+    return settings.most_bytes * (1 if part.choice is None else part.choice.most)
+
+
+def _pictures(part: MediaPart) -> list[MediaPart]:
+    """The pictures of a video that was given as pictures; each is one frame."""
+    most = 1 if part.max_tiles is None else part.max_tiles
+    return [
+        dataclasses.replace(
+            part,
+            url=url,
+            param=f"{part.param}[{index}]",
+            kind="image",
+            choice=None,
+            max_tiles=most,
+        )
+        for index, url in enumerate(part.url)
+    ]
+
+
+def _chosen(part: MediaPart) -> list[tuple[int, MediaPart]]:
+    """Those that are shown, with their numbers."""
+    pictures = _pictures(part)
+    most = len(pictures) if part.choice is None else part.choice.most
+    return [(index, pictures[index]) for index in segment_middles(0, len(pictures) - 1, most)]
+
+
+def _as_video(
+    frames: Sequence[TiledMedia], shown: Sequence[tuple[int, MediaPart]], part: MediaPart
+) -> TiledVideo:
+    return TiledVideo(
+        media_digest(tuple(frame.digest for frame in frames)),
+        tuple(frames),
+        tuple(index for index, _ in shown),
+        fetch_seconds=sum(frame.fetch_seconds for frame in frames),
+        decode_seconds=sum(frame.decode_seconds for frame in frames),
+    )

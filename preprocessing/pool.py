@@ -12,24 +12,37 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from preprocessing.media import (
-    REASONS,
+    NOUNS,
+    Answer,
     Confine,
     Confined,
+    Facts,
+    FrameChoice,
+    Frames,
+    FramesJob,
     FromWorker,
+    Job,
+    Kind,
+    LookJob,
+    PictureFacts,
     Refused,
     Tiled,
     TileJob,
     TileSettings,
+    Treatment,
+    VideoFacts,
+    refusal,
 )
 from wire.channel import AsyncChannel, ChannelClosed
 from wire.errors import MediaRefused, Unavailable
@@ -76,9 +89,8 @@ class _WorkerDied(Exception):
 class _Worker:
     """One child and its channel; ``channel`` is None until ``ready`` returned."""
 
-    def __init__(self, settings: MediaSettings, reply_limit: int) -> None:
+    def __init__(self, settings: MediaSettings) -> None:
         self._settings = settings
-        self._reply_limit = reply_limit
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -98,12 +110,12 @@ class _Worker:
     async def ready(self) -> list[str]:
         """Wait until the worker has confined itself; the names of the layers it lacks."""
         settings = self._settings
-        self._channel = await AsyncChannel.open(self._socket, FromWorker, self._reply_limit)
+        self._channel = await AsyncChannel.open(self._socket, FromWorker, SLACK)
         limits = Confine(
             memory=BYTES_PER_PIXEL * settings.max_image_pixels
             + 4 * settings.max_media_bytes
-            + SPARE_MEMORY,
-            cpu=int(settings.media_timeout) + 1,
+            + settings.max_video_bytes
+            + SPARE_MEMORY
         )
         async with asyncio.timeout(START_TIMEOUT):
             await self._channel.send(limits)
@@ -112,19 +124,18 @@ class _Worker:
             raise ChannelClosed("a worker did not confine itself")
         return answer.missing
 
-    async def run(self, job: TileJob, encoded: bytes) -> tuple[Tiled | Refused, bytes]:
-        """One job; the tiles are empty after a refusal. Raises ChannelClosed, TimeoutError."""
+    async def run(self, job: Job, encoded: bytes, within: float) -> tuple[Answer, list[bytes]]:
+        """One job in ``within`` seconds; its answer and buffers. Raises ChannelClosed,
+        TimeoutError."""
         if self._channel is None:
             raise ChannelClosed("a worker is not ready")
-        async with asyncio.timeout(self._settings.media_timeout):
+        async with asyncio.timeout(within):
             await self._channel.send(job, [encoded])
-            answer, buffers = await self._channel.receive()
-        if isinstance(answer, Refused) and not buffers:
-            return answer, b""
-        if isinstance(answer, Tiled) and len(buffers) == 1:
-            _check(answer, buffers[0], job.settings)
-            return answer, buffers[0]
-        raise ChannelClosed("a worker sent an answer to another question")
+            answer, buffers = await self._channel.receive(_most_bytes(job) + SLACK)
+        if isinstance(answer, Confined):
+            raise ChannelClosed("a worker sent an answer to another question")
+        _check(answer, buffers, job)
+        return answer, buffers
 
     async def end(self) -> None:
         """Kill the child and reap it. Idempotent."""
@@ -136,21 +147,59 @@ class _Worker:
         await asyncio.to_thread(self.process.wait)
 
 
-def _check(answer: Tiled, tiles: bytes, settings: TileSettings) -> None:
-    """Raise ChannelClosed for a result that no honest worker sends."""
+def _most_bytes(job: Job) -> int:
+    """Bytes of the largest answer to a job."""
+    if isinstance(job, LookJob):
+        return 0
+    if isinstance(job, TileJob):
+        return job.settings.most_bytes
+    return job.choice.most * (job.settings.most_bytes + SLACK)
+
+
+def _check(answer: Answer, buffers: Sequence[bytes], job: Job) -> None:
+    """Raise ChannelClosed for an answer that no honest worker sends."""
+    honest = False
+    if isinstance(answer, Refused):
+        honest = not buffers
+    elif isinstance(job, LookJob):
+        wanted = PictureFacts if job.kind == "image" else VideoFacts
+        honest = isinstance(answer, wanted) and not buffers and _plausible(answer)
+    elif isinstance(job, TileJob):
+        honest = isinstance(answer, Tiled) and len(buffers) == 1 and _fits(answer, buffers[0], job)
+    elif isinstance(answer, Frames):
+        shown = len(answer.tiles)
+        honest = (
+            1 <= shown <= job.choice.most
+            and shown == len(buffers) == len(answer.indices) == len(answer.seconds)
+            and all(_fits(*pair, job) for pair in zip(answer.tiles, buffers, strict=True))
+            and all(map(math.isfinite, answer.seconds))
+            and _plausible(answer.facts)
+        )
+    if not honest:
+        raise ChannelClosed("a worker sent an answer that does not fit the question")
+
+
+def _plausible(facts: Facts) -> bool:
+    if isinstance(facts, VideoFacts) and not (
+        math.isfinite(facts.duration) and math.isfinite(facts.fps)
+    ):
+        return False
+    return min(facts.width, facts.height, facts.frames) >= 1
+
+
+def _fits(answer: Tiled, tiles: bytes, job: TileJob | FramesJob) -> bool:
+    settings = job.settings
     grid = answer.columns * answer.rows
-    thumbnail = settings.use_thumbnail and grid > 1
-    if not (
+    return (
         min(answer.columns, answer.rows, answer.width, answer.height) >= 1
         and settings.min_tiles <= grid <= settings.max_tiles
-        and answer.count == grid + thumbnail
+        and answer.count == grid + (settings.use_thumbnail and grid > 1)
         and len(tiles) == answer.count * 3 * settings.side * settings.side
-    ):
-        raise ChannelClosed("a worker sent tiles that do not fit the question")
+    )
 
 
 def too_many(param: str) -> Unavailable:
-    """The error for a picture that has waited too long for its turn."""
+    """The error for a part that has waited too long for its turn."""
     return Unavailable("Too many pictures are waiting to be decoded.", param=param, retry_after=10)
 
 
@@ -159,7 +208,6 @@ class DecodePool:
 
     def __init__(self, settings: MediaSettings) -> None:
         self._settings = settings
-        self._reply_limit = 0
         self._workers: set[_Worker] = set()
         self._idle: asyncio.Queue[_Worker | None] = asyncio.Queue()  # None: the pool has closed
         self._waiting = 0
@@ -175,13 +223,12 @@ class DecodePool:
         """Process ids of the children."""
         return [worker.process.pid for worker in self._workers]
 
-    async def start(self, most: TileSettings) -> None:
-        """Start the children and wait for them; ``most`` bounds the tiles of any later job.
+    async def start(self) -> None:
+        """Start the children and wait for them.
 
         Raises Unavailable when a child does not start, or lacks a layer of its sandbox and
         ``require_sandbox`` is set.
         """
-        self._reply_limit = most.most_bytes + SLACK
         self._open = True
         outcomes = await asyncio.gather(
             *(self._hire() for _ in range(self._settings.media_workers)), return_exceptions=True
@@ -208,18 +255,66 @@ class DecodePool:
             self._idle.put_nowait(None)
         self._idle = asyncio.Queue()
 
+    async def look(self, encoded: bytes, kind: Kind, treatment: Treatment, param: str) -> Facts:
+        """What the header says. Raises MediaRefused naming ``param``, or Unavailable."""
+        settings = self._settings
+        job = LookJob(
+            kind=kind,
+            treatment=treatment,
+            max_pixels=settings.max_image_pixels,
+            max_frames=settings.max_source_frames,
+            seconds=self._processor_time(kind),
+        )
+        answer, _ = await self._run(job, encoded, kind, param)
+        return cast(Facts, answer)
+
     async def tile(self, encoded: bytes, settings: TileSettings, param: str) -> tuple[Tiled, bytes]:
         """Decode and tile one picture. Raises MediaRefused naming ``param``, or Unavailable."""
+        job = TileJob(
+            settings=settings,
+            max_pixels=self._settings.max_image_pixels,
+            seconds=self._processor_time("image"),
+        )
+        answer, buffers = await self._run(job, encoded, "image", param)
+        return cast(Tiled, answer), buffers[0]
+
+    async def frames(
+        self, encoded: bytes, settings: TileSettings, choice: FrameChoice, param: str
+    ) -> tuple[Frames, list[bytes]]:
+        """Decode and tile frames of a video. Raises MediaRefused naming ``param``, or
+        Unavailable."""
+        job = FramesJob(
+            settings=settings,
+            choice=choice,
+            max_pixels=self._settings.max_image_pixels,
+            max_frames=self._settings.max_source_frames,
+            reader=self._settings.video_reader,
+            seconds=self._processor_time("video"),
+        )
+        answer, buffers = await self._run(job, encoded, "video", param)
+        return cast(Frames, answer), buffers
+
+    def _timeout(self, kind: Kind) -> float:
+        return self._settings.media_timeout if kind == "image" else self._settings.video_timeout
+
+    def _processor_time(self, kind: Kind) -> int:
+        """Seconds, a little more than the deadline: a worker that is killed late ends itself."""
+        return int(self._timeout(kind)) + 1
+
+    async def _run(
+        self, job: Job, encoded: bytes, kind: Kind, param: str
+    ) -> tuple[Answer, list[bytes]]:
+        """Have a worker do a job; its answer is no refusal and fits the job."""
         for _ in range(2):
             worker = await self._next_idle(param)
             # A task of its own: when the caller leaves, the worker still comes back to the others.
-            task = self._spawn(self._serve(worker, settings, encoded, param))
+            task = self._spawn(self._serve(worker, job, encoded, kind, param))
             await asyncio.wait([task])
             if task.cancelled():
                 raise Unavailable("The server is stopping.", param=param)
             with contextlib.suppress(_WorkerDied):
                 return task.result()
-        raise MediaRefused("The picture could not be decoded.", param=param)
+        raise MediaRefused(f"{NOUNS[kind]} could not be decoded.", param=param)
 
     async def _next_idle(self, param: str) -> _Worker:
         self._waiting += 1
@@ -250,18 +345,17 @@ class DecodePool:
             )
 
     async def _serve(
-        self, worker: _Worker, settings: TileSettings, encoded: bytes, param: str
-    ) -> tuple[Tiled, bytes]:
+        self, worker: _Worker, job: Job, encoded: bytes, kind: Kind, param: str
+    ) -> tuple[Answer, list[bytes]]:
         self.stats.busy += 1
         try:
-            job = TileJob(settings, self._settings.max_image_pixels)
-            answer, tiles = await worker.run(job, encoded)
+            answer, buffers = await worker.run(job, encoded, self._timeout(kind))
         except TimeoutError:
             self.stats.timeouts += 1
             log.warning("decode worker overran pid=%d", worker.process.pid)
             self._replace(worker)
             raise MediaRefused(
-                "The picture takes too long to decode.", param=param, code="media_timeout"
+                f"{NOUNS[kind]} takes too long to decode.", param=param, code="media_timeout"
             ) from None
         except ChannelClosed as error:
             self._died(worker, str(error))
@@ -275,10 +369,10 @@ class DecodePool:
         self._idle.put_nowait(worker)
         if isinstance(answer, Refused):
             self.stats.refused += 1
-            code, message = REASONS[answer.reason]
-            raise MediaRefused(message, param=param, code=code)
-        self.stats.decoded += 1
-        return answer, tiles
+            raise refusal(answer.reason, kind, param)
+        if not isinstance(job, LookJob):
+            self.stats.decoded += 1
+        return answer, buffers
 
     def _died(self, worker: _Worker, how: str) -> None:
         log.warning("decode worker died pid=%d: %s", worker.process.pid, how)
@@ -300,7 +394,7 @@ class DecodePool:
         self._workers.discard(worker)
 
     async def _hire(self) -> None:
-        worker = _Worker(self._settings, self._reply_limit)
+        worker = _Worker(self._settings)
         self._workers.add(worker)
         try:
             self.missing = await worker.ready()

@@ -18,6 +18,7 @@ from preprocessing.media import (
     Confine,
     Confined,
     FromWorker,
+    Job,
     Reason,
     Refused,
     Tiled,
@@ -43,24 +44,30 @@ def main(descriptor: int) -> None:
         channel.send(Confined(sandbox.confine(first.memory)))
         while True:
             job, buffers = channel.receive()
-            if not isinstance(job, TileJob) or len(buffers) != 1:
+            if isinstance(job, Confine) or len(buffers) != 1:
                 return
-            sandbox.limit_processor(first.cpu)
+            sandbox.limit_processor(job.seconds)
             channel.send(*answer(job, buffers.pop()))
     except ChannelClosed:
         return
 
 
-def answer(job: TileJob, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
-    """Decode and tile one picture: the message to send and its buffers."""
+def answer(job: Job, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
+    """Do one job: the message to send and its buffers."""
     try:
-        picture = images.open_picture(encoded, job.max_pixels)
-        tiles, count, columns, rows = tiling.tile(picture, job.settings)
+        if isinstance(job, TileJob):
+            return _tile(job, encoded)
+        return Refused(Reason.UNSUPPORTED), []
     except images.Unreadable as refusal:
         return Refused(refusal.reason), []
     except MemoryError:
         # Resizing an extreme strip takes more memory than the strip itself.
         return Refused(Reason.TOO_LARGE), []
+
+
+def _tile(job: TileJob, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
+    picture = images.open_picture(encoded, job.max_pixels)
+    tiles, count, columns, rows = tiling.tile(picture, job.settings)
     return Tiled(count, columns, rows, picture.width, picture.height), [tiles]
 
 
@@ -69,7 +76,7 @@ def _warm_up() -> None:
     for name in images.FORMATS:
         sample = io.BytesIO()
         Image.new("RGB", (2, 2)).save(sample, name)
-        job = TileJob(TileSettings(16, 1, 4, True), max_pixels=4)
+        job = TileJob(settings=TileSettings(16, 1, 4, True), max_pixels=4, seconds=1)
         answer(job, bytearray(sample.getvalue()))
 
 

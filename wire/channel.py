@@ -44,8 +44,8 @@ class _Codec(Generic[T]):
             frames += [_LENGTH.pack(view.nbytes), view]
         return frames
 
-    def check(self, total: int) -> None:
-        if total > self._limit:
+    def check(self, total: int, limit: int | None = None) -> None:
+        if total > (self._limit if limit is None else limit):
             raise ChannelClosed("a frame is larger than this channel allows")
 
     def decode(self, payload: Buffer) -> T:
@@ -147,18 +147,19 @@ class AsyncChannel(Generic[T]):
         except (OSError, RuntimeError) as error:
             raise ChannelClosed("the peer is gone") from error
 
-    async def receive(self) -> tuple[T, list[bytes]]:
-        """Wait for the next message and its buffers. Raises ChannelClosed at end of file."""
+    async def receive(self, limit: int | None = None) -> tuple[T, list[bytes]]:
+        """Wait for the next message and its buffers; ``limit`` is for this frame in place of the
+        channel's own. Raises ChannelClosed at end of file."""
         try:
             size, count = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
             total = size
-            self._codec.check(total)
+            self._codec.check(total, limit)
             payload = await self._reader.readexactly(size)
             buffers = []
             for _ in range(count):
                 (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
                 total += length + _LENGTH.size
-                self._codec.check(total)
+                self._codec.check(total, limit)
                 buffers.append(await self._reader.readexactly(length))
         except (asyncio.IncompleteReadError, OSError) as error:
             raise ChannelClosed("the peer closed the channel") from error

@@ -12,7 +12,8 @@ class VisionGeometry(msgspec.Struct, frozen=True):
 
     ``tile_size`` is the side in pixels (448 for InternVL3), ``tokens_per_tile`` the number of
     context tokens one tile fills (256). ``mean`` and ``std`` are per channel, for pixels scaled
-    to 0..1; they are applied on the device, tiles travel as uint8.
+    to 0..1; they are applied on the device, tiles travel as uint8. A picture is cut into up to
+    ``max_tiles`` tiles, the thumbnail not counted; a request may ask for up to ``tile_limit``.
     """
 
     tile_size: int
@@ -22,6 +23,23 @@ class VisionGeometry(msgspec.Struct, frozen=True):
     use_thumbnail: bool = True
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    allowed_tiles: int = 0  # 0: max_tiles
+
+    @property
+    def tile_limit(self) -> int:
+        """Most tiles of one picture that can be asked for, the thumbnail not counted."""
+        return self.allowed_tiles or self.max_tiles
+
+    def limited(self, most: int) -> "VisionGeometry":
+        """The same with ``most`` tiles allowed; 0 leaves it to the model."""
+        if not most:
+            return self
+        return msgspec.structs.replace(
+            self,
+            allowed_tiles=most,
+            max_tiles=min(self.max_tiles, most),
+            min_tiles=min(self.min_tiles, most),
+        )
 
     @property
     def tile_bytes(self) -> int:

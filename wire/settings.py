@@ -109,12 +109,32 @@ class ServerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MediaSettings:
-    """Fetching and decoding of pictures."""
+    """Fetching and decoding of pictures and videos."""
 
     media_workers: int = knob(1, "Decode processes.", low=1, high=64)
     media_timeout: float = knob(20.0, "Seconds to decode and tile one picture.", low=0.1)
     fetch_timeout: float = knob(10.0, "Seconds to download one picture, all redirects.", low=0.1)
     max_media_bytes: int = knob(32 << 20, "Largest encoded picture in bytes.", low=1)
+    max_video_bytes: int = knob(256 << 20, "Largest encoded video in bytes.", low=1)
+    video_timeout: float = knob(60.0, "Seconds to decode and tile one video.", low=0.1)
+    num_video_frames: int = knob(
+        32, "Frames shown of a video that asks for no number; as in the reference.", low=1
+    )
+    max_video_frames: int = knob(128, "Most frames that a request may ask of one video.", low=1)
+    max_source_frames: int = knob(
+        200_000, "Most frames a video may have; counted before any is decoded.", low=1
+    )
+    video_reader: str = knob(
+        "auto",
+        "What decodes videos; 'auto' takes the first that can read the file.",
+        choices=("auto", "decord", "pyav"),
+    )
+    preprocess: str = knob(
+        "normalized",
+        "How pictures are shown that ask for nothing: as a person sees them (turned upright, "
+        "transparency on white), or as the model's own code does.",
+        choices=("normalized", "reference"),
+    )
     max_image_pixels: int = knob(
         178_956_970, "Most pixels of one picture (default: Pillow's bomb limit).", low=1
     )
@@ -167,6 +187,13 @@ class EngineSettings:
         "Which request starts next: the one that came first, the one with the least 'priority', or "
         "one of the API key that was served least for its weight.",
         choices=("fcfs", "priority", "fair"),
+    )
+    max_tiles: int = knob(
+        0,
+        "Tiles that a request may ask one picture to be cut into, the thumbnail not counted; 0: "
+        "the model's own number, which is also what a picture gets that asks for nothing.",
+        low=0,
+        high=64,
     )
     max_num_encoder_tiles: int = knob(16, "Picture tiles encoded in one step.", low=1)
     encoder_chunk_tiles: int = knob(

@@ -8,11 +8,11 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 
-from preprocessing import MediaPart, TiledMedia
+from preprocessing import Loaded, MediaPart, TiledMedia
 from preprocessing.budget import Share
 from preprocessing.media import TileSettings
 from server.auth import Tenant
@@ -66,8 +66,8 @@ class Media(Protocol):
     async def start(self, geometry: VisionGeometry) -> None:
         """Make ready for a model."""
 
-    async def load(self, part: MediaPart) -> TiledMedia:
-        """Tiles of one picture; raises MediaRefused."""
+    async def load(self, part: MediaPart) -> Loaded:
+        """Tiles of one part; raises MediaRefused."""
 
     async def close(self) -> None:
         """Free everything."""
@@ -373,7 +373,7 @@ async def _load_all(
         nonlocal tiles
         async with places:
             check()
-            picture = await media.load(part)
+            picture = cast(TiledMedia, await media.load(part))
             tiles += picture.count - 1
         check()
         return picture

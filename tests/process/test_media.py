@@ -271,7 +271,8 @@ async def test_a_picture_that_takes_more_memory_than_the_sandbox_has_is_refused(
 ) -> None:
     monkeypatch.setattr(pool, "BYTES_PER_PIXEL", 1)
     monkeypatch.setattr(pool, "SPARE_MEMORY", 0)
-    async with pipeline(max_image_pixels=9_000_000, max_media_bytes=1 << 20) as media:
+    small = {"max_media_bytes": 1 << 20, "max_video_bytes": 1}
+    async with pipeline(max_image_pixels=9_000_000, **small) as media:
         large = part(encode(Image.new("RGB", (3000, 3000))))
         assert (await refusal(media, large)).code == "media_too_large"
         assert (await media.load(plain())).count
@@ -575,9 +576,11 @@ worker.main(int(sys.argv[1]))
         stderr=subprocess.PIPE,
     ) as process:
         theirs.close()
-        channel.send(Confine(memory=1 << 30, cpu=5))
+        channel.send(Confine(memory=1 << 30))
         assert isinstance(channel.receive()[0], Confined)
-        channel.send(TileJob(TileSettings.of(GEOMETRY), 100), [b"speak"])
+        channel.send(
+            TileJob(settings=TileSettings.of(GEOMETRY), max_pixels=100, seconds=5), [b"speak"]
+        )
         assert isinstance(channel.receive()[0], Refused)
         channel.close()
         assert process.communicate(timeout=DEADLINE)[1] == b""
