@@ -79,6 +79,7 @@ class PoolStats:
     refused: int = 0
     timeouts: int = 0
     deaths: int = 0
+    replaced: int = 0
     busy: int = 0
 
 
@@ -386,6 +387,7 @@ class DecodePool:
         self._replace(worker)
 
     def _replace(self, worker: _Worker) -> None:
+        self.stats.replaced += 1
         self._spawn(self._retire(worker))
         self._spawn(self._hire_again())
 

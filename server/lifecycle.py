@@ -35,7 +35,7 @@ class Service:
         self.engine = engine
         self.media = media
         self.grammars = GrammarChecker()
-        self.metrics = Metrics(engine)
+        self.metrics = Metrics(engine, lambda: media.stats)
         fair = settings.engine.scheduling_policy == "fair"
         self.gate = Gate(settings.server.max_concurrent_requests, self.metrics, fair=fair)
         self.backlog = Backlog(settings.server, self.metrics, fair=fair)

@@ -1,17 +1,21 @@
 """Every metric of the server, in one place. The registry belongs to one app, so that tests can
 have many. Engine numbers are read from the last step report when somebody scrapes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engine.client import EngineClient
+from preprocessing.pool import PoolStats
+from server.schemas.common import ImageUsage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_SHORT = (0.001, 0.0025, 0.005, *_SECONDS)
+_TILES = (1, 2, 4, 7, 13, 26, 52, 104, 208, 416)
 
 # field of EngineStats -> (metric, whether it only grows, help)
 _ENGINE = {
@@ -29,12 +33,21 @@ _ENGINE = {
     ),
     "preemptions": ("preemptions", True, "Requests that lost their blocks and started again."),
 }
+# the same of PoolStats
+_DECODERS = {
+    "busy": ("decode_workers_busy", False, "Decode workers that have a job."),
+    "decoded": ("decode_jobs", True, "Jobs that decode workers have done."),
+    "refused": ("decode_jobs_refused", True, "Jobs whose file a decode worker refused."),
+    "deaths": ("decode_worker_deaths", True, "Decode workers that died in or between jobs."),
+    "timeouts": ("decode_worker_timeouts", True, "Decode workers ended for taking too long."),
+    "replaced": ("decode_workers_replaced", True, "Decode workers that got a successor."),
+}
 
 
 class Metrics:
     """Counters and histograms of the front end; attribute names are metric names."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: EngineClient, decoders: Callable[[], PoolStats]) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "internvl_requests", "Answered HTTP requests.", ["status"], registry=self.registry
@@ -81,10 +94,40 @@ class Metrics:
         self.queue_time = self._seconds("queue", "From asking the engine to its first token.")
         self.request_time = self._seconds("completion", "From request to last token.")
         self.media_time = self._seconds("media", "To fetch, decode and tile a request's pictures.")
+        self.fetch_time = self._seconds(
+            "media_fetch", "To fetch a picture; of one in a data: URL, to decode that.", _SHORT
+        )
+        self.decode_time = self._seconds(
+            "media_decode", "To decode and tile a picture, waiting for a worker included.", _SHORT
+        )
+        self.encode_time = self._seconds(
+            "encode", "Of the encoder for the pictures of a request.", _SHORT
+        )
+        self.tiles = Histogram(
+            "internvl_request_tiles",
+            "Tiles of a request that has pictures.",
+            buckets=_TILES,
+            registry=self.registry,
+        )
+        self.media_refused = Counter(
+            "internvl_media_refused",
+            "Requests refused because of a picture, by the error's code.",
+            ["code"],
+            registry=self.registry,
+        )
         self.registry.register(_EngineCollector(engine))
+        self.registry.register(_DecoderCollector(decoders))
 
-    def _seconds(self, name: str, help: str) -> Histogram:
-        return Histogram(f"internvl_{name}_seconds", help, buckets=_SECONDS, registry=self.registry)
+    def _seconds(self, name: str, help: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+        return Histogram(f"internvl_{name}_seconds", help, buckets=buckets, registry=self.registry)
+
+    def observe_media(self, pictures: Sequence[ImageUsage]) -> None:
+        """What the pictures of a request took until the engine is asked."""
+        self.tiles.observe(sum(picture.tiles for picture in pictures))
+        for picture in pictures:
+            self.fetch_time.observe(picture.fetch_ms / 1000)
+            if picture.preprocess_ms:  # else its tiles were there
+                self.decode_time.observe(picture.preprocess_ms / 1000)
 
     def page(self) -> bytes:
         """The page a scraper reads."""
@@ -111,6 +154,18 @@ class _EngineCollector(Collector):
             "Requests that got an error because engines died of them.",
             value=self._engine.convicted,
         )
-        for field, (name, grows, help) in _ENGINE.items():
-            family = CounterMetricFamily if grows else GaugeMetricFamily
-            yield family("internvl_" + name, help, value=getattr(stats, field))
+        yield from _families(_ENGINE, stats)
+
+
+class _DecoderCollector(Collector):
+    def __init__(self, stats: Callable[[], PoolStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        return _families(_DECODERS, self._stats())
+
+
+def _families(table: dict[str, tuple[str, bool, str]], stats: object) -> Iterator[Metric]:
+    for field, (name, grows, help) in table.items():
+        family = CounterMetricFamily if grows else GaugeMetricFamily
+        yield family("internvl_" + name, help, value=getattr(stats, field))

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
 from preprocessing.media import MediaPart, TiledMedia
+from preprocessing.pool import PoolStats
 from tests.small_tokenizer import encode_rendered, reference
 from wire.channel import Buffer
 from wire.errors import MediaRefused, Unavailable
@@ -136,6 +137,8 @@ class FakeMedia:
         self.geometry: VisionGeometry | None = None
         self.closed = False
         self.missing: list[str] = []
+        self.stats = PoolStats()
+        self.times = 0.25, 0.5  # to fetch, to tile
 
     async def start(self, geometry: VisionGeometry) -> None:
         self.geometry = geometry
@@ -153,7 +156,7 @@ class FakeMedia:
         count = 1 if part.max_tiles == 1 else 2
         digest = hashlib.sha256(f"{part.url} {count}".encode()).digest()
         tiles = bytes(count * self.geometry.tile_bytes)
-        return TiledMedia(digest, tiles, count, count, 1, 8, 4)
+        return TiledMedia(digest, tiles, count, count, 1, 8, 4, *self.times)
 
     async def close(self) -> None:
         self.closed = True

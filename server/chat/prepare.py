@@ -15,10 +15,12 @@ import msgspec
 from preprocessing import Loaded, MediaPart, TiledMedia
 from preprocessing.budget import Share
 from preprocessing.media import TileSettings
+from preprocessing.pool import PoolStats
 from server.auth import Tenant
 from server.chat.demands import Demand, callable_tools, demanded
 from server.chat.prompt import Ending, PromptBuilder, Segment, Turn
 from server.chat.sampling import Defaults, either, fit_sampling, read_sampling
+from server.chat.usage import Shown, milliseconds
 from server.grammars import GrammarChecker
 from server.schemas.chat import (
     PART_TYPES,
@@ -27,12 +29,13 @@ from server.schemas.chat import (
     Message,
     TextPart,
 )
+from server.schemas.common import ImageUsage
 from server.schemas.validate import decode
 from server.tokenizer import Tokenizer
 from wire.channel import Buffer
 from wire.errors import ContextTooLong, InvalidRequest, NotFound
 from wire.geometry import VisionGeometry
-from wire.messages import EngineRequest, Ready
+from wire.messages import EngineRequest, Ready, VisionItem
 from wire.sampling import Grammar, SamplingParams
 from wire.settings import MediaSettings, Settings
 
@@ -62,6 +65,10 @@ class Media(Protocol):
     @property
     def missing(self) -> Sequence[str]:
         """Layers of the decoders' sandbox that this system lacks."""
+
+    @property
+    def stats(self) -> PoolStats:
+        """Counters of the decode workers."""
 
     async def start(self, geometry: VisionGeometry) -> None:
         """Make ready for a model."""
@@ -116,7 +123,6 @@ class PreparedChat:
     buffers: list[Buffer]
     n: int
     model: ServedModel
-    image_tokens: int
     stops: tuple[str, ...]
     show_stop: bool
     parse_tools: bool
@@ -127,6 +133,7 @@ class PreparedChat:
     continues: bool
     stream: bool
     include_usage: bool
+    shown: list[Shown]
     media_seconds: float
 
 
@@ -258,7 +265,6 @@ async def prepare(
         buffers=[pictures[source].tiles for source in prompt.buffers],
         n=either(request.n, 1),
         model=model,
-        image_tokens=sum(item.length for item in prompt.items),
         stops=tuple(request.stop or ()),
         show_stop=bool(request.include_stop_str_in_output),
         parse_tools=_offers_tools(request),
@@ -269,8 +275,26 @@ async def prepare(
         continues=ending == "continue",
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
+        shown=[
+            _shown(index, picture, item)
+            for index, (picture, item) in enumerate(zip(pictures, prompt.items, strict=True))
+        ],
         media_seconds=media_seconds,
     )
+
+
+def _shown(index: int, picture: TiledMedia, item: VisionItem) -> Shown:
+    facts = ImageUsage(
+        index=index,
+        width=picture.width,
+        height=picture.height,
+        grid=(picture.columns, picture.rows),
+        tiles=picture.count,
+        tokens=item.length,
+        fetch_ms=milliseconds(picture.fetch_seconds),
+        preprocess_ms=milliseconds(picture.decode_seconds),
+    )
+    return Shown(facts, range(index, index + 1))
 
 
 async def _check_demand(

@@ -17,6 +17,7 @@ from server.chat.detokenize import Detokenizer
 from server.chat.prepare import PreparedChat
 from server.chat.stops import StopMatcher
 from server.chat.tools import CallArguments, CallStart, ToolParser
+from server.chat.usage import Meter
 from server.metrics import Metrics
 from server.schemas.chat import (
     AnswerMessage,
@@ -33,7 +34,6 @@ from server.schemas.chat import (
 from server.schemas.common import (
     Logprobs,
     PromptLogprob,
-    PromptTokensDetails,
     TokenLogprob,
     TopLogprob,
     Usage,
@@ -137,6 +137,7 @@ async def chunks(
     """
     states = [ChoiceState(chat) for _ in range(chat.n)]
     choices = Choices(chat, engine)
+    meter = Meter(chat.engine.items, chat.shown)
     created = int(time.time())
 
     def chunk(index: int, delta: Delta, finish_reason: str | None = None) -> Chunk:
@@ -151,6 +152,7 @@ async def chunks(
         async with contextlib.aclosing(choices.outputs()) as outputs:
             async for index, output in outputs:
                 _check(output)
+                meter.add(output)
                 state = states[index]
                 if not begun:
                     begun = True
@@ -172,16 +174,16 @@ async def chunks(
                     yield chunk(index, Delta(), state.finish_reason)
         if any(state.finish_reason is None for state in states):
             raise EngineFailed("The engine could not finish this request.")
-        prompt = len(chat.engine.prompt)
         completion = sum(state.completion_tokens for state in states)
-        details = PromptTokensDetails(states[0].cached_tokens, chat.image_tokens)
-        usage = Usage(prompt, completion, prompt + completion, details)
+        usage = meter.usage(len(chat.engine.prompt), completion, states[0].cached_tokens)
         yield Chunk(chat.engine.id, created, chat.model.name, [], usage)
     finally:
         place.leave()
         metrics.generated_tokens.inc(sum(state.completion_tokens for state in states))
         for state in states:
             metrics.finished.labels(state.finish_reason or "abort").inc()
+        if chat.shown:
+            metrics.encode_time.observe(meter.encode_seconds)
         metrics.request_time.observe(time.monotonic() - began)
 
 

@@ -17,6 +17,7 @@ from server.chat.stream import chunks, events, fold
 from server.errors import UnsupportedMediaType
 from server.lifecycle import Service
 from server.schemas.validate import parse_chat_request
+from wire.errors import MediaRefused
 
 router = APIRouter()
 
@@ -57,20 +58,25 @@ async def _prepare(service: Service, body: bytes, tenant: Tenant, room: Room) ->
     request = await run(parse_chat_request, body)
     service.backlog.check(tenant.id, request.n or 1)
     identity = f"chatcmpl-{uuid.uuid4().hex}"
-    limits = service.settings.media
-    chat = await prepare(
-        request,
-        identity,
-        service.served(),
-        service.media,
-        limits,
-        service.grammars,
-        run,
-        tenant,
-        room,
-    )
-    if chat.buffers:
-        service.metrics.media_time.observe(chat.media_seconds)
+    limits, metrics = service.settings.media, service.metrics
+    try:
+        chat = await prepare(
+            request,
+            identity,
+            service.served(),
+            service.media,
+            limits,
+            service.grammars,
+            run,
+            tenant,
+            room,
+        )
+    except MediaRefused as refusal:
+        metrics.media_refused.labels(refusal.code).inc()
+        raise
+    if chat.shown:
+        metrics.media_time.observe(chat.media_seconds)
+        metrics.observe_media([shown.facts for shown in chat.shown])
     return chat
 
 

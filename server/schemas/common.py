@@ -11,13 +11,39 @@ class PromptTokensDetails(msgspec.Struct):
     image_tokens: int
 
 
+class ImageUsage(msgspec.Struct):
+    """One picture of a request. ``width`` and ``height`` are its own, upright; ``grid`` is columns,
+    then rows; ``tiles`` include the thumbnail, ``tokens`` are those that the tiles take, and
+    ``cached_tokens`` of them were not computed again. Times are in milliseconds, 0 for what was
+    found in a cache: from its URL to its bytes, from these to tiles, and in the encoder."""
+
+    index: int
+    width: int
+    height: int
+    grid: tuple[int, int]
+    tiles: int
+    tokens: int
+    cached_tokens: int = 0
+    fetch_ms: float = 0.0
+    preprocess_ms: float = 0.0
+    encode_ms: float = 0.0
+
+
+class MediaUsage(msgspec.Struct):
+    """What each picture of a request took, in their order."""
+
+    images: list[ImageUsage]
+
+
 class Usage(msgspec.Struct):
-    """Tokens of one request. The token that ended the answer counts as generated."""
+    """Tokens of one request. The token that ended the answer counts as generated. ``internvl`` is
+    there if the request has pictures."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    internvl: MediaUsage | msgspec.UnsetType = msgspec.UNSET
 
 
 class TopLogprob(msgspec.Struct):

@@ -361,7 +361,8 @@ async def test_a_worker_that_hangs_is_killed_at_the_deadline_and_replaced() -> N
             assert (refused.value.param, refused.value.code) == (PARAM, "media_timeout")
             assert await gone(pid)
         assert (await media.load(plain())).count
-        assert (media.stats.timeouts, media.stats.deaths) == (1, 0)
+        stats = media.stats
+        assert (stats.timeouts, stats.deaths, stats.replaced) == (1, 0, 1)
 
 
 async def test_a_hanging_worker_does_not_hold_up_the_others() -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preprocessing.pool import PoolStats
 from server.backlog import UNKNOWN, WINDOW, Backlog, Place
 from server.metrics import Metrics
 from tests.fake_engine import FakeEngine
@@ -26,7 +27,7 @@ def backlog(
     requests: int = 10, tokens: int = 1000, *, fair: bool = False, clock: Clock | None = None
 ) -> Backlog:
     settings = ServerSettings(max_num_queued_reqs=requests, max_num_queued_tokens=tokens)
-    return Backlog(settings, Metrics(FakeEngine()), fair=fair, clock=clock or Clock())
+    return Backlog(settings, Metrics(FakeEngine(), PoolStats), fair=fair, clock=clock or Clock())
 
 
 def refusal(queue: Backlog, tenant: bytes, requests: int, tokens: int) -> TooManyRequests:
