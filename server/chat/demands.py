@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from server.chat import tools
-from server.schemas.chat import ChatRequest, Tool
+from server.chat.grounding import boxes_grammar
+from server.schemas.chat import BoxesFormat, ChatRequest, Tool
 from server.tokenizer import Tokenizer
 from wire.errors import InvalidRequest
 from wire.sampling import Grammar
@@ -75,6 +76,16 @@ def _demands(request: ChatRequest, tokenizer: Tokenizer) -> Iterator[Demand]:
         schema, strict = form.json_schema.definition, form.json_schema.strict
         grammar = Grammar("json_object") if schema is None else _schema(schema, bool(strict))
         yield Demand("response_format.json_schema.schema", grammar)
+    if form is not None and form.type == "internvl_boxes":
+        boxes = form.internvl_boxes or BoxesFormat.model_validate({})
+        text = boxes_grammar(tokenizer, boxes.labels, boxes.max_boxes)
+        if text is None:
+            raise InvalidRequest(
+                "response_format.type: the served checkpoint has no tokens for boxes.",
+                param="response_format.type",
+                code="unsupported_parameter",
+            )
+        yield Demand("response_format", Grammar("lark", text))
     asked = request.structured_outputs
     if asked is not None:
         if asked.json_object:

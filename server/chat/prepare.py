@@ -18,6 +18,7 @@ from preprocessing.media import TileSettings
 from preprocessing.pool import PoolStats
 from server.auth import Tenant
 from server.chat.demands import Demand, callable_tools, demanded
+from server.chat.grounding import BoxReader
 from server.chat.prompt import Ending, PromptBuilder, Segment, Turn
 from server.chat.sampling import Defaults, either, fit_sampling, read_sampling
 from server.chat.usage import Shown, milliseconds
@@ -117,7 +118,7 @@ class ServedModel:
 class PreparedChat:
     """A request that can be generated and answered. ``buffers`` travel beside ``engine``, the
     request of the first of ``n`` choices. ``echo`` stands before what is generated, which
-    ``continues`` a message if that was asked for."""
+    ``continues`` a message if that was asked for. A copy of ``boxes`` reads a choice."""
 
     engine: EngineRequest
     buffers: list[Buffer]
@@ -125,6 +126,7 @@ class PreparedChat:
     model: ServedModel
     stops: tuple[str, ...]
     show_stop: bool
+    boxes: BoxReader
     parse_tools: bool
     max_calls: int | None
     called_reason: str
@@ -248,6 +250,9 @@ async def prepare(
     media_seconds = time.monotonic() - began
     prompt = await run(model.prompts.build, segments, pictures)
     sampling = fit_sampling(sampling, request, len(prompt.ids), model.ready.max_model_len)
+    boxes = _box_reader(request, pictures, model)
+    if ending == "continue":
+        await run(boxes.skip, model.prompts.last_turn(prompt.ids))
     options = request.stream_options
     named = request.tool_choice is not None and request.tool_choice.single
     return PreparedChat(
@@ -267,6 +272,7 @@ async def prepare(
         model=model,
         stops=tuple(request.stop or ()),
         show_stop=bool(request.include_stop_str_in_output),
+        boxes=boxes,
         parse_tools=_offers_tools(request),
         max_calls=1 if named or request.parallel_tool_calls is False else None,
         called_reason="stop" if named else "tool_calls",  # as OpenAI has it
@@ -331,6 +337,22 @@ def _constrained(sampling: SamplingParams, demand: Demand) -> SamplingParams:
             param="ignore_eos",
         )
     return msgspec.structs.replace(sampling, grammar=demand.grammar)
+
+
+def _box_reader(
+    request: ChatRequest, pictures: Sequence[TiledMedia], model: ServedModel
+) -> BoxReader:
+    """Raises InvalidRequest for a picture that is not there."""
+    form = request.response_format and request.response_format.internvl_boxes
+    about = form.image_index if form else None
+    if about is not None and about >= len(pictures):
+        where = "response_format.internvl_boxes.image_index"
+        raise InvalidRequest(
+            f"{where} must be less than the number of pictures, {len(pictures)}.", param=where
+        )
+    sizes = [(picture.width, picture.height) for picture in pictures]
+    named = model.prompts.names(len(pictures))
+    return BoxReader(model.tokenizer, sizes, named=named, about=about)
 
 
 def _offers_tools(request: ChatRequest) -> bool:

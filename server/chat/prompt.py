@@ -98,6 +98,14 @@ class PromptBuilder:
             raise TokenizerError(f"the tokenizer has no {token} token")
         return found
 
+    def names(self, pictures: int) -> bool:
+        """Whether so many pictures are named, each "Image-k" from 1 on."""
+        return self._template.number_images and pictures > 1
+
+    def last_turn(self, ids: Sequence[int]) -> Sequence[int]:
+        """What follows the last beginning of a turn in a prompt."""
+        return ids[len(ids) - ids[::-1].index(self._ids[TURN]) :]
+
     def render(
         self,
         turns: Sequence[Turn],
@@ -174,7 +182,7 @@ class PromptBuilder:
         offered: Sequence[dict[str, Any]],
         ending: Ending,
     ) -> Iterator[Segment]:
-        numbered = self._template.number_images and pictures > 1
+        numbered = self.names(pictures)
         turns = self._with_system(turns, offered)
         for index, turn in enumerate(turns):
             follows_result = index > 0 and turns[index - 1].role == "tool"

@@ -4,6 +4,7 @@ the two can never disagree."""
 import asyncio
 import collections
 import contextlib
+import copy
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -19,8 +20,9 @@ from server.chat.stops import StopMatcher
 from server.chat.tools import CallArguments, CallStart, ToolParser
 from server.chat.usage import Meter
 from server.metrics import Metrics
-from server.schemas.chat import (
+from server.schemas.answer import (
     AnswerMessage,
+    Box,
     Choice,
     Chunk,
     ChunkChoice,
@@ -56,6 +58,7 @@ class ChoiceState:
         self._stops = StopMatcher(chat.stops, show=chat.show_stop)
         self._show_stop = chat.show_stop
         self._min_tokens = chat.engine.sampling.min_tokens
+        self._boxes = copy.copy(chat.boxes)
         self._tools = ToolParser() if chat.parse_tools else None
         self._max_calls = chat.max_calls
         self._called_reason = chat.called_reason
@@ -86,6 +89,8 @@ class ChoiceState:
         ended = self._stops.stopped or output.finish_reason is not None
         reason = "stop" if self._stops.stopped else output.finish_reason
         deltas = self._deltas(text, ended=ended, complete=reason == "stop")
+        if boxes := self._boxes.push(ids):
+            deltas.append(Delta(boxes=boxes))
         if ended and self.finish_reason is None:
             called = self._calls and reason == "stop"
             self.finish_reason = self._called_reason if called else reason
@@ -260,6 +265,7 @@ class _Answer:
     def __init__(self) -> None:
         self._texts: list[str] = []
         self._calls: list[ToolCallAnswer] = []
+        self._boxes: list[Box] = []
         self._logprobs: Logprobs | None = None
         self._finish_reason = ""
 
@@ -270,6 +276,7 @@ class _Answer:
             if isinstance(call.id, str) and isinstance(call.function.name, str):
                 self._calls.append(ToolCallAnswer(call.id, FunctionAnswer(call.function.name, "")))
             self._calls[call.index].function.arguments += call.function.arguments
+        self._boxes += part.delta.boxes or ()
         if part.logprobs is not None:
             self._logprobs = self._logprobs or Logprobs([])
             self._logprobs.content += part.logprobs.content
@@ -279,4 +286,6 @@ class _Answer:
         message = AnswerMessage(content="".join(self._texts) or (None if self._calls else ""))
         if self._calls:
             message.tool_calls = self._calls
+        if self._boxes:
+            message.boxes = self._boxes
         return Choice(message, self._finish_reason, index, self._logprobs)

@@ -1,7 +1,6 @@
-"""The chat request, field by field, and the answer. Every field of the OpenAI API is either in
+"""The chat request, field by field. Every field of the OpenAI API is either in
 ``ChatRequest``, in ``IGNORED`` or in ``REFUSED``; a test holds the three against the official
-client, and docs/api.md against the three. Incoming JSON is validated by pydantic, strictly;
-outgoing chunks are msgspec structs, because one is written per token.
+client, and docs/api.md against the three. Incoming JSON is validated by pydantic, strictly.
 """
 
 import re
@@ -19,7 +18,6 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from server.schemas.common import Logprobs, PromptLogprob, Usage
 from wire.sampling import MAX_LOGPROBS, MAX_SEED
 
 MAX_MESSAGES = 2048
@@ -31,6 +29,9 @@ MAX_CHOICES = 16
 MAX_TOKEN_IDS = 1024
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_LENGTH = 64
+MAX_LABELS = 64
+MAX_LABEL_LENGTH = 128
+MAX_BOXES = 100
 # Log-probabilities that one answer reports of its prompt: tokens times (1 + the likeliest of each).
 MAX_PROMPT_LOGPROBS = 32768
 
@@ -314,11 +315,29 @@ class JsonSchemaFormat(_Model):
     strict: bool | None = None
 
 
-class ResponseFormat(_Model):
-    """OpenAI's way to say what an answer must look like."""
+def _label(value: object) -> object:
+    if isinstance(value, str) and value != value.strip():
+        raise _wrong("must not begin or end with a blank")
+    return value
 
-    type: Literal["text", "json_object", "json_schema"]
+
+Label = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_LENGTH), BeforeValidator(_label)]
+
+
+class BoxesFormat(_Model):
+    """The labels that boxes may have, how many there may be, and which picture they are in."""
+
+    labels: Annotated[list[Label], Field(min_length=1, max_length=MAX_LABELS)] | None = None
+    max_boxes: int | None = Field(None, ge=1, le=MAX_BOXES)
+    image_index: int | None = Field(None, ge=0)
+
+
+class ResponseFormat(_Model):
+    """OpenAI's way to say what an answer must look like; boxes are our own extension."""
+
+    type: Literal["text", "json_object", "json_schema", "internvl_boxes"]
     json_schema: JsonSchemaFormat | None = None
+    internvl_boxes: BoxesFormat | None = None
 
 
 class StructuredOutputs(_Model):
@@ -380,93 +399,3 @@ class ChatRequest(_Model):
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
     skip_special_tokens: bool | None = None
-
-
-class FunctionDelta(msgspec.Struct, omit_defaults=True):
-    """More of a called function: its name, once, then the text of its arguments in pieces."""
-
-    arguments: str
-    name: str | msgspec.UnsetType = msgspec.UNSET
-
-
-class ToolCallDelta(msgspec.Struct, omit_defaults=True):
-    """More of one call; the first one of a call has everything but arguments."""
-
-    index: int
-    function: FunctionDelta
-    id: str | msgspec.UnsetType = msgspec.UNSET
-    type: str | msgspec.UnsetType = msgspec.UNSET
-
-
-class Delta(msgspec.Struct, omit_defaults=True):
-    """What a chunk adds to the message."""
-
-    role: str | msgspec.UnsetType = msgspec.UNSET
-    content: str | msgspec.UnsetType = msgspec.UNSET
-    tool_calls: list[ToolCallDelta] | msgspec.UnsetType = msgspec.UNSET
-
-
-class ChunkChoice(msgspec.Struct):
-    """The one choice that a chunk is about."""
-
-    delta: Delta
-    index: int = 0
-    logprobs: Logprobs | None = None
-    finish_reason: str | None = None
-
-
-class Chunk(msgspec.Struct):
-    """One event of a stream."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
-    object: str = "chat.completion.chunk"
-    prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
-
-
-class FunctionAnswer(msgspec.Struct):
-    """A called function; ``arguments`` is the text of a JSON object, unless it was cut off."""
-
-    name: str
-    arguments: str
-
-
-class ToolCallAnswer(msgspec.Struct):
-    """One call of a whole answer."""
-
-    id: str
-    function: FunctionAnswer
-    type: str = "function"
-
-
-class AnswerMessage(msgspec.Struct):
-    """The message of a whole answer."""
-
-    content: str | None
-    tool_calls: list[ToolCallAnswer] | msgspec.UnsetType = msgspec.UNSET
-    role: str = "assistant"
-    refusal: None = None
-
-
-class Choice(msgspec.Struct):
-    """One choice of a whole answer."""
-
-    message: AnswerMessage
-    finish_reason: str
-    index: int = 0
-    logprobs: Logprobs | None = None
-
-
-class Completion(msgspec.Struct):
-    """A whole answer."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: Usage
-    object: str = "chat.completion"
-    prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
