@@ -1,47 +1,105 @@
 """Hostile bytes in, one upright RGB picture out. Runs in the decode worker only.
 
-What a person sees is what the model gets; the rules, each the default and the only choice:
+What holds for every picture:
 
 - Formats: those of ``FORMATS``; the content decides, never a file name or a MIME type.
 - Size: width and height are read from the header and checked before any pixel exists.
 - Truncated or damaged files are refused, never filled with grey.
-- Several frames (GIF, WebP, TIFF, MPO, APNG): the first one.
-- Orientation: the EXIF (or XMP) tag is applied; a damaged tag counts as upright.
-- Transparency (alpha channel, or a transparent palette entry or colour): laid on white.
+- Several frames or pages (GIF, WebP, TIFF, MPO, APNG, AVIF, icons): the first one, of an icon the
+  largest.
+- Colour profiles (ICC) are ignored, as in the reference.
+
+The treatment ``normalized`` shows the model what a person sees:
+
+- Orientation: the EXIF (or XMP) tag is applied, once; a damaged tag counts as upright. JPEG XL
+  keeps the orientation in the picture itself, and its decoder applies it; a tag beside it does not
+  count there, as the standard says.
+- Transparency (alpha channel, a transparent palette entry or colour, an icon's mask, what the first
+  frame of an animation leaves free): laid on white.
 - 16-bit grey: 0..65535 becomes 0..255, rounded.
 - Float and 32-bit grey: 0..1 (float) or 0..65535 (integer) becomes 0..255; the range is widened
-  to the picture's own darkest and brightest value where these lie outside.
+  to the picture's own darkest and brightest value where these lie outside. Not-a-number and
+  infinity have no grey: refused.
 - Colour spaces (CMYK, YCbCr, Lab), palettes, grey and black-and-white: Pillow's conversion to
-  RGB. Colour profiles are ignored, as in the reference.
+  RGB. 16-bit colour keeps its high bytes.
+
+The treatment ``reference`` is ``Image.open(file).convert("RGB")`` to the bit, as in the model's own
+code: nothing is turned that Pillow's decoder does not turn itself (it turns TIFF and JPEG XL),
+alpha is dropped, so that whatever colour hides there shows, and wide grey is clipped at 255.
 """
 
 import contextlib
+import importlib
 import io
 import math
 import warnings
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
-# The plugins are imported by name so that opening a file imports nothing: inside the sandbox no
-# module can be read any more. (MPO is a JPEG with more pictures behind it, as phones write them.)
-from PIL import (  # noqa: F401
-    BmpImagePlugin,
+# ImageCms and MpoImagePlugin are what Pillow imports when it first meets Lab, or a JPEG with more
+# pictures behind it.
+from PIL import (
+    AvifImagePlugin,
     ExifTags,
     GifImagePlugin,
     Image,
     ImageChops,
-    JpegImagePlugin,
-    MpoImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
+    ImageCms,  # noqa: F401
+    ImageFile,
+    MpoImagePlugin,  # noqa: F401
     UnidentifiedImageError,
-    WebPImagePlugin,
 )
 
-from preprocessing.media import Reason
+from preprocessing import headers
+from preprocessing.media import PictureFacts, Reason, Treatment
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# Format -> the plugin that opens it, in the order in which they are tried: those without a
+# signature at the beginning of the file come last. Pillow's others start programs (EPS, WMF), read
+# no pixels (BUFR, GRIB, HDF5, MPEG), open whatever lies inside by any plugin (IPTC), need a
+# library that we do not have (FPX, MIC), or are to leave it (IM).
+_PLUGINS = {
+    "PNG": "PngImagePlugin",
+    "JPEG": "JpegImagePlugin",
+    "WEBP": "WebPImagePlugin",
+    "GIF": "GifImagePlugin",
+    "BMP": "BmpImagePlugin",
+    "DIB": "BmpImagePlugin",
+    "TIFF": "TiffImagePlugin",
+    "AVIF": "AvifImagePlugin",
+    "JPEG2000": "Jpeg2KImagePlugin",
+    "ICO": "IcoImagePlugin",
+    "CUR": "CurImagePlugin",
+    "ICNS": "IcnsImagePlugin",
+    "PPM": "PpmImagePlugin",
+    "PSD": "PsdImagePlugin",
+    "DDS": "DdsImagePlugin",
+    "QOI": "QoiImagePlugin",
+    "PCX": "PcxImagePlugin",
+    "DCX": "DcxImagePlugin",
+    "SGI": "SgiImagePlugin",
+    "SUN": "SunImagePlugin",
+    "XBM": "XbmImagePlugin",
+    "XPM": "XpmImagePlugin",
+    "FITS": "FitsImagePlugin",
+    "BLP": "BlpImagePlugin",
+    "FLI": "FliImagePlugin",
+    "FTEX": "FtexImagePlugin",
+    "GBR": "GbrImagePlugin",
+    "MCIDAS": "McIdasImagePlugin",
+    "MSP": "MspImagePlugin",
+    "PIXAR": "PixarImagePlugin",
+    "XVTHUMB": "XVThumbImagePlugin",
+    "PCD": "PcdImagePlugin",
+    "IMT": "ImtImagePlugin",
+    "SPIDER": "SpiderImagePlugin",
+    "TGA": "TgaImagePlugin",
+}
+# Their decoders turn the picture themselves while they load.
+_TURNED = {"TIFF", "JXL"}
 
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx")
+
+_DEEP, _DEEP_LOW = "RGB;16B", "RGB;16L"  # raw modes of 16-bit colour, high byte first and last
 _WIDE_MODES = {"I;16", "I;16L", "I;16B", "I;16N", "I", "F"}
 
 _UPRIGHT = {
@@ -55,6 +113,23 @@ _UPRIGHT = {
 }
 
 
+def _load_plugins() -> tuple[str, ...]:
+    """Import every plugin now, so that opening a file imports nothing: inside the sandbox no
+    module can be read any more, and no thread can start. The formats that can be read."""
+    for plugin in _PLUGINS.values():
+        importlib.import_module(f"PIL.{plugin}")
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    try:
+        jpeg_xl: Any = importlib.import_module("pillow_jxl.JpegXLImagePlugin")
+    except ImportError:
+        return tuple(_PLUGINS)
+    jpeg_xl.DECODE_THREADS = 0
+    return (*_PLUGINS, "JXL")
+
+
+FORMATS = _load_plugins()
+
+
 class Unreadable(Exception):
     """The bytes are no picture this server decodes."""
 
@@ -63,19 +138,52 @@ class Unreadable(Exception):
         self.reason = reason
 
 
-def open_picture(encoded: bytes | bytearray, max_pixels: int) -> Image.Image:
-    """Decode to an upright picture of mode RGB. Raises Unreadable, and nothing else."""
+def look_picture(
+    encoded: bytes | bytearray, max_pixels: int, treatment: Treatment = "normalized"
+) -> PictureFacts:
+    """What the header says; no pixel is decoded. Raises Unreadable, and nothing else.
+
+    Width and height are those of the picture that ``open_picture`` gives.
+    """
+    with _refusals(encoded, max_pixels):
+        header = _check_early(encoded, max_pixels)
+        if header is not None:
+            return PictureFacts(header.format, header.width, header.height, header.orientation, 1)
+        picture = _open(encoded, max_pixels)
+        orientation, (width, height) = _orientation(picture), picture.size
+        if treatment == "normalized" and picture.format not in _TURNED and orientation > 4:
+            width, height = height, width
+        return PictureFacts(picture.format or "", width, height, orientation, _frames(picture))
+
+
+def open_picture(
+    encoded: bytes | bytearray, max_pixels: int, treatment: Treatment = "normalized"
+) -> Image.Image:
+    """Decode to a picture of mode RGB. Raises Unreadable, and nothing else."""
+    with _refusals(encoded, max_pixels):
+        _check_early(encoded, max_pixels)
+        picture = _open(encoded, max_pixels)
+        if treatment == "normalized" and picture.format == "PNG" and _has_clear_colour(picture):
+            return _to_rgb(_upright(_with_clear_colour(picture, _open(encoded, max_pixels))))
+        picture.load()
+        _check_size(picture.size, max_pixels)
+        if treatment == "reference":
+            return _plain_rgb(picture)
+        if isinstance(picture, GifImagePlugin.GifImageFile):
+            return _first_frame(picture)
+        return _to_rgb(_upright(picture))
+
+
+@contextlib.contextmanager
+def _refusals(encoded: bytes | bytearray, max_pixels: int) -> Iterator[None]:
+    """Turn whatever goes wrong inside into Unreadable."""
     try:
         with _pillow_limit(max_pixels):
-            picture = Image.open(io.BytesIO(encoded), formats=FORMATS)
-            _check_size(picture, max_pixels)
-            picture.load()
-            _check_size(picture, max_pixels)
-            return _to_rgb(_upright(picture))
+            yield
     except Unreadable:
         raise
     except UnidentifiedImageError:
-        raise Unreadable(Reason.UNSUPPORTED) from None
+        raise Unreadable(_unsupported(encoded)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError):
         raise Unreadable(Reason.TOO_LARGE) from None
     except Exception:
@@ -97,35 +205,109 @@ def _pillow_limit(max_pixels: int) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _check_size(picture: Image.Image, max_pixels: int) -> None:
-    width, height = picture.size
+def _unsupported(encoded: bytes | bytearray) -> Reason:
+    """HEIC, which phones write, is refused by name."""
+    head = bytes(encoded[:64])
+    is_heic = head[4:8] == b"ftyp" and any(brand in head for brand in _HEIC_BRANDS)
+    return Reason.NO_HEIC if is_heic else Reason.UNSUPPORTED
+
+
+def _check_early(encoded: bytes | bytearray, max_pixels: int) -> headers.Header | None:
+    """The header of a picture that Pillow decodes as it opens it, after all checks."""
+    header = headers.read(encoded)
+    if header is not None:
+        if header.format not in FORMATS:
+            raise Unreadable(Reason.NO_JPEG_XL)
+        _check_size((header.width, header.height), max_pixels)
+    return header
+
+
+def _open(encoded: bytes | bytearray, max_pixels: int) -> ImageFile.ImageFile:
+    picture = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    _check_size(picture.size, max_pixels)
+    return picture
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
     if width < 1 or height < 1:
         raise Unreadable(Reason.EMPTY)
     if width * height > max_pixels:
         raise Unreadable(Reason.TOO_LARGE)
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _orientation(picture: Image.Image) -> int:
+    """1 to 8 as in EXIF; 1 for upright, for nonsense, and for JPEG XL (see the module's rules)."""
+    if picture.format == "JXL" and not getattr(picture, "jpeg", False):
+        return 1
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
         # The tag is a hint beside the pixels: a damaged one does not make them unreadable.
-        orientation = 1
-    method = _UPRIGHT.get(orientation)
-    if method is None:
-        return picture
-    return picture.transpose(method)
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _frames(picture: ImageFile.ImageFile) -> int:
+    """As many as the header tells. GIF and TIFF do not, and 2 stands for several there."""
+    if picture.format in ("GIF", "TIFF"):
+        return 1 + bool(getattr(picture, "is_animated", False))
+    if picture.format == "PSD":
+        return 1  # Pillow counts its layers
+    return int(getattr(picture, "n_frames", 1))
+
+
+def _first_frame(picture: GifImagePlugin.GifImageFile) -> Image.Image:
+    """On white where it does not cover the screen; there, Pillow shows the first colour."""
+    box = picture.dispose_extent
+    if box is None or box == (0, 0, *picture.size):
+        return _to_rgb(picture)
+    page = Image.new("RGB", picture.size, "white")
+    page.paste(_to_rgb(picture.crop(box)), box)
+    return page
+
+
+def _has_clear_colour(picture: ImageFile.ImageFile) -> bool:
+    return "transparency" in picture.info and picture.tile[0].args == _DEEP
+
+
+def _with_clear_colour(picture: ImageFile.ImageFile, again: ImageFile.ImageFile) -> Image.Image:
+    """A PNG of 16-bit colours, one of them transparent. Pillow reads the high bytes only, by which
+    no colour can be told from its neighbours; read in the other byte order they are the low ones.
+    """
+    again.tile = [tile._replace(args=_DEEP_LOW) for tile in again.tile]
+    opaque = Image.new("L", picture.size)
+    colour = picture.info.pop("transparency")
+    for value, high, low in zip(colour, picture.split(), again.split(), strict=True):
+        for byte, plane in ((value >> 8, high), (value & 0xFF, low)):
+            differs = plane.point([255 * (level != byte) for level in range(256)])
+            opaque = ImageChops.lighter(opaque, differs)
+    picture.putalpha(opaque)
+    return picture
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    method = _UPRIGHT.get(_orientation(picture))
+    return picture if method is None else picture.transpose(method)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode in _WIDE_MODES:
         picture = _to_eight_bits(picture)
-    if picture.has_transparency_data:
+    if not picture.has_transparency_data:
+        return _plain_rgb(picture)
+    if picture.mode == "La":
+        picture = picture.convert("LA")  # the only way out of it that keeps its alpha
+    if picture.mode != "RGBA":
         picture = picture.convert("RGBA")
-        page = Image.new("RGB", picture.size, "white")
-        page.paste(picture, mask=picture.getchannel("A"))
-        return page
-    return picture.convert("RGB")
+    page = Image.new("RGB", picture.size, "white")
+    page.paste(picture, mask=picture)
+    return page
+
+
+def _plain_rgb(picture: Image.Image) -> Image.Image:
+    # Pillow would copy what is RGB already.
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _to_eight_bits(picture: Image.Image) -> Image.Image:

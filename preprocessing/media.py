@@ -90,6 +90,8 @@ class Reason(enum.Enum):
     BROKEN = "broken"
     EMPTY = "empty"
     TOO_LARGE = "too_large"
+    NO_HEIC = "no_heic"
+    NO_JPEG_XL = "no_jpeg_xl"
     NO_VIDEO = "no_video"
     NO_FRAMES = "no_frames"
     TOO_MANY_FRAMES = "too_many_frames"
@@ -97,7 +99,11 @@ class Reason(enum.Enum):
 
 
 _FORMATS: dict[Kind, str] = {
-    "image": "PNG, JPEG, WebP, GIF, BMP, TIFF",
+    "image": (
+        "PNG, JPEG, WebP, GIF, BMP, DIB, TIFF, AVIF, JPEG 2000, ICO, CUR, ICNS, PPM, PSD, DDS, "
+        "QOI, PCX, DCX, SGI, Sun, XBM, XPM, FITS, BLP, FLI, FTEX, GBR, McIDAS, MSP, PIXAR, "
+        "XV thumbnail, PCD, IMT, SPIDER, TGA"
+    ),
     "video": "MP4, MOV, MKV, WebM, AVI, MPEG, GIF",
 }
 
@@ -110,6 +116,14 @@ REASONS = {
     Reason.BROKEN: ("invalid_media", "{What} is damaged or truncated."),
     Reason.EMPTY: ("invalid_media", "{What} has no pixels."),
     Reason.TOO_LARGE: ("media_too_large", "{What} has more pixels than this server decodes."),
+    Reason.NO_HEIC: (
+        "unsupported_media",
+        "{What} is HEIC, which this server does not read; it reads AVIF, JPEG, PNG and others.",
+    ),
+    Reason.NO_JPEG_XL: (
+        "unsupported_media",
+        "{What} is JPEG XL, which this server was installed without.",
+    ),
     Reason.NO_VIDEO: ("invalid_media", "The file has no video stream."),
     Reason.NO_FRAMES: ("invalid_media", "The video has no frames."),
     Reason.TOO_MANY_FRAMES: (
@@ -237,7 +251,8 @@ class Confined(msgspec.Struct, frozen=True, tag="confined"):
 
 class PictureFacts(msgspec.Struct, frozen=True, tag="picture"):
     """What the header of a picture says: its size as it will be shown, its EXIF ``orientation``
-    (1 to 8) and, of an animation, the number of ``frames``, of which the first is shown."""
+    (1 to 8) and, of an animation, the number of ``frames``, of which the first is shown; 2 stands
+    for several where the header does not tell (GIF, TIFF)."""
 
     format: str
     width: int

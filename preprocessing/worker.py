@@ -19,6 +19,7 @@ from preprocessing.media import (
     Confined,
     FromWorker,
     Job,
+    LookJob,
     Reason,
     Refused,
     Tiled,
@@ -57,6 +58,8 @@ def answer(job: Job, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
     try:
         if isinstance(job, TileJob):
             return _tile(job, encoded)
+        if isinstance(job, LookJob) and job.kind == "image":
+            return images.look_picture(encoded, job.max_pixels, job.treatment), []
         return Refused(Reason.UNSUPPORTED), []
     except images.Unreadable as refusal:
         return Refused(refusal.reason), []
@@ -66,14 +69,14 @@ def answer(job: Job, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
 
 
 def _tile(job: TileJob, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
-    picture = images.open_picture(encoded, job.max_pixels)
+    picture = images.open_picture(encoded, job.max_pixels, job.settings.treatment)
     tiles, count, columns, rows = tiling.tile(picture, job.settings)
     return Tiled(count, columns, rows, picture.width, picture.height), [tiles]
 
 
 def _warm_up() -> None:
-    """Decode one picture of each format, so that whatever is imported late is imported now."""
-    for name in images.FORMATS:
+    """Decode some pictures, so that whatever their libraries do at first use is done now."""
+    for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
         sample = io.BytesIO()
         Image.new("RGB", (2, 2)).save(sample, name)
         job = TileJob(settings=TileSettings(16, 1, 4, True), max_pixels=4, seconds=1)

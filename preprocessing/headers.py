@@ -1,0 +1,101 @@
+"""Size and orientation of pictures whose Pillow plugins decode while they open. Worker only.
+
+For every other format Pillow's own ``open`` reads no more than the header. Icons and JPEG XL are
+read here first, so that a bomb among them is refused before a pixel of it exists. Whatever is
+wrong with a file raises any Exception, as in Pillow's plugins.
+"""
+
+import dataclasses
+import io
+
+from PIL import BmpImagePlugin, IcoImagePlugin, PngImagePlugin
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JXL_BOX = b"\0\0\0\x0cJXL \r\n\x87\n"
+_JXL_STREAM = b"\xff\x0a"
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """``width`` and ``height`` are those of the decoded picture, in pixels."""
+
+    format: str
+    width: int
+    height: int
+    orientation: int = 1
+
+
+def read(encoded: bytes | bytearray) -> Header | None:
+    """The header of an icon or a JPEG XL picture; None for anything else."""
+    if encoded.startswith(b"\0\0\1\0"):
+        return _icon(encoded)
+    if encoded.startswith((_JXL_STREAM, _JXL_BOX)):
+        return _jpeg_xl(encoded)
+    return None
+
+
+def _icon(encoded: bytes | bytearray) -> Header:
+    """The entry that Pillow shows: the first of the largest. Its own header counts."""
+    source = io.BytesIO(encoded)
+    start = IcoImagePlugin.IcoFile(source).entry[0].offset
+    source.seek(start)
+    if encoded.startswith(_PNG, start):
+        return Header("ICO", *PngImagePlugin.PngImageFile(source).size)
+    width, height = BmpImagePlugin.DibImageFile(source).size
+    return Header("ICO", width, height // 2)  # above its mask
+
+
+class _Bits:
+    """The bits of a codestream, lowest first."""
+
+    def __init__(self, data: bytes) -> None:
+        self._left = int.from_bytes(data, "little")
+
+    def take(self, count: int) -> int:
+        value = self._left & ((1 << count) - 1)
+        self._left >>= count
+        return value
+
+
+def _jpeg_xl(encoded: bytes | bytearray) -> Header:
+    """ISO/IEC 18181-1: SizeHeader, then the orientation at the beginning of ImageMetadata."""
+    bits = _Bits(_codestream(encoded)[len(_JXL_STREAM) :])
+    small = bits.take(1)
+    height = _jpeg_xl_side(bits, small)
+    ratio = bits.take(3)
+    across, down = ((0, 0), (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio]
+    width = height * across // down if ratio else _jpeg_xl_side(bits, small)
+    has_all_defaults = bits.take(1)
+    has_extra_fields = not has_all_defaults and bits.take(1)
+    orientation = 1 + bits.take(3) if has_extra_fields else 1
+    if orientation > 4:
+        width, height = height, width  # the decoder turns the picture itself
+    return Header("JXL", width, height, orientation)
+
+
+def _jpeg_xl_side(bits: _Bits, small: int) -> int:
+    if small:
+        return 8 * (1 + bits.take(5))
+    return 1 + bits.take((9, 13, 18, 30)[bits.take(2)])
+
+
+def _codestream(encoded: bytes | bytearray) -> bytes:
+    """The first bytes of a bare codestream, or of that in a box "jxlc" or "jxlp"."""
+    if encoded.startswith(_JXL_STREAM):
+        return bytes(encoded[:32])
+    start = 0
+    while start < len(encoded):
+        length, kind = (
+            int.from_bytes(encoded[start : start + 4], "big"),
+            encoded[start + 4 : start + 8],
+        )
+        data = start + 8
+        if length == 1:
+            length, data = int.from_bytes(encoded[data : data + 8], "big"), data + 8
+        if kind in (b"jxlc", b"jxlp"):
+            data += 4 if kind == b"jxlp" else 0
+            return bytes(encoded[data : data + 32])
+        if length < data - start:
+            break
+        start += length
+    raise ValueError("a JPEG XL file without a codestream")
