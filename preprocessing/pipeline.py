@@ -108,7 +108,7 @@ class MediaPipeline:
             return _as_video(frames, shown, part)
         async with self._room(part, self._most_encoded(part) + _most_tiles(part, settings)):
             began = time.monotonic()
-            encoded = await self._fetcher.fetch(part.url, part.param)
+            encoded = await self._fetcher.fetch(part.url, part.param, part.kind)
             fetched = time.monotonic() - began
             return await self._tile(part, encoded, settings, fetched)
 
@@ -190,7 +190,7 @@ class MediaPipeline:
         return [task.result() for task in tasks]
 
     async def _fetch(self, part: MediaPart) -> bytes:
-        return await self._fetcher.fetch(cast(str, part.url), part.param)
+        return await self._fetcher.fetch(cast(str, part.url), part.param, part.kind)
 
     async def _look(self, asked: tuple[MediaPart, bytes]) -> Facts:
         part, encoded = asked

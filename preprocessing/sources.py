@@ -11,100 +11,138 @@ one refusal to the client, who could map a network by the differences; the log s
 import asyncio
 import binascii
 import concurrent.futures
+import contextlib
 import ipaddress
-import logging
+import os
 import re
 import socket
+import ssl
+import zlib
+from collections.abc import AsyncIterator
 
+import httpcore
 import httpx
 
-from preprocessing.addresses import Address, is_public
+from preprocessing.addresses import is_public, is_public_host
+from preprocessing.connections import MeteredNetwork
+from preprocessing.incoming import Allowance, Incoming
+from preprocessing.local_files import read_file
+from preprocessing.media import Kind
 from wire.errors import MediaRefused
 from wire.settings import MediaSettings, SettingError
 
-log = logging.getLogger(__name__)
-
 MAX_REDIRECTS = 3
-MAX_URL = 8192  # characters of an http(s) URL
+MAX_URL = 8192  # characters of an http(s) or file URL
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = {301, 302, 303, 307, 308}
-_DATA = re.compile(r"data:(?:image/[a-z0-9.+-]+|application/octet-stream);base64,", re.IGNORECASE)
+_TYPES: dict[Kind, str] = {
+    "image": "image/[a-z0-9.+-]+|application/octet-stream",
+    "video": "video/[a-z0-9.+-]+|image/gif|image/webp|application/octet-stream",
+}
+_DATA = {
+    kind: re.compile(f"data:(?:{types});base64,", re.IGNORECASE) for kind, types in _TYPES.items()
+}
+_ACCEPT: dict[Kind, bytes] = {"image": b"image/*", "video": b"video/*, image/*"}
 # Characters that URL parsers disagree about; no valid URL has them.
 _DOUBTFUL = re.compile(r"[\x00-\x20\x7f\\]")
 _HOST = re.compile(r"[a-z0-9._:-]+")  # names, and addresses of both kinds without a zone
-_CHUNK = 1 << 20  # characters of base64 decoded at a time; divisible by 4
+_PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s{0,99}<(?:!doctype\s+html|html)\b", re.IGNORECASE)
+_CHUNK = 1 << 20  # bytes decoded or unpacked at a time; as base64 divisible by 4
+_BROKEN = (
+    httpcore.NetworkError,
+    httpcore.ProtocolError,
+    httpcore.ProxyError,
+    httpcore.TimeoutException,
+    httpcore.UnsupportedProtocol,
+    OSError,
+    ValueError,
+)
 
 
 class Fetcher:
-    """Fetches with one set of limits. Safe for concurrent use on one event loop."""
+    """Fetches with one set of limits. Safe for concurrent use on one event loop.
+
+    Raises SettingError when a setting is not what it should be.
+    """
 
     def __init__(self, settings: MediaSettings) -> None:
         self._settings = settings
         self._domains = {_allowed_host(name) for name in settings.allowed_media_domains}
         self._ports = {_allowed_port(port) for port in settings.allowed_media_ports}
-        # A transport instead of a client: no cookies, no proxies, no redirects of its own. No
-        # connection is kept: the next name at the same address must make its own TLS handshake.
-        self._transport = httpx.AsyncHTTPTransport(
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        )
-        # Slow name servers may block these threads, not those that the server needs elsewhere.
-        self._resolvers = concurrent.futures.ThreadPoolExecutor(8, "media-resolve")
+        if (folder := settings.allowed_local_media_path) and not os.path.isdir(folder):
+            raise SettingError("allowed_local_media_path: there is no such folder")
+        self._tls = httpx.create_ssl_context()
+        self._proxy = _proxy(settings.media_proxy, self._tls) if settings.media_proxy else None
+        # Slow name servers and disks may block these threads, not those needed elsewhere.
+        self._threads = concurrent.futures.ThreadPoolExecutor(32, "media-fetch")
 
-    async def fetch(self, url: str, param: str) -> bytes:
-        """The encoded bytes of a picture. Raises MediaRefused naming ``param``."""
-        if url[:5].lower() == "data:":
-            return await self._decode(url, param)
+    async def fetch(
+        self, url: str, param: str, kind: Kind = "image", allowance: Allowance | None = None
+    ) -> bytes:
+        """The encoded bytes of a picture or video. Raises MediaRefused naming ``param``.
+
+        Parts of one request share an ``allowance``; without one this part is a request.
+        """
+        limits = self._settings
+        is_image = kind == "image"
+        part = Incoming(
+            kind,
+            param,
+            limits.max_media_bytes if is_image else limits.max_video_bytes,
+            allowance or Allowance(limits.max_request_media_bytes),
+        )
+        scheme = url[:5].lower()
+        if scheme == "data:":
+            await _decode(url, part)
+            return part.value()
         try:
-            async with asyncio.timeout(self._settings.fetch_timeout):
-                return await self._download(url, param)
+            async with asyncio.timeout(
+                limits.fetch_timeout if is_image else limits.video_fetch_timeout
+            ):
+                if scheme == "file:" and limits.allowed_local_media_path:
+                    await self._read_file(url, part)
+                else:
+                    await self._download(url, part)
         except TimeoutError:
-            raise _unreachable("not fetched in time", param) from None
+            raise part.unreachable("not fetched in time") from None
+        finally:
+            part.is_wanted = False
+        return part.value()
 
     async def close(self) -> None:
-        """Give up the connections and threads. Idempotent."""
-        await self._transport.aclose()
-        self._resolvers.shutdown(wait=False, cancel_futures=True)
+        """Give up the threads. Idempotent."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _decode(self, url: str, param: str) -> bytes:
-        head = _DATA.match(url[:256])
-        if head is None:
-            raise MediaRefused(
-                "A data: URL must have the form data:image/<format>;base64,<data>.", param=param
-            )
-        start = head.end()
-        if (len(url) - start) // 4 * 3 > self._settings.max_media_bytes + 2:
-            raise self._too_large(param)
+    async def _read_file(self, url: str, part: Incoming) -> None:
+        folder = self._settings.allowed_local_media_path
         try:
-            if len(url) <= _CHUNK:
-                encoded = _base64(url, start)
-            else:
-                encoded = await asyncio.to_thread(_base64, url, start)
-        except ValueError:
-            raise MediaRefused("The data: URL is not valid base64.", param=param) from None
-        if len(encoded) > self._settings.max_media_bytes:
-            raise self._too_large(param)
-        return encoded
+            if len(url) > MAX_URL or _DOUBTFUL.search(url):
+                raise ValueError("not a URL")
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._threads, read_file, url, folder, part)
+        except (OSError, ValueError):
+            # One answer, whether there is such a file or not.
+            raise part.refused(
+                "{What}'s URL names no file that this server may read.", "media_forbidden"
+            ) from None
 
-    async def _download(self, text: str, param: str) -> bytes:
-        url = self._parse(text, param)
+    async def _download(self, text: str, part: Incoming) -> None:
+        url = self._parse(text, part)
         for _ in range(MAX_REDIRECTS + 1):
-            response = await self._get(url, param)
-            try:
-                if response.status_code == 200:
-                    return await self._read(response, param)
-                target = response.headers.get("location")
-                if response.status_code not in _REDIRECTS or target is None:
-                    raise _unreachable(f"status {response.status_code}", param)
-                url = self._parse(target, param, base=url)
-            finally:
-                await response.aclose()
-        raise _unreachable("too many redirects", param)
+            async with self._get(url, part) as (response, network):
+                headers = httpx.Headers(response.headers)
+                if response.status == 200:
+                    await _read(response, headers, part, network)
+                    return
+                target = headers.get("location")
+                if response.status not in _REDIRECTS or target is None:
+                    raise part.unreachable(f"status {response.status}")
+                url = self._parse(target, part, base=url)
+        raise part.unreachable("too many redirects")
 
-    def _parse(self, text: str, param: str, base: httpx.URL | None = None) -> httpx.URL:
+    def _parse(self, text: str, part: Incoming, base: httpx.URL | None = None) -> httpx.URL:
         """Parse and apply every rule that needs no look-up."""
-        refused = MediaRefused(
-            "The picture's URL must be a valid data:, http: or https: URL.", param=param
-        )
+        refused = part.refused("{What}'s URL must be a valid data:, http: or https: URL.")
         if len(text) > MAX_URL or _DOUBTFUL.search(text):
             raise refused
         try:
@@ -115,88 +153,153 @@ class Fetcher:
         if url.scheme not in _PORTS or url.userinfo or url.port == 0:
             raise refused
         if self._domains and host not in self._domains:
-            raise _forbidden("The picture's URL names a host that is not allowed.", param)
+            raise _forbidden(part, "names a host that is not allowed")
         if self._ports and (url.port or _PORTS[url.scheme]) not in self._ports:
-            raise _forbidden("The picture's URL names a port that is not allowed.", param)
+            raise _forbidden(part, "names a port that is not allowed")
         return url
 
-    async def _get(self, url: httpx.URL, param: str) -> httpx.Response:
-        """Send one request to a checked address; the caller reads and closes the response."""
-        host = url.raw_host.decode("ascii")
+    @contextlib.asynccontextmanager
+    async def _get(
+        self, url: httpx.URL, part: Incoming
+    ) -> AsyncIterator[tuple[httpcore.Response, MeteredNetwork]]:
+        """The head of an answer from a checked address; its body can be read in the context."""
+        # A pool per answer instead of a client: no cookies, no proxies of the environment, no
+        # redirects of its own, and the next name at this address makes its own TLS handshake.
+        network = MeteredNetwork()
+        async with httpcore.AsyncConnectionPool(
+            ssl_context=self._tls, proxy=self._proxy, network_backend=network
+        ) as connections:
+            response = await self._answer(connections, url, part)
+            try:
+                yield response, network
+            finally:
+                await response.aclose()
+
+    async def _answer(
+        self, connections: httpcore.AsyncConnectionPool, url: httpx.URL, part: Incoming
+    ) -> httpcore.Response:
+        name = url.raw_host.decode("ascii")
+        headers = [
+            (b"Host", url.netloc),
+            (b"User-Agent", b"internvl-server"),
+            (b"Accept", _ACCEPT[part.kind]),
+            (b"Accept-Encoding", b"identity"),
+        ]
         reason = "no connection"
-        for address in await self._resolve(url, param):
-            request = httpx.Request(
+        for host in await self._resolve(url, part):
+            request = httpcore.Request(
                 "GET",
-                url.copy_with(host=str(address), fragment=None),
-                headers={
-                    "Host": url.netloc.decode("ascii"),
-                    "User-Agent": "internvl-server",
-                    "Accept": "image/*",
-                    "Accept-Encoding": "identity",
-                },
-                extensions={"sni_hostname": host},
+                httpcore.URL(
+                    scheme=url.raw_scheme, host=host.encode(), port=url.port, target=url.raw_path
+                ),
+                headers=headers,
+                # A proxy makes no handshake for us: there the name of the URL is the host's.
+                extensions={} if self._proxy else {"sni_hostname": name},
             )
             try:
-                return await self._transport.handle_async_request(request)
-            except httpx.ConnectError:
+                return await connections.handle_async_request(request)
+            except httpcore.ConnectError:
                 continue  # the name may have an address that works from here
-            except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
+            except _BROKEN as error:
                 reason = type(error).__name__
                 break
-        raise _unreachable(reason, param)
+        raise part.unreachable(reason)
 
-    async def _resolve(self, url: httpx.URL, param: str) -> list[Address]:
-        port = url.port or _PORTS[url.scheme]
+    async def _resolve(self, url: httpx.URL, part: Incoming) -> list[str]:
+        """The addresses to dial, all of them checked; with a proxy, the host to ask it for."""
         host = url.raw_host.decode("ascii")
+        refused = _forbidden(part, "leads to an address that is not allowed")
+        if self._proxy:
+            # Names cannot be resolved where only the proxy gets out; it has to guard its network.
+            if not self._settings.allow_private_media and not is_public_host(_ascii_host(host)):
+                raise refused
+            return [host]
+        port = url.port or _PORTS[url.scheme]
         try:
             found = await asyncio.get_running_loop().run_in_executor(
-                self._resolvers, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                self._threads, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             )
             addresses = [ipaddress.ip_address(entry[4][0]) for entry in found]
         except (OSError, ValueError):
-            raise _unreachable("no address", param) from None
+            raise part.unreachable("no address") from None
         if not self._settings.allow_private_media and not all(map(is_public, addresses)):
-            raise _forbidden("The picture's URL leads to an address that is not allowed.", param)
-        return addresses
+            raise refused
+        return list(map(str, addresses))
 
-    async def _read(self, response: httpx.Response, param: str) -> bytes:
-        # Compressed bodies are refused rather than unpacked: pictures are compressed already,
-        # and we have asked for none.
-        if response.headers.get("content-encoding", "identity").lower() != "identity":
-            raise _unreachable("compressed answer", param)
-        most = self._settings.max_media_bytes
-        length = response.headers.get("content-length", "")
-        if length.isdecimal() and int(length) > most:
-            raise self._too_large(param)
-        body = bytearray()
-        try:
-            async for chunk in response.aiter_raw():
-                body += chunk
-                if len(body) > most:
-                    raise self._too_large(param)
-        except (httpx.HTTPError, httpx.StreamError, OSError):
-            raise _unreachable("broken off", param) from None
-        return bytes(body)
 
-    def _too_large(self, param: str) -> MediaRefused:
-        most = self._settings.max_media_bytes
-        return MediaRefused(
-            f"The picture has more than {most} encoded bytes.",
-            param=param,
-            code="media_too_large",
+async def _decode(url: str, part: Incoming) -> None:
+    head = _DATA[part.kind].match(url[:256])
+    if head is None:
+        raise part.refused(
+            f"A data: URL must have the form data:{part.kind}/<format>;base64,<data>."
         )
+    start = head.end()
+    part.expect((len(url) - start) // 4 * 3 - 2)
+    try:
+        if len(url) <= _CHUNK:
+            _base64(url, start, part)
+        else:
+            await asyncio.to_thread(_base64, url, start, part)
+    except ValueError:
+        raise part.refused("The data: URL is not valid base64.") from None
 
 
-def _base64(url: str, start: int) -> bytes:
+def _base64(url: str, start: int, part: Incoming) -> None:
     """Decode strictly, a chunk at a time so that other threads get their turn."""
     if (len(url) - start) % 4 or start == len(url):
         raise ValueError("not whole base64 groups")
     if "=" in url[start:-2]:
         raise ValueError("padding inside")
-    return b"".join(
-        binascii.a2b_base64(url[at : at + _CHUNK], strict_mode=True)
-        for at in range(start, len(url), _CHUNK)
-    )
+    for at in range(start, len(url), _CHUNK):
+        part.add(binascii.a2b_base64(url[at : at + _CHUNK], strict_mode=True))
+
+
+async def _read(
+    response: httpcore.Response, headers: httpx.Headers, part: Incoming, network: MeteredNetwork
+) -> None:
+    """Take the body. What the server calls it is not asked: the decoder looks at the content."""
+    length = headers.get("content-length", "")
+    if length.isdecimal():
+        part.expect(int(length))
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    pieces = _pieces(response, network)
+    if coding in {"gzip", "x-gzip", "deflate"}:
+        pieces = _unpacked(pieces, part)
+    elif coding not in {"identity", ""}:
+        raise part.unreachable("compressed answer")
+    try:
+        async for piece in pieces:
+            part.add(piece)
+    except (*_BROKEN, zlib.error) as error:
+        raise part.unreachable(f"broken off, {type(error).__name__}") from None
+    if _PAGE.match(part.value()):
+        raise part.refused("{What}'s URL leads to a web page.", "unsupported_media")
+
+
+async def _pieces(response: httpcore.Response, network: MeteredNetwork) -> AsyncIterator[bytes]:
+    async for piece in response.aiter_stream():
+        network.content += len(piece)
+        yield piece
+        if len(piece) < 1024:
+            await asyncio.sleep(0)  # what has arrived may be thousands of pieces
+
+
+async def _unpacked(pieces: AsyncIterator[bytes], part: Incoming) -> AsyncIterator[bytes]:
+    """Unpack gzip or zlib, never more than a chunk at a time. We ask for neither."""
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    async for packed in pieces:
+        part.add_packed(len(packed))
+        while True:
+            piece = unpacker.decompress(packed, _CHUNK)
+            yield piece
+            await asyncio.sleep(0)
+            packed = unpacker.unconsumed_tail
+            if not packed and len(piece) < _CHUNK:
+                break
+        if unpacker.unused_data:
+            raise ValueError("something after the end")
+    if not unpacker.eof:
+        raise ValueError("no end")
 
 
 def _ascii_host(host: str) -> str:
@@ -220,10 +323,19 @@ def _allowed_port(text: str) -> int:
     return int(text)
 
 
-def _unreachable(reason: str, param: str) -> MediaRefused:
-    log.info("a picture could not be fetched: %s (%s)", reason, param)
-    return MediaRefused("The picture could not be fetched.", param=param, code="media_unreachable")
+def _proxy(text: str, tls: ssl.SSLContext) -> httpcore.Proxy:
+    # The text may hold a password: no message repeats it.
+    wrong = SettingError("media_proxy: must be http://[user:password@]host:port, or https://")
+    try:
+        proxy = httpx.Proxy(text)
+    except (httpx.InvalidURL, ValueError):
+        raise wrong from None
+    if proxy.url.scheme not in _PORTS or not proxy.url.host:
+        raise wrong
+    url = f"{proxy.url.scheme}://{proxy.url.netloc.decode('ascii')}"
+    secure = tls if proxy.url.scheme == "https" else None
+    return httpcore.Proxy(url, auth=proxy.raw_auth, ssl_context=secure)
 
 
-def _forbidden(message: str, param: str) -> MediaRefused:
-    return MediaRefused(message, param=param, code="media_forbidden")
+def _forbidden(part: Incoming, reason: str) -> MediaRefused:
+    return part.refused(f"{{What}}'s URL {reason}.", "media_forbidden")

@@ -114,8 +114,14 @@ class MediaSettings:
     media_workers: int = knob(1, "Decode processes.", low=1, high=64)
     media_timeout: float = knob(20.0, "Seconds to decode and tile one picture.", low=0.1)
     fetch_timeout: float = knob(10.0, "Seconds to download one picture, all redirects.", low=0.1)
+    video_fetch_timeout: float = knob(
+        30.0, "Seconds to download one video, all redirects.", low=0.1
+    )
     max_media_bytes: int = knob(32 << 20, "Largest encoded picture in bytes.", low=1)
     max_video_bytes: int = knob(256 << 20, "Largest encoded video in bytes.", low=1)
+    max_request_media_bytes: int = knob(
+        512 << 20, "Encoded bytes that the pictures and videos of one request may have.", low=1
+    )
     video_timeout: float = knob(60.0, "Seconds to decode and tile one video.", low=0.1)
     num_video_frames: int = knob(
         32, "Frames shown of a video that asks for no number; as in the reference.", low=1
@@ -154,13 +160,25 @@ class MediaSettings:
         "the start only says which.",
     )
     allow_private_media: bool = knob(
-        False, "Let image URLs point at private, loopback and link-local addresses."
+        False,
+        "Let URLs of pictures and videos point at private, loopback and link-local addresses.",
     )
     allowed_media_domains: tuple[str, ...] = knob(
-        (), "If set, image URLs may only name these hosts; comma-separated."
+        (), "If set, URLs of pictures and videos may only name these hosts; comma-separated."
     )
     allowed_media_ports: tuple[str, ...] = knob(
-        ("80", "443"), "Ports that image URLs may name; comma-separated; empty for any."
+        ("80", "443"),
+        "Ports that URLs of pictures and videos may name; comma-separated; empty for any.",
+    )
+    allowed_local_media_path: str = knob(
+        "", "Folder whose files may be named by file: URLs; default: no file may."
+    )
+    media_proxy: str = knob(
+        "",
+        "HTTP proxy for URLs of pictures and videos, 'http://[user:password@]host:port'. It "
+        "resolves the names and has to guard its own network. Proxies of the environment are "
+        "never used.",
+        secret=True,
     )
 
 

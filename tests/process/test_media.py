@@ -198,9 +198,9 @@ async def test_only_as_many_pictures_as_the_memory_holds_are_on_their_way() -> N
         fetched: list[str] = []
         fetch = media._fetcher.fetch
 
-        async def counting(url: str, param: str) -> bytes:
+        async def counting(url: str, *others: Any) -> bytes:
             fetched.append(url)
-            return await fetch(url, param)
+            return await fetch(url, *others)
 
         media._fetcher.fetch = counting  # type: ignore[method-assign]
         async with hanging_job(media, plain()) as (pid, first):

@@ -4,7 +4,7 @@ import ipaddress
 
 import pytest
 
-from preprocessing.addresses import is_public
+from preprocessing.addresses import is_public, is_public_host
 
 PUBLIC = [
     "1.1.1.1",
@@ -16,6 +16,7 @@ PUBLIC = [
     "::ffff:8.8.8.8",
     "64:ff9b::8.8.8.8",
     "2002:808:808::1",  # 6to4 of 8.8.8.8
+    "2606:4700::5efe:8.8.8.8",  # ISATAP of it
 ]
 REFUSED = [
     "0.0.0.0",
@@ -53,7 +54,12 @@ REFUSED = [
     "64:ff9b::10.0.0.1",
     "64:ff9b::127.0.0.1",
     "64:ff9b::169.254.169.254",
-    "64:ff9b:1::8.8.8.8",
+    "64:ff9b:1::8.8.8.8",  # local-use NAT64
+    "64:ff9b:1:ffff::10.0.0.1",
+    "64:ff9b::a9fe:a9fe%1",
+    "2606:4700::5efe:10.0.0.1",  # ISATAP
+    "2606:4700::200:5efe:169.254.169.254",
+    "2002:808:808:0:0:5efe:7f00:1%1",
     "100::1",
     "2001::1",
     "2001:0:808:808::1",  # Teredo
@@ -80,3 +86,24 @@ def test_public_addresses_may_be_dialled(address: str) -> None:
 @pytest.mark.parametrize("address", REFUSED)
 def test_every_other_address_is_refused(address: str) -> None:
     assert not is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["pictures.example", "a.b.example", "xn--bcher-kva.example", "8.8.8.8", "0x7f.example",
+     "local.example", "my_bucket.example", "1.2.3.4.example"],
+)  # fmt: skip
+def test_a_proxy_may_be_asked_for_public_hosts(host: str) -> None:
+    assert is_public_host(host)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["", "localhost", "pictures", "metadata.google.internal", "x.localhost", "printer.local",
+     "nas.home.arpa", "1.0.0.127.in-addr.arpa", "db.corp", "router.lan", "localhost.localdomain",
+     "127.0.0.1", "10.0.0.1", "169.254.169.254", "127.1", "127.0.1", "2130706433", "0x7f000001",
+     "0x7f.1", "0177.0.0.1", "0127.0.0.1", "08.8.8.8", "8.8.8.8.8", "8.8.8.0x8", "1.example.0x1",
+     "::1", "2606:4700:4700::1111", "::ffff:8.8.8.8", ".example", "a..example", "127.0.0.1\n"],
+)  # fmt: skip
+def test_a_proxy_is_asked_for_no_other_host(host: str) -> None:
+    assert not is_public_host(host)
