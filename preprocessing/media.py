@@ -197,10 +197,12 @@ class TileSettings(msgspec.Struct, frozen=True, array_like=True):
 class Confine(msgspec.Struct, frozen=True, tag="confine"):
     """First message to a worker: the limits of its sandbox.
 
-    ``memory`` is in bytes, over what the worker has mapped already.
+    ``memory`` is in bytes, over what the worker has mapped already. The ``video_reader`` that
+    later jobs will name has to be loaded before.
     """
 
     memory: int
+    video_reader: str = "auto"
 
 
 class LookJob(msgspec.Struct, frozen=True, tag="look", kw_only=True):

@@ -116,7 +116,8 @@ class _Worker:
             memory=BYTES_PER_PIXEL * settings.max_image_pixels
             + 4 * settings.max_media_bytes
             + settings.max_video_bytes
-            + SPARE_MEMORY
+            + SPARE_MEMORY,
+            video_reader=settings.video_reader,
         )
         async with asyncio.timeout(START_TIMEOUT):
             await self._channel.send(limits)

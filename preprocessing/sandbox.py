@@ -7,12 +7,14 @@ The layers overlap on purpose, so that a kernel without one of them still has th
 - limits: memory, no file may grow, no descriptor may be opened, no process, no core dump;
 - seccomp: every system call outside ``_CALLS`` fails with EPERM, and no memory can become code.
 
-Afterwards the process can read and write the descriptors it holds, compute, and exit. All
+Afterwards the process can read and write the descriptors it holds, compute, and exit; a process
+that asked for ``threads`` can start threads of its own too, which are confined as it is. All
 imports must be done before.
 """
 
 import contextlib
 import ctypes
+import errno
 import os
 import platform
 import resource
@@ -60,6 +62,11 @@ _CALLS = {
     "prlimit64": (302, 261),
     "getrandom": (318, 278),
 }
+# What starting a thread takes besides: the C library falls back to clone, whose flags a filter can
+# see, when clone3 does not exist. The flags are those of a thread and of nothing else.
+_THREAD_CALLS = {"set_robust_list": (273, 99), "rseq": (334, 293)}
+_CLONE, _CLONE3 = (56, 220), (435, 435)
+_THREAD_FLAGS = 0x3D0F00
 # Argument (index, bits) that must be zero: PROT_EXEC of a mapping; a process other than our own.
 _ZERO_BITS = {"mmap": (2, 4), "mprotect": (2, 4), "prlimit64": (0, 0xFFFFFFFF)}
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -70,21 +77,25 @@ _LANDLOCK_FILES = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
 _LANDLOCK_NET = {4: 0b11}
 
 
-def confine(memory: int) -> list[str]:
+def confine(memory: int, threads: bool = False) -> list[str]:
     """Enter the sandbox for good; returns the names of the layers this system lacks.
 
-    ``memory`` is how many bytes may be mapped beyond what is mapped now.
+    ``memory`` is how many bytes may be mapped beyond what is mapped now. Raises RuntimeError if
+    there are other threads already, which would stay outside.
     """
     memory += _mapped()
     if not sys.platform.startswith("linux"):
-        limit(memory)
+        limit(memory, threads)
         return ["identity", "landlock", "seccomp"]
+    with contextlib.suppress(FileNotFoundError):  # no /proc
+        if len(os.listdir("/proc/self/task")) > 1:
+            raise RuntimeError("a process with several threads cannot be confined")
     missing = []
     layers: list[tuple[str, Callable[[], None]]] = [
         ("identity", drop_identity),
         ("landlock", deny_paths),  # before the limits: it needs one descriptor
-        ("limits", lambda: limit(memory)),
-        ("seccomp", deny_calls),
+        ("limits", lambda: limit(memory, threads)),
+        ("seccomp", lambda: deny_calls(threads)),
     ]
     for name, enter in layers:
         try:
@@ -116,7 +127,7 @@ def drop_identity() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
-def limit(memory: int) -> None:
+def limit(memory: int, threads: bool = False) -> None:
     """Resource limits; ``memory`` is the whole address space in bytes.
 
     A limit that the system does not know is passed over.
@@ -128,6 +139,8 @@ def limit(memory: int) -> None:
         "RLIMIT_CORE": 0,
         "RLIMIT_NOFILE": 0,
     }
+    if threads:
+        del wanted["RLIMIT_NPROC"]  # it counts threads too
     for name, value in wanted.items():
         number = getattr(resource, name, None)
         if number is not None:
@@ -152,28 +165,41 @@ def deny_paths() -> None:
         os.close(ruleset)
 
 
-def deny_calls() -> None:
+def deny_calls(threads: bool = False) -> None:
     """Install the system call filter. Raises OSError where there is none for this machine."""
     if platform.machine() not in _MACHINES or sys.byteorder != "little":
         raise OSError("no filter for this machine")
-    program = _program(*_MACHINES[platform.machine()])
+    program = _program(*_MACHINES[platform.machine()], threads)
     code = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _prctl(_PR_SET_SECCOMP, 2, header)
 
 
-def _program(column: int, architecture: int) -> bytes:
+def _program(column: int, architecture: int, threads: bool) -> bytes:
     """The filter in the kernel's BPF code: 8 bytes an instruction."""
     load, equal, any_bit, give = 0x20, 0x15, 0x45, 0x06  # ld abs, jeq, jset, ret
-    allow, deny, kill = 0x7FFF0000, 0x00050001, 0x80000000  # deny: errno EPERM
+    allow, kill = 0x7FFF0000, 0x80000000
+    deny, absent = 0x00050000 + errno.EPERM, 0x00050000 + errno.ENOSYS
 
     def op(code: int, value: int, then: int = 0, other: int = 0) -> bytes:
         return struct.pack("<HBBI", code, then, other, value)
 
     # struct seccomp_data: call number at 0, architecture at 4, arguments of 8 bytes from 16.
     steps = [op(load, 4), op(equal, architecture, 1), op(give, kill), op(load, 0)]
-    for name, numbers in _CALLS.items():
+    calls = _CALLS
+    if threads:
+        calls = _CALLS | _THREAD_CALLS
+        steps += [
+            op(equal, _CLONE3[column], 0, 1),
+            op(give, absent),
+            op(equal, _CLONE[column], 0, 4),
+            op(load, 16),
+            op(equal, _THREAD_FLAGS, 0, 1),
+            op(give, allow),
+            op(give, deny),
+        ]
+    for name, numbers in calls.items():
         if name in _ZERO_BITS:
             argument, bits = _ZERO_BITS[name]
             steps += [

@@ -13,13 +13,15 @@ import sys
 
 from PIL import Image
 
-from preprocessing import images, sandbox, tiling
+from preprocessing import images, sandbox, tiling, videos
 from preprocessing.media import (
     Confine,
     Confined,
+    FrameChoice,
+    Frames,
+    FramesJob,
     FromWorker,
     Job,
-    LookJob,
     Reason,
     Refused,
     Tiled,
@@ -40,9 +42,13 @@ def main(descriptor: int) -> None:
         first, _ = channel.receive()
         if not isinstance(first, Confine):
             return
+        # Only decord starts threads: without it none can be started.
+        threads = first.video_reader == "decord" and videos.load_decord()
+        if first.video_reader == "decord" and not threads:
+            sys.stderr.write("decord is not installed; PyAV reads all videos\n")
         _warm_up()
         _fall_silent()
-        channel.send(Confined(sandbox.confine(first.memory)))
+        channel.send(Confined(sandbox.confine(first.memory, threads)))
         while True:
             job, buffers = channel.receive()
             if isinstance(job, Confine) or len(buffers) != 1:
@@ -58,9 +64,11 @@ def answer(job: Job, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
     try:
         if isinstance(job, TileJob):
             return _tile(job, encoded)
-        if isinstance(job, LookJob) and job.kind == "image":
-            return images.look_picture(encoded, job.max_pixels, job.treatment), []
-        return Refused(Reason.UNSUPPORTED), []
+        if isinstance(job, FramesJob):
+            return _frames(job, encoded)
+        if job.kind == "video":
+            return videos.look_video(encoded, job), []
+        return images.look_picture(encoded, job.max_pixels, job.treatment), []
     except images.Unreadable as refusal:
         return Refused(refusal.reason), []
     except MemoryError:
@@ -74,13 +82,38 @@ def _tile(job: TileJob, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
     return Tiled(count, columns, rows, picture.width, picture.height), [tiles]
 
 
+def _frames(job: FramesJob, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
+    facts, indices, seconds, pictures = videos.read_frames(encoded, job)
+    tiled: list[Tiled] = []
+    buffers: list[Buffer] = []
+    for picture in pictures:
+        tiles, count, columns, rows = tiling.tile(picture, job.settings)
+        tiled.append(Tiled(count, columns, rows, picture.width, picture.height))
+        buffers.append(tiles)
+    return Frames(facts, indices, seconds, tiled), buffers
+
+
 def _warm_up() -> None:
-    """Decode some pictures, so that whatever their libraries do at first use is done now."""
+    """Decode some pictures and a video, so that whatever their libraries do at first use is done
+    now."""
+    settings = TileSettings(16, 1, 4, True)
     for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
         sample = io.BytesIO()
         Image.new("RGB", (2, 2)).save(sample, name)
-        job = TileJob(settings=TileSettings(16, 1, 4, True), max_pixels=4, seconds=1)
+        job = TileJob(settings=settings, max_pixels=4, seconds=1)
         answer(job, bytearray(sample.getvalue()))
+    sample = io.BytesIO()
+    shades = [Image.new("L", (16, 16), shade) for shade in (0, 99)]
+    shades[0].save(sample, "GIF", save_all=True, append_images=shades[1:])
+    video = FramesJob(
+        settings=settings,
+        choice=FrameChoice(2),
+        max_pixels=256,
+        max_frames=2,
+        reader="decord",
+        seconds=1,
+    )
+    answer(video, bytearray(sample.getvalue()))
 
 
 def _fall_silent() -> None:
