@@ -126,7 +126,7 @@ class BoxReader:
         *closed, self._held = (self._held + data).split(b"]")
         for text in closed:
             at = text.rfind(b"[")
-            if at < 0 or len(text) > _LIST:  # the list itself is closed, or it is none
+            if at < 0:  # the list itself is closed
                 self._end_list()
                 return
             found = _FOUR.fullmatch(text[at:] + b"]")

@@ -117,6 +117,10 @@ async def test_a_box_may_begin_in_the_message_that_is_continued(house: House) ->
     for options in ({"n": 2}, {"echo": True}):
         found = await boxes_of(house, **body, **options, continue_final_message=True)
         assert found == [BOXES[:1]] * options.get("n", 1)
+    question = shown("a", text="Where is the <ref>dog</ref>?")["messages"]
+    unnamed = [*question, {"role": "assistant", "content": "<box>[[0, "}]
+    found = await boxes_of(house, messages=unnamed, continue_final_message=True)
+    assert found == [[BOXES[0] | {"label": None}]]
     house.engine.script = say(SAID)  # a turn of its own remembers nothing of the others
     assert await boxes_of(house, **body) == [BOXES]
 

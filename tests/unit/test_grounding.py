@@ -40,6 +40,7 @@ FOUND: list[tuple[str, list[tuple[str | None, list[float]]]]] = [
         A + "<box>[[1, 2, 3, 4]]</box><box>[[5, 6, 7, 8]]</box>",
         [("a", [1, 2, 3, 4]), (None, [5, 6, 7, 8])],
     ),
+    (A + "<box>[[1, 2, 3, 4]]<box>[[5, 6, 7, 8]]", [("a", [1, 2, 3, 4]), (None, [5, 6, 7, 8])]),
     (f"{A}{B}<box>[[1, 2, 3, 4]]</box>", [("b", [1, 2, 3, 4])]),
     ("<ref> red\ncircle é </ref><box>[[1, 2, 3, 4]]</box>", [("red\ncircle é", [1, 2, 3, 4])]),
     ("<ref> </ref><box>[[1, 2, 3, 4]]</box>", [(None, [1, 2, 3, 4])]),
@@ -65,6 +66,7 @@ FOUND: list[tuple[str, list[tuple[str | None, list[float]]]]] = [
     (A + "<box>[[1, 2" + B + ", 3, 4]]<box>[[5, 6, 7, 8]]</box>", [("b", [5, 6, 7, 8])]),
     ("</box></ref><ref><ref>a</ref></box><box>[[1, 2, 3, 4]]</box>", [(None, [1, 2, 3, 4])]),
     ("<ref>" + "a" * 2000 + "</ref><box>[[1, 2, 3, 4]]</box>", [(None, [1, 2, 3, 4])]),
+    ("<box>x</ref><box>[[1, 2, 3, 4]]</box>", [(None, [1, 2, 3, 4])]),
     ("[[1, 2, 3, 4]]</box>", []),
     ("<quad>[[1, 2, 3, 4]]</quad>", []),
 ]
@@ -78,6 +80,11 @@ def test_well_formed_boxes_are_found_and_nothing_else(
     assert [(box.label, box.box) for box in boxes] == found
     assert [box.index for box in boxes] == list(range(len(found)))
     assert all(box.box_px is box.image_index is None for box in boxes)
+
+
+def test_whole_numbers_stay_whole() -> None:
+    (box,) = read("<box>[[40, 2.5, -1, 0.0]]</box>")
+    assert json.dumps(box.box) == "[40, 2.5, -1, 0.0]"
 
 
 def test_a_mark_that_is_only_spelled_is_text() -> None:
