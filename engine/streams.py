@@ -217,4 +217,5 @@ class Streams:
         stream.sent_length = len(stream.token_ids)
         if stream.token_ids:
             request = msgspec.structs.replace(request, output=list(stream.token_ids))
-        self._send(request, stream.buffers)
+        # What is on its way to the engine does not change when the reader's list is cleared.
+        self._send(request, tuple(stream.buffers))

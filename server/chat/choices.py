@@ -72,8 +72,10 @@ class Choices:
             async with contextlib.aclosing(self._submit(index)) as outputs:
                 async for output in outputs:
                     self._arrived.put_nowait((index, output))
-            raise EngineFailed("The engine could not finish this request.")
         except Exception as error:
+            self._arrived.put_nowait((index, error))
+        else:
+            error = EngineFailed("The engine could not finish this request.")
             self._arrived.put_nowait((index, error))
 
     def _submit(self, index: int) -> AsyncGenerator[EngineOutput]:

@@ -183,6 +183,9 @@ async def chunks(
         usage = meter.usage(len(chat.engine.prompt), completion, states[0].cached_tokens)
         yield Chunk(chat.engine.id, created, chat.model.name, [], usage)
     finally:
+        # Exceptions and frames may hold each other, and us, until the garbage collector comes by:
+        # it counts objects, not the megabytes in them.
+        chat.buffers.clear()
         place.leave()
         metrics.generated_tokens.inc(sum(state.completion_tokens for state in states))
         for state in states:
