@@ -75,8 +75,8 @@ class Choices:
         except Exception as error:
             self._arrived.put_nowait((index, error))
         else:
-            error = EngineFailed("The engine could not finish this request.")
-            self._arrived.put_nowait((index, error))
+            ending = EngineFailed("The engine could not finish this request.")
+            self._arrived.put_nowait((index, ending))
 
     def _submit(self, index: int) -> AsyncGenerator[EngineOutput]:
         return self._engine.submit(self._request(index), self._chat.buffers)
