@@ -102,6 +102,8 @@ _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx")
 _DEEP, _DEEP_LOW = "RGB;16B", "RGB;16L"  # raw modes of 16-bit colour, high byte first and last
 _WIDE_MODES = {"I;16", "I;16L", "I;16B", "I;16N", "I", "F"}
 
+_MOST_FRAMES = 1 << 31  # that is told
+
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -249,12 +251,13 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _frames(picture: ImageFile.ImageFile) -> int:
-    """As many as the header tells. GIF and TIFF do not, and 2 stands for several there."""
+    """As many as the header tells, one at least; bounded, for a header may tell anything. GIF and
+    TIFF do not, and 2 stands for several there."""
     if picture.format in ("GIF", "TIFF"):
         return 1 + bool(getattr(picture, "is_animated", False))
     if picture.format == "PSD":
         return 1  # Pillow counts its layers
-    return int(getattr(picture, "n_frames", 1))
+    return min(max(1, int(getattr(picture, "n_frames", 1))), _MOST_FRAMES)
 
 
 def _first_frame(picture: GifImagePlugin.GifImageFile) -> Image.Image:

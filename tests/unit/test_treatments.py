@@ -123,6 +123,12 @@ def test_the_mask_of_an_icon_is_white(bits: int) -> None:
         assert pixels(bytes(icon))[5, 5].tolist() == WHITE
 
 
+def test_an_icon_of_a_bitmap_has_the_height_without_its_mask() -> None:
+    icon = encode(picture(32, 20), "ICO", bitmap_format="bmp", sizes=[(32, 20)])
+    facts = look_picture(icon, LIMIT)
+    assert (facts.height, facts.width) == pixels(icon).shape[:2] == (20, 32)
+
+
 def test_a_cursor_of_two_colours_shows_its_mask() -> None:
     info = struct.pack("<IiiHHIIiiII", 40, 32, 64, 1, 1, 0, 0, 0, 0, 2, 0)
     colours = b"\0\0\0\0\xff\xff\xff\0"
@@ -185,6 +191,16 @@ def test_looking_tells_whether_there_are_more_frames(kind: str, frames: int) -> 
     encoded = encode(picture(), kind, save_all=True, append_images=others)
     assert look_picture(encoded, LIMIT).frames == frames
     assert look_picture(encode(picture(), kind), LIMIT).frames == 1
+
+
+def test_a_number_of_frames_that_cannot_be_is_not_passed_on() -> None:
+    """What is no small number cannot be sent, and a worker that says "none" would be taken for
+    hijacked."""
+    for told, passed_on in ((0.0, 1), (3.0, 3), (1e30, 1 << 31)):
+        stack = bytearray(sample("SPIDER"))
+        for word, value in ((24, 2.0), (26, told)):
+            stack[4 * (word - 1) : 4 * word] = struct.pack("<f", value)
+        assert look_picture(bytes(stack), LIMIT).frames == passed_on
 
 
 STORED: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
