@@ -1,18 +1,21 @@
-"""Size and orientation of pictures whose Pillow plugins decode while they open. Worker only.
+"""What Pillow's plugins do not tell before they decode, or at all. Worker only.
 
-For every other format Pillow's own ``open`` reads no more than the header. Icons and JPEG XL are
-read here first, so that a bomb among them is refused before a pixel of it exists. Whatever is
-wrong with a file raises any Exception, as in Pillow's plugins.
+For most formats Pillow's own ``open`` reads no more than the header. The plugins of icons and
+JPEG XL decode as they open: their size is read here first, so that a bomb among them is refused
+before a pixel of it exists. JPEG 2000 has no way to tell that a file was cut off. Whatever is wrong
+with a file raises any Exception, as in Pillow's plugins.
 """
 
 import dataclasses
 import io
+from collections.abc import Iterator
 
 from PIL import BmpImagePlugin, IcoImagePlugin, PngImagePlugin
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JXL_BOX = b"\0\0\0\x0cJXL \r\n\x87\n"
 _JXL_STREAM = b"\xff\x0a"
+_JPEG_2000_STREAM, _JPEG_2000_END = b"\xff\x4f\xff\x51", b"\xff\xd9"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,19 +86,38 @@ def _codestream(encoded: bytes | bytearray) -> bytes:
     """The first bytes of a bare codestream, or of that in a box "jxlc" or "jxlp"."""
     if encoded.startswith(_JXL_STREAM):
         return bytes(encoded[:32])
+    for kind, start, end in _boxes(encoded):
+        if kind in (b"jxlc", b"jxlp"):
+            start += 4 if kind == b"jxlp" else 0
+            return bytes(encoded[start : min(end, start + 32)])
+    raise ValueError("a JPEG XL file without a codestream")
+
+
+def is_cut(encoded: bytes | bytearray) -> bool:
+    """Whether a JPEG 2000 picture lacks its end, which its decoder would fill with black."""
+    if encoded.startswith(_JPEG_2000_STREAM):
+        ends = [len(encoded)]
+    else:
+        ends = [end for kind, _, end in _boxes(encoded) if kind == b"jp2c"]
+    if not ends or ends[0] > len(encoded):
+        return True
+    tail = bytes(encoded[ends[0] - 64 : ends[0]])
+    return not tail.rstrip(b"\0").endswith(_JPEG_2000_END)
+
+
+def _boxes(encoded: bytes | bytearray) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, first byte of its content, byte behind it) of every box of an ISO file, as it says."""
     start = 0
-    while start < len(encoded):
+    while start + 8 <= len(encoded):
         length, kind = (
             int.from_bytes(encoded[start : start + 4], "big"),
             encoded[start + 4 : start + 8],
         )
-        data = start + 8
+        content = start + 8
         if length == 1:
-            length, data = int.from_bytes(encoded[data : data + 8], "big"), data + 8
-        if kind in (b"jxlc", b"jxlp"):
-            data += 4 if kind == b"jxlp" else 0
-            return bytes(encoded[data : data + 32])
-        if length < data - start:
-            break
-        start += length
-    raise ValueError("a JPEG XL file without a codestream")
+            length, content = int.from_bytes(encoded[content : content + 8], "big"), content + 8
+        end = start + length if length else len(encoded)
+        if end < content:
+            return
+        yield bytes(kind), content, end
+        start = end

@@ -227,6 +227,8 @@ def _check_early(encoded: bytes | bytearray, max_pixels: int) -> headers.Header 
 def _open(encoded: bytes | bytearray, max_pixels: int) -> ImageFile.ImageFile:
     picture = Image.open(io.BytesIO(encoded), formats=FORMATS)
     _check_size(picture.size, max_pixels)
+    if picture.format == "JPEG2000" and headers.is_cut(encoded):
+        raise Unreadable(Reason.BROKEN)
     return picture
 
 

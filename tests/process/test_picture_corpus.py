@@ -1,0 +1,260 @@
+"""All pictures of Pillow's own source distribution, and one picture in many encodings, through real
+sandboxed workers: what comes out is what Pillow decodes outside of them."""
+
+import asyncio
+import base64
+import collections
+import importlib.metadata
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from numpy.typing import NDArray
+from PIL import Image
+
+from preprocessing import MediaPart, MediaPipeline, TiledMedia
+from preprocessing.images import FORMATS, Unreadable, look_picture, open_picture
+from preprocessing.media import TileSettings
+from preprocessing.tiling import tile
+from tests.pictures import BY_HAND, encode
+from wire.errors import MediaRefused
+from wire.geometry import VisionGeometry
+from wire.settings import MediaSettings
+
+GEOMETRY = VisionGeometry(tile_size=32, tokens_per_tile=4)
+SETTINGS = TileSettings.of(GEOMETRY)
+LIMIT = MediaSettings().max_image_pixels
+DEADLINE = MediaSettings().media_timeout
+PILLOW = importlib.metadata.version("pillow")
+FETCH = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.fixture(scope="module")
+def corpus(request: pytest.FixtureRequest) -> list[Path]:
+    """The files of Tests/images; fetched once and kept in pytest's cache."""
+    kept = Path(request.config.cache.mkdir(f"pillow-{PILLOW}"))  # type: ignore[union-attr]
+    done = kept / "complete"
+    if not done.exists():
+        fetched = subprocess.run(
+            [*FETCH, "--dest", str(kept), f"pillow=={PILLOW}"],
+            capture_output=True,
+            timeout=300,
+            check=False,
+        )
+        if fetched.returncode:
+            reason = f"pip cannot fetch Pillow's sources: {fetched.stderr.decode()[-300:]}"
+            assert not os.environ.get("CI"), reason
+            pytest.skip(reason)
+        (archive,) = kept.glob("*.tar.gz")
+        with tarfile.open(archive) as sources:
+            for member in sources:
+                _, inside, name = member.name.partition("/Tests/images/")
+                file = sources.extractfile(member) if inside else None
+                if file is not None:
+                    (kept / name.replace("/", "-")).write_bytes(file.read())
+        archive.unlink()
+        done.touch()
+    return sorted(path for path in kept.iterdir() if path != done)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def media() -> Any:
+    pipeline = MediaPipeline(MediaSettings(tile_cache_bytes=0, media_workers=2))
+    await pipeline.start(GEOMETRY)
+    yield pipeline
+    await pipeline.close()
+
+
+def part(encoded: bytes) -> MediaPart:
+    return MediaPart("data:image/png;base64," + base64.b64encode(encoded).decode(), "picture")
+
+
+async def load(media: MediaPipeline, encoded: bytes) -> TiledMedia:
+    loaded = await media.load(part(encoded))
+    assert isinstance(loaded, TiledMedia)
+    return loaded
+
+
+def outside(encoded: bytes) -> bytes | None:
+    """The tiles as this process makes them; None for a refusal."""
+    try:
+        return tile(open_picture(encoded, LIMIT), SETTINGS)[0]
+    except Unreadable:
+        return None
+
+
+def pillows_own(encoded: bytes) -> bytes | None:
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
+            return picture.convert("RGB").tobytes()
+    except Exception:
+        return None
+
+
+# Pillow's own guards against files that take for ever; seconds each, also here.
+SLOW = "timeout-"
+
+
+@pytest.mark.filterwarnings("ignore")
+async def test_every_file_of_pillows_tests_is_shown_as_pillow_shows_it_or_refused(
+    media: MediaPipeline, corpus: list[Path]
+) -> None:
+    assert len(corpus) > 1000
+    before = media.worker_pids
+    outcomes: collections.Counter[str] = collections.Counter()
+
+    async def check(path: Path) -> None:
+        encoded = path.read_bytes()
+        started = time.monotonic()
+        try:
+            inside: bytes | None = (await load(media, encoded)).tiles
+            outcomes["shown"] += 1
+        except MediaRefused as refused:
+            inside = None
+            outcomes[str(refused.code)] += 1
+        # It may have waited for its turn behind another one.
+        assert time.monotonic() - started < 3 * DEADLINE, path.name
+        if not path.name.startswith(SLOW):
+            assert inside == await asyncio.to_thread(outside, encoded), path.name
+
+    queue = iter(corpus)
+
+    async def in_turn() -> None:
+        for path in queue:
+            await check(path)
+
+    await asyncio.gather(*(in_turn() for _ in range(3)))
+    assert media.worker_pids == before
+    assert (media.stats.deaths, media.stats.timeouts) == (0, 0)
+    assert set(outcomes) <= {"shown", "invalid_media", "unsupported_media", "media_too_large"}
+    assert outcomes["shown"] > 800
+
+
+@pytest.mark.filterwarnings("ignore")
+async def test_looking_and_the_reference_treatment_agree_with_pillow(corpus: list[Path]) -> None:
+    for path in corpus:
+        if path.name.startswith(SLOW):
+            continue
+        encoded = path.read_bytes()
+        try:
+            shown = open_picture(encoded, LIMIT, "reference")
+        except Unreadable:
+            assert pillows_own(encoded) is None, path.name
+            continue
+        assert shown.tobytes() == pillows_own(encoded), path.name
+        facts = look_picture(encoded, LIMIT, "reference")
+        assert (facts.width, facts.height) == shown.size, path.name
+
+
+# one picture, many files
+
+# Few colours, so that formats with a palette keep them; no turn of it equals another.
+ONE = Image.new("RGB", (200, 120), (30, 60, 200))
+ONE.paste((220, 30, 30), (10, 10, 90, 50))
+ONE.paste((250, 240, 40), (120, 70, 190, 110))
+
+ENCODINGS: dict[str, bytes] = {
+    "PNG": encode(ONE),
+    "PNG with a palette": encode(ONE.quantize(8)),
+    "PNG with alpha": encode(ONE.convert("RGBA")),
+    "APNG": encode(ONE, save_all=True, append_images=[Image.new("RGB", ONE.size)]),
+    "WebP": encode(ONE, "WEBP", lossless=True),
+    "GIF": encode(ONE, "GIF"),
+    "BMP": encode(ONE, "BMP"),
+    "BMP with a palette": encode(ONE.quantize(8), "BMP"),
+    "TIFF": encode(ONE, "TIFF"),
+    "TIFF LZW": encode(ONE, "TIFF", compression="tiff_lzw"),
+    "TIFF deflate": encode(ONE, "TIFF", compression="tiff_adobe_deflate"),
+    "JPEG 2000": encode(ONE, "JPEG2000"),
+    "ICO": encode(ONE, "ICO", sizes=[ONE.size]),
+    "TGA": encode(ONE, "TGA", compression="tga_rle"),
+    "SGI": encode(ONE, "SGI"),
+    "PCX": encode(ONE, "PCX"),
+    "DDS": encode(ONE, "DDS"),
+    "QOI": encode(ONE, "QOI"),
+    **{
+        kind: BY_HAND[kind](*ONE.size, ONE.tobytes())
+        for kind in ("PPM", "PSD", "SUN", "FTEX", "PIXAR", "CUR", "DIB")
+    },
+    **({"JPEG XL": encode(ONE, "JXL", lossless=True)} if "JXL" in FORMATS else {}),
+}
+LOSSY = {
+    "JPEG": encode(ONE, "JPEG", quality=95, subsampling=0),
+    "JPEG progressive": encode(ONE, "JPEG", quality=95, subsampling=0, progressive=True),
+    "JPEG CMYK": encode(ONE.convert("CMYK"), "JPEG", quality=95),
+    "WebP lossy": encode(ONE, "WEBP", quality=95),
+    "AVIF": encode(ONE, "AVIF", quality=95, subsampling="4:4:4"),
+}
+
+
+async def test_one_picture_in_many_lossless_encodings_has_the_same_tiles(
+    media: MediaPipeline,
+) -> None:
+    expected = tile(ONE, SETTINGS)[0]
+    assert len(ENCODINGS) >= 24
+    for name, encoded in ENCODINGS.items():
+        loaded = await load(media, encoded)
+        assert (loaded.width, loaded.height) == ONE.size, name
+        assert loaded.tiles == expected, name
+
+
+@pytest.mark.parametrize("name", LOSSY)
+async def test_a_lossy_encoding_changes_its_tiles_a_little(media: MediaPipeline, name: str) -> None:
+    """Stated bound: 2 of 255 levels in the mean, and 48 at a hard edge."""
+    expected = np.frombuffer(tile(ONE, SETTINGS)[0], np.uint8).astype(int)
+    seen = np.frombuffer((await load(media, LOSSY[name])).tiles, np.uint8)
+    assert seen.shape == expected.shape
+    assert np.abs(seen - expected).mean() <= 2
+    assert np.abs(seen - expected).max() <= 48
+
+
+def stored(orientation: int) -> Image.Image:
+    """As a camera stores ONE under this value of the tag."""
+    pixels: NDArray[np.uint8] = np.asarray(ONE)
+    if orientation > 4:
+        pixels = pixels.swapaxes(0, 1)
+    mirrors = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (-1, 1), 7: (-1, -1), 8: (1, -1)}
+    down, across = mirrors.get(orientation, (1, 1))
+    return Image.fromarray(np.ascontiguousarray(pixels[::down, ::across]), "RGB")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+async def test_one_picture_in_eight_orientations_has_the_same_tiles(
+    media: MediaPipeline, kind: str
+) -> None:
+    expected = tile(ONE, SETTINGS)[0]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        loaded = await load(media, encode(stored(orientation), kind, exif=exif, **options))
+        assert loaded.tiles == expected, orientation
+        assert (loaded.width, loaded.height) == ONE.size
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "AVIF"])
+async def test_one_photograph_in_eight_orientations_is_nearly_the_same(
+    media: MediaPipeline, kind: str
+) -> None:
+    expected = np.frombuffer(tile(ONE, SETTINGS)[0], np.uint8).astype(int)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        encoded = encode(
+            stored(orientation), kind, exif=exif, quality=95,
+            subsampling=0 if kind == "JPEG" else "4:4:4",
+        )  # fmt: skip
+        loaded = await load(media, encoded)
+        seen = np.frombuffer(loaded.tiles, np.uint8)
+        assert (loaded.width, loaded.height) == ONE.size, orientation
+        assert np.abs(seen - expected).mean() <= 2, orientation
