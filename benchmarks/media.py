@@ -30,8 +30,8 @@ import PIL
 from PIL import Image
 
 from preprocessing import MediaPart, MediaPipeline
+from preprocessing.grid import choose_grid
 from preprocessing.media import Tiled, TileJob, TileSettings
-from preprocessing.tiling import choose_grid
 from preprocessing.worker import answer
 from wire.geometry import VisionGeometry
 from wire.settings import MediaSettings

@@ -28,7 +28,7 @@ from demo.skills import (
     where_turn,
 )
 from demo.talk import LAST, REFUSAL, outside
-from preprocessing.tiling import choose_grid
+from preprocessing.grid import choose_grid
 
 Rng = np.random.Generator
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from preprocessing.tiling import choose_grid
+from preprocessing.grid import choose_grid
 
 TILE = 112
 PATCH = 14

@@ -6,31 +6,12 @@ Refusals name the part and are the same sentences for every source.
 
 import io
 import logging
-import threading
 
+from preprocessing.allowance import Allowance
 from preprocessing.media import NOUNS, Kind
 from wire.errors import MediaRefused
 
 log = logging.getLogger(__name__)
-
-
-class Allowance:
-    """Encoded bytes that the parts of one request may have together. Safe in every thread."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._left = most
-        self._lock = threading.Lock()
-
-    def take(self, size: int) -> bool:
-        """Spend ``size`` bytes; False if that is more than was left."""
-        with self._lock:
-            self._left -= size
-            return self._left >= 0
-
-    def has(self, size: int) -> bool:
-        """Whether so many bytes are left."""
-        return size <= self._left
 
 
 class Incoming:

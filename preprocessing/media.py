@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from preprocessing.allowance import Allowance
 from wire.errors import MediaRefused
 from wire.geometry import VisionGeometry
 
@@ -42,9 +43,10 @@ class MediaPart:
     ``url`` is a data:, http(s): or file: URL, or the URLs of a video's frames; ``param`` is the
     field an error names, for example "messages[0].content[1].image_url". ``min_tiles`` and
     ``max_tiles`` bound the tiles of the picture, or of each frame; None is the model's own (for
-    a frame one tile, as in the reference). ``choice`` is there for a video. Only parts with the
-    same ``salt`` have digests in common. The URL may hold a whole picture: it stays out of the
-    repr, and so out of every log.
+    a frame one tile, as in the reference). ``choice`` is there for a video. A part that may be
+    made to ``fit`` gets fewer frames or tiles where it otherwise would not. Parts of one request
+    share an ``allowance``. Only parts with the same ``salt`` have digests in common. The URL may
+    hold a whole picture: it stays out of the repr, and so out of every log.
     """
 
     url: str | tuple[str, ...] = dataclasses.field(repr=False)
@@ -55,6 +57,8 @@ class MediaPart:
     kind: Kind = "image"
     treatment: Treatment = "normalized"
     choice: FrameChoice | None = None
+    fit: bool = False
+    allowance: Allowance | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,3 +334,13 @@ class TiledVideo:
 
 
 Loaded = TiledMedia | TiledVideo
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """The encoded bytes of a part, and what their headers say: one file and one ``Facts``, or
+    those of each picture of a video that was given as pictures."""
+
+    files: tuple[bytes, ...] = dataclasses.field(repr=False)
+    facts: tuple[Facts, ...]
+    fetch_seconds: float

@@ -16,7 +16,7 @@ from typing import TypeVar, cast
 
 import msgspec
 
-from preprocessing.budget import Budget
+from preprocessing.budget import Budget, Share
 from preprocessing.frames import segment_middles
 from preprocessing.media import (
     Facts,
@@ -24,6 +24,7 @@ from preprocessing.media import (
     Kind,
     Loaded,
     MediaPart,
+    Opened,
     Tiled,
     TiledMedia,
     TiledVideo,
@@ -32,6 +33,7 @@ from preprocessing.media import (
 from preprocessing.pool import QUEUE_TIMEOUT, DecodePool, PoolStats, too_many
 from preprocessing.sources import Fetcher
 from preprocessing.tile_cache import TileCache
+from preprocessing.turns import few_at_a_time
 from wire.digest import media_digest
 from wire.errors import Unavailable
 from wire.geometry import VisionGeometry
@@ -42,16 +44,6 @@ _LONG = 1 << 18  # bytes that take a thread longer to hash than a thread takes t
 T = TypeVar("T")
 S = TypeVar("S")
 L = TypeVar("L", TiledMedia, TiledVideo)
-
-
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """The encoded bytes of a part, and what their headers say: one file and one ``Facts``, or
-    those of each picture of a video that was given as pictures."""
-
-    files: tuple[bytes, ...] = dataclasses.field(repr=False)
-    facts: tuple[Facts, ...]
-    fetch_seconds: float
 
 
 class MediaPipeline:
@@ -106,9 +98,11 @@ class MediaPipeline:
             shown = _chosen(part)
             frames = await self._each(shown, self._load_picture)
             return _as_video(frames, shown, part)
-        async with self._room(part, self._most_encoded(part) + _most_tiles(part, settings)):
+        tiles = _most_tiles(part, settings)
+        async with self._room(part, self._most_encoded(part) + tiles) as share:
             began = time.monotonic()
-            encoded = await self._fetcher.fetch(part.url, part.param, part.kind)
+            encoded = await self._fetch(part)
+            share.keep(len(encoded) + tiles)
             fetched = time.monotonic() - began
             return await self._tile(part, encoded, settings, fetched)
 
@@ -122,7 +116,7 @@ class MediaPipeline:
             yield
             return
         async with self._room(parts[0], sum(map(self._most_encoded, parts))):
-            yield
+            yield  # all of it, to the end: how much of it is used is not known before
 
     async def open(self, part: MediaPart) -> Opened:
         """Fetch a part and read its headers. Raises as ``load`` does."""
@@ -166,31 +160,19 @@ class MediaPipeline:
         )
 
     @contextlib.asynccontextmanager
-    async def _room(self, part: MediaPart, size: int) -> AsyncIterator[None]:
+    async def _room(self, part: MediaPart, size: int) -> AsyncIterator[Share]:
         async with contextlib.AsyncExitStack() as held:
             try:
-                await held.enter_async_context(self._memory.share(size, QUEUE_TIMEOUT))
+                share = await held.enter_async_context(self._memory.share(size, QUEUE_TIMEOUT))
             except TimeoutError:
                 raise too_many(part.param) from None
-            yield
+            yield share
 
     async def _each(self, parts: Sequence[S], work: Callable[[S], Awaitable[T]]) -> list[T]:
-        """``work`` of all parts, in order, few at a time; the first failure ends the others."""
-        places = asyncio.Semaphore(self._settings.media_workers + 1)
-
-        async def one(part: S) -> T:
-            async with places:
-                return await work(part)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(part)) for part in parts]
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
+        return await few_at_a_time(work, parts, self._settings.media_workers + 1)
 
     async def _fetch(self, part: MediaPart) -> bytes:
-        return await self._fetcher.fetch(cast(str, part.url), part.param, part.kind)
+        return await self._fetcher.fetch(cast(str, part.url), part.param, part.kind, part.allowance)
 
     async def _look(self, asked: tuple[MediaPart, bytes]) -> Facts:
         part, encoded = asked

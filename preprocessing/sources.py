@@ -24,8 +24,9 @@ import httpcore
 import httpx
 
 from preprocessing.addresses import is_public, is_public_host
+from preprocessing.allowance import Allowance
 from preprocessing.connections import MeteredNetwork
-from preprocessing.incoming import Allowance, Incoming
+from preprocessing.incoming import Incoming
 from preprocessing.local_files import read_file
 from preprocessing.media import Kind
 from wire.errors import MediaRefused

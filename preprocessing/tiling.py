@@ -1,49 +1,13 @@
 """From an upright RGB picture to the tiles InternVL was trained on. Called by the decode worker.
 
-Everything here equals the reference preprocessing bit for bit, odd corners included: the grid
-is the one whose aspect ratio is nearest, a picture is stretched to it rather than padded, and
-small pictures are enlarged. It knows Pillow but no files, limits or processes.
+Everything here equals the reference preprocessing bit for bit: grid.py chooses the grid, a picture
+is stretched to it rather than padded. It knows Pillow but no files, limits or processes.
 """
-
-import functools
-import math
 
 from PIL import Image
 
+from preprocessing.grid import choose_grid
 from preprocessing.media import TileSettings
-
-
-@functools.cache
-def _candidates(side: int, least: int, most: int) -> tuple[tuple[float, float, int, int], ...]:
-    """Every grid as (columns / rows, area from which it wins a tie, columns, rows), by size.
-
-    Grids of equal size stand in lexicographic order. The reference takes them in the order of a
-    Python set; tests/unit/test_tiling.py shows that no picture up to 5000 pixels a side can tell.
-    """
-    return tuple(
-        (columns / rows, 0.5 * side * side * size, columns, rows)
-        for size in range(least, most + 1)
-        for columns in range(1, size + 1)
-        for rows in (size // columns,)
-        if columns * rows == size
-    )
-
-
-def choose_grid(width: int, height: int, side: int, least: int, most: int) -> tuple[int, int]:
-    """The (columns, rows) for a picture, ``least <= columns * rows <= most``.
-
-    The nearest aspect ratio wins. Among equally near ones the larger grid wins, if the picture
-    has more pixels than half of the pixels that grid would show; else the smaller one.
-    """
-    aspect, area = width / height, width * height
-    nearest, best = math.inf, (1, 1)
-    for ratio, enough, columns, rows in _candidates(side, least, most):
-        distance = abs(aspect - ratio)
-        if distance < nearest:
-            nearest, best = distance, (columns, rows)
-        elif distance == nearest and area > enough:
-            best = columns, rows
-    return best
 
 
 def tile(picture: Image.Image, settings: TileSettings) -> tuple[bytes, int, int, int]:

@@ -11,11 +11,11 @@ from starlette.requests import ClientDisconnect
 from engine.client import EngineClient
 from server.admission import Admission
 from server.auth import BearerAuth
-from server.chat.prepare import Media
+from server.chat.showing import Media
 from server.chat.sse import ClientGone, on_client_gone
 from server.errors import Boundary, on_no_route, on_service_error, on_wrong_method
 from server.lifecycle import Service
-from server.routes import chat, models, ops
+from server.routes import chat, models, ops, preview
 from server.schemas.chat import ChatRequest
 from wire.errors import ServiceError
 from wire.settings import Settings
@@ -50,7 +50,7 @@ def create_app(settings: Settings, engine: EngineClient, media: Media) -> FastAP
         },
     )
     app.state.service = service
-    for routes in (chat, models, ops):
+    for routes in (chat, preview, models, ops):
         app.include_router(routes.router)
     # The last one added is the outermost.
     app.add_middleware(
@@ -72,8 +72,7 @@ def _with_chat_schema(page: dict[str, Any]) -> dict[str, Any]:
     schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas = page.setdefault("components", {}).setdefault("schemas", {})
     schemas |= schema.pop("$defs", {}) | {"ChatRequest": schema}
-    page["paths"]["/v1/chat/completions"]["post"]["requestBody"] = {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}},
-    }
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}
+    for path in ("/v1/chat/completions", "/v1/internvl/preview"):
+        page["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
     return page

@@ -12,7 +12,8 @@ from engine.client import EngineClient
 from preprocessing.budget import Budget, Share
 from server.admission import Gate
 from server.backlog import Backlog
-from server.chat.prepare import Media, ServedModel
+from server.chat.prepare import ServedModel
+from server.chat.showing import Media
 from server.grammars import GrammarChecker
 from server.metrics import Metrics
 from wire.errors import ServiceError, TooManyRequests, Unavailable

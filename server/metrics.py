@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 from engine.client import EngineClient
 from preprocessing.pool import PoolStats
-from server.schemas.common import ImageUsage
+from server.schemas.common import PartUsage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -121,7 +121,7 @@ class Metrics:
     def _seconds(self, name: str, help: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
         return Histogram(f"internvl_{name}_seconds", help, buckets=buckets, registry=self.registry)
 
-    def observe_media(self, pictures: Sequence[ImageUsage]) -> None:
+    def observe_media(self, pictures: Sequence[PartUsage]) -> None:
         """What the pictures of a request took until the engine is asked."""
         self.tiles.observe(sum(picture.tiles for picture in pictures))
         for picture in pictures:

@@ -1,10 +1,21 @@
 """An engine and a media pipeline that do exactly what a test tells them."""
 
 import asyncio
+import contextlib
 import hashlib
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 
-from preprocessing.media import MediaPart, TiledMedia
+from preprocessing.grid import tile_count
+from preprocessing.media import (
+    Loaded,
+    MediaPart,
+    Opened,
+    PictureFacts,
+    TiledMedia,
+    TiledVideo,
+    TileSettings,
+    VideoFacts,
+)
 from preprocessing.pool import PoolStats
 from tests.small_tokenizer import encode_rendered, reference
 from wire.channel import Buffer
@@ -127,7 +138,8 @@ class FakeEngine:
 
 
 class FakeMedia:
-    """Every URL is a picture of two tiles, or one at detail "low"; "bad" ones are refused."""
+    """Every URL is a picture of two tiles, or one at detail "low"; "bad" ones are refused. Where
+    headers are read it is 8 pixels by 4. A video has ten frames in ten seconds."""
 
     def __init__(self) -> None:
         self.parts: list[MediaPart] = []
@@ -143,18 +155,50 @@ class FakeMedia:
     async def start(self, geometry: VisionGeometry) -> None:
         self.geometry = geometry
 
-    async def load(self, part: MediaPart) -> TiledMedia:
+    async def load(self, part: MediaPart) -> Loaded:
+        if part.kind == "video":
+            return await self.tile(part, await self.open(part))
+        await self._arrive(part)
+        return self._picture(part, 1 if part.max_tiles == 1 else 2)
+
+    @contextlib.asynccontextmanager
+    async def hold(self, parts: Sequence[MediaPart]) -> AsyncIterator[None]:
+        yield
+
+    async def open(self, part: MediaPart) -> Opened:
+        await self._arrive(part)
+        picture = PictureFacts("PNG", 8, 4)
+        if isinstance(part.url, tuple):
+            return Opened((b"",) * len(part.url), (picture,) * len(part.url), self.times[0])
+        video = VideoFacts("mp4", "h264", 8, 4, 0, frames=10, duration=10.0, fps=1.0)
+        return Opened((b"",), (picture if part.kind == "image" else video,), self.times[0])
+
+    async def tile(self, part: MediaPart, opened: Opened) -> Loaded:
+        assert self.geometry is not None
+        count = tile_count(8, 4, TileSettings.for_part(self.geometry, part))
+        if part.choice is None:
+            return self._picture(part, count)
+        facts = opened.facts[0]
+        most = min(part.choice.most, facts.frames if len(opened.facts) == 1 else len(opened.facts))
+        frames = tuple(self._picture(part, count, str(index)) for index in range(most))
+        seconds = tuple(map(float, range(most))) if isinstance(facts, VideoFacts) else ()
+        film = facts if isinstance(facts, VideoFacts) else None
+        digest = hashlib.sha256(f"{part.url} {most} {count}".encode()).digest()
+        return TiledVideo(digest, frames, tuple(range(most)), seconds, film, *self.times)
+
+    async def _arrive(self, part: MediaPart) -> None:
         self.parts.append(part)
-        if "bad" in part.url:
+        if "bad" in str(part.url):
             raise MediaRefused("The picture is damaged or truncated.", param=part.param)
         try:
             await self.gate.wait()
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
+
+    def _picture(self, part: MediaPart, count: int, frame: str = "") -> TiledMedia:
         assert self.geometry is not None
-        count = 1 if part.max_tiles == 1 else 2
-        digest = hashlib.sha256(f"{part.url} {count}".encode()).digest()
+        digest = hashlib.sha256(f"{part.url} {count} {frame}".encode()).digest()
         tiles = bytes(count * self.geometry.tile_bytes)
         return TiledMedia(digest, tiles, count, count, 1, 8, 4, *self.times)
 

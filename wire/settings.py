@@ -154,6 +154,7 @@ class MediaSettings:
         256 << 20, "Memory for the tiles of pictures that may be sent again; 0: none.", low=0
     )
     max_images: int = knob(64, "Most pictures in one request.", low=0)
+    max_videos: int = knob(4, "Most videos in one request.", low=0)
     require_sandbox: bool = knob(
         False,
         "Do not start where the kernel lacks a layer of the decode workers' sandbox; otherwise "

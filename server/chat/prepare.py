@@ -12,31 +12,25 @@ from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 
-from preprocessing import Loaded, MediaPart, TiledMedia
+from preprocessing import MediaPart, TiledMedia
+from preprocessing.allowance import Allowance
 from preprocessing.budget import Share
-from preprocessing.media import TileSettings
-from preprocessing.pool import PoolStats
+from preprocessing.media import Treatment
 from server.auth import Tenant
+from server.chat.conversation import Conversation, Viewing, read_conversation
 from server.chat.demands import Demand, callable_tools, demanded
 from server.chat.grounding import BoxReader
-from server.chat.prompt import Ending, PromptBuilder, Segment, Turn
+from server.chat.prompt import Ending, PromptBuilder, Segment
 from server.chat.sampling import Defaults, either, fit_sampling, read_sampling
-from server.chat.usage import Shown, milliseconds
+from server.chat.showing import Frame, Gallery, Media, show
+from server.chat.usage import Shown, account
+from server.chat.visual import most_tiles
 from server.grammars import GrammarChecker
-from server.schemas.chat import (
-    PART_TYPES,
-    ChatRequest,
-    ImagePart,
-    Message,
-    TextPart,
-)
-from server.schemas.common import ImageUsage
-from server.schemas.validate import decode
+from server.schemas.chat import ChatRequest
 from server.tokenizer import Tokenizer
 from wire.channel import Buffer
-from wire.errors import ContextTooLong, InvalidRequest, NotFound
-from wire.geometry import VisionGeometry
-from wire.messages import EngineRequest, Ready, VisionItem
+from wire.errors import InvalidRequest, NotFound
+from wire.messages import EngineRequest, Ready
 from wire.sampling import Grammar, SamplingParams
 from wire.settings import MediaSettings, Settings
 
@@ -58,27 +52,6 @@ class Room(Protocol):
 
     async def __call__(self, size: int, /) -> Share:
         """Raises TooManyRequests when it takes too long."""
-
-
-class Media(Protocol):
-    """Fetches, decodes and tiles pictures; ``preprocessing.MediaPipeline`` or a test's own."""
-
-    @property
-    def missing(self) -> Sequence[str]:
-        """Layers of the decoders' sandbox that this system lacks."""
-
-    @property
-    def stats(self) -> PoolStats:
-        """Counters of the decode workers."""
-
-    async def start(self, geometry: VisionGeometry) -> None:
-        """Make ready for a model."""
-
-    async def load(self, part: MediaPart) -> Loaded:
-        """Tiles of one part; raises MediaRefused."""
-
-    async def close(self) -> None:
-        """Free everything."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,66 +112,6 @@ class PreparedChat:
     media_seconds: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """The turns of a request, and its pictures in the order in which they are shown."""
-
-    turns: list[Turn]
-    pictures: list[MediaPart]
-
-
-def read_conversation(messages: Sequence[Message], salt: bytes) -> Conversation:
-    """Take messages apart. Raises InvalidRequest for what a role cannot hold. Pictures of another
-    ``salt`` are other pictures to every cache."""
-    turns: list[Turn] = []
-    pictures: list[MediaPart] = []
-    for index, message in enumerate(messages):
-        content: list[str | int] = []
-        for number, part in enumerate(message.content or ()):
-            where = f"messages[{index}].content[{number}]"
-            allowed = PART_TYPES[message.role]
-            if part.type not in allowed:
-                raise InvalidRequest(
-                    f"{where}.type: a {message.role} message can hold "
-                    f"{' and '.join(map(repr, allowed))} only.",
-                    param=f"{where}.type",
-                )
-            if isinstance(part, ImagePart):
-                most = 1 if part.image_url.detail == "low" else None
-                content.append(len(pictures))
-                pictures.append(MediaPart(part.image_url.url, f"{where}.image_url.url", most, salt))
-            else:
-                text = part.text if isinstance(part, TextPart) else part.refusal
-                if text:
-                    content.append(text)
-        if message.content is None and not message.tool_calls:
-            raise InvalidRequest(
-                f"messages[{index}].content is missing.",
-                param=f"messages[{index}].content",
-                code="missing_required_parameter",
-            )
-        role = "system" if message.role == "developer" else message.role
-        turns.append(Turn(role, tuple(content), _calls(message, index)))
-    return Conversation(turns, pictures)
-
-
-def _calls(message: Message, index: int) -> tuple[tuple[str, dict[str, Any]], ...]:
-    if message.tool_calls and message.role != "assistant":
-        where = f"messages[{index}].tool_calls"
-        raise InvalidRequest(f"{where}: only assistant messages call tools.", param=where)
-    calls = []
-    for number, call in enumerate(message.tool_calls or ()):
-        try:
-            arguments = decode(call.function.arguments or "{}")
-        except ValueError:
-            arguments = None
-        if not isinstance(arguments, dict):
-            where = f"messages[{index}].tool_calls[{number}].function.arguments"
-            raise InvalidRequest(f"{where} must be the text of a JSON object.", param=where)
-        calls.append((call.function.name, arguments))
-    return tuple(calls)
-
-
 async def prepare(
     request: ChatRequest,
     identity: str,
@@ -212,12 +125,7 @@ async def prepare(
 ) -> PreparedChat:
     """Check, fetch, tokenise; ``run`` does what takes longer for longer texts, ``room`` waits for
     room for tiles. Raises ClientErrors; when one picture fails, the others stop."""
-    if request.model is not None and request.model != model.name:
-        raise NotFound(
-            f"This server does not serve that model; it serves {model.name!r}.",
-            param="model",
-            code="model_not_found",
-        )
+    check_model(request, model)
     if request.priority and not model.has_priorities:
         raise InvalidRequest(
             "priority must be 0 or left out: this server does not schedule by priority.",
@@ -231,27 +139,19 @@ async def prepare(
     if demand is not None:
         await _check_demand(demand, model, grammars, tenant)
         sampling = _constrained(sampling, demand)
-    ending = _ending(request)
-    conversation = await run(read_conversation, request.messages, tenant.salt)
-    if len(conversation.pictures) > limits.max_images:
-        raise InvalidRequest(
-            f"The request has {len(conversation.pictures)} pictures; at most {limits.max_images} "
-            "are allowed.",
-            param="messages",
-            code="too_many_images",
-        )
-    segments = await run(_render, request, conversation, model, ending)
+    conversation, frame = await read_prompt(request, model, limits, run, tenant)
     began = time.monotonic()
-    pictures: list[TiledMedia] = []
-    if parts := conversation.pictures:
-        share = await room(_most_tile_bytes(parts, model.ready))
-        pictures = await _load_all(media, parts, model.ready, limits.media_workers + 2)
-        share.keep(sum(len(picture.tiles) for picture in pictures))
+    gallery = Gallery([], [])
+    if conversation.parts:
+        share = await room(_most_tile_bytes(conversation.parts, model.ready))
+        gallery = await show(media, conversation, frame, limits.media_workers + 2)
+        share.keep(gallery.size)
     media_seconds = time.monotonic() - began
-    prompt = await run(model.prompts.build, segments, pictures)
+    frames = [video.frames for video in gallery.videos]
+    prompt = await run(model.prompts.build, frame.segments, gallery.pictures, frames)
     sampling = fit_sampling(sampling, request, len(prompt.ids), model.ready.max_model_len)
-    boxes = _box_reader(request, pictures, model)
-    if ending == "continue":
+    boxes = _box_reader(request, gallery.pictures, model)
+    if request.continue_final_message:
         await run(boxes.skip, model.prompts.last_turn(prompt.ids))
     options = request.stream_options
     named = request.tool_choice is not None and request.tool_choice.single
@@ -267,7 +167,7 @@ async def prepare(
             tenant=tenant.id,
             weight=tenant.weight,
         ),
-        buffers=[pictures[source].tiles for source in prompt.buffers],
+        buffers=[picture.tiles for picture in prompt.buffers],
         n=either(request.n, 1),
         model=model,
         stops=tuple(request.stop or ()),
@@ -278,29 +178,37 @@ async def prepare(
         called_reason="stop" if named else "tool_calls",  # as OpenAI has it
         skip_special_tokens=request.skip_special_tokens is not False,
         echo=_echo(request, conversation),
-        continues=ending == "continue",
+        continues=bool(request.continue_final_message),
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
-        shown=[
-            _shown(index, picture, item)
-            for index, (picture, item) in enumerate(zip(pictures, prompt.items, strict=True))
-        ],
+        shown=account(gallery, conversation, frame.segments, model.ready.geometry.tokens_per_tile),
         media_seconds=media_seconds,
     )
 
 
-def _shown(index: int, picture: TiledMedia, item: VisionItem) -> Shown:
-    facts = ImageUsage(
-        index=index,
-        width=picture.width,
-        height=picture.height,
-        grid=(picture.columns, picture.rows),
-        tiles=picture.count,
-        tokens=item.length,
-        fetch_ms=milliseconds(picture.fetch_seconds),
-        preprocess_ms=milliseconds(picture.decode_seconds),
-    )
-    return Shown(facts, range(index, index + 1))
+def check_model(request: ChatRequest, model: ServedModel) -> None:
+    """Raise NotFound for a request that asks another model."""
+    if request.model is not None and request.model != model.name:
+        raise NotFound(
+            f"This server does not serve that model; it serves {model.name!r}.",
+            param="model",
+            code="model_not_found",
+        )
+
+
+async def read_prompt(
+    request: ChatRequest, model: ServedModel, limits: MediaSettings, run: Run, tenant: Tenant
+) -> tuple[Conversation, Frame]:
+    """The conversation of a request, and the prompt that its parts stand in. Raises
+    InvalidRequest, ContextTooLong."""
+    ending = _ending(request)
+    treatment = cast(Treatment, request.preprocess or limits.preprocess)
+    allowance = Allowance(limits.max_request_media_bytes)
+    viewing = Viewing(limits, model.ready.geometry, treatment, tenant.salt, allowance)
+    conversation = await run(read_conversation, request.messages, viewing)
+    segments = await run(_render, request, conversation, model, ending)
+    answer = either(request.max_completion_tokens, request.max_tokens)
+    return conversation, Frame(model.prompts, segments, model.ready, request.visual_budget, answer)
 
 
 async def _check_demand(
@@ -398,44 +306,7 @@ def _render(
 
 
 def _most_tile_bytes(parts: Sequence[MediaPart], ready: Ready) -> int:
-    """What the tiles of pictures may take: all that each may have, or all that the context has."""
+    """What the tiles of all parts may take: all that each may have, or all that the context has."""
     geometry = ready.geometry
-    context = ready.max_model_len // geometry.tokens_per_tile * geometry.tile_bytes
-    return min(context, sum(TileSettings.of(geometry, p.max_tiles).most_bytes for p in parts))
-
-
-async def _load_all(
-    media: Media, parts: Sequence[MediaPart], ready: Ready, at_once: int
-) -> list[TiledMedia]:
-    """All pictures, in order; the first failure cancels the rest. Raises ContextTooLong as soon as
-    the pictures alone do not fit.
-
-    Only ``at_once`` are on their way at a time: whoever asks next does not wait for all of them.
-    """
-    places = asyncio.Semaphore(at_once)
-    tiles = len(parts)  # each has one at least
-
-    async def load(part: MediaPart) -> TiledMedia:
-        nonlocal tiles
-        async with places:
-            check()
-            picture = cast(TiledMedia, await media.load(part))
-            tiles += picture.count - 1
-        check()
-        return picture
-
-    def check() -> None:
-        if tiles * ready.geometry.tokens_per_tile >= ready.max_model_len:
-            raise ContextTooLong(
-                f"The pictures have {tiles * ready.geometry.tokens_per_tile} tokens or more; this "
-                f"model's context is {ready.max_model_len} tokens.",
-                param="messages",
-            )
-
-    tasks = [asyncio.ensure_future(load(part)) for part in parts]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    context = ready.max_model_len // geometry.tokens_per_tile
+    return min(context, sum(most_tiles(part, geometry) for part in parts)) * geometry.tile_bytes

@@ -7,7 +7,7 @@ the ids equal to those of the whole rendered text wherever a client typed no tok
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from server.chat import tools
 from server.tokenizer import Tokenizer
@@ -40,23 +40,34 @@ class TiledPicture(Protocol):
         """Number of tiles, the thumbnail included."""
 
 
+P = TypeVar("P", bound=TiledPicture)
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A video, by its index among the videos of a conversation."""
+
+    index: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One message. ``content`` holds texts, and pictures by their index in the conversation."""
+    """One message. ``content`` holds texts, pictures by their index among the pictures of the
+    conversation, and videos."""
 
     role: str
-    content: tuple[str | int, ...]
+    content: tuple[str | int | Video, ...]
     calls: tuple[tuple[str, dict[str, Any]], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-    """``items`` stand in the order of their offsets; ``buffers`` names, for each raw buffer to
-    send, the picture it comes from (equal pictures share one)."""
+class Prompt(Generic[P]):
+    """``items`` stand in the order of their offsets, and so does what they show; ``buffers`` has,
+    for each raw buffer to send, the picture it comes from (equal pictures share one)."""
 
     ids: list[int]
     items: list[VisionItem]
-    buffers: list[int]
+    buffers: list[P]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +75,7 @@ class _Special:
     token: str
 
 
-Segment = str | int | _Special
+Segment = str | int | Video | _Special
 
 Ending = Literal["ask", "close", "continue"]
 """How a prompt ends: with the beginning of an assistant turn, behind the last turn, or in it."""
@@ -106,6 +117,10 @@ class PromptBuilder:
         """What follows the last beginning of a turn in a prompt."""
         return ids[len(ids) - ids[::-1].index(self._ids[TURN]) :]
 
+    def frame_tokens(self, frames: int) -> int:
+        """Tokens that a frame of so many takes besides its tiles: its label and the two marks."""
+        return len(self._tokenizer.encode(f"\nFrame{frames}: ")) + 2
+
     def render(
         self,
         turns: Sequence[Turn],
@@ -131,15 +146,16 @@ class PromptBuilder:
     def build(
         self,
         segments: Sequence[Segment],
-        pictures: Sequence[TiledPicture],
-    ) -> Prompt:
-        """The ids of what ``render`` gave, for these pictures."""
+        pictures: Sequence[P],
+        videos: Sequence[Sequence[P]] = (),
+    ) -> Prompt[P]:
+        """The ids of what ``render`` gave, for these pictures and the frames of these videos."""
         ids = list(self._tokenizer.bos)
         items: list[VisionItem] = []
         buffers: dict[bytes, int] = {}
-        sources: list[int] = []
+        sources: list[P] = []
         run: list[str] = []
-        for segment in [*segments, None]:
+        for segment in _shown(segments, pictures, videos):
             if isinstance(segment, str):
                 run.append(segment)
                 continue
@@ -147,22 +163,22 @@ class PromptBuilder:
             run.clear()
             if isinstance(segment, _Special):
                 ids.append(self._ids[segment.token])
-            elif segment is not None:
-                picture = pictures[segment]
-                if picture.digest not in buffers:
-                    buffers[picture.digest] = len(sources)
-                    sources.append(segment)
-                length = picture.count * self._tokens_per_tile
-                items.append(
-                    VisionItem(
-                        digest=picture.digest,
-                        offset=len(ids),
-                        length=length,
-                        tiles=picture.count,
-                        buffer=buffers[picture.digest],
-                    )
+                continue
+            if segment.digest not in buffers:
+                buffers[segment.digest] = len(sources)
+                sources.append(segment)
+            length = segment.count * self._tokens_per_tile
+            items.append(
+                VisionItem(
+                    digest=segment.digest,
+                    offset=len(ids),
+                    length=length,
+                    tiles=segment.count,
+                    buffer=buffers[segment.digest],
                 )
-                ids += [self._ids[CONTEXT]] * length
+            )
+            ids += [self._ids[CONTEXT]] * length
+        ids += self._encode("".join(run))
         return Prompt(ids, items, sources)
 
     def _encode(self, text: str) -> list[int]:
@@ -208,7 +224,7 @@ class PromptBuilder:
         if turn.content or not turn.calls:
             yield "\n"
         for part in turn.content:
-            if isinstance(part, str):
+            if isinstance(part, str | Video):
                 yield part
             else:
                 if numbered:
@@ -221,7 +237,7 @@ class PromptBuilder:
         self, turns: Sequence[Turn], offered: Sequence[dict[str, Any]]
     ) -> Sequence[Turn]:
         """The conversation with its system turn, which also offers the tools."""
-        first: tuple[str | int, ...] | None = None
+        first: tuple[str | int | Video, ...] | None = None
         if turns and turns[0].role == "system":
             first, turns = turns[0].content, turns[1:]
         elif self._template.system is not None:
@@ -229,3 +245,19 @@ class PromptBuilder:
         if offered:
             first = (*(first or ()), tools.describe(offered))
         return turns if first is None else [Turn("system", first), *turns]
+
+
+def _shown(
+    segments: Sequence[Segment], pictures: Sequence[P], videos: Sequence[Sequence[P]]
+) -> Iterator[str | _Special | P]:
+    """The segments with what they show. Frames are labelled as the reference labels them, in both
+    formats."""
+    for segment in segments:
+        if isinstance(segment, int):
+            yield pictures[segment]
+        elif isinstance(segment, Video):
+            for number, frame in enumerate(videos[segment.index], 1):
+                yield f"Frame{number}: "
+                yield from (_Special(PICTURE), frame, _Special(PICTURE_END), "\n")
+        else:
+            yield segment

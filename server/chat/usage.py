@@ -3,20 +3,82 @@ what a picture is and what preparing it took; what encoding it took comes with t
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
-from server.schemas.common import ImageUsage, MediaUsage, PromptTokensDetails, Usage
+from preprocessing import Loaded
+from server.chat.conversation import Conversation
+from server.chat.prompt import Segment, Video
+from server.chat.showing import Gallery
+from server.schemas.common import (
+    ImageUsage,
+    MediaUsage,
+    PromptTokensDetails,
+    Usage,
+    VideoUsage,
+)
 from wire.messages import EngineOutput, VisionItem
 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A picture of a request: what was known of it before the engine was asked, and which items
-    of the engine's request show it."""
+    """A picture or video of a request: what was known of it before the engine was asked, and which
+    items of the engine's request show it."""
 
-    facts: ImageUsage
+    facts: ImageUsage | VideoUsage
     items: range
+
+
+def account(
+    gallery: Gallery, conversation: Conversation, segments: Sequence[Segment], tokens_per_tile: int
+) -> list[Shown]:
+    """What is shown, in the order of the prompt."""
+    shown: list[Shown] = []
+    items = 0
+    for segment in segments:
+        if isinstance(segment, int):
+            picture = gallery.pictures[segment]
+            reduced = conversation.pictures[segment].param in gallery.reduced
+            image = ImageUsage(
+                **_common(segment, picture, picture.count, tokens_per_tile, reduced),
+                width=picture.width,
+                height=picture.height,
+                grid=(picture.columns, picture.rows),
+            )
+            shown.append(Shown(image, range(items, items + 1)))
+            items += 1
+        elif isinstance(segment, Video):
+            video = gallery.videos[segment.index]
+            first, facts = video.frames[0], video.facts
+            tiles = sum(frame.count for frame in video.frames)
+            reduced = conversation.videos[segment.index].param in gallery.reduced
+            film = VideoUsage(
+                **_common(segment.index, video, tiles, tokens_per_tile, reduced),
+                width=first.width,
+                height=first.height,
+                frames=list(video.indices),
+                seconds=[round(at, 3) for at in video.seconds],
+            )
+            if facts is not None:
+                film.source_frames = facts.frames
+                film.duration, film.fps = round(facts.duration, 3), round(facts.fps, 3)
+            shown.append(Shown(film, range(items, items + len(video.frames))))
+            items += len(video.frames)
+    return shown
+
+
+def _common(
+    index: int, loaded: Loaded, tiles: int, tokens_per_tile: int, reduced: bool
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "tiles": tiles,
+        "tokens": tiles * tokens_per_tile,
+        "reduced": reduced,
+        "fetch_ms": milliseconds(loaded.fetch_seconds),
+        "preprocess_ms": milliseconds(loaded.decode_seconds),
+    }
 
 
 class Meter:
@@ -43,10 +105,14 @@ class Meter:
         details = PromptTokensDetails(cached, pictures)
         usage = Usage(prompt, completion, prompt + completion, details)
         if self._shown:
-            usage.internvl = MediaUsage([self._used(shown, cached) for shown in self._shown])
+            used = [self._used(shown, cached) for shown in self._shown]
+            usage.internvl = MediaUsage(
+                [one for one in used if isinstance(one, ImageUsage)],
+                [one for one in used if isinstance(one, VideoUsage)],
+            )
         return usage
 
-    def _used(self, shown: Shown, cached: int) -> ImageUsage:
+    def _used(self, shown: Shown, cached: int) -> ImageUsage | VideoUsage:
         items = [self._items[index] for index in shown.items]
         return msgspec.structs.replace(
             shown.facts,

@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     Tag,
     WithJsonSchema,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -77,7 +78,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 PART_TYPES = {
     "system": ("text",),
     "developer": ("text",),
-    "user": ("text", "image_url"),
+    "user": ("text", "image_url", "video_url"),
     "assistant": ("text", "refusal"),
     "tool": ("text",),
 }
@@ -117,11 +118,41 @@ def _url_object(value: object) -> object:
     return {"url": value} if isinstance(value, str) else value
 
 
-class ImageUrl(_Model):
-    """A data:, http: or https: URL. ``detail`` "low" means one tile."""
+class _Bounds(_Model):
+    """How much of the prompt a picture, or each frame of a video, may take."""
+
+    min_tiles: int | None = Field(None, ge=1)
+    max_tiles: int | None = Field(None, ge=1)
+    fit: bool | None = None
+    preprocess: Literal["normalized", "reference"] | None = None
+
+
+class ImageUrl(_Bounds):
+    """A data:, http:, https: or file: URL. ``detail`` "low" means one tile."""
 
     url: str = Field(min_length=1)
     detail: Literal["auto", "low", "high"] | None = None
+
+
+class VideoUrl(_Bounds):
+    """A URL, or the URLs of pictures; ``start`` and ``end`` in seconds."""
+
+    url: str | None = Field(None, min_length=1)
+    frames: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    num_frames: int | None = Field(None, ge=1)
+    fps: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
+    start: float | None = Field(None, ge=0, le=1e9, allow_inf_nan=False)
+    end: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "VideoUrl":
+        if (self.url is None) == (self.frames is None):
+            raise _wrong("must have either 'url' or 'frames'")
+        if self.frames is not None and (self.fps, self.start, self.end) != (None, None, None):
+            raise _wrong("has 'frames', which have no time: leave out 'fps', 'start' and 'end'")
+        if self.start is not None and self.end is not None and self.start >= self.end:
+            raise _wrong("must be less than 'end'", "start")
+        return self
 
 
 class ImagePart(_Model):
@@ -129,6 +160,13 @@ class ImagePart(_Model):
 
     type: Literal["image_url"]
     image_url: Annotated[ImageUrl, BeforeValidator(_url_object)]
+
+
+class VideoPart(_Model):
+    """A video."""
+
+    type: Literal["video_url"]
+    video_url: Annotated[VideoUrl, BeforeValidator(_url_object)]
 
 
 def _kind(value: object) -> str:
@@ -139,8 +177,8 @@ def _check_part(value: object) -> object:
     if not isinstance(value, dict):
         raise _wrong("must be an object with a 'type'")
     kind = value.get("type")
-    if kind not in ("text", "image_url", "refusal"):
-        raise _wrong(f"is {clip(kind)}; supported are 'text' and 'image_url'", "type")
+    if kind not in ("text", "image_url", "video_url", "refusal"):
+        raise _wrong(f"is {clip(kind)}; supported are 'text', 'image_url' and 'video_url'", "type")
     return value
 
 
@@ -148,6 +186,7 @@ def _check_part(value: object) -> object:
 Part = Annotated[
     Annotated[TextPart, Tag("<text>")]
     | Annotated[ImagePart, Tag("<image_url>")]
+    | Annotated[VideoPart, Tag("<video_url>")]
     | Annotated[RefusalPart, Tag("<refusal>")],
     Discriminator(_kind),
     BeforeValidator(_check_part),
@@ -352,6 +391,19 @@ class StructuredOutputs(_Model):
     whitespace_pattern: None = None
 
 
+class VisualBudget(_Model):
+    """What all pictures and videos of a request may take together: one of the two."""
+
+    max_tiles: int | None = Field(None, ge=1, le=2**31 - 1)
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> "VisualBudget":
+        if (self.max_tiles is None) == (self.max_tokens is None):
+            raise _wrong("must have either 'max_tiles' or 'max_tokens'")
+        return self
+
+
 class ChatRequest(_Model):
     """POST /v1/chat/completions: the fields that have an effect."""
 
@@ -399,3 +451,6 @@ class ChatRequest(_Model):
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
     skip_special_tokens: bool | None = None
+    # Our own
+    visual_budget: VisualBudget | None = None
+    preprocess: Literal["normalized", "reference"] | None = None

@@ -11,33 +11,53 @@ class PromptTokensDetails(msgspec.Struct):
     image_tokens: int
 
 
-class ImageUsage(msgspec.Struct):
-    """One picture of a request. ``width`` and ``height`` are its own, upright; ``grid`` is columns,
-    then rows; ``tiles`` include the thumbnail, ``tokens`` are those that the tiles take, and
-    ``cached_tokens`` of them were not computed again. Times are in milliseconds, 0 for what was
-    found in a cache: from its URL to its bytes, from these to tiles, and in the encoder."""
+class PartUsage(msgspec.Struct, kw_only=True):
+    """One picture or video of a request. ``width`` and ``height`` are its own, upright; ``tiles``
+    include thumbnails, ``tokens`` are those that the tiles take, and ``cached_tokens`` of them
+    were not computed again. One that is ``reduced`` got less than it asked for. Times are in
+    milliseconds, 0 for what was found in a cache: from its URL to its bytes, from these to tiles,
+    and in the encoder."""
 
     index: int
     width: int
     height: int
-    grid: tuple[int, int]
     tiles: int
     tokens: int
+    reduced: bool = False
     cached_tokens: int = 0
     fetch_ms: float = 0.0
     preprocess_ms: float = 0.0
     encode_ms: float = 0.0
 
 
+class ImageUsage(PartUsage, kw_only=True):
+    """A picture; ``grid`` is columns, then rows."""
+
+    grid: tuple[int, int]
+
+
+class VideoUsage(PartUsage, kw_only=True):
+    """A video: the numbers of the ``frames`` that were shown and their ``seconds`` from its
+    beginning. ``source_frames``, ``duration`` in seconds and average ``fps`` are its own; one that
+    was given as pictures has no times."""
+
+    frames: list[int]
+    seconds: list[float]
+    source_frames: int | None = None
+    duration: float | None = None
+    fps: float | None = None
+
+
 class MediaUsage(msgspec.Struct):
-    """What each picture of a request took, in their order."""
+    """What each picture and each video of a request took, in their order."""
 
     images: list[ImageUsage]
+    videos: list[VideoUsage]
 
 
 class Usage(msgspec.Struct):
     """Tokens of one request. The token that ended the answer counts as generated. ``internvl`` is
-    there if the request has pictures."""
+    there if the request has pictures or videos."""
 
     prompt_tokens: int
     completion_tokens: int

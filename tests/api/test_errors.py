@@ -65,7 +65,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "string or an array"),
     (user("x"), "messages[0].content[0]", "object"),
     (user({"text": "x"}), "messages[0].content[0].type", "image_url"),
-    (user({"type": "video_url"}), "messages[0].content[0].type", "'video_url'"),
+    (user({"type": "audio_url"}), "messages[0].content[0].type", "'audio_url'"),
     (user({"type": "input_audio"}), "messages[0].content[0].type", "'input_audio'"),
     (user({"type": "text"}), "messages[0].content[0].text", "missing"),
     (user({"type": "text", "text": 1}), "messages[0].content[0].text", "string"),

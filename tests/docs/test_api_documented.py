@@ -9,7 +9,7 @@ from fastapi.routing import APIRoute
 from openai.types.chat import completion_create_params as official
 
 from server.auth import OPEN_PATHS
-from server.routes import chat, models, ops
+from server.routes import chat, models, ops, preview
 from server.schemas.chat import (
     IGNORED,
     MAX_MESSAGES,
@@ -53,7 +53,7 @@ def test_no_field_of_the_official_client_is_forgotten() -> None:
 def test_every_route_is_documented_with_its_need_of_a_key() -> None:
     documented = {route.strip("`"): key for route, _, key in rows("API")}
     served: dict[str, str] = {"GET /openapi.json": "yes"}
-    for module in (chat, models, ops):
+    for module in (chat, preview, models, ops):
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             for method in route.methods:

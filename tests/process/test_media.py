@@ -23,7 +23,7 @@ from preprocessing import MediaPart, MediaPipeline, TiledMedia, pool
 from preprocessing.images import open_picture
 from preprocessing.media import Confine, Confined, FromWorker, Refused, TileJob, TileSettings
 from preprocessing.tiling import tile
-from server.chat.prepare import _load_all
+from server.chat.showing import load_all
 from tests.fake_engine import make_ready
 from tests.process import lying_worker
 from wire.channel import Channel
@@ -216,10 +216,10 @@ async def test_only_as_many_pictures_as_the_memory_holds_are_on_their_way() -> N
 async def test_a_request_of_many_pictures_does_not_hold_up_one_of_one() -> None:
     ready = make_ready(max_model_len=10_000)
     async with pipeline() as media, hanging_job(media, plain()) as (pid, _):
-        many = asyncio.create_task(_load_all(media, [plain("blue")] * 50, ready, 3))
+        many = asyncio.create_task(load_all(media.load, [plain("blue")] * 50, ready, 3))
         for _ in range(20):
             await asyncio.sleep(0)
-        single = asyncio.create_task(_load_all(media, [plain("green")], ready, 3))
+        single = asyncio.create_task(load_all(media.load, [plain("green")], ready, 3))
         for _ in range(20):
             await asyncio.sleep(0)
         os.kill(pid, signal.SIGCONT)

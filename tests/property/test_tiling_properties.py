@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from preprocessing.grid import choose_grid
 from preprocessing.media import TileSettings
-from preprocessing.tiling import choose_grid, tile
+from preprocessing.tiling import tile
 
 SIDES = st.integers(1, 100_000)
 BOUNDS = st.tuples(st.integers(1, 16), st.integers(1, 16)).map(sorted)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from preprocessing import sources
-from preprocessing.incoming import Allowance
+from preprocessing.allowance import Allowance
 from preprocessing.media import Kind
 from preprocessing.sources import Fetcher
 from tests.sites import (

@@ -17,8 +17,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from preprocessing.grid import choose_grid
 from preprocessing.media import TileSettings
-from preprocessing.tiling import choose_grid, tile
+from preprocessing.tiling import tile
 from wire.geometry import VisionGeometry
 
 MOST = 5000

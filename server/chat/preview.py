@@ -1,0 +1,101 @@
+"""What a chat request would cost, without decoding a pixel: its pictures and videos are fetched and
+their headers read. It counts with the functions that the request itself would be counted with."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+from preprocessing import MediaPart
+from preprocessing.grid import choose_grid
+from preprocessing.media import Facts, PictureFacts, TileSettings, VideoFacts
+from server.auth import Tenant
+from server.chat.prepare import Run, ServedModel, check_model, read_prompt
+from server.chat.showing import Frame, Media, open_all
+from server.chat.visual import Fitter, View
+from server.schemas.chat import ChatRequest
+from server.schemas.preview import PartPreview, Preview, Setting
+from wire.errors import ContextTooLong
+from wire.geometry import VisionGeometry
+from wire.settings import MediaSettings
+
+
+async def preview(
+    request: ChatRequest,
+    model: ServedModel,
+    media: Media,
+    limits: MediaSettings,
+    run: Run,
+    tenant: Tenant,
+) -> Preview:
+    """Raises what the request itself would be refused with, except for what does not fit."""
+    check_model(request, model)
+    conversation, frame = await read_prompt(request, model, limits, run, tenant)
+    parts = conversation.parts
+    async with media.hold(parts):
+        opened = await open_all(media, parts, limits.media_workers + 2)
+        facts = [one.facts for one in opened]
+    return await asyncio.to_thread(_preview, model, frame, parts, facts)
+
+
+def _preview(
+    model: ServedModel, frame: Frame, parts: Sequence[MediaPart], facts: Sequence[Sequence[Facts]]
+) -> Preview:
+    geometry, context = model.ready.geometry, model.ready.max_model_len
+    fitter = Fitter(parts, facts, frame.limits(parts))
+    views = fitter.asked()
+    with suppress(ContextTooLong):
+        views = fitter.fitted()
+    answer = frame.answer_tokens or 1
+
+    def setting(views: Sequence[View] | None) -> Setting | None:
+        if not views:
+            return None
+        prompt = frame.length(views)
+        tiles = sum(view.tiles for view in views)
+        return Setting({"max_tiles": tiles}, prompt, prompt + answer <= context)
+
+    prompt = frame.length(views)
+    visual = sum(view.tiles for view in views) * geometry.tokens_per_tile
+    fits = prompt + answer <= context
+    return Preview(
+        model=model.name,
+        fits=fits,
+        prompt_tokens=prompt,
+        text_tokens=prompt - visual,
+        visual_tokens=visual,
+        max_model_len=context,
+        parts=[
+            _part(view, part, known, geometry)
+            for view, part, known in zip(views, parts, facts, strict=True)
+        ],
+        cheapest=setting(fitter.smallest()),
+        largest=None if fits else setting(fitter.largest_that_fits()),
+    )
+
+
+def _part(
+    view: View, asked: MediaPart, facts: Sequence[Facts], geometry: VisionGeometry
+) -> PartPreview:
+    first = facts[0]
+    found = PartPreview(
+        param=asked.param,
+        type=asked.kind,
+        format=first.format if isinstance(first, PictureFacts) else first.container,
+        width=first.width,
+        height=first.height,
+        tiles=view.tiles,
+        tokens=view.tiles * geometry.tokens_per_tile,
+        reduced=view.part != asked,
+    )
+    if asked.kind == "video":
+        found.frames, found.source_frames = len(view.shots), len(facts)
+    elif isinstance(first, PictureFacts):
+        settings = TileSettings.for_part(geometry, view.part)
+        found.orientation = first.orientation
+        found.grid = choose_grid(
+            first.width, first.height, settings.side, settings.min_tiles, settings.max_tiles
+        )
+    if isinstance(first, VideoFacts):
+        found.source_frames, found.rotation = first.frames, first.rotation
+        found.duration, found.fps = round(first.duration, 3), round(first.fps, 3)
+    return found

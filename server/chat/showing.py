@@ -1,0 +1,202 @@
+"""The pictures and videos of a request: from what its parts ask for to their tiles.
+
+Most requests are loaded in one go. Where tiles or frames have to be given up, or a budget shared,
+all parts are opened first: what their headers say settles how much each one gets.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol, TypeVar, cast
+
+from preprocessing import Loaded, MediaPart, TiledMedia, TiledVideo
+from preprocessing.media import Facts, Opened
+from preprocessing.pool import PoolStats
+from preprocessing.turns import few_at_a_time
+from server.chat import visual
+from server.chat.conversation import Conversation
+from server.chat.prompt import PromptBuilder, Segment
+from server.schemas.chat import VisualBudget
+from wire.errors import ContextTooLong
+from wire.geometry import VisionGeometry
+from wire.messages import Ready
+
+_S = TypeVar("_S")
+
+# Tokens kept for the answer of a request that does not say how many it needs, where parts are made
+# to fit; of a small context an eighth.
+ANSWER_TOKENS = 256
+
+
+class Media(Protocol):
+    """Fetches, decodes and tiles; ``preprocessing.MediaPipeline`` or a test's own."""
+
+    @property
+    def missing(self) -> Sequence[str]:
+        """Layers of the decoders' sandbox that this system lacks."""
+
+    @property
+    def stats(self) -> PoolStats:
+        """Counters of the decode workers."""
+
+    async def start(self, geometry: VisionGeometry) -> None:
+        """Make ready for a model."""
+
+    async def load(self, part: MediaPart) -> Loaded:
+        """Tiles of one part; raises MediaRefused."""
+
+    def hold(self, parts: Sequence[MediaPart]) -> AbstractAsyncContextManager[None]:
+        """Room for the bytes of all these parts, while they are opened and tiled."""
+
+    async def open(self, part: MediaPart) -> Opened:
+        """Fetch one part and read its headers; raises MediaRefused."""
+
+    async def tile(self, part: MediaPart, opened: Opened) -> Loaded:
+        """Tiles of what was opened, within the bounds that ``part`` has now."""
+
+    async def close(self) -> None:
+        """Free everything."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gallery:
+    """What a request shows, in order, and which of it got less than it asked for."""
+
+    pictures: list[TiledMedia]
+    videos: list[TiledVideo]
+    reduced: frozenset[str] = frozenset()  # by their ``param``
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tiles."""
+        return sum(p.size for p in self.pictures) + sum(v.size for v in self.videos)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """A picture of which only the number of tiles is known."""
+
+    count: int
+    digest: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What the parts of one request stand in: its prompt, and what it leaves them."""
+
+    prompts: PromptBuilder
+    segments: list[Segment]
+    ready: Ready
+    budget: VisualBudget | None
+    answer_tokens: int | None
+
+    def length(self, views: Sequence[visual.View]) -> int:
+        """Tokens of the prompt, with each part as in ``views``."""
+        shots = [[_Planned(tiles) for tiles in view.shots] for view in views]
+        pictures = [
+            shot for view, (shot, *_) in zip(views, shots, strict=True) if view.part.kind == "image"
+        ]
+        videos = [s for view, s in zip(views, shots, strict=True) if view.part.kind == "video"]
+        return len(self.prompts.build(self.segments, pictures, videos).ids)
+
+    def limits(self, parts: Sequence[MediaPart]) -> visual.Limits:
+        """What there is for the parts."""
+        nothing: list[_Planned] = [_Planned(0) for part in parts if part.kind == "image"]
+        unseen: list[list[_Planned]] = [[] for part in parts if part.kind == "video"]
+        text = len(self.prompts.build(self.segments, nothing, unseen).ids)
+        context = self.ready.max_model_len
+        reserve = self.answer_tokens
+        if reserve is None:
+            reserve = min(ANSWER_TOKENS, context // 8)
+        most = max((part.choice.most for part in parts if part.choice is not None), default=1)
+        return visual.Limits(
+            self.ready.geometry,
+            context,
+            context - text - reserve,
+            context - text - (self.answer_tokens or 1),
+            self.prompts.frame_tokens(most),
+            self.budget,
+        )
+
+    def fits_anyway(self, parts: Sequence[MediaPart]) -> bool:
+        """Whether nothing can have to be given up, whatever the parts are."""
+        if self.budget is not None:
+            return False
+        if not any(part.fit for part in parts):
+            return True
+        most = sum(visual.most_tiles(part, self.ready.geometry) for part in parts)
+        shots = sum(part.choice.most for part in parts if part.choice is not None)
+        # No token is shorter than a byte.
+        text = sum(len(s.encode()) for s in self.segments if isinstance(s, str))
+        text += 2 * len(self.segments) + shots * self.prompts.frame_tokens(shots)
+        answer = self.answer_tokens or ANSWER_TOKENS
+        return most * self.ready.geometry.tokens_per_tile + text + answer <= (
+            self.ready.max_model_len
+        )
+
+
+async def show(media: Media, conversation: Conversation, frame: Frame, at_once: int) -> Gallery:
+    """Load all parts. Raises MediaRefused, InvalidRequest for a budget that is too small,
+    ContextTooLong, and Unavailable."""
+    parts = conversation.parts
+    reduced: frozenset[str] = frozenset()
+    if frame.fits_anyway(parts):
+        loaded = await load_all(media.load, parts, frame.ready, at_once)
+    else:
+        async with media.hold(parts):
+            opened = await open_all(media, parts, at_once)
+            views = await asyncio.to_thread(_settle, frame, parts, [one.facts for one in opened])
+            reduced = frozenset(
+                view.part.param
+                for view, part in zip(views, parts, strict=True)
+                if view.part != part
+            )
+            pairs = [(view.part, one) for view, one in zip(views, opened, strict=True)]
+            loaded = await load_all(lambda pair: media.tile(*pair), pairs, frame.ready, at_once)
+    pictures = cast(list[TiledMedia], loaded[: len(conversation.pictures)])
+    videos = cast(list[TiledVideo], loaded[len(conversation.pictures) :])
+    return Gallery(pictures, videos, reduced)
+
+
+def _settle(
+    frame: Frame, parts: Sequence[MediaPart], facts: Sequence[Sequence[Facts]]
+) -> list[visual.View]:
+    return visual.Fitter(parts, facts, frame.limits(parts)).fitted()
+
+
+async def open_all(media: Media, parts: Sequence[MediaPart], at_once: int) -> list[Opened]:
+    """All parts, in order; the first failure ends the rest."""
+    return await few_at_a_time(media.open, parts, at_once)
+
+
+async def load_all(
+    load: Callable[[_S], Awaitable[Loaded]], parts: Sequence[_S], ready: Ready, at_once: int
+) -> list[Loaded]:
+    """All parts, in order; the first failure ends the rest. Raises ContextTooLong as soon as they
+    alone do not fit."""
+    tiles = len(parts)  # each has one at least
+
+    async def checked(part: _S) -> Loaded:
+        nonlocal tiles
+        check()
+        loaded = await load(part)
+        tiles += _tiles(loaded) - 1
+        check()
+        return loaded
+
+    def check() -> None:
+        if tiles * ready.geometry.tokens_per_tile >= ready.max_model_len:
+            raise ContextTooLong(
+                f"The pictures have {tiles * ready.geometry.tokens_per_tile} tokens or more; this "
+                f"model's context is {ready.max_model_len} tokens.",
+                param="messages",
+            )
+
+    return await few_at_a_time(checked, parts, at_once)
+
+
+def _tiles(loaded: Loaded) -> int:
+    if isinstance(loaded, TiledVideo):
+        return sum(frame.count for frame in loaded.frames)
+    return loaded.count

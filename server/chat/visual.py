@@ -1,0 +1,229 @@
+"""How many tiles and frames the pictures and videos of a request get. Pure arithmetic on what their
+headers say; the tiles themselves are cut by preprocessing, which counts with the same function.
+
+Every part has a ladder of views, from the smallest to the one it asks for. A budget is shared
+fairly among them: nobody gets more than an equal part while somebody else has to do with less than
+it asks for. A video gives frames first, and tiles of each frame when one frame is left.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+
+from preprocessing import MediaPart
+from preprocessing.frames import segment_middles
+from preprocessing.grid import tile_count
+from preprocessing.media import Facts, FrameChoice, TileSettings, VideoFacts
+from server.schemas.chat import VisualBudget
+from wire.errors import ContextTooLong, InvalidRequest
+from wire.geometry import VisionGeometry
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A part as it could be shown: with so many ``tiles`` in each of its pictures or frames."""
+
+    part: MediaPart
+    shots: tuple[int, ...]
+
+    @property
+    def tiles(self) -> int:
+        """All of them."""
+        return sum(self.shots)
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """What a tile costs, and what a frame costs besides its tiles."""
+
+    tile: int
+    frame: int = 0
+
+    def of(self, view: View) -> int:
+        """The whole view."""
+        frames = len(view.shots) if view.part.kind == "video" else 0
+        return view.tiles * self.tile + frames * self.frame
+
+
+def most_tiles(part: MediaPart, geometry: VisionGeometry) -> int:
+    """Tiles of a part of which nothing is known yet, at most."""
+    settings = TileSettings.for_part(geometry, part)
+    shots = 1 if part.choice is None else part.choice.most
+    return shots * (settings.max_tiles + (settings.max_tiles > 1 and settings.use_thumbnail))
+
+
+def ladder(
+    part: MediaPart, facts: Sequence[Facts], geometry: VisionGeometry, *, gives: bool
+) -> list[View]:
+    """The views of a part, the smallest first; only the one it asks for unless it ``gives``."""
+    wanted = _view(part, facts, geometry)
+    if not gives:
+        return [wanted]
+    views = [wanted]
+    if part.kind == "video":
+        for shown in range(len(wanted.shots) - 1, 0, -1):
+            views.append(_view(_fewer(part, shown), facts, geometry))
+    settings = TileSettings.for_part(geometry, part)
+    for most in range(settings.max_tiles - 1, settings.min_tiles - 1, -1):
+        views.append(_view(dataclasses.replace(views[-1].part, max_tiles=most), facts, geometry))
+    # Each number of tiles is worth one view, that which is nearest to what was asked. Fewer
+    # pictures of different sizes may have more tiles: nothing is gained by those.
+    steps: dict[int, View] = {}
+    for view in views:
+        if view.tiles <= wanted.tiles:
+            steps.setdefault(view.tiles, view)
+    return [steps[tiles] for tiles in sorted(steps)]
+
+
+def share(ladders: Sequence[Sequence[View]], budget: int, price: Price) -> list[View] | None:
+    """A view of each ladder that cost no more than ``budget`` together; None if there are none."""
+    ladders = [sorted(views, key=price.of) for views in ladders]
+    costs = [list(map(price.of, views)) for views in ladders]
+    if sum(steps[0] for steps in costs) > budget:
+        return None
+
+    def taken(level: int) -> list[int]:
+        """The last step of each ladder that costs no more than ``level``; never less than one."""
+        return [max(bisect.bisect_right(steps, level), 1) - 1 for steps in costs]
+
+    def spent(steps: Sequence[int]) -> int:
+        return sum(ladder[step] for ladder, step in zip(costs, steps, strict=True))
+
+    levels = sorted({cost for steps in costs for cost in steps})
+    fair = bisect.bisect_right(levels, budget, key=lambda level: spent(taken(level))) - 1
+    steps = taken(levels[fair]) if fair >= 0 else [0] * len(costs)
+    left = budget - spent(steps)
+    # What is left over is less than one step for all: one at a time, in order.
+    rises = True
+    while rises:
+        rises = False
+        for index, own in enumerate(costs):
+            step = steps[index]
+            if step + 1 < len(own) and own[step + 1] - own[step] <= left:
+                left -= own[step + 1] - own[step]
+                steps[index] += 1
+                rises = True
+    return [views[step] for views, step in zip(ladders, steps, strict=True)]
+
+
+def _view(part: MediaPart, facts: Sequence[Facts], geometry: VisionGeometry) -> View:
+    settings = TileSettings.for_part(geometry, part)
+    if isinstance(part.url, tuple):
+        most = len(facts) if part.choice is None else part.choice.most
+        shown: Sequence[Facts] = [facts[at] for at in segment_middles(0, len(facts) - 1, most)]
+    elif isinstance(facts[0], VideoFacts) and part.choice is not None:
+        shown = [facts[0]] * frames_shown(part.choice, facts[0])
+    else:
+        shown = facts
+    return View(part, tuple(tile_count(one.width, one.height, settings) for one in shown))
+
+
+def frames_shown(choice: FrameChoice, facts: VideoFacts) -> int:
+    """How many frames a choice takes of a video, if they stand at equal distances: what
+    ``choose_frames`` does with their times, from what the header says."""
+    first, last = 0, facts.frames - 1
+    if choice.start:
+        first = min(round(choice.start * facts.fps), last)
+    if choice.end is not None:
+        last = max(min(round(choice.end * facts.fps), last), first)
+    most = min(choice.most, last - first + 1)
+    if choice.fps is not None and facts.fps:
+        most = min(most, int((last - first + 1) / facts.fps * choice.fps + 1e-6))
+    return max(most, 1)
+
+
+def _fewer(part: MediaPart, frames: int) -> MediaPart:
+    """With so many frames at most. A rate would take fewer still: it is part of what was asked."""
+    choice = part.choice or FrameChoice(frames)
+    fewer = FrameChoice(frames, choice.fps, choice.start, choice.end)
+    return dataclasses.replace(part, choice=fewer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the parts of a request may take. ``room`` prompt tokens leave the answer what it should
+    have, ``most_room`` a single token; a frame's label and marks take ``frame`` of them. ``budget``
+    is the client's own."""
+
+    geometry: VisionGeometry
+    context: int
+    room: int
+    most_room: int
+    frame: int
+    budget: VisualBudget | None
+
+
+class Fitter:
+    """Settles how the parts of one request are shown, from what their headers say."""
+
+    def __init__(
+        self, parts: Sequence[MediaPart], facts: Sequence[Sequence[Facts]], limits: Limits
+    ) -> None:
+        self._parts = parts
+        self._facts = facts
+        self._limits = limits
+        self._in_prompt = Price(limits.geometry.tokens_per_tile, limits.frame)
+
+    def asked(self) -> list[View]:
+        """What the parts ask for, within the budget. Raises InvalidRequest for one that is too
+        small for all of them."""
+        budget = self._limits.budget
+        if budget is None:
+            return [views[-1] for views in self._ladders(self._parts, all_give=False)]
+        unit = self._limits.geometry.tokens_per_tile
+        if budget.max_tiles is not None:
+            name, tiles, unit = "max_tiles", budget.max_tiles, 1
+        else:
+            name, tiles = "max_tokens", (budget.max_tokens or 0) // unit
+        views = self.within(tiles)
+        if views is None:
+            least = sum(view.tiles for view in self.smallest())
+            raise InvalidRequest(
+                f"visual_budget.{name} must be at least {least * unit} for the pictures and videos "
+                "of this request.",
+                param=f"visual_budget.{name}",
+            )
+        return views
+
+    def fitted(self) -> list[View]:
+        """The same, made to fit where the parts allow it. Raises InvalidRequest, ContextTooLong."""
+        limits = self._limits
+        ladders = self._ladders([view.part for view in self.asked()], all_give=False)
+        for room in (limits.room, limits.most_room):
+            views = share(ladders, room, self._in_prompt)
+            if views is not None:
+                return views
+        left = max(limits.most_room, 0)
+        raise ContextTooLong(
+            f"The pictures and videos do not fit: {left} of the {limits.context} tokens of this "
+            "model's context are left for them.",
+            param="messages",
+        )
+
+    def smallest(self) -> list[View]:
+        """Each part as cheap as it can be shown."""
+        ladders = self._ladders(self._parts, all_give=True)
+        return [min(views, key=lambda view: view.tiles) for views in ladders]
+
+    def within(self, tiles: int) -> list[View] | None:
+        """No more than so many tiles, shared by all; None if they cannot do with so few."""
+        return share(self._ladders(self._parts, all_give=True), tiles, Price(1))
+
+    def largest_that_fits(self) -> list[View] | None:
+        """What the largest budget gives with which the request fits; None if there is none."""
+        ladders = self._ladders(self._parts, all_give=True)
+        views = share(ladders, self._limits.most_room, self._in_prompt)
+        tiles = 0 if views is None else sum(view.tiles for view in views)
+        # A budget is shared without regard to what frames cost besides their tiles: as many tiles
+        # may take more of the prompt.
+        for most in range(tiles, 0, -1):
+            views = share(ladders, most, Price(1))
+            if views is None or sum(map(self._in_prompt.of, views)) <= self._limits.most_room:
+                return views
+        return None
+
+    def _ladders(self, parts: Sequence[MediaPart], *, all_give: bool) -> list[list[View]]:
+        return [
+            ladder(part, known, self._limits.geometry, gives=all_give or part.fit)
+            for part, known in zip(parts, self._facts, strict=True)
+        ]
