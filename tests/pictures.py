@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 # Size and pixels that are different in every corner.
@@ -289,3 +290,52 @@ def sample(kind: str, **options: Any) -> bytes:
 def promise(kind: str, width: int, height: int) -> bytes:
     """A file whose header has this size, and that has no pixels behind it."""
     return BY_HAND[kind](width, height, b"")
+
+
+def turned(orientation: int) -> bytes:
+    """The EXIF data that say so."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+def stored(upright: Image.Image, orientation: int) -> Image.Image:
+    """As a camera stores a picture under this value of the tag: EXIF's table, not Pillow's code."""
+    pixels = np.asarray(upright)
+    if orientation > 4:
+        pixels = pixels.swapaxes(0, 1)
+    mirrors = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (-1, 1), 7: (-1, -1), 8: (1, -1)}
+    down, across = mirrors.get(orientation, (1, 1))
+    return Image.fromarray(np.ascontiguousarray(pixels[::down, ::across]), "RGB")
+
+
+def lossless(shown: Image.Image) -> dict[str, bytes]:
+    """One RGB picture of at most 256 pixels a side and 8 colours in many encodings."""
+    assert max(shown.size) <= 256
+    palette = shown.quantize(8)
+    assert palette.convert("RGB").tobytes() == shown.tobytes()
+    encodings = {
+        "PNG": encode(shown),
+        "PNG with a palette": encode(palette),
+        "PNG with alpha": encode(shown.convert("RGBA")),
+        "APNG": encode(shown, save_all=True, append_images=[Image.new("RGB", shown.size)]),
+        "WebP": encode(shown, "WEBP", lossless=True),
+        "GIF": encode(palette, "GIF"),
+        "BMP": encode(shown, "BMP"),
+        "BMP with a palette": encode(palette, "BMP"),
+        "TIFF": encode(shown, "TIFF"),
+        "TIFF LZW": encode(shown, "TIFF", compression="tiff_lzw"),
+        "TIFF deflate": encode(shown, "TIFF", compression="tiff_adobe_deflate"),
+        "JPEG 2000": encode(shown, "JPEG2000"),
+        "ICO": encode(shown, "ICO", sizes=[shown.size]),
+        "TGA": encode(shown, "TGA", compression="tga_rle"),
+        "SGI": encode(shown, "SGI"),
+        "PCX": encode(shown, "PCX"),
+        "DDS": encode(shown, "DDS"),
+        "QOI": encode(shown, "QOI"),
+    }
+    for kind in ("PPM", "PSD", "SUN", "FTEX", "PIXAR", "CUR", "DIB"):
+        encodings[kind] = BY_HAND[kind](*shown.size, shown.tobytes())
+    if "JXL" in Image.SAVE:
+        encodings["JPEG XL"] = encode(shown, "JXL", lossless=True)
+    return encodings

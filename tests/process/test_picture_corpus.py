@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
-from numpy.typing import NDArray
 from PIL import Image
 
 from preprocessing import MediaPart, MediaPipeline, TiledMedia
 from preprocessing.images import FORMATS, Unreadable, look_picture, open_picture
 from preprocessing.media import TileSettings
 from preprocessing.tiling import tile
-from tests.pictures import BY_HAND, encode
+from tests.pictures import encode, lossless, stored, turned
 from wire.errors import MediaRefused
 from wire.geometry import VisionGeometry
 from wire.settings import MediaSettings
@@ -158,36 +157,11 @@ async def test_looking_and_the_reference_treatment_agree_with_pillow(corpus: lis
 
 # one picture, many files
 
-# Few colours, so that formats with a palette keep them; no turn of it equals another.
+# No turn of it equals another.
 ONE = Image.new("RGB", (200, 120), (30, 60, 200))
 ONE.paste((220, 30, 30), (10, 10, 90, 50))
 ONE.paste((250, 240, 40), (120, 70, 190, 110))
-
-ENCODINGS: dict[str, bytes] = {
-    "PNG": encode(ONE),
-    "PNG with a palette": encode(ONE.quantize(8)),
-    "PNG with alpha": encode(ONE.convert("RGBA")),
-    "APNG": encode(ONE, save_all=True, append_images=[Image.new("RGB", ONE.size)]),
-    "WebP": encode(ONE, "WEBP", lossless=True),
-    "GIF": encode(ONE, "GIF"),
-    "BMP": encode(ONE, "BMP"),
-    "BMP with a palette": encode(ONE.quantize(8), "BMP"),
-    "TIFF": encode(ONE, "TIFF"),
-    "TIFF LZW": encode(ONE, "TIFF", compression="tiff_lzw"),
-    "TIFF deflate": encode(ONE, "TIFF", compression="tiff_adobe_deflate"),
-    "JPEG 2000": encode(ONE, "JPEG2000"),
-    "ICO": encode(ONE, "ICO", sizes=[ONE.size]),
-    "TGA": encode(ONE, "TGA", compression="tga_rle"),
-    "SGI": encode(ONE, "SGI"),
-    "PCX": encode(ONE, "PCX"),
-    "DDS": encode(ONE, "DDS"),
-    "QOI": encode(ONE, "QOI"),
-    **{
-        kind: BY_HAND[kind](*ONE.size, ONE.tobytes())
-        for kind in ("PPM", "PSD", "SUN", "FTEX", "PIXAR", "CUR", "DIB")
-    },
-    **({"JPEG XL": encode(ONE, "JXL", lossless=True)} if "JXL" in FORMATS else {}),
-}
+ENCODINGS = lossless(ONE)
 LOSSY = {
     "JPEG": encode(ONE, "JPEG", quality=95, subsampling=0),
     "JPEG progressive": encode(ONE, "JPEG", quality=95, subsampling=0, progressive=True),
@@ -218,16 +192,6 @@ async def test_a_lossy_encoding_changes_its_tiles_a_little(media: MediaPipeline,
     assert np.abs(seen - expected).max() <= 48
 
 
-def stored(orientation: int) -> Image.Image:
-    """As a camera stores ONE under this value of the tag."""
-    pixels: NDArray[np.uint8] = np.asarray(ONE)
-    if orientation > 4:
-        pixels = pixels.swapaxes(0, 1)
-    mirrors = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (-1, 1), 7: (-1, -1), 8: (1, -1)}
-    down, across = mirrors.get(orientation, (1, 1))
-    return Image.fromarray(np.ascontiguousarray(pixels[::down, ::across]), "RGB")
-
-
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 async def test_one_picture_in_eight_orientations_has_the_same_tiles(
     media: MediaPipeline, kind: str
@@ -235,9 +199,8 @@ async def test_one_picture_in_eight_orientations_has_the_same_tiles(
     expected = tile(ONE, SETTINGS)[0]
     options = {"lossless": True} if kind == "WEBP" else {}
     for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        loaded = await load(media, encode(stored(orientation), kind, exif=exif, **options))
+        exif = turned(orientation)
+        loaded = await load(media, encode(stored(ONE, orientation), kind, exif=exif, **options))
         assert loaded.tiles == expected, orientation
         assert (loaded.width, loaded.height) == ONE.size
 
@@ -248,10 +211,9 @@ async def test_one_photograph_in_eight_orientations_is_nearly_the_same(
 ) -> None:
     expected = np.frombuffer(tile(ONE, SETTINGS)[0], np.uint8).astype(int)
     for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
+        exif = turned(orientation)
         encoded = encode(
-            stored(orientation), kind, exif=exif, quality=95,
+            stored(ONE, orientation), kind, exif=exif, quality=95,
             subsampling=0 if kind == "JPEG" else "4:4:4",
         )  # fmt: skip
         loaded = await load(media, encoded)

@@ -14,7 +14,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 from preprocessing import images, media
 from preprocessing.images import FORMATS, Unreadable, look_picture, open_picture
 from preprocessing.media import REASONS, PictureFacts, Reason
-from tests.pictures import encode, png, png_chunk, promise, sample
+from tests.pictures import encode, png, png_chunk, promise, sample, stored, turned
 
 LIMIT = 178_956_970
 
@@ -66,37 +66,20 @@ def test_an_animation_gives_its_first_frame(kind: str) -> None:
     assert np.array_equal(pixels(encoded), np.asarray(first))
 
 
-STORED = {
-    # How a camera stores the upright picture A under each value of the orientation tag.
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: a.swapaxes(0, 1)[::-1],
-    7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
-    8: lambda a: a.swapaxes(0, 1)[:, ::-1],
-}
-
-
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation_comes_out_upright(orientation: int, kind: str) -> None:
-    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](PIXELS)), "RGB")
-    exif = Image.Exif()
-    exif[0x0112] = orientation
     options = {"lossless": True} if kind == "WEBP" else {}
-    assert np.array_equal(pixels(encode(stored, kind, exif=exif, **options)), PIXELS)
+    beside = encode(stored(PICTURE, orientation), kind, exif=turned(orientation), **options)
+    assert np.array_equal(pixels(beside), PIXELS)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_a_turned_photograph_comes_out_upright(orientation: int) -> None:
     upright = np.zeros((48, 64, 3), np.uint8)
     upright[:16, :16] = (250, 250, 250)  # a bright corner, top left
-    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)), "RGB")
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    seen = pixels(encode(stored, "JPEG", exif=exif))
+    beside = stored(Image.fromarray(upright, "RGB"), orientation)
+    seen = pixels(encode(beside, "JPEG", exif=turned(orientation)))
     assert seen.shape == upright.shape
     assert seen[:12, :12].mean() > 200
     assert seen[24:, 24:].mean() < 20

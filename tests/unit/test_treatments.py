@@ -3,7 +3,6 @@
 import io
 import struct
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image, ImageCms
 
 from preprocessing.images import FORMATS, look_picture, open_picture
 from preprocessing.media import Treatment
-from tests.pictures import encode, picture, png, png_chunk, sample
+from tests.pictures import encode, picture, png, png_chunk, sample, stored, turned
 
 LIMIT = 10_000_000
 WHITE = [255, 255, 255]
@@ -26,12 +25,6 @@ def pixels(encoded: bytes, treatment: Treatment = "normalized") -> NDArray[np.ui
 
 def plain(encoded: bytes) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-
-
-def turned(orientation: int) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif.tobytes()
 
 
 def half_clear() -> Image.Image:
@@ -203,21 +196,14 @@ def test_a_number_of_frames_that_cannot_be_is_not_passed_on() -> None:
         assert look_picture(bytes(stack), LIMIT).frames == passed_on
 
 
-STORED: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
-    6: lambda a: a.swapaxes(0, 1)[::-1],
-    8: lambda a: a.swapaxes(0, 1)[:, ::-1],
-}
-
-
 @pytest.mark.parametrize("kind", ["AVIF", "MPO", "JPEG2000"])
-@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("orientation", [6, 8])
 def test_orientation_is_applied_once(orientation: int, kind: str) -> None:
     """AVIF keeps it beside the picture as a turn, not as a tag. JPEG 2000 has none."""
-    upright = np.asarray(picture())
-    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)), "RGB")
     options: dict[str, Any] = {} if kind == "JPEG2000" else {"exif": turned(orientation)}
-    encoded = encode(stored, kind, **options)
-    shown = upright if options else np.asarray(stored)
+    beside = stored(picture(), orientation)
+    encoded = encode(beside, kind, **options)
+    shown = np.asarray(picture() if options else beside)
     assert np.abs(pixels(encoded).astype(int) - shown).max() < 16
     facts = look_picture(encoded, LIMIT)
     assert (facts.height, facts.width) == shown.shape[:2]
