@@ -123,7 +123,7 @@ def open_video(file: io.BytesIO, max_pixels: int) -> Iterator[Video]:
     options = {
         "protocol_whitelist": "none",
         "codec_whitelist": ",".join(DECODERS),
-        "max_pixels": str(most),
+        "max_pixels": str(MOST_PIXELS),
     }
     file.seek(0)
     with av.open(
@@ -171,7 +171,8 @@ def read_timeline(video: Video, max_frames: int) -> Timeline:
     keys: list[tuple[int, int]] = []
     count = duration = 0
     for number, packet in video.packets():
-        if packet.is_corrupt:
+        # In a transport stream it says no more than that something was lost before.
+        if packet.is_corrupt and video.format != "mpegts":
             raise Unreadable(Reason.BROKEN)
         if packet.is_keyframe:
             keys.append((number, packet.pts or 0))

@@ -340,6 +340,6 @@ def _to_rgb(frame: VideoFrame, treatment: Treatment) -> Image.Image:
 
 
 def _picture(frame: VideoFrame, mode: str, pixels: str) -> Image.Image:
-    plane = frame.reformat(format=pixels, threads=1).planes[0]
+    plane = frame.reformat(format=pixels, interpolation="BICUBIC", threads=1).planes[0]
     size = plane.width, plane.height
     return Image.frombytes(mode, size, memoryview(plane), "raw", mode, plane.line_size)

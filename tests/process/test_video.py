@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image, ImageChops, ImageStat
 
 from preprocessing.frames import segment_middles
-from preprocessing.media import FrameChoice, Frames
+from preprocessing.media import FrameChoice, Frames, FramesJob, Refused, TileSettings
+from preprocessing.videos import read_frames
 from tests import clips
-from tests.sandboxed import Worker, worker
+from tests.sandboxed import SIDE, Worker, worker
 
 COUNT, SIZE = 30, (64, 64)
 
@@ -147,3 +149,205 @@ def test_every_variant_shows_the_frames_it_is_asked_for(
         fewer, numbers = seen(strict, encoded, FrameChoice(some))
         assert fewer.indices == numbers == segment_middles(0, count - 1, some)
     assert strict.look(encoded) == whole.facts
+
+
+# how it is shown
+
+
+def turned(transpose: Image.Transpose | None, count: int = 6) -> list[Image.Image]:
+    """Frames that lie on their side, or stand on their head."""
+    shown = [clips.frame(at, 96, 64) for at in range(count)]
+    return [one if transpose is None else one.transpose(transpose) for one in shown]
+
+
+# ffmpeg counts degrees against the clock, as Pillow does. Matroska has no mirrored videos.
+ROTATIONS = [
+    (container, ("-display_rotation", angle), lying, rotation)
+    for container in ("mp4", "mkv")
+    for angle, lying, rotation in (
+        ("90", Image.Transpose.ROTATE_270, 270),
+        ("180", Image.Transpose.ROTATE_180, 180),
+        ("270", Image.Transpose.ROTATE_90, 90),
+        ("-20", None, 0),
+        ("70", Image.Transpose.ROTATE_270, 270),
+    )
+] + [
+    ("mp4", ("-display_hflip",), Image.Transpose.FLIP_LEFT_RIGHT, 0),
+    ("mp4", ("-display_vflip",), Image.Transpose.FLIP_TOP_BOTTOM, 0),
+]
+
+
+@pytest.mark.parametrize(("container", "metadata", "lying", "rotation"), ROTATIONS)
+def test_a_video_is_turned_upright(
+    container: str,
+    metadata: tuple[str, ...],
+    lying: Image.Transpose | None,
+    rotation: int,
+    strict: Worker,
+    tmp_path: Path,
+) -> None:
+    plain = tmp_path / f"plain.{container}"
+    clips.encode(plain, X264, pictures=turned(lying))
+    clips.ffmpeg(*metadata, "-i", plain, "-c", "copy", tmp_path / f"turned.{container}")
+    encoded = (tmp_path / f"turned.{container}").read_bytes()
+    for treatment in ("normalized", "reference"):
+        settings = TileSettings(SIDE, 1, 1, True, treatment)
+        answer, numbers = seen(strict, encoded, FrameChoice(6), settings=settings)
+        assert numbers == list(range(6))
+        assert (answer.facts.width, answer.facts.height) == (96, 64)
+        assert answer.facts.rotation == rotation
+
+
+@pytest.mark.parametrize(
+    ("ratio", "size"),
+    [("2/1", (128, 64)), ("1/2", (32, 64)), ("16/11", (93, 64)), ("1000/1", (64, 64))],
+)
+def test_pixels_that_are_not_square_are_stretched(
+    ratio: str, size: tuple[int, int], strict: Worker, tmp_path: Path
+) -> None:
+    encoded = clips.encode(tmp_path / "clip.mp4", (*X264, "-vf", f"setsar={ratio}"), 3)
+    answer, numbers = seen(strict, encoded, FrameChoice(3))
+    assert numbers == [0, 1, 2]
+    assert (answer.facts.width, answer.facts.height) == size
+    assert [(one.width, one.height) for one in answer.tiles] == [size] * 3
+    settings = TileSettings(SIDE, 1, 1, True, "reference")
+    answer, _ = seen(strict, encoded, FrameChoice(3), settings=settings)
+    assert (answer.facts.width, answer.facts.height) == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("clear.webm", (*VP9, "-pix_fmt", "yuva420p", "-auto-alt-ref", "0")),
+        ("clear vp8.webm", (*VP8, "-pix_fmt", "yuva420p", "-auto-alt-ref", "0")),
+        ("clear.mov", ("-c:v", "prores_ks", "-profile:v", "4444", "-pix_fmt", "yuva444p10le")),
+        ("animation.mov", ("-c:v", "qtrle", "-pix_fmt", "argb")),
+        ("png.mov", ("-c:v", "png", "-pix_fmt", "rgba")),
+        ("moving.apng", ("-f", "apng", "-pix_fmt", "rgba")),
+        ("moving.gif", ("-filter_complex", "split[a][b];[a]palettegen[p];[b][p]paletteuse")),
+        ("lossless.mkv", ("-c:v", "ffv1", "-pix_fmt", "bgra")),
+    ],
+)
+def test_transparency_is_laid_on_white(
+    name: str, options: Sequence[str], strict: Worker, tmp_path: Path
+) -> None:
+    pictures = []
+    for at in range(6):
+        picture = clips.frame(at).convert("RGBA")
+        picture.paste((0, 0, 0, 0), (48, 48, 64, 64))
+        pictures.append(picture)
+    encoded = clips.encode(tmp_path / name, options, pictures=pictures)
+    answer, shown = strict.frames(encoded, FrameChoice(6))
+    assert isinstance(answer, Frames)
+    for at, picture in enumerate(shown):
+        assert (clips.number(picture), clips.is_upright(picture)) == (at, True)
+        assert min(picture.getpixel((120, 120))) > 240  # type: ignore[arg-type, type-var]
+
+
+def test_times_are_those_of_the_frames_where_the_rate_varies(
+    strict: Worker, tmp_path: Path
+) -> None:
+    times = [0.04 * at + 0.02 * at * at for at in range(20)]
+    timed = ("-vf", "setpts=(0.04*N+0.02*N*N)/TB", "-fps_mode", "passthrough")
+    for name in ("clip.mp4", "clip.mkv", "clip.webm"):
+        codec = VP9 if name.endswith("webm") else x264("bframes=2:keyint=7")
+        encoded = clips.encode(tmp_path / name, (*codec, *timed), 20)
+        answer, numbers = seen(strict, encoded, FrameChoice(20))
+        assert numbers == list(range(20))
+        assert answer.seconds == pytest.approx(times, abs=0.041)
+        begin, end = answer.seconds[11], answer.seconds[14]
+        part, numbers = seen(strict, encoded, FrameChoice(9, start=begin, end=end))
+        assert part.indices == numbers == [11, 12, 13, 14]
+
+
+def test_what_was_cut_off_is_not_shown(strict: Worker, tmp_path: Path) -> None:
+    """Cutting without encoding again leaves frames in the file that only others refer to."""
+    whole = tmp_path / "whole.mp4"
+    clips.encode(whole, x264("bframes=2:keyint=20"), 50)
+    clips.ffmpeg("-ss", "0.6", "-i", whole, "-c", "copy", tmp_path / "cut.mp4")
+    answer, numbers = seen(strict, (tmp_path / "cut.mp4").read_bytes(), FrameChoice(50))
+    assert numbers == list(range(15, 50))
+    assert answer.indices == list(range(35))
+    assert answer.seconds[0] == 0
+
+
+def test_a_recording_that_begins_in_the_middle_begins_at_its_first_key_frame(
+    strict: Worker, tmp_path: Path
+) -> None:
+    encoded = clips.encode(tmp_path / "clip.ts", x264("bframes=0:keyint=10:scenecut=0"), 30)
+    first = encoded.index(b"\x47\x41\x00", 188 * 10)  # a packet that begins a frame
+    rest = encoded[: 188 * 3] + encoded[first:]
+    _, numbers = seen(strict, rest, FrameChoice(30))
+    assert numbers == list(range(numbers[0], 30))
+    assert 0 < numbers[0] <= 20
+
+
+def test_frames_that_an_encoder_dropped_leave_a_gap(strict: Worker, tmp_path: Path) -> None:
+    gap = ("-vf", "setpts=(N+2*gte(N\\,3))/25/TB", "-fps_mode", "passthrough")
+    encoded = clips.encode(tmp_path / "clip.avi", ("-c:v", "mpeg4", "-q:v", "2", *gap), 6)
+    answer, numbers = seen(strict, encoded, FrameChoice(9))
+    assert numbers == answer.indices == [0, 1, 2, 3, 4, 5]
+    assert answer.seconds == pytest.approx([0.0, 0.04, 0.08, 0.2, 0.24, 0.28])
+
+
+def test_the_size_may_change_but_not_beyond_the_limit(strict: Worker, tmp_path: Path) -> None:
+    small = clips.encode(tmp_path / "small.ts", x264("bframes=0"), 5)
+    large = clips.encode(
+        tmp_path / "large.ts", (*x264("bframes=0"), "-output_ts_offset", "1"), 5, (128, 96)
+    )
+    answer, numbers = seen(strict, small + large, FrameChoice(10))
+    assert numbers == [0, 1, 2, 3, 4] * 2
+    assert [one.width for one in answer.tiles] == [64] * 5 + [128] * 5
+    refused, _ = strict.frames(small + large, FrameChoice(10), max_pixels=5000)
+    assert isinstance(refused, Refused)
+
+
+def test_the_default_stream_is_shown_and_no_cover(strict: Worker, tmp_path: Path) -> None:
+    video, other, cover = tmp_path / "a.mp4", tmp_path / "b.mp4", tmp_path / "cover.png"
+    clips.encode(video, X264, 5)
+    clips.encode(other, X264, pictures=[clips.frame(at) for at in range(100, 105)])
+    clips.frame(255).save(cover)
+    both = tmp_path / "both.mp4"
+    clips.ffmpeg(
+        "-i", cover, "-i", other, "-i", video, "-map", "0", "-map", "1", "-map", "2", "-c", "copy",
+        "-disposition:v:0", "attached_pic", "-disposition:v:1", "0",
+        "-disposition:v:2", "default", both,
+    )  # fmt: skip
+    _, numbers = seen(strict, both.read_bytes(), FrameChoice(5))
+    assert numbers == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("max_tiles", [1, 6])
+def test_every_frame_is_tiled_as_a_picture(max_tiles: int, strict: Worker, tmp_path: Path) -> None:
+    encoded = clips.encode(tmp_path / "clip.mp4", X264, 4, (192, 64))
+    settings = TileSettings(SIDE, 1, max_tiles, True)
+    answer, _ = strict.frames(encoded, FrameChoice(4), settings=settings)
+    assert isinstance(answer, Frames)
+    grid = (1, 1, 1) if max_tiles == 1 else (4, 3, 1)
+    assert [(one.count, one.columns, one.rows) for one in answer.tiles] == [grid] * 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain.mp4", "4:2:2.mp4", "4:4:4.mp4", "ten bits.mp4", "full range.mp4", "bt709.mp4",
+     "bt2020.mkv", "rgb.mkv", "odd size.mp4", "vp9 ten bits.mkv", "prores.mov", "mjpeg.mov",
+     "raw.avi", "moving.gif"],
+)  # fmt: skip
+def test_colours_are_those_that_ffmpeg_shows(name: str, tmp_path: Path) -> None:
+    options, told = VARIANTS[name]
+    encoded = clips.encode(tmp_path / name, options, **{**told, "count": 3})
+    raw = clips.ffmpeg("-i", tmp_path / name, "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
+    job = FramesJob(
+        settings=TileSettings(SIDE, 1, 1, True, "reference"),
+        choice=FrameChoice(3), max_pixels=1 << 24, max_frames=100, reader="auto", seconds=20,
+    )  # fmt: skip
+    _, _, _, pictures = read_frames(encoded, job)
+    size = told.get("size", SIZE)
+    for at, picture in enumerate(pictures):
+        length = 3 * size[0] * size[1]
+        theirs = Image.frombytes("RGB", size, raw[at * length : (at + 1) * length])
+        difference = ImageChops.difference(picture, theirs)
+        if name == "ten bits.mp4":  # ffmpeg places the colours of H.264 half a pixel further left
+            assert max(ImageStat.Stat(difference).mean) <= 1
+        else:
+            assert max(high for _, high in difference.getextrema()) <= 1
