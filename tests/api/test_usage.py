@@ -25,6 +25,7 @@ FIRST = {
     "grid": [2, 1],
     "tiles": 2,
     "tokens": 6,
+    "reduced": False,
     "fetch_ms": 250,
     "preprocess_ms": 500,
 }
@@ -55,7 +56,8 @@ async def test_usage_tells_what_each_picture_took(house: House) -> None:
         "images": [
             FIRST | {"cached_tokens": 6, "encode_ms": 0},
             SECOND | {"cached_tokens": 1, "encode_ms": 625},
-        ]
+        ],
+        "videos": [],
     }
     stream = await chats.create(
         model="tiny", messages=TWO, stream=True, stream_options={"include_usage": True}
