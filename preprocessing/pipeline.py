@@ -169,7 +169,7 @@ class MediaPipeline:
             yield share
 
     async def _each(self, parts: Sequence[S], work: Callable[[S], Awaitable[T]]) -> list[T]:
-        return await few_at_a_time(work, parts, self._settings.media_workers + 1)
+        return await few_at_a_time(work, parts, self._settings.decode_workers + 1)
 
     async def _fetch(self, part: MediaPart) -> bytes:
         return await self._fetcher.fetch(cast(str, part.url), part.param, part.kind, part.allowance)

@@ -206,7 +206,7 @@ def too_many(param: str) -> Unavailable:
 
 
 class DecodePool:
-    """``settings.media_workers`` children, at most one job each."""
+    """``settings.decode_workers`` children, at most one job each."""
 
     def __init__(self, settings: MediaSettings) -> None:
         self._settings = settings
@@ -233,7 +233,7 @@ class DecodePool:
         """
         self._open = True
         outcomes = await asyncio.gather(
-            *(self._hire() for _ in range(self._settings.media_workers)), return_exceptions=True
+            *(self._hire() for _ in range(self._settings.decode_workers)), return_exceptions=True
         )
         for outcome in outcomes:
             if isinstance(outcome, BaseException):

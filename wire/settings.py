@@ -9,6 +9,7 @@ be parsed is fatal wherever it came from.
 
 import dataclasses
 import math
+import os
 import tomllib
 import types
 import typing
@@ -111,7 +112,9 @@ class ServerSettings:
 class MediaSettings:
     """Fetching and decoding of pictures and videos."""
 
-    media_workers: int = knob(1, "Decode processes.", low=1, high=64)
+    media_workers: int = knob(
+        0, "Decode processes; 0: one for every two cores, 4 at most.", low=0, high=64
+    )
     media_timeout: float = knob(20.0, "Seconds to decode and tile one picture.", low=0.1)
     fetch_timeout: float = knob(10.0, "Seconds to download one picture, all redirects.", low=0.1)
     video_fetch_timeout: float = knob(
@@ -181,6 +184,17 @@ class MediaSettings:
         "never used.",
         secret=True,
     )
+
+    @property
+    def decode_workers(self) -> int:
+        """How many there are."""
+        return self.media_workers or min(max(_cores() // 2, 1), 4)
+
+
+def _cores() -> int:
+    """The cores this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)

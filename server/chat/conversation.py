@@ -130,9 +130,11 @@ def _video(asked: VideoUrl, where: str, viewing: Viewing) -> MediaPart:
         _frames(len(url), param, settings)
     most = asked.num_frames
     if most is None:
-        most = len(url) if isinstance(url, tuple) else settings.num_video_frames
-        # A rate alone says how many: up to what the server allows.
-        most = settings.max_video_frames if asked.fps is not None else most
+        most = min(settings.num_video_frames, settings.max_video_frames)
+        if isinstance(url, tuple):
+            most = len(url)
+        elif asked.fps is not None:  # says how many, up to what the server allows
+            most = settings.max_video_frames
     _frames(most, f"{where}.num_frames", settings)
     return MediaPart(
         url=url,

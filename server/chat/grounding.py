@@ -57,8 +57,9 @@ class BoxReader:
     constant.
 
     ``sizes`` are width and height of the request's pictures. Which one a box is in is known if
-    there is one only, or the request said which it is ``about``, or pictures are ``named`` in the
-    prompt, as "Image-1" and so on, and the answer has mentioned one: the last one before the box.
+    there is one only and no video (``alone``), or the request said which it is ``about``, or
+    pictures are ``named`` in the prompt, as "Image-1" and so on, and the answer has mentioned one:
+    the last one before the box.
 
     All its attributes are immutable: ``copy.copy`` makes an independent one that goes on from here.
     """
@@ -68,13 +69,14 @@ class BoxReader:
         tokenizer: Tokenizer,
         sizes: Sequence[tuple[int, int]] = (),
         *,
+        alone: bool = True,
         named: bool = False,
         about: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._marks = {token: name for token, name in tokenizer.added.items() if name in MARKS}
         self._sizes = tuple(sizes)
-        self._picture = 0 if len(sizes) == 1 else about
+        self._picture = 0 if len(sizes) == 1 and alone else about
         self._named = named and self._picture is None
         self._inside = ""  # the mark that was opened, if any
         self._held = b""  # of a label or a list that has begun

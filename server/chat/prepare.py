@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 
-from preprocessing import MediaPart, TiledMedia
+from preprocessing import MediaPart
 from preprocessing.allowance import Allowance
 from preprocessing.budget import Share
 from preprocessing.media import Treatment
@@ -144,13 +144,13 @@ async def prepare(
     gallery = Gallery([], [])
     if conversation.parts:
         share = await room(_most_tile_bytes(conversation.parts, model.ready))
-        gallery = await show(media, conversation, frame, limits.media_workers + 2)
+        gallery = await show(media, conversation, frame, limits.decode_workers + 2)
         share.keep(gallery.size)
     media_seconds = time.monotonic() - began
     frames = [video.frames for video in gallery.videos]
     prompt = await run(model.prompts.build, frame.segments, gallery.pictures, frames)
     sampling = fit_sampling(sampling, request, len(prompt.ids), model.ready.max_model_len)
-    boxes = _box_reader(request, gallery.pictures, model)
+    boxes = _box_reader(request, gallery, model)
     if request.continue_final_message:
         await run(boxes.skip, model.prompts.last_turn(prompt.ids))
     options = request.stream_options
@@ -247,10 +247,9 @@ def _constrained(sampling: SamplingParams, demand: Demand) -> SamplingParams:
     return msgspec.structs.replace(sampling, grammar=demand.grammar)
 
 
-def _box_reader(
-    request: ChatRequest, pictures: Sequence[TiledMedia], model: ServedModel
-) -> BoxReader:
+def _box_reader(request: ChatRequest, gallery: Gallery, model: ServedModel) -> BoxReader:
     """Raises InvalidRequest for a picture that is not there."""
+    pictures = gallery.pictures
     form = request.response_format and request.response_format.internvl_boxes
     about = form.image_index if form else None
     if about is not None and about >= len(pictures):
@@ -260,7 +259,8 @@ def _box_reader(
         )
     sizes = [(picture.width, picture.height) for picture in pictures]
     named = model.prompts.names(len(pictures))
-    return BoxReader(model.tokenizer, sizes, named=named, about=about)
+    alone = not gallery.videos
+    return BoxReader(model.tokenizer, sizes, alone=alone, named=named, about=about)
 
 
 def _offers_tools(request: ChatRequest) -> bool:

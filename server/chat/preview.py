@@ -32,7 +32,7 @@ async def preview(
     conversation, frame = await read_prompt(request, model, limits, run, tenant)
     parts = conversation.parts
     async with media.hold(parts):
-        opened = await open_all(media, parts, limits.media_workers + 2)
+        opened = await open_all(media, parts, limits.decode_workers + 2)
         facts = [one.facts for one in opened]
     return await asyncio.to_thread(_preview, model, frame, parts, facts)
 

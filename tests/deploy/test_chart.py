@@ -94,7 +94,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 REFUSED: dict[str, dict[str, Any]] = {
     "max_model_length": {"settings": {"max_model_length": 1}},
-    "media_workers": {"settings": {"media_workers": 0}},
+    "media_workers": {"settings": {"media_workers": -1}},
     "log_level": {"settings": {"log_level": "loud"}},
     "port": {"settings": {"port": 9000}},
     "volume": {"model": {"volume": {"hostPath": {"path": "/"}}}},

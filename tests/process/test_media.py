@@ -57,7 +57,7 @@ async def pipeline(
     geometry: VisionGeometry = GEOMETRY, **settings: Any
 ) -> AsyncIterator[MediaPipeline]:
     # Without its cache every load asks a worker, which is what most tests here are about.
-    media = MediaPipeline(MediaSettings(**{"tile_cache_bytes": 0, **settings}))
+    media = MediaPipeline(MediaSettings(**{"tile_cache_bytes": 0, "media_workers": 1, **settings}))
     try:
         await media.start(geometry)
         yield media
@@ -534,6 +534,8 @@ async def test_a_serving_worker_is_confined(monkeypatch: pytest.MonkeyPatch) -> 
         )
         assert status["Seccomp"].strip() == "2"
         assert status["NoNewPrivs"].strip() == "1"
+        # When memory runs out, it goes before the server and the engine.
+        assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "1000"
         assert int(status["CapEff"], 16) == 0
         assert int(status["Uid"].split()[0]) != 0
         with contextlib.suppress(PermissionError):

@@ -137,6 +137,8 @@ ONE, TWO = [(100, 100)], [(100, 100), (10, 20)]
         ("Image-<ref>1</ref>", {"sizes": TWO, "named": True}, None),
         ("Image-1", {"sizes": TWO, "named": True, "about": 1}, 1),
         ("", {"sizes": TWO, "about": 1}, 1),
+        ("", {"sizes": TWO[:1], "alone": False}, None),
+        ("", {"sizes": TWO[:1], "alone": False, "about": 0}, 0),
     ],
 )
 def test_the_picture_is_known_or_left_open(
