@@ -62,8 +62,8 @@ _DEGREES: dict[Image.Transpose | None, int] = {
     Image.Transpose.ROTATE_90: 270,
 }
 
-# Where decord gives the frames that it is asked for; in MPEG streams, for one, it gives others.
-_FOR_DECORD = ("mp4", "matroska", "avi")
+# Where decord gives the frames that it is asked for; of H.265 and MPEG-4, for one, it gives others.
+_FOR_DECORD = {(file, codec) for file in ("mp4", "matroska") for codec in ("h264", "vp8", "vp9")}
 _loaded: dict[str, Any] = {}  # "decord": the library, once it is loaded
 
 
@@ -136,7 +136,8 @@ def _pictures(
     file: io.BytesIO, timeline: Timeline, facts: VideoFacts, chosen: list[int], job: FramesJob
 ) -> Iterator[Image.Image]:
     left = list(chosen)
-    if job.reader == "decord" and "decord" in _loaded and facts.container in _FOR_DECORD:
+    is_for_decord = "decord" in _loaded and (facts.container, facts.codec) in _FOR_DECORD
+    if job.reader == "decord" and is_for_decord:
         with contextlib.suppress(Exception):  # PyAV has the last word on what decord cannot read
             for picture in _read_with_decord(file, timeline, facts, chosen):
                 del left[0]

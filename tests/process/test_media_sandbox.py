@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
 
 TRY = """
-import json, mmap, os, resource, socket, sys
+import ctypes, json, mmap, os, resource, socket, sys, threading
 from preprocessing import sandbox
 
 held, peer = socket.socketpair()
@@ -22,7 +22,34 @@ listener = socket.create_server(("127.0.0.1", 0))
 client = socket.socket()
 folder = os.open(".", os.O_RDONLY)
 
+x86 = os.uname().machine == "x86_64"
+args = ctypes.create_string_buffer(88)  # clone3: no flags at all, a process of its own
+library = ctypes.CDLL(None, use_errno=True)
+
 {enter}
+
+def by_hand(*arguments):
+    child = library.syscall(*arguments, *[0] * (6 - len(arguments)))
+    if child == 0:
+        library._exit(0)
+    if child < 0:
+        raise OSError(ctypes.get_errno(), "clone")
+
+def in_thread(action):
+    outcome = []
+    def run():
+        try:
+            outcome.append(action())
+        except OSError as error:
+            outcome.append(error)
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+    except RuntimeError as error:
+        raise MemoryError(str(error))
+    thread.join()
+    if isinstance(outcome[0], OSError):
+        raise outcome[0]
 
 def attempt(action):
     try:
@@ -45,6 +72,12 @@ print(json.dumps({{name: attempt(action) for name, action in {{
     "open a pipe": lambda: os.pipe(),
     "copy a descriptor": lambda: os.dup(1),
     "fork": lambda: os.fork() or os._exit(0),
+    "fork by hand": lambda: by_hand(56 if x86 else 220, 17),
+    "fork by clone3": lambda: by_hand(435, args, 88),
+    "share no memory with a child": lambda: by_hand(56 if x86 else 220, 0x3D0F00 & ~0x100),
+    "start a thread": lambda: in_thread(int),
+    "read a file from a thread": lambda: in_thread(lambda: os.open("/etc/hostname", os.O_RDONLY)),
+    "fork from a thread": lambda: in_thread(lambda: os.fork() or os._exit(0)),
     "run a program": lambda: os.execv("/no such program", ["true"]),
     "signal the parent": lambda: os.kill(os.getppid(), 0),
     "limit the parent": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE),
@@ -86,6 +119,36 @@ def test_the_call_filter_alone_denies_everything_but_memory() -> None:
     assert possible == ALLOWED | {"map more memory than allowed"}
 
 
+def test_a_process_that_may_start_threads_can_do_no_more_in_them() -> None:
+    tried = outcomes("sandbox.confine(256 << 20, threads=True)")
+    possible = {name for name, error in tried.items() if error is None}
+    assert possible == ALLOWED | {"start a thread"}
+
+
+def test_the_call_filter_alone_tells_threads_from_processes() -> None:
+    tried = outcomes("sandbox.deny_calls(threads=True)")
+    possible = {name for name, error in tried.items() if error is None}
+    assert possible == ALLOWED | {"start a thread", "map more memory than allowed"}
+
+
+def test_a_process_that_has_threads_already_is_not_confined() -> None:
+    code = """
+import threading
+from preprocessing import sandbox
+waiting = threading.Event()
+threading.Thread(target=waiting.wait).start()
+try:
+    sandbox.confine(64 << 20, threads=True)
+except RuntimeError as error:
+    print(error)
+waiting.set()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60, check=True
+    )
+    assert b"several threads" in done.stdout
+
+
 def test_landlock_alone_denies_every_path() -> None:
     tried = outcomes(
         "try: sandbox.deny_paths()\n"
@@ -116,6 +179,8 @@ def test_nothing_is_denied_outside() -> None:
     tried = outcomes("")
     for name in ("read a file", "write a file", "list a folder", "open a socket", "open a pipe",
                  "connect a socket held open", "pass a descriptor", "copy a descriptor", "fork",
+                 "fork by hand", "fork by clone3", "start a thread", "read a file from a thread",
+                 "fork from a thread",
                  "signal the parent", "map executable memory", "change folder"):  # fmt: skip
         assert tried[name] is None, name
 
@@ -154,7 +219,7 @@ def test_a_worker_carries_no_network_library() -> None:
     code = """
 import sys
 import preprocessing.worker
-found = {"httpx", "httpcore", "h11", "numpy", "torch"} & set(sys.modules)
+found = {"httpx", "httpcore", "h11", "numpy", "torch", "decord"} & set(sys.modules)
 sys.exit(", ".join(found) or 0)
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
