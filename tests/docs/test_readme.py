@@ -39,6 +39,15 @@ def test_the_answer_to_the_second_curl_line_keeps_to_its_schema(demo_server: Ser
     assert answer["number"] <= 9
 
 
+def test_the_third_curl_line_tells_what_a_picture_costs(demo_server: Server) -> None:
+    done = subprocess.run(
+        ["bash", "-c", block("bash", demo_server, 2)], cwd=ROOT, capture_output=True, check=True
+    )
+    told = json.loads(done.stdout)
+    assert told["fits"] is True
+    assert told["parts"][0]["tiles"] >= 1
+
+
 def test_the_sdk_example_answers_about_the_picture(demo_server: Server) -> None:
     done = subprocess.run(
         [sys.executable, "-c", block("python", demo_server)],
