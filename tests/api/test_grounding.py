@@ -147,6 +147,16 @@ async def test_no_pixels_are_told_of_a_picture_that_is_not_known(houses: Houses)
     assert boxes[0]["image_index"] is None
 
 
+async def test_a_box_may_be_in_a_video_if_there_is_one(house: House) -> None:
+    house.engine.script = say(SAID)
+    body = shown("a")
+    film = {"type": "video_url", "video_url": {"url": "data:video", "num_frames": 1}}
+    body["messages"][0]["content"].append(film)
+    unknown = {"box_px": None, "image_index": None}
+    assert await boxes_of(house, **body) == [[box | unknown for box in BOXES]]
+    assert await boxes_of(house, **body, **asked(image_index=0)) == [BOXES]
+
+
 @pytest.mark.parametrize(
     ("options", "param", "says"),
     [

@@ -113,14 +113,15 @@ def test_an_answer_held_to_boxes_is_nothing_else(
     demo_server: Server, options: dict[str, Any]
 ) -> None:
     complete = 0
-    for seed in range(0, 12, 4):
+    for seed in range(0, 8, 4):
         answers = ask(
             demo_server,
             "Tell me a story.",
             n=4,
+            compare=not seed,
             seed=seed,
             temperature=1.5,
-            max_completion_tokens=400,
+            max_completion_tokens=300,
             response_format={**FORMAT, "internvl_boxes": options},
             extra_body={"skip_special_tokens": False},
         )
@@ -140,4 +141,4 @@ def test_an_answer_held_to_boxes_is_nothing_else(
                 assert set(labels) <= set(options.get("labels", labels))
             else:
                 assert choice.finish_reason == "length"
-    assert complete > 6
+    assert complete >= 4
