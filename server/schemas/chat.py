@@ -70,6 +70,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "documents": ([],),
     "length_penalty": (1,),
+    "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
@@ -114,8 +115,20 @@ class RefusalPart(_Model):
     refusal: str
 
 
+# Names that other servers have for what a part may ask.
+_ELSEWHERE = {
+    "max_dynamic_patch": "max_tiles",
+    "min_dynamic_patch": "min_tiles",
+    "max_frames": "num_frames",
+}
+
+
 def _url_object(value: object) -> object:
-    return {"url": value} if isinstance(value, str) else value
+    if isinstance(value, str):
+        return {"url": value}
+    if isinstance(value, dict) and not _ELSEWHERE.keys().isdisjoint(value):
+        return {_ELSEWHERE.get(name, name): each for name, each in value.items()}
+    return value
 
 
 class _Bounds(_Model):

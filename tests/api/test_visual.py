@@ -100,6 +100,16 @@ async def test_parts_say_how_they_are_shown_and_the_request_for_those_that_do_no
     assert (second.treatment, second.max_tiles, second.min_tiles) == ("reference", None, None)
 
 
+async def test_other_servers_names_of_the_same_are_understood(house: House) -> None:
+    await house.ask(
+        messages=user(image(max_dynamic_patch=6, min_dynamic_patch=2), video(max_frames=3))
+    )
+    picture, film = house.media.parts
+    assert (picture.max_tiles, picture.min_tiles) == (6, 2)
+    assert film.choice is not None
+    assert film.choice.most == 3
+
+
 PART = "messages[0].content[0]"
 
 
