@@ -249,7 +249,7 @@ def _base64(url: str, start: int, part: Incoming) -> None:
     """Decode strictly, a chunk at a time so that other threads get their turn."""
     if (len(url) - start) % 4 or start == len(url):
         raise ValueError("not whole base64 groups")
-    if "=" in url[start:-2]:
+    if url.find("=", start, -2) >= 0:
         raise ValueError("padding inside")
     for at in range(start, len(url), _CHUNK):
         part.add(binascii.a2b_base64(url[at : at + _CHUNK], strict_mode=True))

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import itertools
 import resource
+import socket
 import threading
 import zlib
 from collections.abc import Callable, Iterable
@@ -158,6 +159,14 @@ async def test_endless_protocol_is_broken_off_before_the_deadline(site: Site, wh
         error = await refusal(site.url("/endless"), **OPEN, fetch_timeout=600.0)
     assert error.message == "The picture could not be fetched."
     assert await asyncio.to_thread(gone.wait, 10)
+
+
+async def test_a_handshake_that_never_ends_costs_no_more_than_the_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with asyncio.timeout(10):
+            url = f"https://127.0.0.1:{silent.getsockname()[1]}/"
+            error = await refusal(url, **OPEN, fetch_timeout=0.2)
+    assert error.code == "media_unreachable"
 
 
 async def test_a_body_in_ordinary_chunks_is_not_protocol(site: Site) -> None:
