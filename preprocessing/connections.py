@@ -19,10 +19,11 @@ _FRAMING = (
 
 
 class MeteredNetwork(httpcore.AsyncNetworkBackend):
-    """Makes the connections of one answer; whoever reads it adds to ``content``."""
+    """Makes the connections of one answer; whoever reads it adds to ``content``, and closes."""
 
     def __init__(self) -> None:
         self._network = httpcore.AnyIOBackend()
+        self._streams: list[httpcore.AsyncNetworkStream] = []
         self._received = 0
         self.content = 0
 
@@ -36,7 +37,13 @@ class MeteredNetwork(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         """Dial, as httpcore asks for it."""
         stream = await self._network.connect_tcp(host, port, timeout, local_address, socket_options)
+        self._streams.append(stream)
         return _MeteredStream(stream, self)
+
+    async def aclose(self) -> None:
+        """Close everything that was dialled: httpcore forgets a handshake that is cancelled."""
+        for stream in self._streams:
+            await stream.aclose()
 
     def count(self, size: int) -> None:
         """Note what was read. Raises RemoteProtocolError when too little of it is content."""

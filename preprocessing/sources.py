@@ -167,14 +167,17 @@ class Fetcher:
         # A pool per answer instead of a client: no cookies, no proxies of the environment, no
         # redirects of its own, and the next name at this address makes its own TLS handshake.
         network = MeteredNetwork()
-        async with httpcore.AsyncConnectionPool(
-            ssl_context=self._tls, proxy=self._proxy, network_backend=network
-        ) as connections:
-            response = await self._answer(connections, url, part)
-            try:
-                yield response, network
-            finally:
-                await response.aclose()
+        try:
+            async with httpcore.AsyncConnectionPool(
+                ssl_context=self._tls, proxy=self._proxy, network_backend=network
+            ) as connections:
+                response = await self._answer(connections, url, part)
+                try:
+                    yield response, network
+                finally:
+                    await response.aclose()
+        finally:
+            await network.aclose()
 
     async def _answer(
         self, connections: httpcore.AsyncConnectionPool, url: httpx.URL, part: Incoming
