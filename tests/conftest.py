@@ -1,11 +1,20 @@
 """Fixtures shared by the test folders."""
 
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.servers import Server
+
+PILLOW = importlib.metadata.version("pillow")
+FETCH = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
 
 # A test judges behaviour, never the speed of the machine it runs on; and a change is judged by
 # the same examples as the one before. "--hypothesis-profile explore" looks for new ones.
@@ -25,3 +34,31 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     )
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(request: pytest.FixtureRequest) -> list[Path]:
+    """The files of Tests/images; fetched once and kept in pytest's cache."""
+    kept = Path(request.config.cache.mkdir(f"pillow-{PILLOW}"))  # type: ignore[union-attr]
+    done = kept / "complete"
+    if not done.exists():
+        fetched = subprocess.run(
+            [*FETCH, "--dest", str(kept), f"pillow=={PILLOW}"],
+            capture_output=True,
+            timeout=300,
+            check=False,
+        )
+        if fetched.returncode:
+            reason = f"pip cannot fetch Pillow's sources: {fetched.stderr.decode()[-300:]}"
+            assert not os.environ.get("CI"), reason
+            pytest.skip(reason)
+        (archive,) = kept.glob("*.tar.gz")
+        with tarfile.open(archive) as sources:
+            for member in sources:
+                _, inside, name = member.name.partition("/Tests/images/")
+                file = sources.extractfile(member) if inside else None
+                if file is not None:
+                    (kept / name.replace("/", "-")).write_bytes(file.read())
+        archive.unlink()
+        done.touch()
+    return sorted(path for path in kept.iterdir() if path != done)

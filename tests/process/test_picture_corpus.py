@@ -4,12 +4,7 @@ sandboxed workers: what comes out is what Pillow decodes outside of them."""
 import asyncio
 import base64
 import collections
-import importlib.metadata
 import io
-import os
-import subprocess
-import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -32,38 +27,8 @@ GEOMETRY = VisionGeometry(tile_size=32, tokens_per_tile=4)
 SETTINGS = TileSettings.of(GEOMETRY)
 LIMIT = MediaSettings().max_image_pixels
 DEADLINE = MediaSettings().media_timeout
-PILLOW = importlib.metadata.version("pillow")
-FETCH = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest.fixture(scope="module")
-def corpus(request: pytest.FixtureRequest) -> list[Path]:
-    """The files of Tests/images; fetched once and kept in pytest's cache."""
-    kept = Path(request.config.cache.mkdir(f"pillow-{PILLOW}"))  # type: ignore[union-attr]
-    done = kept / "complete"
-    if not done.exists():
-        fetched = subprocess.run(
-            [*FETCH, "--dest", str(kept), f"pillow=={PILLOW}"],
-            capture_output=True,
-            timeout=300,
-            check=False,
-        )
-        if fetched.returncode:
-            reason = f"pip cannot fetch Pillow's sources: {fetched.stderr.decode()[-300:]}"
-            assert not os.environ.get("CI"), reason
-            pytest.skip(reason)
-        (archive,) = kept.glob("*.tar.gz")
-        with tarfile.open(archive) as sources:
-            for member in sources:
-                _, inside, name = member.name.partition("/Tests/images/")
-                file = sources.extractfile(member) if inside else None
-                if file is not None:
-                    (kept / name.replace("/", "-")).write_bytes(file.read())
-        archive.unlink()
-        done.touch()
-    return sorted(path for path in kept.iterdir() if path != done)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
