@@ -252,6 +252,7 @@ def _decode_run(
 ) -> Generator[tuple[int, VideoFrame], None, None]:
     """Every frame that a run gives, with its number, as the decoder gives them."""
     counter = itertools.count()
+    wanted = {timeline.packets[frame] for frame in run.chosen}
     begin: int | None = None
 
     def numbered(decoded: list[VideoFrame]) -> Iterator[tuple[int, VideoFrame]]:
@@ -268,8 +269,7 @@ def _decode_run(
                 continue
             if decoder.name == "h264" and timeline.is_ordered:
                 # Nothing depends on a frame that none refers to.
-                is_chosen = timeline.frames.get(at) in run.chosen
-                decoder.skip_frame = "DEFAULT" if is_chosen else "NONREF"
+                decoder.skip_frame = "DEFAULT" if at in wanted else "NONREF"
             time = packet.pts or 0
             begin = time if begin is None else begin
             packet.opaque = (at,)  # an object of its own: PyAV knows it by its address

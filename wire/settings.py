@@ -135,7 +135,7 @@ class MediaSettings:
     )
     video_reader: str = knob(
         "auto",
-        "What decodes videos; 'auto' takes the first that can read the file.",
+        "What decodes videos: PyAV ('auto', 'pyav'), or decord where it gives the same frames.",
         choices=("auto", "decord", "pyav"),
     )
     preprocess: str = knob(
