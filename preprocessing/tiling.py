@@ -26,5 +26,5 @@ def tile(picture: Image.Image, settings: TileSettings) -> tuple[bytes, int, int,
     ]
     if settings.use_thumbnail and len(parts) > 1:
         parts.append(picture.resize((side, side), Image.Resampling.BICUBIC))
-    planes = b"".join(band.tobytes() for part in parts for band in part.split())
+    planes = b"".join(part.tobytes("raw", band) for part in parts for band in "RGB")
     return planes, len(parts), columns, rows
