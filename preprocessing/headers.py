@@ -2,8 +2,9 @@
 
 For most formats Pillow's own ``open`` reads no more than the header. The plugins of icons and
 JPEG XL decode as they open: their size is read here first, so that a bomb among them is refused
-before a pixel of it exists. JPEG 2000 has no way to tell that a file was cut off. Whatever is wrong
-with a file raises any Exception, as in Pillow's plugins.
+before a pixel of it exists. A PNG's orientation may stand behind its pixels. A JPEG 2000 file that
+was cut off is decoded without a word. Whatever is wrong with a file raises any Exception, as in
+Pillow's plugins.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from PIL import BmpImagePlugin, IcoImagePlugin, PngImagePlugin
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_FRAMES = (b"IDAT", b"acTL", b"fcTL", b"fdAT")
 _JXL_BOX = b"\0\0\0\x0cJXL \r\n\x87\n"
 _JXL_STREAM = b"\xff\x0a"
 _JPEG_2000_STREAM, _JPEG_2000_END = b"\xff\x4f\xff\x51", b"\xff\xd9"
@@ -91,6 +93,20 @@ def _codestream(encoded: bytes | bytearray) -> bytes:
             start += 4 if kind == b"jxlp" else 0
             return bytes(encoded[start : min(end, start + 32)])
     raise ValueError("a JPEG XL file without a codestream")
+
+
+def without_pixels(encoded: bytes | bytearray) -> bytes | bytearray:
+    """A PNG without its frames, so that a tag behind the pixels can be read without decoding them.
+    Any other file as it is."""
+    if not encoded.startswith(_PNG):
+        return encoded
+    start, kept = len(_PNG), [_PNG]
+    while start + 8 <= len(encoded):
+        end = start + 12 + int.from_bytes(encoded[start : start + 4], "big")
+        if encoded[start + 4 : start + 8] not in _FRAMES:
+            kept.append(bytes(encoded[start:end]))
+        start = end
+    return b"".join(kept)
 
 
 def is_cut(encoded: bytes | bytearray) -> bool:

@@ -152,21 +152,32 @@ def look_picture(
         if header is not None:
             return PictureFacts(header.format, header.width, header.height, header.orientation, 1)
         picture = _open(encoded, max_pixels)
-        orientation, (width, height) = _orientation(picture), picture.size
+        (width, height), orientation = picture.size, _orientation(picture)
+        if picture.format == "PNG":
+            with contextlib.suppress(Exception):
+                orientation = _orientation(_open(headers.without_pixels(encoded), max_pixels))
         if treatment == "normalized" and picture.format not in _TURNED and orientation > 4:
             width, height = height, width
         return PictureFacts(picture.format or "", width, height, orientation, _frames(picture))
 
 
 def open_picture(
-    encoded: bytes | bytearray, max_pixels: int, treatment: Treatment = "normalized"
+    encoded: bytes | bytearray,
+    max_pixels: int,
+    treatment: Treatment = "normalized",
+    enough: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """Decode to a picture of mode RGB. Raises Unreadable, and nothing else."""
+    """Decode to a picture of mode RGB. Raises Unreadable, and nothing else.
+
+    A JPEG whose width and height are ``enough`` at half its size or less is decoded at that size.
+    """
     with _refusals(encoded, max_pixels):
         _check_early(encoded, max_pixels)
         picture = _open(encoded, max_pixels)
         if treatment == "normalized" and picture.format == "PNG" and _has_clear_colour(picture):
             return _to_rgb(_upright(_with_clear_colour(picture, _open(encoded, max_pixels))))
+        if enough is not None:
+            _shrink(picture, enough)
         picture.load()
         _check_size(picture.size, max_pixels)
         if treatment == "reference":
@@ -245,7 +256,8 @@ def _orientation(picture: Image.Image) -> int:
     if picture.format == "JXL" and not getattr(picture, "jpeg", False):
         return 1
     try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        # Not the picture's own method: a PNG's decodes all pixels to see what comes after them.
+        orientation = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
     except Exception:
         # The tag is a hint beside the pixels: a damaged one does not make them unreadable.
         return 1
@@ -270,6 +282,17 @@ def _first_frame(picture: GifImagePlugin.GifImageFile) -> Image.Image:
     page = Image.new("RGB", picture.size, "white")
     page.paste(_to_rgb(picture.crop(box)), box)
     return page
+
+
+def _shrink(picture: ImageFile.ImageFile, enough: tuple[int, int]) -> None:
+    """Have the decoder of a JPEG leave out the finest frequencies, where no pixel is divided."""
+    width, height = enough if _orientation(picture) < 5 else reversed(enough)
+    for scale in (8, 4, 2):
+        size = picture.width // scale, picture.height // scale
+        whole = picture.width % scale == picture.height % scale == 0
+        if whole and size[0] >= width and size[1] >= height:
+            picture.draft(None, size)  # does nothing where it is no JPEG
+            return
 
 
 def _has_clear_colour(picture: ImageFile.ImageFile) -> bool:

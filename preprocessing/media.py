@@ -152,7 +152,8 @@ class TileSettings(msgspec.Struct, frozen=True, array_like=True):
     """Everything besides the encoded bytes that decides the tiles of a picture.
 
     ``side`` is a tile's edge in pixels; the grid has between ``min_tiles`` and ``max_tiles``
-    tiles, the thumbnail not counted.
+    tiles, the thumbnail not counted. ``fast`` lets a large JPEG be decoded at half, a quarter or
+    an eighth of its size.
     """
 
     side: int
@@ -160,6 +161,7 @@ class TileSettings(msgspec.Struct, frozen=True, array_like=True):
     max_tiles: int
     use_thumbnail: bool
     treatment: Treatment = "normalized"
+    fast: bool = False
 
     @classmethod
     def of(

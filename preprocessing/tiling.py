@@ -9,15 +9,31 @@ from PIL import Image
 from preprocessing.grid import choose_grid
 from preprocessing.media import TileSettings
 
+# A JPEG may be decoded at so many times the pixels of its grid, each way: the difference that this
+# makes is measured in tests/unit/test_fast_decoding.py.
+REDUCED = 2
 
-def tile(picture: Image.Image, settings: TileSettings) -> tuple[bytes, int, int, int]:
+
+def enough_pixels(size: tuple[int, int], settings: TileSettings) -> tuple[int, int]:
+    """Width and height at which a picture of this size may be decoded under ``settings.fast``:
+    ``REDUCED`` times what its grid shows."""
+    columns, rows = choose_grid(*size, settings.side, settings.min_tiles, settings.max_tiles)
+    return REDUCED * columns * settings.side, REDUCED * rows * settings.side
+
+
+def tile(
+    picture: Image.Image, settings: TileSettings, size: tuple[int, int] | None = None
+) -> tuple[bytes, int, int, int]:
     """Cut an RGB picture into (tiles, count, columns, rows).
 
     ``tiles`` is uint8 ``[count, 3, side, side]``, row by row, then the whole picture as one
-    tile if the grid has several tiles and the settings ask for a thumbnail.
+    tile if the grid has several tiles and the settings ask for a thumbnail. ``size`` is that of
+    the whole picture where a reduced one is given.
     """
     side = settings.side
-    columns, rows = choose_grid(*picture.size, side, settings.min_tiles, settings.max_tiles)
+    columns, rows = choose_grid(
+        *(size or picture.size), side, settings.min_tiles, settings.max_tiles
+    )
     stretched = picture.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
     parts = [
         stretched.crop((left, top, left + side, top + side))

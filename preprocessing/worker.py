@@ -77,9 +77,17 @@ def answer(job: Job, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
 
 
 def _tile(job: TileJob, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
-    picture = images.open_picture(encoded, job.max_pixels, job.settings.treatment)
-    tiles, count, columns, rows = tiling.tile(picture, job.settings)
-    return Tiled(count, columns, rows, picture.width, picture.height), [tiles]
+    settings = job.settings
+    if not settings.fast:
+        picture = images.open_picture(encoded, job.max_pixels, settings.treatment)
+        size = picture.size
+    else:
+        facts = images.look_picture(encoded, job.max_pixels, settings.treatment)
+        size = facts.width, facts.height
+        enough = tiling.enough_pixels(size, settings)
+        picture = images.open_picture(encoded, job.max_pixels, settings.treatment, enough)
+    tiles, count, columns, rows = tiling.tile(picture, settings, size)
+    return Tiled(count, columns, rows, *size), [tiles]
 
 
 def _frames(job: FramesJob, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:

@@ -4,6 +4,7 @@ sandboxed workers: what comes out is what Pillow decodes outside of them."""
 import asyncio
 import base64
 import collections
+import dataclasses
 import io
 import time
 from pathlib import Path
@@ -185,3 +186,21 @@ async def test_one_photograph_in_eight_orientations_is_nearly_the_same(
         seen = np.frombuffer(loaded.tiles, np.uint8)
         assert (loaded.width, loaded.height) == ONE.size, orientation
         assert np.abs(seen - expected).mean() <= 2, orientation
+
+
+async def test_fast_decoding_is_asked_for_and_never_of_the_reference_treatment() -> None:
+    letters = Image.effect_noise((1600, 1600), 90).convert("RGB")
+    asked = part(encode(letters, "JPEG"))
+    exactly = dataclasses.replace(asked, treatment="reference")
+    tiles: dict[str, list[bytes]] = {}
+    for decoding in ("exact", "fast"):
+        pipeline = MediaPipeline(MediaSettings(tile_cache_bytes=0, image_decoding=decoding))
+        await pipeline.start(GEOMETRY)
+        try:
+            shown = [await pipeline.load(one) for one in (asked, exactly)]
+        finally:
+            await pipeline.close()
+        tiles[decoding] = [one.tiles for one in shown if isinstance(one, TiledMedia)]
+    normalized, reference = zip(tiles["exact"], tiles["fast"], strict=True)
+    assert normalized[0] != normalized[1]
+    assert reference[0] == reference[1] == normalized[0]

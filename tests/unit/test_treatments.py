@@ -209,6 +209,20 @@ def test_orientation_is_applied_once(orientation: int, kind: str) -> None:
     assert (facts.height, facts.width) == shown.shape[:2]
 
 
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_orientation_of_a_png_may_stand_behind_its_pixels(behind: bool) -> None:
+    encoded = encode(picture(), exif=turned(6))
+    exif = png_chunk(b"eXIf", turned(6)[6:])
+    assert exif in encoded
+    if behind:
+        encoded = encoded.replace(exif, b"").replace(png_chunk(b"IEND", b""), exif) + png_chunk(
+            b"IEND", b""
+        )
+    facts = look_picture(encoded, LIMIT)
+    assert (facts.orientation, facts.width, facts.height) == (6, *picture().size[::-1])
+    assert pixels(encoded).shape[:2] == (facts.height, facts.width)
+
+
 @pytest.mark.skipif("JXL" not in FORMATS, reason="pillow-jxl-plugin is not installed")
 def test_a_tag_beside_a_jpeg_xl_picture_does_not_turn_it() -> None:
     encoded = encode(picture(), "JXL", lossless=True, exif=turned(6))
