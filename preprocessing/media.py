@@ -346,3 +346,8 @@ class Opened:
     files: tuple[bytes, ...] = dataclasses.field(repr=False)
     facts: tuple[Facts, ...]
     fetch_seconds: float
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(map(len, self.files))

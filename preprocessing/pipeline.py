@@ -99,7 +99,7 @@ class MediaPipeline:
             frames = await self._each(shown, self._load_picture)
             return _as_video(frames, shown, part)
         tiles = _most_tiles(part, settings)
-        async with self._room(part, self._most_encoded(part) + tiles) as share:
+        async with self._room(self._most_encoded(part) + tiles, part.param) as share:
             began = time.monotonic()
             encoded = await self._fetch(part)
             share.keep(len(encoded) + tiles)
@@ -107,16 +107,13 @@ class MediaPipeline:
             return await self._tile(part, encoded, settings, fetched)
 
     @contextlib.asynccontextmanager
-    async def hold(self, parts: Sequence[MediaPart]) -> AsyncIterator[None]:
+    async def hold(self, parts: Sequence[MediaPart]) -> AsyncIterator[Share]:
         """Room for the encoded bytes of all of ``parts``, while they are opened and tiled.
 
         Raises Unavailable when there is none for too long.
         """
-        if not parts:
-            yield
-            return
-        async with self._room(parts[0], sum(map(self._most_encoded, parts))):
-            yield  # all of it, to the end: how much of it is used is not known before
+        async with self._room(sum(map(self._most_encoded, parts)), "messages") as share:
+            yield share
 
     async def open(self, part: MediaPart) -> Opened:
         """Fetch a part and read its headers. Raises as ``load`` does."""
@@ -162,12 +159,12 @@ class MediaPipeline:
         )
 
     @contextlib.asynccontextmanager
-    async def _room(self, part: MediaPart, size: int) -> AsyncIterator[Share]:
+    async def _room(self, size: int, param: str) -> AsyncIterator[Share]:
         async with contextlib.AsyncExitStack() as held:
             try:
                 share = await held.enter_async_context(self._memory.share(size, QUEUE_TIMEOUT))
             except TimeoutError:
-                raise too_many(part.param) from None
+                raise too_many(param) from None
             yield share
 
     async def _each(self, parts: Sequence[S], work: Callable[[S], Awaitable[T]]) -> list[T]:

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 
+from preprocessing.budget import Budget, Share
 from preprocessing.grid import tile_count
 from preprocessing.media import (
     Loaded,
@@ -162,8 +163,9 @@ class FakeMedia:
         return self._picture(part, 1 if part.max_tiles == 1 else 2)
 
     @contextlib.asynccontextmanager
-    async def hold(self, parts: Sequence[MediaPart]) -> AsyncIterator[None]:
-        yield
+    async def hold(self, parts: Sequence[MediaPart]) -> AsyncIterator[Share]:
+        async with Budget(len(parts)).share(len(parts)) as share:
+            yield share
 
     async def open(self, part: MediaPart) -> Opened:
         await self._arrive(part)

@@ -22,7 +22,7 @@ from server.chat.demands import Demand, callable_tools, demanded
 from server.chat.grounding import BoxReader
 from server.chat.prompt import Ending, PromptBuilder, Segment
 from server.chat.sampling import Defaults, either, fit_sampling, read_sampling
-from server.chat.showing import Frame, Gallery, Media, show
+from server.chat.showing import Canvas, Gallery, Media, show
 from server.chat.usage import Shown, account
 from server.chat.visual import most_tiles
 from server.grammars import GrammarChecker
@@ -139,16 +139,16 @@ async def prepare(
     if demand is not None:
         await _check_demand(demand, model, grammars, tenant)
         sampling = _constrained(sampling, demand)
-    conversation, frame = await read_prompt(request, model, limits, run, tenant)
+    conversation, canvas = await read_prompt(request, model, limits, run, tenant)
     began = time.monotonic()
     gallery = Gallery([], [])
     if conversation.parts:
         share = await room(_most_tile_bytes(conversation.parts, model.ready))
-        gallery = await show(media, conversation, frame, limits.decode_workers + 2)
+        gallery = await show(media, conversation, canvas, limits.decode_workers + 2)
         share.keep(gallery.size)
     media_seconds = time.monotonic() - began
     frames = [video.frames for video in gallery.videos]
-    prompt = await run(model.prompts.build, frame.segments, gallery.pictures, frames)
+    prompt = await run(model.prompts.build, canvas.segments, gallery.pictures, frames)
     sampling = fit_sampling(sampling, request, len(prompt.ids), model.ready.max_model_len)
     boxes = _box_reader(request, gallery, model)
     if request.continue_final_message:
@@ -181,7 +181,7 @@ async def prepare(
         continues=bool(request.continue_final_message),
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
-        shown=account(gallery, conversation, frame.segments, model.ready.geometry.tokens_per_tile),
+        shown=account(gallery, conversation, canvas.segments, model.ready.geometry.tokens_per_tile),
         media_seconds=media_seconds,
     )
 
@@ -198,7 +198,7 @@ def check_model(request: ChatRequest, model: ServedModel) -> None:
 
 async def read_prompt(
     request: ChatRequest, model: ServedModel, limits: MediaSettings, run: Run, tenant: Tenant
-) -> tuple[Conversation, Frame]:
+) -> tuple[Conversation, Canvas]:
     """The conversation of a request, and the prompt that its parts stand in. Raises
     InvalidRequest, ContextTooLong."""
     ending = _ending(request)
@@ -208,7 +208,7 @@ async def read_prompt(
     conversation = await run(read_conversation, request.messages, viewing)
     segments = await run(_render, request, conversation, model, ending)
     answer = either(request.max_completion_tokens, request.max_tokens)
-    return conversation, Frame(model.prompts, segments, model.ready, request.visual_budget, answer)
+    return conversation, Canvas(model.prompts, segments, model.ready, request.visual_budget, answer)
 
 
 async def _check_demand(

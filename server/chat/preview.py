@@ -10,7 +10,7 @@ from preprocessing.grid import choose_grid
 from preprocessing.media import Facts, PictureFacts, TileSettings, VideoFacts
 from server.auth import Tenant
 from server.chat.prepare import Run, ServedModel, check_model, read_prompt
-from server.chat.showing import Frame, Media, open_all
+from server.chat.showing import Canvas, Media, open_all
 from server.chat.visual import Fitter, View
 from server.schemas.chat import ChatRequest
 from server.schemas.preview import PartPreview, Preview, Setting
@@ -29,32 +29,32 @@ async def preview(
 ) -> Preview:
     """Raises what the request itself would be refused with, except for what does not fit."""
     check_model(request, model)
-    conversation, frame = await read_prompt(request, model, limits, run, tenant)
+    conversation, canvas = await read_prompt(request, model, limits, run, tenant)
     parts = conversation.parts
     async with media.hold(parts):
         opened = await open_all(media, parts, limits.decode_workers + 2)
         facts = [one.facts for one in opened]
-    return await asyncio.to_thread(_preview, model, frame, parts, facts)
+    return await asyncio.to_thread(_preview, model, canvas, parts, facts)
 
 
 def _preview(
-    model: ServedModel, frame: Frame, parts: Sequence[MediaPart], facts: Sequence[Sequence[Facts]]
+    model: ServedModel, canvas: Canvas, parts: Sequence[MediaPart], facts: Sequence[Sequence[Facts]]
 ) -> Preview:
     geometry, context = model.ready.geometry, model.ready.max_model_len
-    fitter = Fitter(parts, facts, frame.limits(parts))
+    fitter = Fitter(parts, facts, canvas.limits(parts))
     views = fitter.asked()
     with suppress(ContextTooLong):
         views = fitter.fitted()
-    answer = frame.answer_tokens or 1
+    answer = canvas.answer_tokens or 1
 
     def setting(views: Sequence[View] | None) -> Setting | None:
         if not views:
             return None
-        prompt = frame.length(views)
+        prompt = canvas.length(views)
         tiles = sum(view.tiles for view in views)
         return Setting({"max_tiles": tiles}, prompt, prompt + answer <= context)
 
-    prompt = frame.length(views)
+    prompt = canvas.length(views)
     visual = sum(view.tiles for view in views) * geometry.tokens_per_tile
     fits = prompt + answer <= context
     return Preview(

@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol, TypeVar, cast
 
 from preprocessing import Loaded, MediaPart, TiledMedia, TiledVideo
+from preprocessing.budget import Share
 from preprocessing.media import Facts, Opened
 from preprocessing.pool import PoolStats
 from preprocessing.turns import few_at_a_time
@@ -46,7 +47,7 @@ class Media(Protocol):
     async def load(self, part: MediaPart) -> Loaded:
         """Tiles of one part; raises MediaRefused."""
 
-    def hold(self, parts: Sequence[MediaPart]) -> AbstractAsyncContextManager[None]:
+    def hold(self, parts: Sequence[MediaPart]) -> AbstractAsyncContextManager[Share]:
         """Room for the bytes of all these parts, while they are opened and tiled."""
 
     async def open(self, part: MediaPart) -> Opened:
@@ -82,7 +83,7 @@ class _Planned:
 
 
 @dataclasses.dataclass(frozen=True)
-class Frame:
+class Canvas:
     """What the parts of one request stand in: its prompt, and what it leaves them."""
 
     prompts: PromptBuilder
@@ -136,33 +137,34 @@ class Frame:
         )
 
 
-async def show(media: Media, conversation: Conversation, frame: Frame, at_once: int) -> Gallery:
+async def show(media: Media, conversation: Conversation, canvas: Canvas, at_once: int) -> Gallery:
     """Load all parts. Raises MediaRefused, InvalidRequest for a budget that is too small,
     ContextTooLong, and Unavailable."""
     parts = conversation.parts
     reduced: frozenset[str] = frozenset()
-    if frame.fits_anyway(parts):
-        loaded = await load_all(media.load, parts, frame.ready, at_once)
+    if canvas.fits_anyway(parts):
+        loaded = await load_all(media.load, parts, canvas.ready, at_once)
     else:
-        async with media.hold(parts):
+        async with media.hold(parts) as held:
             opened = await open_all(media, parts, at_once)
-            views = await asyncio.to_thread(_settle, frame, parts, [one.facts for one in opened])
+            held.keep(sum(one.size for one in opened))
+            views = await asyncio.to_thread(_settle, canvas, parts, [one.facts for one in opened])
             reduced = frozenset(
                 view.part.param
                 for view, part in zip(views, parts, strict=True)
                 if view.part != part
             )
             pairs = [(view.part, one) for view, one in zip(views, opened, strict=True)]
-            loaded = await load_all(lambda pair: media.tile(*pair), pairs, frame.ready, at_once)
+            loaded = await load_all(lambda pair: media.tile(*pair), pairs, canvas.ready, at_once)
     pictures = cast(list[TiledMedia], loaded[: len(conversation.pictures)])
     videos = cast(list[TiledVideo], loaded[len(conversation.pictures) :])
     return Gallery(pictures, videos, reduced)
 
 
 def _settle(
-    frame: Frame, parts: Sequence[MediaPart], facts: Sequence[Sequence[Facts]]
+    canvas: Canvas, parts: Sequence[MediaPart], facts: Sequence[Sequence[Facts]]
 ) -> list[visual.View]:
-    return visual.Fitter(parts, facts, frame.limits(parts)).fitted()
+    return visual.Fitter(parts, facts, canvas.limits(parts)).fitted()
 
 
 async def open_all(media: Media, parts: Sequence[MediaPart], at_once: int) -> list[Opened]:

@@ -5,7 +5,16 @@ import struct
 import sys
 from typing import Any
 
-from preprocessing.media import Confined, Tiled, ToWorker
+from preprocessing.media import (
+    Confined,
+    Frames,
+    PictureFacts,
+    Reason,
+    Refused,
+    Tiled,
+    ToWorker,
+    VideoFacts,
+)
 from wire.channel import Channel
 
 SIDE = 16
@@ -27,6 +36,39 @@ REPLIES: dict[str, tuple[Any, list[bytes]]] = {
     "pickle": (b"cos\nsystem\n(S'true'\ntR.", []),
 }
 
+FILM = VideoFacts("mp4", "h264", 5, 5, 0, frames=9, duration=1.0, fps=9.0)
+TWO = Frames(FILM, [0, 1], [0.0, 0.5], [HONEST, HONEST])
+VIDEO_REPLIES: dict[str, tuple[Any, list[bytes]]] = {
+    "a picture for a film": (HONEST, [TILE]),
+    "no frames": (Frames(FILM, [], [], []), []),
+    "frames without tiles": (TWO, []),
+    "fewer tiles than frames": (TWO, [TILE]),
+    "fewer times than frames": (Frames(FILM, [0, 1], [0.0], [HONEST, HONEST]), [TILE, TILE]),
+    "fewer numbers than frames": (Frames(FILM, [0], [0.0, 0.5], [HONEST, HONEST]), [TILE, TILE]),
+    "more frames than asked for": (
+        Frames(FILM, [0, 1, 2], [0.0, 0.1, 0.2], [HONEST] * 3),
+        [TILE] * 3,
+    ),
+    "a frame of many tiles": (
+        Frames(FILM, [0], [0.0], [Tiled(5, 2, 2, 5, 5)]),
+        [TILE * 5],
+    ),
+    "no time": (Frames(FILM, [0], [float("nan")], [HONEST]), [TILE]),
+    "no duration": (
+        Frames(VideoFacts("mp4", "h264", 5, 5, 0, 9, float("inf"), 9.0), [0], [0.0], [HONEST]),
+        [TILE],
+    ),
+    "facts only": (FILM, []),
+}
+LOOK_REPLIES: dict[str, tuple[Any, list[bytes]]] = {
+    "tiles for a look": (HONEST, [TILE]),
+    "a film for a picture": (FILM, []),
+    "facts with a buffer": (PictureFacts("PNG", 5, 5), [TILE]),
+    "facts without pixels": (PictureFacts("PNG", 0, 5), []),
+    "a refusal with a buffer": (Refused(Reason.BROKEN), [TILE]),
+}
+ALL = REPLIES | VIDEO_REPLIES | LOOK_REPLIES
+
 
 def main(mode: str, descriptor: int) -> None:
     sock = socket.socket(fileno=descriptor)
@@ -42,7 +84,7 @@ def main(mode: str, descriptor: int) -> None:
         sock.sendall(struct.pack("<II", 8, 1) + b"x" * 8 + struct.pack("<Q", 1 << 27))
         sock.recv(1)
     elif mode != "dies at work":
-        channel.send(*REPLIES[mode])
+        channel.send(*ALL[mode])
         channel.receive()
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import io
 import os
 import select
@@ -19,11 +20,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from preprocessing import MediaPart, MediaPipeline, TiledMedia, pool
+from preprocessing import FrameChoice, MediaPart, MediaPipeline, TiledMedia, TiledVideo, pool
 from preprocessing.images import open_picture
 from preprocessing.media import Confine, Confined, FromWorker, Refused, TileJob, TileSettings
 from preprocessing.tiling import tile
 from server.chat.showing import load_all
+from tests import clips
 from tests.fake_engine import make_ready
 from tests.process import lying_worker
 from wire.channel import Channel
@@ -433,6 +435,90 @@ async def test_a_lying_worker_is_replaced(monkeypatch: pytest.MonkeyPatch, mode:
         assert (await media.load(plain(size=(5, 5)))).count == 1
         assert media.stats.deaths == 1
         assert await gone(pid)
+
+
+def film(most: int = 2) -> MediaPart:
+    """Not a film: the workers it is sent to do not look."""
+    data = base64.b64encode(b"film").decode()
+    choice = FrameChoice(most)
+    return MediaPart(f"data:video/mp4;base64,{data}", PARAM, kind="video", choice=choice)
+
+
+@pytest.mark.parametrize("mode", lying_worker.VIDEO_REPLIES)
+async def test_a_worker_that_lies_about_a_film_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    lie(monkeypatch, mode)
+    async with pipeline() as media:
+        (pid,) = media.worker_pids
+        monkeypatch.undo()
+        assert (await refusal(media, film())).code == "unsupported_media"  # by an honest one
+        assert media.stats.deaths == 1
+        assert await gone(pid)
+
+
+@pytest.mark.parametrize("mode", lying_worker.LOOK_REPLIES)
+async def test_a_worker_that_lies_about_a_header_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    lie(monkeypatch, mode)
+    async with pipeline() as media:
+        (pid,) = media.worker_pids
+        monkeypatch.undo()
+        (facts,) = (await media.open(plain(size=(7, 3)))).facts
+        assert (facts.width, facts.height) == (7, 3)
+        assert media.stats.deaths == 1
+        assert await gone(pid)
+
+
+async def test_what_was_opened_is_tiled_within_other_bounds() -> None:
+    picture = Image.effect_noise((90, 30), 60).convert("RGB")
+    asked = part(encode(picture))
+    async with pipeline() as media, media.hold([asked]) as held:
+        opened = await media.open(asked)
+        held.keep(opened.size)
+        assert media.stats.decoded == 0
+        loaded = await media.tile(dataclasses.replace(asked, max_tiles=3), opened)
+    assert isinstance(loaded, TiledMedia)
+    assert (loaded.columns, loaded.rows) == (3, 1)
+    assert loaded.tiles == tile(picture, TileSettings.of(GEOMETRY, 3))[0]
+
+
+async def test_a_film_of_pictures_shows_the_middles_of_its_segments() -> None:
+    pictures = [encode(Image.new("RGB", (20 + at, 20), (at, 0, 0))) for at in range(9)]
+    urls = tuple("data:image/png;base64," + base64.b64encode(one).decode() for one in pictures)
+    asked = MediaPart(urls, PARAM, kind="video", choice=FrameChoice(3))
+    async with pipeline() as media:
+        loaded = await media.load(asked)
+        opened = await media.open(asked)
+        again = await media.tile(asked, opened)
+        bad = dataclasses.replace(asked, url=(*urls[:4], urls[4][:60], *urls[5:]))
+        with pytest.raises(MediaRefused) as refused:
+            await media.load(bad)
+        assert refused.value.param == f"{PARAM}[4]"
+    assert isinstance(loaded, TiledVideo)
+    assert loaded == again
+    assert [one.width for one in opened.facts] == list(range(20, 29))
+    assert loaded.indices == (1, 4, 6)
+    assert [frame.tiles[0] for frame in loaded.frames] == [1, 4, 6]
+    assert all(frame.count == 1 for frame in loaded.frames)
+
+
+async def test_the_same_film_is_decoded_once_and_its_frames_keep_their_names(
+    tmp_path: Path,
+) -> None:
+    encoded = clips.encode(tmp_path / "film.mp4", ["-c:v", "libx264", "-pix_fmt", "yuv420p"])
+    url = "data:video/mp4;base64," + base64.b64encode(encoded).decode()
+    few, many = (MediaPart(url, PARAM, kind="video", choice=FrameChoice(most)) for most in (3, 30))
+    async with pipeline(tile_cache_bytes=1 << 22) as media:
+        first, again, other = [await media.load(one) for one in (few, few, many)]
+        assert media.stats.decoded == 2
+    assert isinstance(first, TiledVideo)
+    assert isinstance(other, TiledVideo)
+    assert first == again
+    names = dict(zip(other.indices, (frame.digest for frame in other.frames), strict=True))
+    assert [names[at] for at in first.indices] == [frame.digest for frame in first.frames]
+    assert len(set(names.values())) == 30
 
 
 async def test_workers_that_keep_dying_close_the_pool_for_a_moment(
