@@ -1,12 +1,14 @@
 """Pictures and videos of a request over HTTP: what parts may ask, what they get, what it costs."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from tests.api.conftest import House, Houses
-from tests.fake_engine import CHAT, FakeEngine, make_ready
+from tests.fake_engine import CHAT, EOS, FakeEngine, Step, make_ready
 from tests.small_tokenizer import encode_rendered
+from wire.messages import EngineOutput, EngineRequest
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:picture"}}
 # 8 pixels by 4 in tiles of 4: two tiles and a thumbnail, of 3 tokens each.
@@ -98,6 +100,27 @@ async def test_parts_say_how_they_are_shown_and_the_request_for_those_that_do_no
     first, second = house.media.parts
     assert (first.treatment, first.max_tiles, first.min_tiles) == ("normalized", 4, 2)
     assert (second.treatment, second.max_tiles, second.min_tiles) == ("reference", None, None)
+
+
+async def test_what_a_part_leaves_open_is_settled(house: House) -> None:
+    await house.ask(messages=user(image(detail="low", max_tiles=4), image(detail="low")))
+    assert [part.max_tiles for part in house.media.parts] == [4, 1]
+    await house.ask(messages=user(video(), video(fps=2.0), video(fps=2.0, num_frames=5)))
+    assert [part.choice and part.choice.most for part in house.media.parts[2:]] == [32, 128, 5]
+
+
+async def test_times_and_cached_tokens_are_those_of_each_part(houses: Houses) -> None:
+    def script(request: EngineRequest) -> Iterable[Step]:
+        seconds = [float(at) for at, _ in enumerate(request.items, 1)]
+        cached = request.items[2].offset + 1
+        yield EngineOutput(request.id, [5], cached_tokens=cached, encode_seconds=seconds)
+        yield EngineOutput(request.id, [EOS], finish_reason="stop", stop_token=EOS)
+
+    house = await houses.open(FakeEngine(script=script))
+    found = (await usage(house, video(num_frames=2), image(detail="low"), image()))["internvl"]
+    (film,), (first, second) = found["videos"], found["images"]
+    assert (film["encode_ms"], first["encode_ms"], second["encode_ms"]) == (3000, 3000, 4000)
+    assert (film["cached_tokens"], first["cached_tokens"], second["cached_tokens"]) == (6, 1, 0)
 
 
 async def test_other_servers_names_of_the_same_are_understood(house: House) -> None:
@@ -226,6 +249,8 @@ async def test_a_preview_asks_nothing_of_the_engine_and_decodes_nothing(house: H
     }
     assert (film["frames"], film["source_frames"], film["duration"]) == (4, 10, 10.0)
     assert told["cheapest"]["visual_budget"] == {"max_tiles": 2}
+    less = await previewed(house, image(), visual_budget={"max_tiles": 1})
+    assert less["parts"][0]["reduced"] is True
     assert told["cheapest"]["fits"] is True
 
 

@@ -484,8 +484,21 @@ async def test_what_was_opened_is_tiled_within_other_bounds() -> None:
     assert loaded.tiles == tile(picture, TileSettings.of(GEOMETRY, 3))[0]
 
 
+async def test_memory_is_held_for_what_was_fetched_not_for_what_might_have_been(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "picture.png"
+    file.write_bytes(encode(Image.new("RGB", (30, 20))))
+    asked = MediaPart(file.as_uri(), PARAM)
+    async with pipeline(allowed_local_media_path=str(tmp_path)) as media:
+        async with hanging_job(media, asked):
+            most = TileSettings.of(GEOMETRY).most_bytes
+            assert media._memory.used == file.stat().st_size + most
+        assert media._memory.used == 0
+
+
 async def test_a_film_of_pictures_shows_the_middles_of_its_segments() -> None:
-    pictures = [encode(Image.new("RGB", (20 + at, 20), (at, 0, 0))) for at in range(9)]
+    pictures = [encode(Image.new("RGB", (40 + at, 20), (at, 0, 0))) for at in range(9)]
     urls = tuple("data:image/png;base64," + base64.b64encode(one).decode() for one in pictures)
     asked = MediaPart(urls, PARAM, kind="video", choice=FrameChoice(3))
     async with pipeline() as media:
@@ -498,7 +511,7 @@ async def test_a_film_of_pictures_shows_the_middles_of_its_segments() -> None:
         assert refused.value.param == f"{PARAM}[4]"
     assert isinstance(loaded, TiledVideo)
     assert loaded == again
-    assert [one.width for one in opened.facts] == list(range(20, 29))
+    assert [one.width for one in opened.facts] == list(range(40, 49))
     assert loaded.indices == (1, 4, 6)
     assert [frame.tiles[0] for frame in loaded.frames] == [1, 4, 6]
     assert all(frame.count == 1 for frame in loaded.frames)

@@ -39,9 +39,9 @@ def fitter(
     *asked: tuple[MediaPart, tuple[Facts, ...]],
     room: int = 30_000,
     budget: VisualBudget | None = None,
-    geometry: VisionGeometry = GEOMETRY,
+    frame: int = FRAME,
 ) -> Fitter:
-    limits = Limits(geometry, 32_768, room - 256, room - 1, FRAME, budget)
+    limits = Limits(GEOMETRY, 32_768, room - 256, room - 1, frame, budget)
     return Fitter([part for part, _ in asked], [facts for _, facts in asked], limits)
 
 
@@ -86,11 +86,15 @@ def test_a_video_gives_frames_first_and_then_tiles() -> None:
 
 
 def test_a_video_given_as_pictures_counts_those_that_are_shown() -> None:
-    sizes = [(448, 448), (896, 448), (100, 1200), (448, 448), (896, 896)]
+    sizes = [(448, 448), (896, 448), (448, 448), (100, 1200), (448, 448)]
     facts = tuple(PictureFacts("PNG", *size) for size in sizes)
     urls = ("data:",) * 5
     part = MediaPart(urls, "v", kind="video", max_tiles=12, choice=FrameChoice(5))
-    for view in ladder(part, facts, GEOMETRY, gives=True):
+    (wanted,) = ladder(part, facts, GEOMETRY, gives=False)
+    views = ladder(part, facts, GEOMETRY, gives=True)
+    assert views[-1] == wanted
+    assert all(view.tiles < wanted.tiles for view in views[:-1])
+    for view in views:
         assert view.part.choice is not None
         settings = TileSettings.for_part(GEOMETRY, view.part)
         shown = segment_middles(0, 4, view.part.choice.most)
@@ -109,6 +113,7 @@ def test_a_video_given_as_pictures_counts_those_that_are_shown() -> None:
         (FrameChoice(64, fps=0.01), 1),
         (FrameChoice(64, fps=2.0, end=5.98), 12),
         (FrameChoice(400, start=1.0, end=2.0), 31),
+        (FrameChoice(400, start=1.01, end=1.99), 31),
     ],
 )
 def test_the_frames_of_a_video_are_known_from_its_header(choice: FrameChoice, frames: int) -> None:
@@ -117,6 +122,15 @@ def test_the_frames_of_a_video_are_known_from_its_header(choice: FrameChoice, fr
     part = dataclasses.replace(part, choice=choice)
     (view,) = ladder(part, facts, GEOMETRY, gives=False)
     assert len(view.shots) == frames
+
+
+def test_fewer_pictures_are_no_gain_if_they_have_more_tiles() -> None:
+    """Of five pictures two are shown, 1 and 3; alone it would be the large one in the middle."""
+    facts = tuple(PictureFacts("PNG", 640 if at == 2 else 448, 448) for at in range(5))
+    part = MediaPart(("data:",) * 5, "v", kind="video", max_tiles=12, choice=FrameChoice(2))
+    views = ladder(part, facts, GEOMETRY, gives=True)
+    assert tiles(views)[-1] == 2
+    assert views[-1].part == part
 
 
 # shares
@@ -247,12 +261,25 @@ def test_what_is_fitted_fits_and_only_who_may_gives(
         assert views == wanted
 
 
-@given(st.lists(part_strategy, min_size=1, max_size=5), st.integers(300, 20_000))
+def test_the_largest_budget_minds_what_frames_cost_besides_their_tiles() -> None:
+    """Shared by tiles alone, 18 tiles would be ten frames, which do not fit."""
+    subject = fitter(video(), picture(1616, 430), picture(1335, 778), room=7591, frame=400)
+    views = subject.largest_that_fits()
+    assert views is not None
+    assert sum(map(Price(256, 400).of, views)) <= 7590
+    assert subject.within(sum(tiles(views))) == views
+
+
+@given(
+    st.lists(part_strategy, min_size=1, max_size=5),
+    st.integers(300, 20_000),
+    st.sampled_from([FRAME, 400]),
+)
 def test_the_largest_budget_that_fits_does_and_the_bound_without_headers_holds(
-    asked: list[tuple[MediaPart, tuple[Facts, ...]]], room: int
+    asked: list[tuple[MediaPart, tuple[Facts, ...]]], room: int, frame: int
 ) -> None:
-    subject = fitter(*asked, room=room)
-    price = Price(256, FRAME)
+    subject = fitter(*asked, room=room, frame=frame)
+    price = Price(256, frame)
     views = subject.largest_that_fits()
     if views is None:
         assert sum(map(price.of, subject.smallest())) > room - 1
