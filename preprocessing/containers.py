@@ -11,8 +11,8 @@ import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import Any, cast
 
 import av
 
@@ -67,9 +67,12 @@ class Video:
 
     def packets(self) -> Iterator[tuple[int, "av.Packet[av.VideoStream]"]]:
         """The packets of the stream, numbered; without the empty one that PyAV adds."""
-        for number, packet in enumerate(self.container.demux(self.stream)):
-            if packet.size or packet.dts is not None or packet.pts is not None:
-                yield number, packet
+        # PyAV's generator frees what it has allocated when it is closed, not when it is forgotten.
+        demuxed = cast(Generator["av.Packet[av.VideoStream]"], self.container.demux(self.stream))
+        with contextlib.closing(demuxed):
+            for number, packet in enumerate(demuxed):
+                if packet.size or packet.dts is not None or packet.pts is not None:
+                    yield number, packet
 
 
 @dataclasses.dataclass(frozen=True)
