@@ -7,7 +7,6 @@ beside everything else, and never more than full rows could use.
 """
 
 import contextlib
-import ctypes
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,25 +26,15 @@ logger = logging.getLogger(__name__)
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-_LARGE = 8 << 20
-# What the C library may hold beside what is in use: its top (see _M_TRIM_THRESHOLD) and its holes.
-_HELD = 4 * _LARGE
+# Pieces that the C library gives back when they are freed. Real steps were seen to take a half more
+# than the profile of the same steps where it learnt for itself what to keep.
+LARGE = 8 << 20
+# What it may hold beside what is in use: its top (see wire.heap) and its holes.
+_HELD = 4 * LARGE
 # Layers take the same memory one after the other: two show the peak of any number.
 _LAYERS = 2
 # As many ids as a request may name.
 _NAMED = 1024
-
-
-def return_what_is_freed() -> None:
-    """Have glibc give back large pieces as soon as they are freed; elsewhere nothing happens.
-
-    By itself it learns to keep pieces of up to 32 MiB for the next time, in holes that do not fit
-    it: real steps were seen to take a half more than the profile of the same steps.
-    """
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
-        ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)
 
 
 @contextlib.contextmanager

@@ -22,13 +22,7 @@ from torch import Tensor
 
 from engine.core import EngineCore
 from engine.grammar import Grammars
-from engine.memory import (
-    kv_blocks,
-    largest_step,
-    measure,
-    return_what_is_freed,
-    shallow,
-)
+from engine.memory import LARGE, kv_blocks, largest_step, measure, shallow
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, logprobs, score
@@ -39,6 +33,7 @@ from model.attention import choose
 from model.kv_cache import KVCache
 from model.transfer import to_device, to_host
 from wire.channel import Buffer
+from wire.heap import return_what_is_freed
 from wire.messages import EngineRequest, Progress, Ready, VisionItem
 from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
@@ -90,7 +85,7 @@ class ModelRunner:
         config = load_config(folder)
         config = dataclasses.replace(config, geometry=config.geometry.limited(settings.max_tiles))
         if device.type == "cpu":
-            return_what_is_freed()
+            return_what_is_freed(LARGE)
             torch.set_num_threads(settings.threads or _threads(config))
         dtype = _dtype(settings, config, device)
         self._model = build_model(

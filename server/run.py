@@ -17,10 +17,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.lifecycle import Service
+from wire.heap import return_what_is_freed
 from wire.messages import Progress
 from wire.settings import Settings
 
 EXIT_FAILED = 1
+# What glibc starts with; a tile of a picture has more, and bodies that hold pictures.
+LARGE = 128 << 10
 REFRESH = 0.2
 # After the drain's own deadline; what still runs then is cancelled.
 SHUTDOWN_TIMEOUT = 2
@@ -28,6 +31,7 @@ SHUTDOWN_TIMEOUT = 2
 
 def serve(app: FastAPI, settings: Settings) -> int:
     """Serve until a signal or a failure; the exit status."""
+    return_what_is_freed(LARGE, arenas=1)
     config = uvicorn.Config(
         app,
         host=settings.server.host,
