@@ -2,13 +2,15 @@
 
 For most formats Pillow's own ``open`` reads no more than the header. The plugins of icons and
 JPEG XL decode as they open: their size is read here first, so that a bomb among them is refused
-before a pixel of it exists. A PNG's orientation may stand behind its pixels. A JPEG 2000 file that
-was cut off is decoded without a word. Whatever is wrong with a file raises any Exception, as in
-Pillow's plugins.
+before a pixel of it exists. A PNG's orientation may stand behind its pixels. A JPEG 2000 or HEIC
+file that was cut off is decoded without a word, and HEIC tells the size of what is shown, not of
+what has to be decoded for it. Whatever is wrong with a file raises any Exception, as in Pillow's
+plugins.
 """
 
 import dataclasses
 import io
+import re
 from collections.abc import Iterator
 
 from PIL import BmpImagePlugin, IcoImagePlugin, PngImagePlugin
@@ -109,16 +111,32 @@ def without_pixels(encoded: bytes | bytearray) -> bytes | bytearray:
     return b"".join(kept)
 
 
-def is_cut(encoded: bytes | bytearray) -> bool:
-    """Whether a JPEG 2000 picture lacks its end, which its decoder would fill with black."""
+def is_cut(encoded: bytes | bytearray, kind: str | None) -> bool:
+    """Whether a picture lacks its end, which its decoder would fill: the last tiles of HEIC, and
+    JPEG 2000. False for other formats."""
+    if kind == "HEIF":
+        # What follows the picture, as some phones' films do, may be anything.
+        return any(end > len(encoded) for name, _, end in _boxes(encoded) if name == b"mdat")
+    if kind != "JPEG2000":
+        return False
     if encoded.startswith(_JPEG_2000_STREAM):
         ends = [len(encoded)]
     else:
-        ends = [end for kind, _, end in _boxes(encoded) if kind == b"jp2c"]
+        ends = [end for name, _, end in _boxes(encoded) if name == b"jp2c"]
     if not ends or ends[0] > len(encoded):
         return True
     tail = bytes(encoded[ends[0] - 64 : ends[0]])
     return not tail.rstrip(b"\0").endswith(_JPEG_2000_END)
+
+
+def heif_sizes(encoded: bytes | bytearray) -> Iterator[tuple[int, int]]:
+    """Width and height of every picture in a HEIF file, before cropping: tiles, canvases,
+    thumbnails (ISO/IEC 23008-12, ImageSpatialExtentsProperty)."""
+    for kind, start, end in _boxes(encoded):
+        if kind == b"meta":
+            for found in re.finditer(rb"ispe(?=.{4}(.{4})(.{4}))", encoded[start:end], re.S):
+                width, height = found.groups()
+                yield int.from_bytes(width, "big"), int.from_bytes(height, "big")
 
 
 def _boxes(encoded: bytes | bytearray) -> Iterator[tuple[bytes, int, int]]:

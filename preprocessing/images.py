@@ -4,16 +4,17 @@ What holds for every picture:
 
 - Formats: those of ``FORMATS``; the content decides, never a file name or a MIME type.
 - Size: width and height are read from the header and checked before any pixel exists.
-- Truncated or damaged files are refused, never filled with grey.
+- Truncated or damaged files are refused, never filled with grey; what a decoder does not notice,
+  that of HEIC a damaged tile, is shown as it comes.
 - Several frames or pages (GIF, WebP, TIFF, MPO, APNG, AVIF, icons): the first one, of an icon the
-  largest.
+  largest, of HEIC the one that it calls primary.
 - Colour profiles (ICC) are ignored, as in the reference.
 
 The treatment ``normalized`` shows the model what a person sees:
 
-- Orientation: the EXIF (or XMP) tag is applied, once; a damaged tag counts as upright. JPEG XL
-  keeps the orientation in the picture itself, and its decoder applies it; a tag beside it does not
-  count there, as the standard says.
+- Orientation: the EXIF (or XMP) tag is applied, once; a damaged tag counts as upright. JPEG XL and
+  HEIC keep the orientation in the picture itself, and their decoders apply it; a tag beside it does
+  not count there, as the standards say.
 - Transparency (alpha channel, a transparent palette entry or colour, an icon's mask, what the first
   frame of an animation leaves free): laid on white.
 - 16-bit grey: 0..65535 becomes 0..255, rounded.
@@ -24,7 +25,7 @@ The treatment ``normalized`` shows the model what a person sees:
   RGB. 16-bit colour keeps its high bytes.
 
 The treatment ``reference`` is ``Image.open(file).convert("RGB")`` to the bit, as in the model's own
-code: nothing is turned that Pillow's decoder does not turn itself (it turns TIFF and JPEG XL),
+code: nothing is turned that Pillow's decoder does not turn itself (TIFF, JPEG XL and HEIC are),
 alpha is dropped, so that whatever colour hides there shows, and wide grey is clipped at 255.
 """
 
@@ -50,7 +51,7 @@ from PIL import (
     UnidentifiedImageError,
 )
 
-from preprocessing import headers
+from preprocessing import headers, heif
 from preprocessing.media import PictureFacts, Reason, Treatment
 
 # Format -> the plugin that opens it, in the order in which they are tried: those without a
@@ -95,9 +96,9 @@ _PLUGINS = {
     "TGA": "TgaImagePlugin",
 }
 # Their decoders turn the picture themselves while they load.
-_TURNED = {"TIFF", "JXL"}
+_TURNED = {"TIFF", "JXL", "HEIF"}
 
-_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis")  # of pictures, not of sequences
 
 _DEEP, _DEEP_LOW = "RGB;16B", "RGB;16L"  # raw modes of 16-bit colour, high byte first and last
 _WIDE_MODES = {"I;16", "I;16L", "I;16B", "I;16N", "I", "F"}
@@ -115,21 +116,30 @@ _UPRIGHT = {
 }
 
 
-def _load_plugins() -> tuple[str, ...]:
+def _load_plugins() -> list[str]:
     """Import every plugin now, so that opening a file imports nothing: inside the sandbox no
-    module can be read any more, and no thread can start. The formats that can be read."""
+    module can be read any more. None but HEIC starts a thread. The formats that can be read."""
+    formats = list(_PLUGINS)
     for plugin in _PLUGINS.values():
         importlib.import_module(f"PIL.{plugin}")
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-    try:
+    with contextlib.suppress(ImportError):
         jpeg_xl: Any = importlib.import_module("pillow_jxl.JpegXLImagePlugin")
-    except ImportError:
-        return tuple(_PLUGINS)
-    jpeg_xl.DECODE_THREADS = 0
-    return (*_PLUGINS, "JXL")
+        jpeg_xl.DECODE_THREADS = 0
+        formats.append("JXL")
+    with contextlib.suppress(ImportError):
+        heif.register()
+        formats.append(heif.FORMAT)
+    return formats
 
 
 FORMATS = _load_plugins()
+
+
+def do_without_threads() -> None:
+    """Refuse HEIC by name, from now on: its decoder would end the process."""
+    with contextlib.suppress(ValueError):
+        FORMATS.remove("HEIF")
 
 
 class Unreadable(Exception):
@@ -219,10 +229,11 @@ def _pillow_limit(max_pixels: int) -> Iterator[None]:
 
 
 def _unsupported(encoded: bytes | bytearray) -> Reason:
-    """HEIC, which phones write, is refused by name."""
+    """HEIC, which phones write, is told from what is no picture at all."""
     head = bytes(encoded[:64])
-    is_heic = head[4:8] == b"ftyp" and any(brand in head for brand in _HEIC_BRANDS)
-    return Reason.NO_HEIC if is_heic else Reason.UNSUPPORTED
+    if head[4:8] != b"ftyp" or not any(brand in head for brand in _HEIC_BRANDS):
+        return Reason.UNSUPPORTED
+    return Reason.BROKEN if "HEIF" in FORMATS else Reason.NO_HEIC
 
 
 def _check_early(encoded: bytes | bytearray, max_pixels: int) -> headers.Header | None:
@@ -238,8 +249,13 @@ def _check_early(encoded: bytes | bytearray, max_pixels: int) -> headers.Header 
 def _open(encoded: bytes | bytearray, max_pixels: int) -> ImageFile.ImageFile:
     picture = Image.open(io.BytesIO(encoded), formats=FORMATS)
     _check_size(picture.size, max_pixels)
-    if picture.format == "JPEG2000" and headers.is_cut(encoded):
+    if headers.is_cut(encoded, picture.format):
         raise Unreadable(Reason.BROKEN)
+    if picture.format == "HEIF":
+        # What is shown may be cut out of something larger, or put together from it; by less than
+        # a block of HEVC every picture is larger.
+        for width, height in headers.heif_sizes(encoded):
+            _check_size((max(1, width - 63), max(1, height - 63)), max_pixels)
     return picture
 
 
@@ -252,7 +268,8 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """1 to 8 as in EXIF; 1 for upright, for nonsense, and for JPEG XL (see the module's rules)."""
+    """1 to 8 as in EXIF; 1 for upright, for nonsense, and for JPEG XL (see the module's rules). Of
+    HEIC it is the tag, which repeats what its decoder does."""
     if picture.format == "JXL" and not getattr(picture, "jpeg", False):
         return 1
     try:
@@ -315,6 +332,8 @@ def _with_clear_colour(picture: ImageFile.ImageFile, again: ImageFile.ImageFile)
 
 
 def _upright(picture: Image.Image) -> Image.Image:
+    if picture.format == "HEIF":
+        return picture  # its decoder has turned it
     method = _UPRIGHT.get(_orientation(picture))
     return picture if method is None else picture.transpose(method)
 

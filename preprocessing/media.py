@@ -104,9 +104,9 @@ class Reason(enum.Enum):
 
 _FORMATS: dict[Kind, str] = {
     "image": (
-        "PNG, JPEG, WebP, GIF, BMP, DIB, TIFF, AVIF, JPEG 2000, ICO, CUR, ICNS, PPM, PSD, DDS, "
-        "QOI, PCX, DCX, SGI, Sun, XBM, XPM, FITS, BLP, FLI, FTEX, GBR, McIDAS, MSP, PIXAR, "
-        "XV thumbnail, PCD, IMT, SPIDER, TGA"
+        "PNG, JPEG, HEIC, HEIF, WebP, GIF, BMP, DIB, TIFF, AVIF, JPEG 2000, ICO, CUR, ICNS, PPM, "
+        "PSD, DDS, QOI, PCX, DCX, SGI, Sun, XBM, XPM, FITS, BLP, FLI, FTEX, GBR, McIDAS, MSP, "
+        "PIXAR, XV thumbnail, PCD, IMT, SPIDER, TGA"
     ),
     "video": "MP4, MOV, MKV, WebM, AVI, MPEG, GIF",
 }
@@ -122,7 +122,8 @@ REASONS = {
     Reason.TOO_LARGE: ("media_too_large", "{What} has more pixels than this server decodes."),
     Reason.NO_HEIC: (
         "unsupported_media",
-        "{What} is HEIC, which this server does not read; it reads AVIF, JPEG, PNG and others.",
+        "{What} is HEIC, which this server cannot read on its system; it reads AVIF, JPEG, PNG "
+        "and others.",
     ),
     Reason.NO_JPEG_XL: (
         "unsupported_media",

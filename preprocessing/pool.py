@@ -68,7 +68,12 @@ def child_environment() -> dict[str, str]:
     """The variables of a child that handles what clients send: it runs the code that we do, and
     knows none of our keys."""
     kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    return {**kept, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    return {
+        **kept,
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        # A heap of its own would cost a thread 64 MiB of the address space that it may use.
+        "MALLOC_ARENA_MAX": "1",
+    }
 
 
 @dataclasses.dataclass

@@ -7,9 +7,11 @@ The layers overlap on purpose, so that a kernel without one of them still has th
 - limits: memory, no file may grow, no descriptor may be opened, no process, no core dump;
 - seccomp: every system call outside ``_CALLS`` fails with EPERM, and no memory can become code.
 
-Afterwards the process can read and write the descriptors it holds, compute, and exit; a process
-that asked for ``threads`` can start threads of its own too, which are confined as it is. All
-imports must be done before.
+Afterwards the process can read and write the descriptors it holds, compute, and exit. One that
+asked for ``threads`` can start threads of its own too, which inherit all of this; only seccomp can
+tell a thread from a process, so where it is missing there are none. Nothing bounds how many a
+hijacked process starts but the limits it inherited: they share its memory and its processor time,
+and end with it. All imports must be done before.
 """
 
 import contextlib
@@ -80,13 +82,15 @@ _LANDLOCK_NET = {4: 0b11}
 def confine(memory: int, threads: bool = False) -> list[str]:
     """Enter the sandbox for good; returns the names of the layers this system lacks.
 
-    ``memory`` is how many bytes may be mapped beyond what is mapped now. Raises RuntimeError if
-    there are other threads already, which would stay outside.
+    ``memory`` is how many bytes may be mapped beyond what is mapped now. ``threads`` allows
+    threads, unless "seccomp" is among the layers returned. Raises RuntimeError if there are other
+    threads already, which would stay outside.
     """
     _offer_to_be_killed()
     memory += _mapped()
     if not sys.platform.startswith("linux"):
-        limit(memory, threads)
+        limit(memory)
+        deny_processes()
         return ["identity", "landlock", "seccomp"]
     with contextlib.suppress(FileNotFoundError):  # no /proc
         if len(os.listdir("/proc/self/task")) > 1:
@@ -95,7 +99,7 @@ def confine(memory: int, threads: bool = False) -> list[str]:
     layers: list[tuple[str, Callable[[], None]]] = [
         ("identity", drop_identity),
         ("landlock", deny_paths),  # before the limits: it needs one descriptor
-        ("limits", lambda: limit(memory, threads)),
+        ("limits", lambda: limit(memory)),
         ("seccomp", lambda: deny_calls(threads)),
     ]
     for name, enter in layers:
@@ -103,6 +107,8 @@ def confine(memory: int, threads: bool = False) -> list[str]:
             enter()
         except OSError:
             missing.append(name)
+    if not threads or "seccomp" in missing:
+        deny_processes()
     return missing
 
 
@@ -128,25 +134,16 @@ def drop_identity() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
-def limit(memory: int, threads: bool = False) -> None:
-    """Resource limits; ``memory`` is the whole address space in bytes.
+def limit(memory: int) -> None:
+    """Resource limits; ``memory`` is the whole address space in bytes."""
+    _limit("RLIMIT_AS", memory)
+    for name in ("RLIMIT_FSIZE", "RLIMIT_CORE", "RLIMIT_NOFILE"):
+        _limit(name, 0)
 
-    A limit that the system does not know is passed over.
-    """
-    wanted = {
-        "RLIMIT_AS": memory,
-        "RLIMIT_FSIZE": 0,
-        "RLIMIT_NPROC": 0,
-        "RLIMIT_CORE": 0,
-        "RLIMIT_NOFILE": 0,
-    }
-    if threads:
-        del wanted["RLIMIT_NPROC"]  # it counts threads too
-    for name, value in wanted.items():
-        number = getattr(resource, name, None)
-        if number is not None:
-            with contextlib.suppress(ValueError, OSError):  # macOS refuses some of them
-                resource.setrlimit(number, (value, value))
+
+def deny_processes() -> None:
+    """No process can be started any more, and on Linux no thread: the limit counts both."""
+    _limit("RLIMIT_NPROC", 0)
 
 
 def deny_paths() -> None:
@@ -213,6 +210,14 @@ def _program(column: int, architecture: int, threads: bool) -> bytes:
         else:
             steps += [op(equal, numbers[column], 0, 1), op(give, allow)]
     return b"".join((*steps, op(give, deny)))
+
+
+def _limit(name: str, value: int) -> None:
+    """A limit that the system does not know is passed over."""
+    number = getattr(resource, name, None)
+    if number is not None:
+        with contextlib.suppress(ValueError, OSError):  # macOS refuses some of them
+            resource.setrlimit(number, (value, value))
 
 
 def _offer_to_be_killed() -> None:

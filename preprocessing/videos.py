@@ -111,6 +111,11 @@ def load_decord() -> bool:
     return True
 
 
+def do_without_threads() -> None:
+    """Have PyAV read all videos, from now on."""
+    _loaded.clear()
+
+
 def _look(
     file: io.BytesIO, timeline: Timeline, treatment: Treatment, max_pixels: int
 ) -> VideoFacts:

@@ -42,13 +42,17 @@ def main(descriptor: int) -> None:
         first, _ = channel.receive()
         if not isinstance(first, Confine):
             return
-        # Only decord starts threads: without it none can be started.
-        threads = first.video_reader == "decord" and videos.load_decord()
-        if first.video_reader == "decord" and not threads:
+        has_decord = first.video_reader == "decord" and videos.load_decord()
+        if first.video_reader == "decord" and not has_decord:
             sys.stderr.write("decord is not installed; PyAV reads all videos\n")
         _warm_up()
         _fall_silent()
-        channel.send(Confined(sandbox.confine(first.memory, threads)))
+        # HEIC and decord start threads, nothing else does.
+        missing = sandbox.confine(first.memory, threads=has_decord or "HEIF" in images.FORMATS)
+        if "seccomp" in missing:
+            images.do_without_threads()
+            videos.do_without_threads()
+        channel.send(Confined(missing))
         while True:
             job, buffers = channel.receive()
             if isinstance(job, Confine) or len(buffers) != 1:

@@ -1,6 +1,7 @@
 """Small pictures of every format that the server reads, and files that only promise pixels.
 
-Pillow writes two thirds of the formats; the others are written here by hand from their headers.
+Pillow writes two thirds of the formats, and pillow-heif HEIC; the others are written here by hand
+from their headers.
 """
 
 import io
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pillow_heif
 from PIL import Image
 
 # Size and pixels that are different in every corner.
@@ -18,7 +20,10 @@ WIDTH, HEIGHT = 48, 32
 
 def encode(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     sink = io.BytesIO()
-    picture.save(sink, kind, **options)
+    if kind == "HEIF":  # what Pillow has for that name is the server's reader, which cannot write
+        pillow_heif.from_pillow(picture).save(sink, **options)
+    else:
+        picture.save(sink, kind, **options)
     return sink.getvalue()
 
 
@@ -243,6 +248,11 @@ def avif(width: int, height: int, _: bytes) -> bytes:
     )
 
 
+def heif(width: int, height: int, _: bytes) -> bytes:
+    old = (64, 64)  # of smaller pictures the encoder makes this, and cuts it
+    return _patched(encode(picture(*old), "HEIF"), b"ispe\0\0\0\0", ">II", old, (width, height))
+
+
 def jxl(width: int, height: int, _: bytes) -> bytes:
     bits = 0 | 3 << 1 | height - 1 << 3 | 0 << 33 | 3 << 36 | width - 1 << 38 | 1 << 68
     return b"\xff\x0a" + bits.to_bytes(9, "little")
@@ -272,7 +282,7 @@ BY_HAND: dict[str, Callable[[int, int, bytes], bytes]] = {
     "DDS": dds, "QOI": qoi, "PCX": pcx, "DCX": dcx, "SGI": sgi, "SUN": sun, "XBM": xbm,
     "XPM": xpm, "FITS": fits, "BLP": blp, "FLI": fli, "FTEX": ftex, "GBR": gbr,
     "MCIDAS": mcidas, "MSP": msp, "PIXAR": pixar, "XVTHUMB": xvthumb, "PCD": pcd,
-    "IMT": imt, "SPIDER": spider, "TGA": tga, "JXL": jxl,
+    "IMT": imt, "SPIDER": spider, "TGA": tga, "JXL": jxl, "HEIF": heif,
 }  # fmt: skip
 _SAVED_AS = {"XBM": "1", "MSP": "1", "BLP": "P", "SPIDER": "F"}
 _WRITTEN = {"CUR", "PSD", "DCX", "SUN", "XPM", "FITS", "FLI", "FTEX", "GBR", "MCIDAS", "PIXAR",
@@ -336,6 +346,9 @@ def lossless(shown: Image.Image) -> dict[str, bytes]:
     }
     for kind in ("PPM", "PSD", "SUN", "FTEX", "PIXAR", "CUR", "DIB"):
         encodings[kind] = BY_HAND[kind](*shown.size, shown.tobytes())
+    exact = {"quality": -1, "chroma": 444, "matrix_coefficients": 0}
+    encodings["HEIC"] = encode(shown, "HEIF", **exact)
+    encodings["HEIC in tiles"] = encode(shown, "HEIF", tile_size=64, **exact)
     if "JXL" in Image.SAVE:
         encodings["JPEG XL"] = encode(shown, "JXL", lossless=True)
     return encodings

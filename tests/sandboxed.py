@@ -4,7 +4,7 @@ import contextlib
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -26,18 +26,24 @@ from wire.channel import Channel
 DEADLINE = 60.0
 MEMORY = 2 << 30
 SIDE = 128
+COMMAND = ("-m", "preprocessing.worker")
 
 
 class Worker:
     """A worker that has one job at a time; a job that it does not survive raises."""
 
-    def __init__(self, video_reader: str = "auto", memory: int = MEMORY) -> None:
+    def __init__(
+        self,
+        video_reader: str = "auto",
+        memory: int = MEMORY,
+        command: Sequence[str] = COMMAND,
+    ) -> None:
         ours, theirs = socket.socketpair()
         ours.settimeout(DEADLINE)
         self._channel: Channel[FromWorker] = Channel(ours, FromWorker)
         self._reader = video_reader
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "preprocessing.worker", str(theirs.fileno())],
+            [sys.executable, "-P", *command, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             env=child_environment(),
         )
@@ -110,9 +116,11 @@ class Worker:
 
 
 @contextlib.contextmanager
-def worker(video_reader: str = "auto", memory: int = MEMORY) -> Iterator[Worker]:
+def worker(
+    video_reader: str = "auto", memory: int = MEMORY, command: Sequence[str] = COMMAND
+) -> Iterator[Worker]:
     """A worker for the length of a block."""
-    started = Worker(video_reader, memory)
+    started = Worker(video_reader, memory, command)
     try:
         yield started
     finally:

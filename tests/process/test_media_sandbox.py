@@ -35,6 +35,10 @@ def by_hand(*arguments):
     if child < 0:
         raise OSError(ctypes.get_errno(), "clone")
 
+def checked(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "a call")
+
 def in_thread(action):
     outcome = []
     def run():
@@ -74,11 +78,18 @@ print(json.dumps({{name: attempt(action) for name, action in {{
     "fork": lambda: os.fork() or os._exit(0),
     "fork by hand": lambda: by_hand(56 if x86 else 220, 17),
     "fork by clone3": lambda: by_hand(435, args, 88),
+    "vfork by hand": lambda: by_hand(56 if x86 else 220, 0x4000 | 17),
+    "fork into new namespaces": lambda: by_hand(56 if x86 else 220, 0x10000000 | 17),
+    "start a thread elsewhere": lambda: by_hand(56 if x86 else 220, 0x3D0F00 | 0x10000000),
     "share no memory with a child": lambda: by_hand(56 if x86 else 220, 0x3D0F00 & ~0x100),
+    "leave what is shared": lambda: checked(library.unshare(0x200)),
+    "trace a process": lambda: checked(library.ptrace(2, os.getpid(), None, None)),
     "start a thread": lambda: in_thread(int),
     "read a file from a thread": lambda: in_thread(lambda: os.open("/etc/hostname", os.O_RDONLY)),
+    "open a socket from a thread": lambda: in_thread(socket.socket),
     "fork from a thread": lambda: in_thread(lambda: os.fork() or os._exit(0)),
     "run a program": lambda: os.execv("/no such program", ["true"]),
+    "run a program from a thread": lambda: in_thread(lambda: os.execv("/none", ["true"])),
     "signal the parent": lambda: os.kill(os.getppid(), 0),
     "limit the parent": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE),
     "become root": lambda: os.setuid(0),
@@ -129,6 +140,21 @@ def test_the_call_filter_alone_tells_threads_from_processes() -> None:
     tried = outcomes("sandbox.deny_calls(threads=True)")
     possible = {name for name, error in tried.items() if error is None}
     assert possible == ALLOWED | {"start a thread", "map more memory than allowed"}
+    # It is the filter that denies them, not the kernel for a mistake in the call.
+    for name in ("run a program", "run a program from a thread", "trace a process",
+                 "start a thread elsewhere", "share no memory with a child"):  # fmt: skip
+        assert tried[name] == "PermissionError", name
+
+
+def test_no_thread_starts_where_no_filter_tells_it_from_a_process() -> None:
+    """What was asked for counts for nothing on a kernel without seccomp."""
+    tried = outcomes(
+        "def missing(_): raise OSError\n"
+        "sandbox.deny_calls = missing\n"
+        "assert 'seccomp' in sandbox.confine(256 << 20, threads=True)"
+    )
+    for name in ("start a thread", "fork", "fork by hand", "fork by clone3", "vfork by hand"):
+        assert tried[name] is not None, name
 
 
 def test_a_process_that_has_threads_already_is_not_confined() -> None:
@@ -179,7 +205,8 @@ def test_nothing_is_denied_outside() -> None:
     tried = outcomes("")
     for name in ("read a file", "write a file", "list a folder", "open a socket", "open a pipe",
                  "connect a socket held open", "pass a descriptor", "copy a descriptor", "fork",
-                 "fork by hand", "fork by clone3", "start a thread", "read a file from a thread",
+                 "fork by hand", "fork by clone3", "vfork by hand", "leave what is shared",
+                 "start a thread", "read a file from a thread", "open a socket from a thread",
                  "fork from a thread",
                  "signal the parent", "map executable memory", "change folder"):  # fmt: skip
         assert tried[name] is None, name
@@ -202,12 +229,16 @@ except PermissionError: print("for good")
     assert done.stdout.decode().splitlines() == [f"{nobody} {nobody} []", "for good"]
 
 
-def test_processor_time_ends_a_runaway() -> None:
-    code = """
+@pytest.mark.parametrize("runaway", ["spin()", "threading.Thread(target=spin).start()"])
+def test_processor_time_ends_a_runaway(runaway: str) -> None:
+    code = f"""
+import threading
 from preprocessing import sandbox
-sandbox.confine(64 << 20)
+def spin():
+    while True: pass
+sandbox.confine(256 << 20, threads=True)
 sandbox.limit_processor(0)
-while True: pass
+{runaway}
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60, check=False

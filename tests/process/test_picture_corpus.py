@@ -134,6 +134,8 @@ LOSSY = {
     "JPEG CMYK": encode(ONE.convert("CMYK"), "JPEG", quality=95),
     "WebP lossy": encode(ONE, "WEBP", quality=95),
     "AVIF": encode(ONE, "AVIF", quality=95, subsampling="4:4:4"),
+    "HEIC": encode(ONE, "HEIF", quality=95, chroma=444),
+    "HEIC in tiles": encode(ONE, "HEIF", quality=95, chroma=444, tile_size=64),
 }
 
 
@@ -171,17 +173,19 @@ async def test_one_picture_in_eight_orientations_has_the_same_tiles(
         assert (loaded.width, loaded.height) == ONE.size
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "AVIF"])
+NEARLY: dict[str, dict[str, Any]] = {
+    "JPEG": {"subsampling": 0}, "AVIF": {"subsampling": "4:4:4"}, "HEIF": {"chroma": 444},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NEARLY)
 async def test_one_photograph_in_eight_orientations_is_nearly_the_same(
     media: MediaPipeline, kind: str
 ) -> None:
     expected = np.frombuffer(tile(ONE, SETTINGS)[0], np.uint8).astype(int)
     for orientation in range(1, 9):
         exif = turned(orientation)
-        encoded = encode(
-            stored(ONE, orientation), kind, exif=exif, quality=95,
-            subsampling=0 if kind == "JPEG" else "4:4:4",
-        )  # fmt: skip
+        encoded = encode(stored(ONE, orientation), kind, exif=exif, quality=95, **NEARLY[kind])
         loaded = await load(media, encoded)
         seen = np.frombuffer(loaded.tiles, np.uint8)
         assert (loaded.width, loaded.height) == ONE.size, orientation

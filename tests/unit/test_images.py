@@ -328,9 +328,17 @@ def test_what_is_no_picture_is_unsupported(encoded: bytes) -> None:
     assert refusal(encoded) is Reason.UNSUPPORTED
 
 
-def test_heic_is_refused_by_name() -> None:
-    phone = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
-    assert refusal(phone) is Reason.NO_HEIC
+def test_heic_is_refused_by_name_where_no_thread_can_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nameless = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+    assert refusal(nameless) is Reason.BROKEN
+    monkeypatch.setattr(images, "FORMATS", list(FORMATS))
+    images.do_without_threads()
+    assert refusal(nameless) is refusal(sample("HEIF")) is Reason.NO_HEIC
+    with pytest.raises(Unreadable) as refused:
+        look_picture(sample("HEIF"), LIMIT)
+    assert refused.value.reason is Reason.NO_HEIC
 
 
 def test_jpeg_xl_is_refused_by_name_where_it_is_not_installed(

@@ -77,6 +77,7 @@ def test_the_treatments_differ_where_they_should() -> None:
 LOSSLESS: dict[str, dict[str, Any]] = {
     "PNG": {}, "WEBP": {"lossless": True, "exact": True}, "TIFF": {}, "ICNS": {}, "ICO": {},
     "TGA": {}, "JPEG2000": {}, "DDS": {}, "SGI": {}, "QOI": {}, "AVIF": {"quality": 100},
+    "HEIF": {"quality": 100},
 }  # fmt: skip
 
 
