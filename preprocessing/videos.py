@@ -5,9 +5,10 @@ What a person sees in a player is what the model gets; the rules:
 - Frames are counted, ordered by the time at which they are shown, and chosen before one is
   decoded. Seconds count from the first.
 - Size: pixels of a frame are bounded before any exists, and again when the size changes.
-- Damage: a frame that cannot be decoded without guessing is refused, never filled with grey. A
-  file that ends early has fewer frames, unless its index says how many there should be.
-- A frame without a picture of its own (dropped by the encoder) shows the one before.
+- Damage: a frame that the decoder had to guess at is refused, and so is a file that is shorter
+  than its index says. One without an index is shown as far as it goes.
+- A frame without a picture of its own (dropped by the encoder) shows the one before; at the
+  beginning of a recording that was cut there, the first that can be decoded.
 - Rotation and mirroring are applied, to the nearest quarter turn; pixels that are not square are
   stretched; transparency is laid on white. The "reference" treatment takes pixels as square and
   ignores transparency, as decord does.
@@ -301,7 +302,7 @@ def _decoder(video: Video, treatment: Treatment) -> VideoCodecContext:
             decoder = cast(VideoCodecContext, VideoCodecContext.create(name, "r"))
     decoder.thread_count = 1
     decoder.copy_opaque = True  # a frame tells which packet it was
-    decoder.options = {"max_pixels": str(video.most_pixels), "err_detect": "explode"}
+    decoder.options = {"max_pixels": str(video.most_pixels)}
     if decoder.name == "h264":
         # Hold frames back as long as the standard allows, instead of guessing their order.
         decoder.options["strict"] = "1"

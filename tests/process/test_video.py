@@ -282,6 +282,48 @@ def test_a_recording_that_begins_in_the_middle_begins_at_its_first_key_frame(
     assert 0 < numbers[0] <= 20
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        x264("bframes=3:keyint=10:open-gop=1:ref=6:b-pyramid=normal:scenecut=0"),
+        (*X265, "log-level=none:keyint=10:open-gop=1:bframes=3:ref=4"),
+        ("-c:v", "mpeg2video", "-q:v", "2", "-bf", "2", "-g", "9"),
+    ],
+)
+def test_frames_that_need_what_was_cut_off_show_the_first_that_is_whole(
+    options: Sequence[str], strict: Worker, tmp_path: Path
+) -> None:
+    whole = clips.encode(tmp_path / "clip.ts", options, 40)
+    shown_first = set()
+    for part in range(1, 6):
+        at = len(whole) // 188 * part // 8 * 188
+        _, numbers = seen(strict, whole[: 188 * 3] + whole[at:], FrameChoice(40))
+        first = numbers[0]
+        extra = numbers.count(first) - 1
+        assert numbers == [first] * extra + list(range(first, 40))
+        assert extra <= 4
+        shown_first.add(first)
+    assert len(shown_first) > 2
+
+
+@pytest.mark.parametrize("name", ["b-frames.mp4", "open gop.mkv", "hevc.mp4", "vp9.webm",
+                                  "av1.webm", "mpeg4.avi", "mpeg2.ts"])  # fmt: skip
+def test_frames_far_apart_are_what_decoding_everything_gives(name: str, tmp_path: Path) -> None:
+    options, _ = VARIANTS[name]
+    file = tmp_path / name
+    clips.ffmpeg("-f", "lavfi", "-i", "testsrc2=size=128x96:rate=25:duration=3", *options, file)
+    raw = clips.ffmpeg("-i", file, "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
+    job = FramesJob(
+        settings=TileSettings(SIDE, 1, 1, True, "reference"),
+        choice=FrameChoice(7), max_pixels=1 << 24, max_frames=100, reader="auto", seconds=20,
+    )  # fmt: skip
+    _, indices, _, pictures = read_frames(file.read_bytes(), job)
+    length = 3 * 128 * 96
+    assert len(raw) == 75 * length
+    for at, picture in zip(indices, pictures, strict=True):
+        assert picture.tobytes() == raw[at * length : (at + 1) * length], at
+
+
 def test_frames_that_an_encoder_dropped_leave_a_gap(strict: Worker, tmp_path: Path) -> None:
     gap = ("-vf", "setpts=(N+2*gte(N\\,3))/25/TB", "-fps_mode", "passthrough")
     encoded = clips.encode(tmp_path / "clip.avi", ("-c:v", "mpeg4", "-q:v", "2", *gap), 6)
