@@ -14,6 +14,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 from hypothesis import strategies as st
+from PIL import ImageChops, ImageStat
 
 from preprocessing.images import Unreadable
 from preprocessing.media import FrameChoice, Frames, LookJob, Reason, Refused, VideoFacts
@@ -413,6 +414,24 @@ def test_flipped_bits_are_survived(name: str, strict: Worker) -> None:
             for _ in range(share):
                 damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
             assert answered(strict, bytes(damaged)) in (None, *Reason)
+
+
+def test_damage_that_h264_notices_is_not_shown(strict: Worker) -> None:
+    whole = source("clip.mp4")
+    _, clean = strict.frames(whole, CHOICE)
+    draw = random.Random(1)
+    shown = refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(2):
+            damaged[draw.randrange(len(whole) // 3, len(whole))] ^= 1 << draw.randrange(8)
+        answer, pictures = strict.frames(bytes(damaged), CHOICE)
+        refused += isinstance(answer, Refused)
+        if len(pictures) == len(clean):
+            pairs = zip(pictures, clean, strict=True)
+            shown += any(max(ImageStat.Stat(ImageChops.difference(*one)).mean) > 2 for one in pairs)
+    assert refused > 30
+    assert shown <= 6  # without a checksum some damage is as good a picture as any
 
 
 Edit = tuple[str, int, int, bytes]

@@ -1,10 +1,13 @@
 """Videos of every container, codec and oddity, through a real worker in its sandbox: the frames
 that come back are the right ones, upright, in the right colours."""
 
+import io
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
@@ -322,6 +325,44 @@ def test_frames_far_apart_are_what_decoding_everything_gives(name: str, tmp_path
     assert len(raw) == 75 * length
     for at, picture in zip(indices, pictures, strict=True):
         assert picture.tobytes() == raw[at * length : (at + 1) * length], at
+
+
+def test_pictures_that_vp8_only_refers_to_are_no_frames(strict: Worker, tmp_path: Path) -> None:
+    raw, file = tmp_path / "raw.mkv", tmp_path / "clip.webm"
+    clips.encode(raw, ("-c:v", "ffv1"), 40)
+    options = ("-c:v", "libvpx", "-deadline", "good", "-b:v", "900k", "-auto-alt-ref", "1",
+               "-lag-in-frames", "16", "-passlogfile", str(tmp_path / "log"))  # fmt: skip
+    clips.ffmpeg("-i", raw, *options, "-pass", "1", "-f", "null", "-")
+    clips.ffmpeg("-i", raw, *options, "-pass", "2", file)
+    with av.open(str(file)) as video:
+        assert sum(packet.size > 0 for packet in video.demux(video=0)) > 40
+    answer, numbers = seen(strict, file.read_bytes(), FrameChoice(99))
+    assert numbers == answer.indices == list(range(40))
+
+
+def test_a_packet_without_a_picture_shows_the_one_before(strict: Worker, tmp_path: Path) -> None:
+    clips.encode(tmp_path / "clip.mkv", ("-c:v", "mpeg4", "-q:v", "2"), 5, rate="10")
+    sink = io.BytesIO()
+    with (
+        av.open(str(tmp_path / "clip.mkv")) as video,
+        av.open(sink, "w", format="matroska") as target,
+    ):
+        stream = target.add_stream_from_template(video.streams.video[0])
+        for packet in video.demux(video=0):
+            if packet.pts is None:
+                continue
+            packet.stream = stream
+            pts = packet.pts
+            target.mux(packet)
+            if pts == 200:
+                nothing = av.Packet(b"\0\0\1\xb6\x55\x9f")  # MPEG-4: a frame that is not coded
+                nothing.pts = nothing.dts = 250
+                nothing.time_base = Fraction(1, 1000)
+                nothing.stream = stream
+                target.mux(nothing)
+    answer, numbers = seen(strict, sink.getvalue(), FrameChoice(9))
+    assert numbers == [0, 1, 2, 2, 3, 4]
+    assert answer.seconds == pytest.approx([0, 0.1, 0.2, 0.25, 0.3, 0.4])
 
 
 def test_frames_that_an_encoder_dropped_leave_a_gap(strict: Worker, tmp_path: Path) -> None:
