@@ -461,7 +461,7 @@ def edited(whole: bytes, changes: list[Edit]) -> bytes:
 
 
 @hypothesis.settings(
-    max_examples=4000, deadline=None, derandomize=True, database=None,
+    max_examples=3000, deadline=None, derandomize=True, database=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @hypothesis.given(st.sampled_from(sorted(SOURCES)), st.lists(edits, min_size=1, max_size=6))
