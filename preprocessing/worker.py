@@ -5,6 +5,7 @@ socket, answers with tiles or a typed refusal, and ends at the socket's end of f
 never import a network library, and nothing at all after it has entered its sandbox.
 """
 
+import ctypes
 import io
 import os
 import signal
@@ -31,6 +32,8 @@ from preprocessing.media import (
 )
 from wire.channel import Buffer, Channel, ChannelClosed
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
 
 def main(descriptor: int) -> None:
     """Serve jobs until the parent closes the channel."""
@@ -45,6 +48,7 @@ def main(descriptor: int) -> None:
         has_decord = first.video_reader == "decord" and videos.load_decord()
         if first.video_reader == "decord" and not has_decord:
             sys.stderr.write("decord is not installed; PyAV reads all videos\n")
+        _reuse_memory()
         _warm_up()
         _fall_silent()
         # HEIC and decord start threads, nothing else does.
@@ -103,6 +107,15 @@ def _frames(job: FramesJob, encoded: bytearray) -> tuple[FromWorker, list[Buffer
         tiled.append(Tiled(count, columns, rows, picture.width, picture.height))
         buffers.append(tiles)
     return Frames(facts, indices, seconds, tiled), buffers
+
+
+def _reuse_memory() -> None:
+    """Keep up to 64 MiB of freed memory for the next job: to take it from the system page by page
+    costs a third of the time of a picture of one megapixel."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):  # glibc's
+        library.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        library.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _warm_up() -> None:
