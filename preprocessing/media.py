@@ -213,7 +213,8 @@ class Confine(msgspec.Struct, frozen=True, tag="confine"):
 
 
 class LookJob(msgspec.Struct, frozen=True, tag="look", kw_only=True):
-    """Read the header of the one buffer that travels beside this message; no pixel is decoded.
+    """Read the header of the one buffer that travels beside this message; no pixel is decoded
+    but those of a video's first frame, which alone says how it is turned.
 
     ``seconds`` of processor time may be used, as in every job.
     """
