@@ -144,7 +144,7 @@ class FakeMedia:
 
     def __init__(self) -> None:
         self.parts: list[MediaPart] = []
-        self.cancelled = 0
+        self.cancelled = self.tiled = 0
         self.gate = asyncio.Event()
         self.gate.set()
         self.geometry: VisionGeometry | None = None
@@ -177,6 +177,7 @@ class FakeMedia:
 
     async def tile(self, part: MediaPart, opened: Opened) -> Loaded:
         assert self.geometry is not None
+        self.tiled += 1
         count = tile_count(8, 4, TileSettings.for_part(self.geometry, part))
         if part.choice is None:
             return self._picture(part, count)

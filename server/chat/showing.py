@@ -75,10 +75,10 @@ class Gallery:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Planned:
-    """A picture of which only the number of tiles is known."""
+class _Unseen:
+    """A picture of which only the place is known."""
 
-    count: int
+    count: int = 0
     digest: bytes = b""
 
 
@@ -94,18 +94,20 @@ class Canvas:
 
     def length(self, views: Sequence[visual.View]) -> int:
         """Tokens of the prompt, with each part as in ``views``."""
-        shots = [[_Planned(tiles) for tiles in view.shots] for view in views]
-        pictures = [
-            shot for view, (shot, *_) in zip(views, shots, strict=True) if view.part.kind == "image"
-        ]
-        videos = [s for view, s in zip(views, shots, strict=True) if view.part.kind == "video"]
-        return len(self.prompts.build(self.segments, pictures, videos).ids)
+        frames = [len(view.shots) for view in views if view.part.kind == "video"]
+        tiles = sum(view.tiles for view in views)
+        text = self._text(len(views) - len(frames), frames)
+        return text + tiles * self.ready.geometry.tokens_per_tile
+
+    def _text(self, pictures: int, frames: Sequence[int]) -> int:
+        """Tokens of the prompt that stand for no tile, with so many frames of each video."""
+        shots = [[_Unseen()] * count for count in frames]
+        return len(self.prompts.build(self.segments, [_Unseen()] * pictures, shots).ids)
 
     def limits(self, parts: Sequence[MediaPart]) -> visual.Limits:
         """What there is for the parts."""
-        nothing: list[_Planned] = [_Planned(0) for part in parts if part.kind == "image"]
-        unseen: list[list[_Planned]] = [[] for part in parts if part.kind == "video"]
-        text = len(self.prompts.build(self.segments, nothing, unseen).ids)
+        videos = sum(part.kind == "video" for part in parts)
+        text = self._text(len(parts) - videos, [0] * videos)
         context = self.ready.max_model_len
         reserve = self.answer_tokens
         if reserve is None:
@@ -121,10 +123,12 @@ class Canvas:
         )
 
     def fits_anyway(self, parts: Sequence[MediaPart]) -> bool:
-        """Whether nothing can have to be given up, whatever the parts are."""
+        """Whether nothing can have to be given up or refused, whatever the parts are; pictures that
+        do not give are told apart later."""
         if self.budget is not None:
             return False
-        if not any(part.fit for part in parts):
+        # Pictures come one by one and are refused as soon as they are too many. A video comes whole.
+        if not any(part.fit or part.kind == "video" for part in parts):
             return True
         most = sum(visual.most_tiles(part, self.ready.geometry) for part in parts)
         shots = sum(part.choice.most for part in parts if part.choice is not None)
@@ -154,7 +158,7 @@ async def show(media: Media, conversation: Conversation, canvas: Canvas, at_once
                 for view, part in zip(views, parts, strict=True)
                 if view.part != part
             )
-            pairs = [(view.part, one) for view, one in zip(views, opened, strict=True)]
+            pairs = [(view.held, one) for view, one in zip(views, opened, strict=True)]
             loaded = await load_all(lambda pair: media.tile(*pair), pairs, canvas.ready, at_once)
     pictures = cast(list[TiledMedia], loaded[: len(conversation.pictures)])
     videos = cast(list[TiledVideo], loaded[len(conversation.pictures) :])

@@ -8,12 +8,15 @@ it asks for. A video gives frames first, and tiles of each frame when one frame 
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Sequence
+
+import msgspec
 
 from preprocessing import MediaPart
 from preprocessing.frames import segment_middles
 from preprocessing.grid import tile_count
-from preprocessing.media import Facts, FrameChoice, TileSettings, VideoFacts
+from preprocessing.media import Facts, FrameChoice, Reason, TileSettings, VideoFacts, refusal
 from server.schemas.chat import VisualBudget
 from wire.errors import ContextTooLong, InvalidRequest
 from wire.geometry import VisionGeometry
@@ -30,6 +33,16 @@ class View:
     def tiles(self) -> int:
         """All of them."""
         return sum(self.shots)
+
+    @property
+    def held(self) -> MediaPart:
+        """The part, held to the frames that were counted: where they stand at unequal distances,
+        the time that is asked for may have more of them."""
+        choice = self.part.choice
+        if choice is None or (choice.fps, choice.start, choice.end) == (None, None, None):
+            return self.part
+        choice = msgspec.structs.replace(choice, most=len(self.shots))
+        return dataclasses.replace(self.part, choice=choice)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +68,10 @@ def most_tiles(part: MediaPart, geometry: VisionGeometry) -> int:
 def ladder(
     part: MediaPart, facts: Sequence[Facts], geometry: VisionGeometry, *, gives: bool
 ) -> list[View]:
-    """The views of a part, the smallest first; only the one it asks for unless it ``gives``."""
+    """The views of a part, the smallest first; only the one it asks for unless it ``gives``.
+
+    Raises MediaRefused for a video that has no frames in the time that is asked for.
+    """
     wanted = _view(part, facts, geometry)
     if not gives:
         return [wanted]
@@ -112,7 +128,10 @@ def _view(part: MediaPart, facts: Sequence[Facts], geometry: VisionGeometry) -> 
         most = len(facts) if part.choice is None else part.choice.most
         shown: Sequence[Facts] = [facts[at] for at in segment_middles(0, len(facts) - 1, most)]
     elif isinstance(facts[0], VideoFacts) and part.choice is not None:
-        shown = [facts[0]] * frames_shown(part.choice, facts[0])
+        frames = frames_shown(part.choice, facts[0])
+        if not frames:
+            raise refusal(Reason.OUT_OF_RANGE, part.kind, part.param)
+        shown = [facts[0]] * frames
     else:
         shown = facts
     return View(part, tuple(tile_count(one.width, one.height, settings) for one in shown))
@@ -121,11 +140,15 @@ def _view(part: MediaPart, facts: Sequence[Facts], geometry: VisionGeometry) -> 
 def frames_shown(choice: FrameChoice, facts: VideoFacts) -> int:
     """How many frames a choice takes of a video, if they stand at equal distances: what
     ``choose_frames`` does with their times, from what the header says."""
-    first, last = 0, facts.frames - 1
-    if choice.start:
-        first = min(round(choice.start * facts.fps), last)
-    if choice.end is not None:
-        last = max(min(round(choice.end * facts.fps), last), first)
+    if choice.start and choice.start >= facts.duration:
+        return 0
+
+    def nearest(moment: float) -> int:
+        # Averages are not exact: what is a tie must stay one.
+        return min(round(round(moment * facts.fps, 6)), facts.frames - 1)
+
+    first = nearest(choice.start or 0)
+    last = facts.frames - 1 if choice.end is None else max(nearest(choice.end), first)
     most = min(choice.most, last - first + 1)
     if choice.fps is not None and facts.fps:
         most = min(most, int((last - first + 1) / facts.fps * choice.fps + 1e-6))
@@ -166,7 +189,7 @@ class Fitter:
 
     def asked(self) -> list[View]:
         """What the parts ask for, within the budget. Raises InvalidRequest for one that is too
-        small for all of them."""
+        small for all of them, and MediaRefused."""
         budget = self._limits.budget
         if budget is None:
             return [views[-1] for views in self._ladders(self._parts, all_give=False)]
@@ -186,7 +209,8 @@ class Fitter:
         return views
 
     def fitted(self) -> list[View]:
-        """The same, made to fit where the parts allow it. Raises InvalidRequest, ContextTooLong."""
+        """The same, made to fit where the parts allow it. Raises InvalidRequest,
+        MediaRefused and ContextTooLong."""
         limits = self._limits
         ladders = self._ladders([view.part for view in self.asked()], all_give=False)
         for room in (limits.room, limits.most_room):
@@ -202,25 +226,28 @@ class Fitter:
 
     def smallest(self) -> list[View]:
         """Each part as cheap as it can be shown."""
-        ladders = self._ladders(self._parts, all_give=True)
-        return [min(views, key=lambda view: view.tiles) for views in ladders]
+        return [views[0] for views in self._generous]
 
     def within(self, tiles: int) -> list[View] | None:
         """No more than so many tiles, shared by all; None if they cannot do with so few."""
-        return share(self._ladders(self._parts, all_give=True), tiles, Price(1))
+        return share(self._generous, tiles, Price(1))
 
     def largest_that_fits(self) -> list[View] | None:
         """What the largest budget gives with which the request fits; None if there is none."""
-        ladders = self._ladders(self._parts, all_give=True)
-        views = share(ladders, self._limits.most_room, self._in_prompt)
+        views = share(self._generous, self._limits.most_room, self._in_prompt)
         tiles = 0 if views is None else sum(view.tiles for view in views)
         # A budget is shared without regard to what frames cost besides their tiles: as many tiles
         # may take more of the prompt.
         for most in range(tiles, 0, -1):
-            views = share(ladders, most, Price(1))
+            views = self.within(most)
             if views is None or sum(map(self._in_prompt.of, views)) <= self._limits.most_room:
                 return views
         return None
+
+    @functools.cached_property
+    def _generous(self) -> list[list[View]]:
+        """What there is if every part gives up what it must."""
+        return self._ladders(self._parts, all_give=True)
 
     def _ladders(self, parts: Sequence[MediaPart], *, all_give: bool) -> list[list[View]]:
         return [

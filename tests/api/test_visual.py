@@ -225,6 +225,19 @@ async def test_a_picture_gives_up_tiles_only_if_it_may(houses: Houses) -> None:
     assert [one["tiles"] for one in used["internvl"]["images"]] == [1, 1]
 
 
+async def test_a_budget_holds_for_a_video_with_more_frames_than_its_rate_says(house: House) -> None:
+    """Three frames of two seconds at one a second; the decoder would find ten."""
+    used = await usage(house, video(end=2.0), "x", visual_budget={"max_tiles": 3})
+    assert used["internvl"]["videos"][0]["tiles"] == 3
+
+
+async def test_a_video_that_cannot_fit_is_not_decoded(houses: Houses) -> None:
+    house = await houses.open(FakeEngine(ready=make_ready(max_model_len=24)))
+    error = await refused(house, video(fit=False), "x")
+    assert error["code"] == "context_length_exceeded"
+    assert house.media.tiled == 0
+
+
 # previews
 
 
@@ -279,6 +292,7 @@ async def test_a_preview_of_what_never_fits_says_so(houses: Houses) -> None:
 async def test_a_preview_refuses_what_the_request_would_be_refused_for(house: House) -> None:
     for body, param in (
         ({"messages": user(image(url="data:bad"))}, f"{PART}.image_url.url"),
+        ({"messages": user(video(start=10.0))}, f"{PART}.video_url.url"),
         ({"messages": user("x"), "model": "other"}, "model"),
         ({"messages": []}, "messages"),
     ):

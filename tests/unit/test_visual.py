@@ -10,9 +10,18 @@ from preprocessing import FrameChoice, MediaPart
 from preprocessing.frames import choose_frames, segment_middles
 from preprocessing.grid import tile_count
 from preprocessing.media import Facts, PictureFacts, TileSettings, VideoFacts
-from server.chat.visual import Fitter, Limits, Price, View, ladder, most_tiles, share
+from server.chat.visual import (
+    Fitter,
+    Limits,
+    Price,
+    View,
+    frames_shown,
+    ladder,
+    most_tiles,
+    share,
+)
 from server.schemas.chat import VisualBudget
-from wire.errors import ContextTooLong, InvalidRequest
+from wire.errors import ContextTooLong, InvalidRequest, MediaRefused
 from wire.geometry import VisionGeometry
 
 GEOMETRY = VisionGeometry(tile_size=448, tokens_per_tile=256)
@@ -114,6 +123,7 @@ def test_a_video_given_as_pictures_counts_those_that_are_shown() -> None:
         (FrameChoice(64, fps=2.0, end=5.98), 12),
         (FrameChoice(400, start=1.0, end=2.0), 31),
         (FrameChoice(400, start=1.01, end=1.99), 31),
+        (FrameChoice(400, start=9.99), 1),
     ],
 )
 def test_the_frames_of_a_video_are_known_from_its_header(choice: FrameChoice, frames: int) -> None:
@@ -122,6 +132,41 @@ def test_the_frames_of_a_video_are_known_from_its_header(choice: FrameChoice, fr
     part = dataclasses.replace(part, choice=choice)
     (view,) = ladder(part, facts, GEOMETRY, gives=False)
     assert len(view.shots) == frames
+
+
+def test_a_tie_is_one_where_the_average_rate_is_not_exact() -> None:
+    """0.5 s of 25 frames a second lies between frames 12 and 13, as the decoder finds too."""
+    fps = 25.000000000000004
+    facts = VideoFacts("mp4", "h264", 64, 64, 0, frames=30, duration=1.2, fps=fps)
+    choice = FrameChoice(32, start=0.5, end=0.6)
+    assert len(choose_frames([at / 25 for at in range(30)], choice, fps)) == 4
+    assert frames_shown(choice, facts) == 4
+
+
+def test_a_video_without_frames_in_the_time_asked_for_is_refused() -> None:
+    part, facts = video()
+    part = dataclasses.replace(part, choice=FrameChoice(32, start=10.0))
+    assert choose_frames([at / 30 for at in range(300)], FrameChoice(32, start=10.0), 30.0) == []
+    with pytest.raises(MediaRefused, match="'start' and 'end'"):
+        ladder(part, facts, GEOMETRY, gives=True)
+
+
+@pytest.mark.parametrize("choice", [FrameChoice(32, end=1.0), FrameChoice(32, fps=1.0)])
+def test_a_part_of_a_video_is_held_to_the_frames_that_were_counted(choice: FrameChoice) -> None:
+    part, facts = video()
+    part = dataclasses.replace(part, choice=choice)
+    (view,) = ladder(part, facts, GEOMETRY, gives=False)
+    assert view.held.choice is not None
+    assert len(view.shots) == view.held.choice.most < 32
+    # All of them at once, which their header could not tell.
+    assert len(choose_frames([0.0] * 299 + [10.0], view.held.choice, 30.0)) <= len(view.shots)
+
+
+def test_a_whole_video_stays_as_it_was_asked_for() -> None:
+    """What is cached of it is found again."""
+    part, facts = video(frames=8)
+    (view,) = ladder(part, facts, GEOMETRY, gives=False)
+    assert view.held is part
 
 
 def test_fewer_pictures_are_no_gain_if_they_have_more_tiles() -> None:
