@@ -127,7 +127,7 @@ class Canvas:
         do not give are told apart later."""
         if self.budget is not None:
             return False
-        # Pictures come one by one and are refused as soon as they are too many. A video comes whole.
+        # Pictures come one by one, and are refused when they are too many. A video comes whole.
         if not any(part.fit or part.kind == "video" for part in parts):
             return True
         most = sum(visual.most_tiles(part, self.ready.geometry) for part in parts)
