@@ -1,6 +1,7 @@
 """Every metric of the server, in one place. The registry belongs to one app, so that tests can
 have many. Engine numbers are read from the last step report when somebody scrapes."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -10,6 +11,7 @@ from prometheus_client.registry import Collector
 from engine.client import EngineClient
 from preprocessing.pool import PoolStats
 from server.schemas.common import PartUsage
+from wire.errors import MediaRefused
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -128,6 +130,15 @@ class Metrics:
             self.fetch_time.observe(picture.fetch_ms / 1000)
             if picture.preprocess_ms:  # else its tiles were there
                 self.decode_time.observe(picture.preprocess_ms / 1000)
+
+    @contextlib.contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """Count what pictures and videos are refused for."""
+        try:
+            yield
+        except MediaRefused as refusal:
+            self.media_refused.labels(refusal.code).inc()
+            raise
 
     def page(self) -> bytes:
         """The page a scraper reads."""

@@ -27,13 +27,14 @@ async def preview(
     run: Run,
     tenant: Tenant,
 ) -> Preview:
-    """Raises what the request itself would be refused with, except for what does not fit."""
+    """Raises what the request itself would be refused with because of its messages or its budget,
+    except for what does not fit."""
     check_model(request, model)
     conversation, canvas = await read_prompt(request, model, limits, run, tenant)
     parts = conversation.parts
     async with media.hold(parts):
-        opened = await open_all(media, parts, limits.decode_workers + 2)
-        facts = [one.facts for one in opened]
+        # The files themselves are not kept: their room is given back here.
+        facts = [one.facts for one in await open_all(media, parts, limits.decode_workers + 2)]
     return await asyncio.to_thread(_preview, model, canvas, parts, facts)
 
 
@@ -64,10 +65,7 @@ def _preview(
         text_tokens=prompt - visual,
         visual_tokens=visual,
         max_model_len=context,
-        parts=[
-            _part(view, part, known, geometry)
-            for view, part, known in zip(views, parts, facts, strict=True)
-        ],
+        parts=[_part(views[at], parts[at], facts[at], geometry) for at in canvas.order],
         cheapest=setting(fitter.smallest()),
         largest=None if fits else setting(fitter.largest_that_fits()),
     )

@@ -17,7 +17,7 @@ from preprocessing.pool import PoolStats
 from preprocessing.turns import few_at_a_time
 from server.chat import visual
 from server.chat.conversation import Conversation
-from server.chat.prompt import PromptBuilder, Segment
+from server.chat.prompt import PromptBuilder, Segment, Video
 from server.schemas.chat import VisualBudget
 from wire.errors import ContextTooLong
 from wire.geometry import VisionGeometry
@@ -91,6 +91,16 @@ class Canvas:
     ready: Ready
     budget: VisualBudget | None
     answer_tokens: int | None
+
+    @property
+    def order(self) -> list[int]:
+        """Where the parts, all pictures and then all videos, are in the order of the prompt."""
+        pictures = sum(isinstance(segment, int) for segment in self.segments)
+        return [
+            segment.index + pictures if isinstance(segment, Video) else segment
+            for segment in self.segments
+            if isinstance(segment, int | Video)
+        ]
 
     def length(self, views: Sequence[visual.View]) -> int:
         """Tokens of the prompt, with each part as in ``views``."""

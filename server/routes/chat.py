@@ -14,7 +14,6 @@ from server.chat.stream import chunks, events, fold
 from server.lifecycle import Service
 from server.routes.body import read_body, runner
 from server.schemas.validate import parse_chat_request
-from wire.errors import MediaRefused
 
 router = APIRouter()
 
@@ -48,7 +47,7 @@ async def _prepare(service: Service, body: bytes, tenant: Tenant, room: Room) ->
     service.backlog.check(tenant.id, request.n or 1)
     identity = f"chatcmpl-{uuid.uuid4().hex}"
     limits, metrics = service.settings.media, service.metrics
-    try:
+    with metrics.counting_refusals():
         chat = await prepare(
             request,
             identity,
@@ -60,9 +59,6 @@ async def _prepare(service: Service, body: bytes, tenant: Tenant, room: Room) ->
             tenant,
             room,
         )
-    except MediaRefused as refusal:
-        metrics.media_refused.labels(refusal.code).inc()
-        raise
     if chat.shown:
         metrics.media_time.observe(chat.media_seconds)
         metrics.observe_media([shown.facts for shown in chat.shown])

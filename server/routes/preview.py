@@ -23,5 +23,6 @@ async def preview_chat_completion(request: Request) -> Response:
     tenant: Tenant = request.state.tenant
     limits = service.settings.media
     work = preview(asked, service.served(), service.media, limits, run, tenant)
-    found = await unless_gone(request.receive, work)
+    with service.metrics.counting_refusals():
+        found = await unless_gone(request.receive, work)
     return Response(msgspec.json.encode(found), media_type="application/json")

@@ -17,7 +17,7 @@ class PartPreview(msgspec.Struct, omit_defaults=True, kw_only=True):
     height: int
     tiles: int
     tokens: int
-    reduced: bool = False
+    reduced: bool
     orientation: int | None = None
     grid: tuple[int, int] | None = None
     frames: int | None = None

@@ -116,11 +116,13 @@ async def test_metrics_count_refused_pictures_and_what_became_of_decode_workers(
 ) -> None:
     bad = [{"role": "user", "content": [picture("bad")]}]
     assert (await house.ask(messages=bad)).status_code == 400
+    previewed = await house.http.post("/v1/internvl/preview", json={"messages": bad})
+    assert previewed.status_code == 400
     house.media.stats.deaths = 3
     house.media.stats.timeouts = 2
     house.media.stats.replaced = 5
     page = (await house.http.get("/metrics")).text
-    assert 'internvl_media_refused_total{code="invalid_media"} 1.0' in page
+    assert 'internvl_media_refused_total{code="invalid_media"} 2.0' in page
     assert "internvl_decode_worker_deaths_total 3.0" in page
     assert "internvl_decode_worker_timeouts_total 2.0" in page
     assert "internvl_decode_workers_replaced_total 5.0" in page

@@ -257,6 +257,7 @@ async def test_a_preview_asks_nothing_of_the_engine_and_decodes_nothing(house: H
         "height": 4,
         "tiles": TILES,
         "tokens": TILES * PER_TILE,
+        "reduced": False,
         "orientation": 1,
         "grid": [2, 1],
     }
@@ -279,6 +280,13 @@ async def test_a_preview_says_what_would_fit(houses: Houses) -> None:
     )
     used = await usage(house, *parts, visual_budget=told["largest"]["visual_budget"])
     assert used["prompt_tokens"] == told["largest"]["prompt_tokens"] < 64
+
+
+async def test_a_preview_names_the_parts_in_their_order(house: House) -> None:
+    told = await previewed(house, video(num_frames=1), image(), "and", video(), image())
+    assert [part["type"] for part in told["parts"]] == ["video", "image", "video", "image"]
+    named = [part["param"] for part in told["parts"]]
+    assert named == sorted(named)
 
 
 async def test_a_preview_of_what_never_fits_says_so(houses: Houses) -> None:
