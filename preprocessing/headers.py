@@ -24,12 +24,14 @@ _JPEG_2000_STREAM, _JPEG_2000_END = b"\xff\x4f\xff\x51", b"\xff\xd9"
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """``width`` and ``height`` are those of the decoded picture, in pixels."""
+    """``width`` and ``height`` in pixels are those before any turn; ``turned`` says whether the
+    decoder applies the ``orientation`` (1 to 8 as in EXIF)."""
 
     format: str
     width: int
     height: int
     orientation: int = 1
+    turned: bool = False
 
 
 def read(encoded: bytes | bytearray) -> Header | None:
@@ -75,9 +77,12 @@ def _jpeg_xl(encoded: bytes | bytearray) -> Header:
     has_all_defaults = bits.take(1)
     has_extra_fields = not has_all_defaults and bits.take(1)
     orientation = 1 + bits.take(3) if has_extra_fields else 1
-    if orientation > 4:
-        width, height = height, width  # the decoder turns the picture itself
-    return Header("JXL", width, height, orientation)
+    return Header("JXL", width, height, orientation, not _keeps_jpeg(encoded))
+
+
+def _keeps_jpeg(encoded: bytes | bytearray) -> bool:
+    """Whether a JPEG is to be made of it, with the tag that it had."""
+    return encoded.startswith(_JXL_BOX) and any(kind == b"jbrd" for kind, _, _ in _boxes(encoded))
 
 
 def _jpeg_xl_side(bits: _Bits, small: int) -> int:

@@ -160,7 +160,10 @@ def look_picture(
     with _refusals(encoded, max_pixels):
         header = _check_early(encoded, max_pixels)
         if header is not None:
-            return PictureFacts(header.format, header.width, header.height, header.orientation, 1)
+            width, height, orientation = header.width, header.height, header.orientation
+            if orientation > 4 and (header.turned or treatment == "normalized"):
+                width, height = height, width
+            return PictureFacts(header.format, width, height, orientation)
         picture = _open(encoded, max_pixels)
         (width, height), orientation = picture.size, _orientation(picture)
         if picture.format == "PNG":

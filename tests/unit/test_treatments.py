@@ -15,6 +15,7 @@ from preprocessing.media import Treatment
 from tests.pictures import encode, picture, png, png_chunk, sample, stored, turned
 
 LIMIT = 10_000_000
+TREATMENTS: tuple[Treatment, ...] = ("normalized", "reference")
 WHITE = [255, 255, 255]
 PIXELS = np.random.default_rng(5).integers(0, 256, (5, 8, 3), dtype=np.uint8)
 
@@ -240,7 +241,9 @@ def test_a_jpeg_inside_jpeg_xl_is_turned_once(tmp_path: Any) -> None:
         warnings.simplefilter("ignore")
         source.save(sink, "JXL")
     assert np.array_equal(pixels(sink.getvalue()), pixels(jpeg.read_bytes()))
-    assert look_picture(sink.getvalue(), LIMIT).height == picture().width
+    for treatment in TREATMENTS:
+        facts = look_picture(sink.getvalue(), LIMIT, treatment)
+        assert (facts.height, facts.width) == pixels(sink.getvalue(), treatment).shape[:2]
 
 
 @pytest.mark.parametrize("treatment", ["normalized", "reference"])
