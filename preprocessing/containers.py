@@ -181,7 +181,7 @@ def read_timeline(video: Video, max_frames: int) -> Timeline:
             keys.append((number, packet.pts or 0))
         if not packet.is_discard and not _is_hidden(codec.name, packet):
             shown.append((packet.pts, packet.dts, number))
-            duration = packet.duration or 0
+            duration = max(packet.duration or 0, 0)
         if len(shown) > max_frames:
             raise Unreadable(Reason.TOO_MANY_FRAMES)
         count = number + 1

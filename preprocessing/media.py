@@ -8,9 +8,10 @@ sandbox.
 
 import dataclasses
 import enum
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from preprocessing.allowance import Allowance
 from wire.errors import MediaRefused
@@ -253,6 +254,13 @@ Job = LookJob | TileJob | FramesJob
 ToWorker = Confine | Job
 
 
+# What a worker may say at all: whatever is outside is no message of it. Names are read by clients.
+_Name = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{0,20}\Z")]
+_Count = Annotated[int, Meta(ge=1, le=1 << 31)]
+_Number = Annotated[int, Meta(ge=0, le=1 << 31)]
+_Amount = Annotated[float, Meta(ge=0, le=1e30)]  # neither infinite nor no number
+
+
 class Confined(msgspec.Struct, frozen=True, tag="confined"):
     """The worker is ready. ``missing`` names the layers this system does not have."""
 
@@ -264,25 +272,25 @@ class PictureFacts(msgspec.Struct, frozen=True, tag="picture"):
     (1 to 8) and, of an animation, the number of ``frames``, of which the first is shown; 2 stands
     for several where the header does not tell (GIF, TIFF)."""
 
-    format: str
-    width: int
-    height: int
-    orientation: int = 1
-    frames: int = 1
+    format: _Name
+    width: _Count
+    height: _Count
+    orientation: Annotated[int, Meta(ge=1, le=8)] = 1
+    frames: _Count = 1
 
 
 class VideoFacts(msgspec.Struct, frozen=True, tag="video"):
     """What a video's container says: its size as it will be shown, clockwise ``rotation`` in
     degrees, number of ``frames``, ``duration`` in seconds and average frames per second."""
 
-    container: str
-    codec: str
-    width: int
-    height: int
-    rotation: int
-    frames: int
-    duration: float
-    fps: float
+    container: _Name
+    codec: _Name
+    width: _Count
+    height: _Count
+    rotation: Annotated[int, Meta(ge=0, le=270, multiple_of=90)]
+    frames: _Count
+    duration: _Amount
+    fps: _Amount
 
 
 Facts = PictureFacts | VideoFacts
@@ -291,11 +299,11 @@ Facts = PictureFacts | VideoFacts
 class Tiled(msgspec.Struct, frozen=True, tag="tiled"):
     """The tiles travel as the one buffer beside this message; fields as in TiledMedia."""
 
-    count: int
-    columns: int
-    rows: int
-    width: int
-    height: int
+    count: _Count
+    columns: _Count
+    rows: _Count
+    width: _Count
+    height: _Count
 
 
 class Frames(msgspec.Struct, frozen=True, tag="frames"):
@@ -303,8 +311,8 @@ class Frames(msgspec.Struct, frozen=True, tag="frames"):
     buffer of tiles for each beside this message."""
 
     facts: VideoFacts
-    indices: list[int]
-    seconds: list[float]
+    indices: list[_Number]
+    seconds: list[_Amount]
     tiles: list[Tiled]
 
 

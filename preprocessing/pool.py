@@ -12,7 +12,6 @@ import collections
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from preprocessing.grid import choose_grid, tile_count
 from preprocessing.media import (
     NOUNS,
     Answer,
@@ -44,7 +44,7 @@ from preprocessing.media import (
     VideoFacts,
     refusal,
 )
-from wire.channel import AsyncChannel, ChannelClosed
+from wire.channel import AsyncChannel, Bounds, ChannelClosed
 from wire.errors import MediaRefused, Unavailable
 from wire.settings import MediaSettings
 
@@ -59,7 +59,7 @@ DEATHS, DEATHS_WINDOW, PAUSE = 10, 30.0, 5.0
 # Decoded, turned and composited, Pillow holds at most this many bytes of one pixel.
 BYTES_PER_PIXEL = 16
 SPARE_MEMORY = 256 << 20
-SLACK = 4096  # bytes of a reply that are not tiles
+SLACK, FRAME_SLACK = 4096, 256  # bytes of a reply that are not tiles, and those of each frame
 
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "HOME", "SYSTEMROOT", "LANG")
 
@@ -138,7 +138,7 @@ class _Worker:
             raise ChannelClosed("a worker is not ready")
         async with asyncio.timeout(within):
             await self._channel.send(job, [encoded])
-            answer, buffers = await self._channel.receive(_most_bytes(job) + SLACK)
+            answer, buffers = await self._channel.receive(_most(job))
         if isinstance(answer, Confined):
             raise ChannelClosed("a worker sent an answer to another question")
         _check(answer, buffers, job)
@@ -154,13 +154,13 @@ class _Worker:
         await asyncio.to_thread(self.process.wait)
 
 
-def _most_bytes(job: Job) -> int:
-    """Bytes of the largest answer to a job."""
+def _most(job: Job) -> Bounds:
+    """The largest answer to a job. What a message lists takes far more memory than its bytes."""
     if isinstance(job, LookJob):
-        return 0
-    if isinstance(job, TileJob):
-        return job.settings.most_bytes
-    return job.choice.most * (job.settings.most_bytes + SLACK)
+        return Bounds(SLACK, 0, SLACK)
+    shown = 1 if isinstance(job, TileJob) else job.choice.most
+    message = SLACK + shown * FRAME_SLACK
+    return Bounds(message, shown, message + shown * (job.settings.most_bytes + FRAME_SLACK))
 
 
 def _check(answer: Answer, buffers: Sequence[bytes], job: Job) -> None:
@@ -170,7 +170,7 @@ def _check(answer: Answer, buffers: Sequence[bytes], job: Job) -> None:
         honest = not buffers
     elif isinstance(job, LookJob):
         wanted = PictureFacts if job.kind == "image" else VideoFacts
-        honest = isinstance(answer, wanted) and not buffers and _plausible(answer)
+        honest = isinstance(answer, wanted) and not buffers and _plausible(answer, job)
     elif isinstance(job, TileJob):
         honest = isinstance(answer, Tiled) and len(buffers) == 1 and _fits(answer, buffers[0], job)
     elif isinstance(answer, Frames):
@@ -179,28 +179,27 @@ def _check(answer: Answer, buffers: Sequence[bytes], job: Job) -> None:
             1 <= shown <= job.choice.most
             and shown == len(buffers) == len(answer.indices) == len(answer.seconds)
             and all(_fits(*pair, job) for pair in zip(answer.tiles, buffers, strict=True))
-            and all(map(math.isfinite, answer.seconds))
-            and _plausible(answer.facts)
+            and answer.indices == sorted(set(answer.indices))
+            and answer.indices[-1] < answer.facts.frames <= job.max_frames
+            and _plausible(answer.facts, job)
         )
     if not honest:
         raise ChannelClosed("a worker sent an answer that does not fit the question")
 
 
-def _plausible(facts: Facts) -> bool:
-    if isinstance(facts, VideoFacts) and not (
-        math.isfinite(facts.duration) and math.isfinite(facts.fps)
-    ):
-        return False
-    return min(facts.width, facts.height, facts.frames) >= 1
+def _plausible(size: Facts | Tiled, job: Job) -> bool:
+    return size.width * size.height <= job.max_pixels
 
 
 def _fits(answer: Tiled, tiles: bytes, job: TileJob | FramesJob) -> bool:
     settings = job.settings
-    grid = answer.columns * answer.rows
     return (
-        min(answer.columns, answer.rows, answer.width, answer.height) >= 1
-        and settings.min_tiles <= grid <= settings.max_tiles
-        and answer.count == grid + (settings.use_thumbnail and grid > 1)
+        _plausible(answer, job)
+        and (answer.columns, answer.rows)
+        == choose_grid(
+            answer.width, answer.height, settings.side, settings.min_tiles, settings.max_tiles
+        )
+        and answer.count == tile_count(answer.width, answer.height, settings)
         and len(tiles) == answer.count * 3 * settings.side * settings.side
     )
 

@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -30,11 +30,18 @@ class ChannelClosed(Exception):
     """The peer is gone, or sent something that is not a frame of the agreed type."""
 
 
+class Bounds(NamedTuple):
+    """What one incoming frame may have at most: bytes of its message, buffers, bytes of all."""
+
+    message: int
+    buffers: int
+    total: int
+
+
 class _Codec(Generic[T]):
-    def __init__(self, receives: Any, limit: int) -> None:
+    def __init__(self, receives: Any) -> None:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
-        self._limit = limit
 
     def frames(self, message: object, buffers: Sequence[Buffer]) -> list[Buffer]:
         payload = self._encoder.encode(message)
@@ -44,15 +51,15 @@ class _Codec(Generic[T]):
             frames += [_LENGTH.pack(view.nbytes), view]
         return frames
 
-    def check(self, total: int, limit: int | None = None) -> None:
-        if total > (self._limit if limit is None else limit):
+    def check(self, number: int, limit: int) -> None:
+        if number > limit:
             raise ChannelClosed("a frame is larger than this channel allows")
 
     def decode(self, payload: Buffer) -> T:
         try:
             return self._decoder.decode(payload)
-        except msgspec.DecodeError as error:  # ValidationError is one of these
-            raise ChannelClosed(f"not a message of this channel: {error}") from None
+        except msgspec.DecodeError:  # ValidationError is one of these; it quotes what the peer sent
+            raise ChannelClosed("not a message of this channel") from None
 
 
 class Channel(Generic[T]):
@@ -65,7 +72,8 @@ class Channel(Generic[T]):
     def __init__(self, sock: socket.socket, receives: Any, limit: int = DEFAULT_LIMIT) -> None:
         sock.setblocking(True)
         self._sock = sock
-        self._codec: _Codec[T] = _Codec(receives, limit)
+        self._codec: _Codec[T] = _Codec(receives)
+        self._limit = limit
         self._lock = threading.Lock()
 
     def send(self, message: object, buffers: Sequence[Buffer] = ()) -> None:
@@ -82,13 +90,13 @@ class Channel(Generic[T]):
         """Block for the next message and its buffers. Raises ChannelClosed at end of file."""
         size, count = _HEADER.unpack(self._read(_HEADER.size))
         total = size
-        self._codec.check(total)
+        self._codec.check(total, self._limit)
         payload = self._read(size)
         buffers = []
         for _ in range(count):
             (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
             total += length + _LENGTH.size
-            self._codec.check(total)
+            self._codec.check(total, self._limit)
             buffers.append(self._read(length))
         return self._codec.decode(payload), buffers
 
@@ -124,7 +132,8 @@ class AsyncChannel(Generic[T]):
     ) -> None:
         self._reader = reader
         self._writer = writer
-        self._codec: _Codec[T] = _Codec(receives, limit)
+        self._codec: _Codec[T] = _Codec(receives)
+        self._most = Bounds(limit, limit, limit)
         self._lock = asyncio.Lock()
 
     @classmethod
@@ -147,19 +156,21 @@ class AsyncChannel(Generic[T]):
         except (OSError, RuntimeError) as error:
             raise ChannelClosed("the peer is gone") from error
 
-    async def receive(self, limit: int | None = None) -> tuple[T, list[bytes]]:
-        """Wait for the next message and its buffers; ``limit`` is for this frame in place of the
-        channel's own. Raises ChannelClosed at end of file."""
+    async def receive(self, most: Bounds | None = None) -> tuple[T, list[bytes]]:
+        """Wait for the next message and its buffers; ``most`` bounds this frame in place of the
+        channel's own limit. Raises ChannelClosed at end of file."""
+        most = most or self._most
         try:
             size, count = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
             total = size
-            self._codec.check(total, limit)
+            self._codec.check(size, most.message)
+            self._codec.check(count, most.buffers)
             payload = await self._reader.readexactly(size)
             buffers = []
             for _ in range(count):
                 (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
                 total += length + _LENGTH.size
-                self._codec.check(total, limit)
+                self._codec.check(total, most.total)
                 buffers.append(await self._reader.readexactly(length))
         except (asyncio.IncompleteReadError, OSError) as error:
             raise ChannelClosed("the peer closed the channel") from error

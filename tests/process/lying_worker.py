@@ -30,6 +30,9 @@ REPLIES: dict[str, tuple[Any, list[bytes]]] = {
     "too many tiles": (Tiled(count=14, columns=13, rows=1, width=5, height=5), [TILE * 14]),
     "negative grid": (Tiled(count=1, columns=-1, rows=-1, width=5, height=5), [TILE]),
     "no size": (Tiled(count=1, columns=1, rows=1, width=0, height=5), [TILE]),
+    "a size over the limit": (Tiled(1, 1, 1, 1 << 20, 1 << 20), [TILE]),
+    "another grid": (Tiled(count=3, columns=2, rows=1, width=5, height=5), [TILE * 3]),
+    "empty buffers": (HONEST, [b""] * 100),
     "unknown reason": ({"type": "refused", "reason": "<script>"}, []),
     "unknown message": ({"type": "import os"}, []),
     "another hello": (Confined([]), []),
@@ -59,15 +62,30 @@ VIDEO_REPLIES: dict[str, tuple[Any, list[bytes]]] = {
         [TILE],
     ),
     "facts only": (FILM, []),
+    "a number below nought": (Frames(FILM, [-1], [0.0], [HONEST]), [TILE]),
+    "a number twice": (Frames(FILM, [1, 1], [0.0, 0.5], [HONEST, HONEST]), [TILE, TILE]),
+    "a number that is no frame's": (Frames(FILM, [9], [0.0], [HONEST]), [TILE]),
+    "a rate below nought": (
+        Frames(VideoFacts("mp4", "h264", 5, 5, 0, 9, 1.0, -9.0), [0], [0.0], [HONEST]),
+        [TILE],
+    ),
 }
 LOOK_REPLIES: dict[str, tuple[Any, list[bytes]]] = {
     "tiles for a look": (HONEST, [TILE]),
     "a film for a picture": (FILM, []),
     "facts with a buffer": (PictureFacts("PNG", 5, 5), [TILE]),
     "facts without pixels": (PictureFacts("PNG", 0, 5), []),
+    "markup for a format": (PictureFacts("<script>", 7, 3), []),
+    "a line for a format": (PictureFacts("PNG\n", 7, 3), []),
+    "a ninth orientation": (PictureFacts("PNG", 7, 3, orientation=9), []),
+    "more pixels than are decoded": (PictureFacts("PNG", 1 << 20, 1 << 20), []),
     "a refusal with a buffer": (Refused(Reason.BROKEN), [TILE]),
 }
-ALL = REPLIES | VIDEO_REPLIES | LOOK_REPLIES
+LONG_REPLIES: dict[str, tuple[Any, list[bytes]]] = {
+    # Far fewer bytes than the frames that were asked for, but they are not frames.
+    "a long list": (Frames(FILM, [0] * 6000, [0.0], [HONEST]), [TILE]),
+}
+ALL = REPLIES | VIDEO_REPLIES | LOOK_REPLIES | LONG_REPLIES
 
 
 def main(mode: str, descriptor: int) -> None:

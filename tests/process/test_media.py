@@ -478,6 +478,17 @@ async def test_a_worker_that_lies_about_a_film_is_replaced(
         assert await gone(pid)
 
 
+async def test_a_long_message_of_a_worker_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (mode,) = lying_worker.LONG_REPLIES
+    lie(monkeypatch, mode)
+    async with pipeline() as media:
+        monkeypatch.undo()
+        assert (await refusal(media, film())).code == "unsupported_media"
+    assert "larger than this channel allows" in caplog.text
+
+
 @pytest.mark.parametrize("mode", lying_worker.LOOK_REPLIES)
 async def test_a_worker_that_lies_about_a_header_is_replaced(
     monkeypatch: pytest.MonkeyPatch, mode: str

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from wire.channel import AsyncChannel, Channel, ChannelClosed
+from wire.channel import AsyncChannel, Bounds, Channel, ChannelClosed
 
 DEADLINE = 10.0
 
@@ -184,3 +184,26 @@ async def test_the_asyncio_end_notices_a_peer_that_leaves(pair: Pair) -> None:
     with pytest.raises(ChannelClosed):
         await asyncio.wait_for(send_much(), DEADLINE)
     channel.close()
+
+
+BEYOND_BOUNDS = {
+    "a long message": struct.pack("<II", 101, 0),
+    "many buffers": struct.pack("<II", 1, 3),
+    "much in all": struct.pack("<II", 1, 1) + b"x" + struct.pack("<Q", 1 << 10),
+}
+
+
+@pytest.mark.parametrize("frame", BEYOND_BOUNDS.values(), ids=BEYOND_BOUNDS.keys())
+async def test_one_frame_can_be_bound_more_tightly(pair: Pair, frame: bytes) -> None:
+    channel: AsyncChannel[Ping] = await AsyncChannel.open(pair[1], Ping)
+    pair[0].sendall(frame)
+    with pytest.raises(ChannelClosed, match="larger"):
+        await asyncio.wait_for(channel.receive(Bounds(100, 2, 1 << 10)), DEADLINE)
+    channel.close()
+
+
+def test_an_error_does_not_quote_the_peer(pair: Pair) -> None:
+    Channel[Ping](pair[0], Ping).send({"type": "line\nline"})
+    with pytest.raises(ChannelClosed) as caught:
+        Channel[Ping](pair[1], Ping).receive()
+    assert "line" not in str(caught.value)
