@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from engine.client import EngineClient
@@ -47,6 +48,7 @@ class Service:
         self.settled = asyncio.Event()
         self.failed = asyncio.Event()
         self._draining = False
+        self._preparing: set[asyncio.Timeout] = set()
         self._created = int(time.time())
         self._task: asyncio.Task[None] | None = None
 
@@ -123,6 +125,22 @@ class Service:
                 retry_after=RETRY_AFTER,
             ) from None
 
+    @contextlib.asynccontextmanager
+    async def preparing(self) -> AsyncIterator[None]:
+        """Work for a request that the engine has not heard of. Raises Unavailable, wherever it is
+        waiting, when the time to finish is over."""
+        limit = asyncio.timeout(None)
+        self._preparing.add(limit)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise Unavailable("The server is shutting down.", retry_after=RETRY_AFTER) from None
+        finally:
+            self._preparing.discard(limit)
+
     async def drain(self) -> None:
         """Take no new work; return when the running work is done or its time is over."""
         self._draining = True
@@ -130,7 +148,10 @@ class Service:
             await asyncio.wait_for(self.gate.idle.wait(), self.settings.server.drain_timeout)
         except TimeoutError:
             logger.warning("the time to finish is over; ending what still runs")
-            await self.engine.stop()  # each request gets an error of its own, not a cut stream
+            # Each request gets an error of its own, not a cut stream.
+            for limit in self._preparing:
+                limit.reschedule(0)
+            await self.engine.stop()
 
     async def stop(self) -> None:
         """End engine, media and the worker for grammars."""

@@ -32,7 +32,8 @@ async def create_chat_completion(request: Request) -> Response:
 async def _answer(
     service: Service, body: bytes, tenant: Tenant, room: Room, began: float
 ) -> Response:
-    chat = await _prepare(service, body, tenant, room)
+    async with service.preparing():
+        chat = await _prepare(service, body, tenant, room)
     source = chunks(chat, service.engine, service.backlog, service.metrics, began)
     if chat.stream:
         encoded = events(source, include_usage=chat.include_usage)

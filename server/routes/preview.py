@@ -18,11 +18,14 @@ async def preview_chat_completion(request: Request) -> Response:
     """What a chat request would cost; its body is that of a chat request."""
     service: Service = request.app.state.service
     body = await read_body(request)
+    return await unless_gone(request.receive, _answer(service, body, request.state.tenant))
+
+
+async def _answer(service: Service, body: bytes, tenant: Tenant) -> Response:
     run = runner(body)
     asked = await run(parse_chat_request, body)
-    tenant: Tenant = request.state.tenant
     limits = service.settings.media
-    work = preview(asked, service.served(), service.media, limits, run, tenant)
     with service.metrics.counting_refusals():
-        found = await unless_gone(request.receive, work)
+        async with service.preparing():
+            found = await preview(asked, service.served(), service.media, limits, run, tenant)
     return Response(msgspec.json.encode(found), media_type="application/json")

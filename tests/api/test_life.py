@@ -275,6 +275,22 @@ async def test_what_runs_at_the_end_of_a_drain_is_told_so(houses: Houses) -> Non
     assert not house.service.failed.is_set()
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/internvl/preview"])
+async def test_who_waits_for_pictures_at_the_end_of_a_drain_is_told_so(
+    houses: Houses, path: str
+) -> None:
+    house = await houses.open(drain_timeout=0.05)
+    house.media.gate.clear()
+    asked = asyncio.ensure_future(house.http.post(path, json=with_picture()))
+    while not house.media.parts:
+        await asyncio.sleep(0)
+    await within(house.service.drain())
+    answer = await within(asked)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert answer.json()["error"]["message"] == "The server is shutting down."
+    assert house.media.cancelled == 1
+
+
 def with_picture(detail: str = "high") -> dict[str, Any]:
     """A streamed question about a picture: two tiles of 48 bytes, or one at detail "low"."""
     picture = {"type": "image_url", "image_url": {"url": "http://here/1", "detail": detail}}
