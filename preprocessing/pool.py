@@ -1,6 +1,7 @@
 """The asyncio side of the decode workers: spawn, dispatch, time out, kill, replace.
 
-Owned by the media pipeline. A worker has one job at a time; whoever waits is served in order.
+Owned by the media pipeline. A worker has one job at a time; whoever waits is served in order, and
+of several workers one is left to pictures, which take a moment where a video may take a minute.
 A worker that dies or overruns is replaced. A job whose worker died is tried once more with
 another one, for the picture may be innocent; an overrun costs the job. Only when many die in a
 short time does the pool stop taking jobs for a moment. What a worker sends is checked as if it
@@ -54,6 +55,7 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT = 30.0
 QUEUE_TIMEOUT = 60.0
+ABANDONED = 2.0  # seconds that a job goes on for which nobody waits any more
 # So many unexpected deaths within so many seconds close the pool for so long.
 DEATHS, DEATHS_WINDOW, PAUSE = 10, 30.0, 5.0
 # Decoded, turned and composited, Pillow holds at most this many bytes of one pixel.
@@ -216,6 +218,7 @@ class DecodePool:
         self._settings = settings
         self._workers: set[_Worker] = set()
         self._idle: asyncio.Queue[_Worker | None] = asyncio.Queue()  # None: the pool has closed
+        self._videos = asyncio.Semaphore(max(1, settings.decode_workers - 1))
         self._waiting = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS)
@@ -312,30 +315,48 @@ class DecodePool:
     ) -> tuple[Answer, list[bytes]]:
         """Have a worker do a job; its answer is no refusal and fits the job."""
         for _ in range(2):
-            worker = await self._next_idle(param)
+            worker = await self._next(kind, param)
             # A task of its own: when the caller leaves, the worker still comes back to the others.
             task = self._spawn(self._serve(worker, job, encoded, kind, param))
-            await asyncio.wait([task])
+            if kind == "video":
+                task.add_done_callback(lambda _: self._videos.release())
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                asyncio.get_running_loop().call_later(ABANDONED, task.cancel)
+                raise
             if task.cancelled():
                 raise Unavailable("The server is stopping.", param=param)
             with contextlib.suppress(_WorkerDied):
                 return task.result()
         raise MediaRefused(f"{NOUNS[kind]} could not be decoded.", param=param)
 
+    async def _next(self, kind: Kind, param: str) -> _Worker:
+        """A worker and, for a video, one of the places that videos have."""
+        try:
+            async with asyncio.timeout(QUEUE_TIMEOUT):
+                if kind == "image":
+                    return await self._next_idle(param)
+                await self._videos.acquire()
+                try:
+                    return await self._next_idle(param)
+                except BaseException:
+                    self._videos.release()
+                    raise
+        except TimeoutError:
+            raise too_many(param) from None
+
     async def _next_idle(self, param: str) -> _Worker:
         self._waiting += 1
         try:
-            async with asyncio.timeout(QUEUE_TIMEOUT):
-                while True:
-                    self._check_open(param)
-                    worker = await self._idle.get()
-                    if worker is None or not self._open:
-                        continue
-                    if worker.process.poll() is None:
-                        return worker
-                    self._died(worker, "while idle")
-        except TimeoutError:
-            raise too_many(param) from None
+            while True:
+                self._check_open(param)
+                worker = await self._idle.get()
+                if worker is None or not self._open:
+                    continue
+                if worker.process.poll() is None:
+                    return worker
+                self._died(worker, "while idle")
         finally:
             self._waiting -= 1
 
@@ -366,6 +387,10 @@ class DecodePool:
         except ChannelClosed as error:
             self._died(worker, str(error))
             raise _WorkerDied from None
+        except asyncio.CancelledError:
+            if self._open:
+                self._replace(worker)
+            raise
         except Exception:
             log.exception("unexpected error in a decode job; its worker is replaced")
             self._replace(worker)

@@ -113,7 +113,7 @@ class MediaSettings:
     """Fetching and decoding of pictures and videos."""
 
     media_workers: int = knob(
-        0, "Decode processes; 0: one for every two cores, 4 at most.", low=0, high=64
+        0, "Decode processes; 0: one for every two cores, from 2 to 4.", low=0, high=64
     )
     media_timeout: float = knob(20.0, "Seconds to decode and tile one picture.", low=0.1)
     fetch_timeout: float = knob(10.0, "Seconds to download one picture, all redirects.", low=0.1)
@@ -195,7 +195,7 @@ class MediaSettings:
     @property
     def decode_workers(self) -> int:
         """How many there are."""
-        return self.media_workers or min(max(_cores() // 2, 1), 4)
+        return self.media_workers or min(max(_cores() // 2, 2), 4)
 
 
 def _cores() -> int:

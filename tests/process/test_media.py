@@ -420,7 +420,8 @@ async def test_a_signal_to_the_whole_group_does_not_end_a_worker(number: int) ->
         assert (media.worker_pids, media.stats.deaths) == (before, 0)
 
 
-async def test_a_caller_that_leaves_gives_its_worker_back() -> None:
+async def test_a_caller_that_leaves_gives_its_worker_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "ABANDONED", DEADLINE)
     async with pipeline() as media, hanging_job(media, plain()) as (pid, waiting):
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -428,6 +429,37 @@ async def test_a_caller_that_leaves_gives_its_worker_back() -> None:
         os.kill(pid, signal.SIGCONT)
         assert (await media.load(plain())).count
         assert media.worker_pids == [pid]
+
+
+async def test_a_long_job_whose_caller_left_does_not_keep_its_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "ABANDONED", 0.01)
+    async with pipeline() as media, hanging_job(media, film()) as (pid, waiting):
+        waiting.cancel()
+        assert await gone(pid)
+        assert (await media.load(plain())).count
+        assert (await refusal(media, film())).code == "unsupported_media"  # nor its place
+        assert (media.stats.replaced, media.stats.deaths, media.stats.busy) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+async def test_videos_leave_one_of_several_workers_to_pictures(workers: int) -> None:
+    async with pipeline(media_workers=workers) as media, asyncio.TaskGroup() as tasks:
+        for pid in media.worker_pids:
+            os.kill(pid, signal.SIGSTOP)
+        films = [tasks.create_task(refusal(media, film(most))) for most in range(1, 5)]
+        at_once = max(workers - 1, 1)
+        await until(lambda: media.stats.busy == at_once)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert media.stats.busy == at_once
+        picture = tasks.create_task(media.load(plain()))
+        await until(lambda: media.stats.busy == workers)
+        for pid in media.worker_pids:
+            os.kill(pid, signal.SIGCONT)
+        assert (await picture).count
+        assert {(await one).code for one in films} == {"unsupported_media"}
 
 
 # a worker in an attacker's hands
@@ -599,7 +631,7 @@ async def test_workers_that_do_not_start_are_an_error_at_the_start(
 
 
 async def test_before_the_start_and_after_the_close_there_is_no_decoder() -> None:
-    media = MediaPipeline(MediaSettings())
+    media = MediaPipeline(MediaSettings(media_workers=1))
     with pytest.raises(Unavailable):
         await media.load(plain())
     await media.start(GEOMETRY)
