@@ -116,19 +116,22 @@ class Canvas:
 
     def limits(self, parts: Sequence[MediaPart]) -> visual.Limits:
         """What there is for the parts."""
+        most = max((part.choice.most for part in parts if part.choice is not None), default=1)
+        frame = self.prompts.frame_tokens(most)
         videos = sum(part.kind == "video" for part in parts)
-        text = self._text(len(parts) - videos, [0] * videos)
+        # With a frame each, and less what it is counted for: what stands before a video and what
+        # stands behind it may be fewer tokens with nothing between them.
+        text = self._text(len(parts) - videos, [1] * videos) - videos * frame
         context = self.ready.max_model_len
         reserve = self.answer_tokens
         if reserve is None:
             reserve = min(ANSWER_TOKENS, context // 8)
-        most = max((part.choice.most for part in parts if part.choice is not None), default=1)
         return visual.Limits(
             self.ready.geometry,
             context,
             context - text - reserve,
             context - text - (self.answer_tokens or 1),
-            self.prompts.frame_tokens(most),
+            frame,
             self.budget,
         )
 

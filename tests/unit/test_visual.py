@@ -1,6 +1,7 @@
 """How a budget is shared among pictures and videos, and the ladders of views it is shared along."""
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,8 @@ from preprocessing import FrameChoice, MediaPart
 from preprocessing.frames import choose_frames, segment_middles
 from preprocessing.grid import tile_count
 from preprocessing.media import Facts, PictureFacts, TileSettings, VideoFacts
+from server.chat.prompt import PromptBuilder, Turn, Video
+from server.chat.showing import Canvas
 from server.chat.visual import (
     Fitter,
     Limits,
@@ -21,9 +24,13 @@ from server.chat.visual import (
     share,
 )
 from server.schemas.chat import VisualBudget
+from server.tokenizer import Tokenizer
+from tests.fake_engine import make_ready
+from tests.small_tokenizer import encode_rendered, tokenizer_json
 from wire.errors import ContextTooLong, InvalidRequest, MediaRefused
 from wire.geometry import VisionGeometry
 
+TOKENIZER = Tokenizer(json.loads(tokenizer_json()))
 GEOMETRY = VisionGeometry(tile_size=448, tokens_per_tile=256)
 FRAME = 9
 
@@ -219,6 +226,25 @@ def test_frames_are_given_up_to_fit_and_pictures_are_not_unless_they_may_be() ->
     first, second = fitter(picture(fit=True), video(fit=True), room=room).fitted()
     assert first.tiles < 13
     assert 10 < second.tiles < 32
+
+
+@pytest.mark.parametrize("answer", [None, 5])
+def test_what_is_made_to_fit_fits_however_its_text_is_cut(answer: int | None) -> None:
+    """Without a frame in between it would be fewer tokens."""
+    before, after = "由上海", "人工智能实验室"
+    apart = len(encode_rendered(before)) + len(encode_rendered(after))
+    assert len(encode_rendered(before + after)) < apart
+    part, facts = video(most=9, fit=True)
+    shown = set()
+    for context in range(36, 150):
+        ready = make_ready(max_model_len=context)
+        prompts = PromptBuilder(TOKENIZER, ready.prompt_format, 3, context)
+        segments = prompts.render([Turn("user", (before, Video(0), after))], 0)
+        canvas = Canvas(prompts, segments, ready, None, answer)
+        views = Fitter([part], [facts], canvas.limits([part])).fitted()
+        shown.add(views[0].shots)
+        assert canvas.length(views) + (answer or 1) <= context
+    assert len(shown) == 9
 
 
 def test_an_answer_may_go_short_before_anything_is_refused() -> None:
