@@ -3,13 +3,12 @@
 Owned by the media pipeline. A worker has one job at a time; whoever waits is served in order, and
 of several workers one is left to pictures, which take a moment where a video may take a minute.
 A worker that dies or overruns is replaced. A job whose worker died is tried once more with
-another one, for the picture may be innocent; an overrun costs the job. Only when many die in a
-short time does the pool stop taking jobs for a moment. What a worker sends is checked as if it
-came from outside.
+another one, for the picture may be innocent; an overrun costs the job. However many die, the
+pictures of others are only as late as it takes to start a successor. What a worker sends is checked
+as if it came from outside.
 """
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import logging
@@ -17,7 +16,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -56,8 +54,7 @@ log = logging.getLogger(__name__)
 START_TIMEOUT = 30.0
 QUEUE_TIMEOUT = 60.0
 ABANDONED = 2.0  # seconds that a job goes on for which nobody waits any more
-# So many unexpected deaths within so many seconds close the pool for so long.
-DEATHS, DEATHS_WINDOW, PAUSE = 10, 30.0, 5.0
+PAUSE = 5.0  # seconds between attempts to start a worker that does not start
 # Decoded, turned and composited, Pillow holds at most this many bytes of one pixel.
 BYTES_PER_PIXEL = 16
 SPARE_MEMORY = 256 << 20
@@ -221,8 +218,6 @@ class DecodePool:
         self._videos = asyncio.Semaphore(max(1, settings.decode_workers - 1))
         self._waiting = 0
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._deaths: collections.deque[float] = collections.deque(maxlen=DEATHS)
-        self._paused_until = 0.0
         self._open = False
         self.stats = PoolStats()
         self.missing: list[str] = []  # layers of the sandbox that this system lacks
@@ -363,13 +358,6 @@ class DecodePool:
     def _check_open(self, param: str) -> None:
         if not self._open:
             raise Unavailable("The picture decoder is not running.", param=param, retry_after=5)
-        pause = self._paused_until - time.monotonic()
-        if pause > 0:
-            raise Unavailable(
-                "The picture decoder failed repeatedly and rests.",
-                param=param,
-                retry_after=int(pause) + 1,
-            )
 
     async def _serve(
         self, worker: _Worker, job: Job, encoded: bytes, kind: Kind, param: str
@@ -408,12 +396,6 @@ class DecodePool:
     def _died(self, worker: _Worker, how: str) -> None:
         log.warning("decode worker died pid=%d: %s", worker.process.pid, how)
         self.stats.deaths += 1
-        now = time.monotonic()
-        self._deaths.append(now)
-        if len(self._deaths) == DEATHS and now - self._deaths[0] < DEATHS_WINDOW:
-            log.error("decode workers keep dying: no pictures for %.0f s", PAUSE)
-            self._paused_until = now + PAUSE
-            self._deaths.clear()
         self._replace(worker)
 
     def _replace(self, worker: _Worker) -> None:
