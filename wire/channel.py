@@ -24,6 +24,7 @@ Buffer = bytes | bytearray | memoryview
 _HEADER = struct.Struct("<II")
 _LENGTH = struct.Struct("<Q")
 DEFAULT_LIMIT = 1 << 30
+_PIECE = 1 << 20  # bytes handed to asyncio at a time: it copies what the peer has not read yet
 
 
 class ChannelClosed(Exception):
@@ -151,8 +152,10 @@ class AsyncChannel(Generic[T]):
         try:
             async with self._lock:
                 for frame in frames:
-                    self._writer.write(frame)
-                    await self._writer.drain()
+                    view = memoryview(frame)
+                    for at in range(0, len(view), _PIECE):
+                        self._writer.write(view[at : at + _PIECE])
+                        await self._writer.drain()
         except (OSError, RuntimeError) as error:
             raise ChannelClosed("the peer is gone") from error
 

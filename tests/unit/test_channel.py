@@ -4,6 +4,7 @@ import asyncio
 import socket
 import struct
 import threading
+import tracemalloc
 from collections.abc import Iterator
 
 import msgspec
@@ -166,6 +167,23 @@ async def test_sending_waits_while_the_peer_does_not_read(pair: Pair) -> None:
     _, (buffer,) = await asyncio.to_thread(blocking.receive)
     await asyncio.wait_for(sending, DEADLINE)
     assert len(buffer) == 8 << 20
+    channel.close()
+
+
+async def test_what_waits_to_be_sent_is_not_copied(pair: Pair) -> None:
+    channel: AsyncChannel[Ping] = await AsyncChannel.open(pair[0], Ping)
+    buffer = bytes(64 << 20)
+    tracemalloc.start()
+    try:
+        sending = asyncio.create_task(channel.send(Ping(1), [buffer]))
+        done, _ = await asyncio.wait([sending], timeout=0.1)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert not done
+    assert peak < 4 << 20
+    sending.cancel()
+    await asyncio.wait([sending])
     channel.close()
 
 
