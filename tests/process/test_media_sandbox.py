@@ -246,6 +246,16 @@ sandbox.limit_processor(0)
     assert done.returncode == -signal.SIGXCPU
 
 
+def test_a_worker_holds_no_memory_that_can_be_written_and_run() -> None:
+    code = """
+from preprocessing import worker
+worker._warm_up()
+with open("/proc/self/maps") as maps:
+    assert not [line for line in maps if "wx" in line.split()[1]]
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
+
+
 def test_a_worker_carries_no_network_library() -> None:
     code = """
 import sys
