@@ -33,6 +33,7 @@ from wire.errors import MediaRefused
 from wire.settings import MediaSettings, SettingError
 
 MAX_REDIRECTS = 3
+MAX_ADDRESSES = 16  # of a name that are dialled: it may have thousands, all of them somebody else's
 MAX_URL = 8192  # characters of an http(s) or file URL
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = {301, 302, 303, 307, 308}
@@ -228,7 +229,7 @@ class Fetcher:
             raise part.unreachable("no address") from None
         if not self._settings.allow_private_media and not all(map(is_public, addresses)):
             raise refused
-        return list(map(str, addresses))
+        return list(map(str, addresses[:MAX_ADDRESSES]))
 
 
 async def _decode(url: str, part: Incoming) -> None:

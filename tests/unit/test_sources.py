@@ -208,6 +208,16 @@ async def test_the_next_address_is_tried_when_the_first_does_not_answer(
     assert await fetch(site.url(host="pictures.example"), **OPEN) == BODY
 
 
+async def test_no_more_than_a_few_addresses_of_a_name_are_dialled(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = ["::1"] * (sources.MAX_ADDRESSES - 1)
+    resolve_to(monkeypatch, [*others, "127.0.0.1"], [*others, "::1", "127.0.0.1"])
+    assert await fetch(site.url(host="pictures.example"), **OPEN) == BODY
+    refused = await refusal(site.url(host="pictures.example"), **OPEN)
+    assert refused.code == "media_unreachable"
+
+
 @pytest.mark.parametrize("user", ["user", "user:secret", ":", "example.com:80"])
 async def test_a_url_with_a_user_in_it_is_refused(site: Site, user: str) -> None:
     assert (await refusal(site.url(host=f"{user}@127.0.0.1"), **OPEN)).code == "invalid_media"
