@@ -65,7 +65,7 @@ def read_conversation(messages: Sequence[Message], viewing: Viewing) -> Conversa
             allowed = PART_TYPES[message.role]
             if part.type not in allowed:
                 raise InvalidRequest(
-                    f"{where}.type: a {message.role} message can hold "
+                    f"{where}.type: messages of the role '{message.role}' can hold "
                     f"{' and '.join(map(repr, allowed))} only.",
                     param=f"{where}.type",
                 )

@@ -207,8 +207,8 @@ async def load_all(
     def check() -> None:
         if tiles * ready.geometry.tokens_per_tile >= ready.max_model_len:
             raise ContextTooLong(
-                f"The pictures have {tiles * ready.geometry.tokens_per_tile} tokens or more; this "
-                f"model's context is {ready.max_model_len} tokens.",
+                f"The pictures and videos have {tiles * ready.geometry.tokens_per_tile} tokens or "
+                f"more; this model's context is {ready.max_model_len} tokens.",
                 param="messages",
             )
 

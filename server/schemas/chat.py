@@ -191,7 +191,8 @@ def _check_part(value: object) -> object:
         raise _wrong("must be an object with a 'type'")
     kind = value.get("type")
     if kind not in ("text", "image_url", "video_url", "refusal"):
-        raise _wrong(f"is {clip(kind)}; supported are 'text', 'image_url' and 'video_url'", "type")
+        found = clip(kind) if "type" in value else "missing"
+        raise _wrong(f"is {found}; supported are 'text', 'image_url' and 'video_url'", "type")
     return value
 
 

@@ -64,7 +64,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "string or an array"),
     (user("x"), "messages[0].content[0]", "object"),
-    (user({"text": "x"}), "messages[0].content[0].type", "image_url"),
+    (user({"text": "x"}), "messages[0].content[0].type", "missing"),
     (user({"type": "audio_url"}), "messages[0].content[0].type", "'audio_url'"),
     (user({"type": "input_audio"}), "messages[0].content[0].type", "'input_audio'"),
     (user({"type": "text"}), "messages[0].content[0].text", "missing"),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.chat.prompt import ALLOWED, Prompt, PromptBuilder, Turn
+from server.chat.prompt import ALLOWED, Prompt, PromptBuilder, Turn, Video
 from server.tokenizer import Tokenizer
 from tests.fake_engine import CHAT, CHINESE, HF
 from tests.small_tokenizer import PLAIN, SPECIAL, encode_rendered, tokenizer_json
@@ -43,7 +43,7 @@ def built(
     return prompts.build(prompts.render(turns, len(pictures), offered), pictures)
 
 
-def user(*content: str | int) -> Turn:
+def user(*content: str | int | Video) -> Turn:
     return Turn("user", content)
 
 
@@ -77,6 +77,30 @@ def test_several_pictures_are_numbered_across_turns_in_the_original_format() -> 
         "<|im_start|>assistant\ny<|im_end|>\n"
         f"<|im_start|>user\nImage-2: {context(1)}\nz<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_frames_are_labelled_alike_in_both_formats_and_not_counted_as_pictures(
+    template: str,
+) -> None:
+    prompts = builder(TEMPLATES[template])
+    pictures = [Picture(b"a", 2), Picture(b"b", 1)]
+    frames = [Picture(bytes([at]), 1) for at in range(12)]
+    segments = prompts.render([user("Look: ", 0, Video(0), "\n\nthen ", 1, Video(1), "What?")], 2)
+    named = template == "chat"
+    shown = [f"Frame{at}: {context(1)}\n" for at in range(1, 13)]
+    text = (
+        "<|im_start|>user\nLook: "
+        f"{'Image-1: ' if named else ''}{context(2)}\n{''.join(shown)}\n\nthen "
+        f"{'Image-2: ' if named else ''}{context(1)}\n{shown[0]}What?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    if TEMPLATES[template].system:
+        text = f"<|im_start|>system\n{TEMPLATES[template].system}<|im_end|>\n" + text
+    found = prompts.build(segments, pictures, [frames, frames[:1]])
+    assert found.ids == encode_rendered(text)
+    # The first frame is shown twice and sent once.
+    assert len(found.items) == len(found.buffers) + 1 == 15
 
 
 def test_the_clients_system_message_takes_the_place_of_the_default() -> None:
