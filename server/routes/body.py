@@ -8,6 +8,7 @@ from fastapi import Request
 
 from server.chat.prepare import Run
 from server.errors import UnsupportedMediaType
+from server.lifecycle import Service
 
 # Larger bodies are read and tokenised in a thread; for smaller ones it costs more than it saves.
 THREAD_BYTES = 1 << 14
@@ -16,11 +17,14 @@ _T = TypeVar("_T")
 
 
 async def read_body(request: Request) -> bytes:
-    """The bytes of a body that says it is JSON. Raises UnsupportedMediaType."""
+    """The bytes of a body that says it is JSON. Raises UnsupportedMediaType, and Unavailable when
+    the server stops meanwhile."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise UnsupportedMediaType("Content-Type must be application/json.")
-    return await request.body()
+    service: Service = request.app.state.service
+    async with service.preparing():
+        return await request.body()
 
 
 def runner(body: bytes) -> Run:

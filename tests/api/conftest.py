@@ -60,7 +60,7 @@ class Houses:
     ) -> House:
         settings = Settings(
             ServerSettings(served_model_name="tiny", **server),
-            MediaSettings(max_images=4),
+            MediaSettings(max_images=4, media_workers=1),
             EngineSettings(
                 model=str(self.folder),
                 scheduling_policy=policy,

@@ -20,10 +20,13 @@ HELLO = {"messages": [{"role": "user", "content": "Hello!"}]}
 class Client:
     """One request over ASGI whose answer can be watched, and which can leave."""
 
-    def __init__(self, house: House, body: dict[str, Any]) -> None:
+    def __init__(self, house: House, body: dict[str, Any] | None) -> None:
         self.received: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._to_server: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._to_server.put_nowait({"type": "http.request", "body": json.dumps(body).encode()})
+        if body is None:
+            self.send(b"{", more=True)  # and nothing comes
+        else:
+            self.send(json.dumps(body).encode(), more=False)
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -39,6 +42,9 @@ class Client:
         self.task = asyncio.ensure_future(
             house.app(scope, self._to_server.get, self.received.put)  # type: ignore[arg-type]
         )
+
+    def send(self, body: bytes, *, more: bool) -> None:
+        self._to_server.put_nowait({"type": "http.request", "body": body, "more_body": more})
 
     def leave(self) -> None:
         self._to_server.put_nowait({"type": "http.disconnect"})
@@ -289,6 +295,18 @@ async def test_who_waits_for_pictures_at_the_end_of_a_drain_is_told_so(
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
     assert answer.json()["error"]["message"] == "The server is shutting down."
     assert house.media.cancelled == 1
+
+
+async def test_whose_question_has_not_arrived_at_the_end_of_a_drain_is_told_so(
+    houses: Houses,
+) -> None:
+    house = await houses.open(drain_timeout=0.05)
+    client = Client(house, None)
+    while house.service.gate.idle.is_set():
+        await asyncio.sleep(0)
+    await within(house.service.drain())
+    assert (await within(client.received.get()))["status"] == 503
+    await within(client.task)
 
 
 def with_picture(detail: str = "high") -> dict[str, Any]:
