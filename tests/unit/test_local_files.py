@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import tempfile
 import threading
 from pathlib import Path
 from urllib.parse import quote
@@ -103,10 +104,24 @@ async def test_only_regular_files_are_read_and_none_is_waited_for(media: Path) -
             await refused(f"file://{media}/{name}", media)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-async def test_an_unreadable_file_is_as_good_as_none(media: Path) -> None:
-    (media / "cat.png").chmod(0)
-    await refused(f"file://{media}/cat.png", media)
+async def test_an_unreadable_file_is_as_good_as_none() -> None:
+    root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)  # noqa: S103 - tmp_path lies in folders that others cannot enter
+        file = Path(folder, "cat.png")
+        file.write_bytes(BODY)
+        fetcher = Fetcher(MediaSettings(allowed_local_media_path=folder))
+        assert await fetcher.fetch(file.as_uri(), PARAM) == BODY
+        file.chmod(0)
+        if root:  # who may read everything
+            os.seteuid(65534)
+        try:
+            with pytest.raises(MediaRefused, match=ANSWER):
+                await fetcher.fetch(file.as_uri(), PARAM)
+        finally:
+            if root:
+                os.seteuid(0)
+            await fetcher.close()
 
 
 async def test_without_the_setting_no_file_is_known_to_exist(media: Path) -> None:
