@@ -24,6 +24,7 @@ import av.subtitles.stream
 from av.container.input import InputContainer
 from av.stream import Discard, Disposition
 
+from preprocessing.headers import boxes
 from preprocessing.images import Unreadable
 from preprocessing.media import Reason
 
@@ -122,6 +123,8 @@ def refusing() -> Iterator[None]:
 def open_video(file: io.BytesIO, max_pixels: int) -> Iterator[Video]:
     """Open a container at its beginning and check the size it declares."""
     name = _container_of(file)
+    if name == "mov":
+        _check_tables(file.getvalue())
     most = min(max_pixels, MOST_PIXELS)
     options = {
         "protocol_whitelist": "none",
@@ -159,6 +162,30 @@ def _container_of(file: io.BytesIO) -> str:
             if bytes(encoded[first : first + 2 * step + 1 : step]) == b"GGG":
                 return "mpegts"
     raise Unreadable(Reason.UNSUPPORTED)
+
+
+def _check_tables(encoded: bytes) -> None:
+    """Refuse a MOV or MP4 file that claims more samples than it has bits.
+
+    The tables stsz and trun can claim any number without listing one, and FFmpeg takes 36 bytes
+    for each. They may stand anywhere but among the samples; in what is compressed they cannot be
+    seen.
+    """
+    for kind, start, end in boxes(encoded):
+        if kind == b"mdat":
+            continue
+        if encoded.find(b"cmvd", start, end) >= 0:
+            raise Unreadable(Reason.UNSUPPORTED)
+        for table, before in ((b"stsz", 8), (b"trun", 4)):
+            at = encoded.find(table, max(start - 16, 4), end)
+            while at >= 0:
+                size = int.from_bytes(encoded[at - 4 : at], "big")
+                count = at + 4 + 8 * (size == 1) + before
+                claimed = int.from_bytes(encoded[count : count + 4], "big")
+                # Before a text that only looks like a table stands no size.
+                if size <= len(encoded) and claimed > 8 * len(encoded):
+                    raise Unreadable(Reason.BROKEN)
+                at = encoded.find(table, at + 4, end)
 
 
 def _open_nothing(url: str, flags: int, options: dict[str, str]) -> None:

@@ -82,7 +82,7 @@ def _jpeg_xl(encoded: bytes | bytearray) -> Header:
 
 def _keeps_jpeg(encoded: bytes | bytearray) -> bool:
     """Whether a JPEG is to be made of it, with the tag that it had."""
-    return encoded.startswith(_JXL_BOX) and any(kind == b"jbrd" for kind, _, _ in _boxes(encoded))
+    return encoded.startswith(_JXL_BOX) and any(kind == b"jbrd" for kind, _, _ in boxes(encoded))
 
 
 def _jpeg_xl_side(bits: _Bits, small: int) -> int:
@@ -95,7 +95,7 @@ def _codestream(encoded: bytes | bytearray) -> bytes:
     """The first bytes of a bare codestream, or of that in a box "jxlc" or "jxlp"."""
     if encoded.startswith(_JXL_STREAM):
         return bytes(encoded[:32])
-    for kind, start, end in _boxes(encoded):
+    for kind, start, end in boxes(encoded):
         if kind in (b"jxlc", b"jxlp"):
             start += 4 if kind == b"jxlp" else 0
             return bytes(encoded[start : min(end, start + 32)])
@@ -121,13 +121,13 @@ def is_cut(encoded: bytes | bytearray, kind: str | None) -> bool:
     JPEG 2000. False for other formats."""
     if kind == "HEIF":
         # What follows the picture, as some phones' films do, may be anything.
-        return any(end > len(encoded) for name, _, end in _boxes(encoded) if name == b"mdat")
+        return any(end > len(encoded) for name, _, end in boxes(encoded) if name == b"mdat")
     if kind != "JPEG2000":
         return False
     if encoded.startswith(_JPEG_2000_STREAM):
         ends = [len(encoded)]
     else:
-        ends = [end for name, _, end in _boxes(encoded) if name == b"jp2c"]
+        ends = [end for name, _, end in boxes(encoded) if name == b"jp2c"]
     if not ends or ends[0] > len(encoded):
         return True
     tail = bytes(encoded[ends[0] - 64 : ends[0]])
@@ -137,14 +137,14 @@ def is_cut(encoded: bytes | bytearray, kind: str | None) -> bool:
 def heif_sizes(encoded: bytes | bytearray) -> Iterator[tuple[int, int]]:
     """Width and height of every picture in a HEIF file, before cropping: tiles, canvases,
     thumbnails (ISO/IEC 23008-12, ImageSpatialExtentsProperty)."""
-    for kind, start, end in _boxes(encoded):
+    for kind, start, end in boxes(encoded):
         if kind == b"meta":
             for found in re.finditer(rb"ispe(?=.{4}(.{4})(.{4}))", encoded[start:end], re.S):
                 width, height = found.groups()
                 yield int.from_bytes(width, "big"), int.from_bytes(height, "big")
 
 
-def _boxes(encoded: bytes | bytearray) -> Iterator[tuple[bytes, int, int]]:
+def boxes(encoded: bytes | bytearray) -> Iterator[tuple[bytes, int, int]]:
     """(kind, first byte of its content, byte behind it) of every box of an ISO file, as it says."""
     start = 0
     while start + 8 <= len(encoded):

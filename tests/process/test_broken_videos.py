@@ -244,6 +244,40 @@ def samples(count: int, size: int) -> bytes:
     )
 
 
+def run_of_samples(count: int) -> bytes:
+    """A fragment that promises ``count`` samples, and says nothing of any."""
+    whole = bytearray(source("fragments.mp4"))
+    struct.pack_into(">II", whole, whole.index(b"trun") + 4, 0, count)
+    return bytes(whole)
+
+
+def of_track(whole: bytes) -> bytes:
+    """The box of the track."""
+    at = whole.index(b"trak") - 4
+    return whole[at : at + int.from_bytes(whole[at : at + 4], "big")]
+
+
+def wide(whole: bytes) -> bytes:
+    """With a size of 64 bits before the table of sizes."""
+    at = whole.index(b"stsz") - 4
+    size = int.from_bytes(whole[at : at + 4], "big")
+    head = struct.pack(">I4sQ", 1, b"stsz", size + 8)
+    grown = bytearray(whole[:at] + head + whole[at + 8 :])
+    for kind in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+        at = whole.index(kind) - 4
+        struct.pack_into(">I", grown, at, int.from_bytes(whole[at : at + 4], "big") + 8)
+    return bytes(grown)
+
+
+def packed(whole: bytes) -> bytes:
+    """With a compressed moov."""
+    at = whole.index(b"moov") - 4
+    moov = whole[at : at + int.from_bytes(whole[at : at + 4], "big")]
+    inner = struct.pack(">I", len(moov)) + zlib.compress(moov)
+    cmov = box(b"cmov", box(b"dcom", b"zlib") + box(b"cmvd", inner))
+    return whole[:at] + box(b"moov", cmov) + box(b"mdat", bytes(99))
+
+
 def many_times(count: int) -> bytes:
     """A table of ``count`` entries about when frames are shown."""
     entry = struct.pack(">II", 0xFFFFFFFF, 0x7FFFFFFF)
@@ -328,6 +362,31 @@ LIES: dict[str, tuple[Callable[[], bytes], set[Reason | None]]] = {
     "ts, then gif": (lambda: source("clip.ts") + source("clip.gif"), {None}),
     "three times the same": (lambda: source("clip.ts") * 3, {None}),
 }  # fmt: skip
+
+
+CLAIMS: dict[str, tuple[Callable[[int], bytes], Reason]] = {
+    "in one table": (lambda count: samples(count, 1), Reason.BROKEN),
+    "in fragments": (run_of_samples, Reason.BROKEN),
+    "outside of a movie": (
+        lambda count: source("clip.mp4")[:32] + of_track(samples(count, 1)), Reason.BROKEN),
+    "with a size of 64 bits": (lambda count: wide(samples(count, 1)), Reason.BROKEN),
+    "compressed": (lambda count: packed(samples(count, 1)), Reason.UNSUPPORTED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_samples_that_are_only_claimed_take_no_memory(name: str) -> None:
+    make, reason = CLAIMS[name]
+    with worker() as fresh:
+        assert answered(fresh, source("clip.mp4")) is None
+        before = fresh.peak_bytes()
+        assert fresh.look(make(20_000_000)) == Refused(reason)
+        assert fresh.peak_bytes() - before < 100 << 20
+
+
+def test_a_text_that_looks_like_a_table_is_none(strict: Worker) -> None:
+    text = box(b"udta", box(b"name", b"in the trunk of a tree: stsz, of which there are many"))
+    assert answered(strict, source("clip.mp4") + text) is None
 
 
 @pytest.mark.parametrize("name", LIES)
