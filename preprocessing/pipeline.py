@@ -56,7 +56,9 @@ class MediaPipeline:
         self._pool = DecodePool(settings)
         self._fetcher = Fetcher(settings)
         self._settings = settings
-        self._memory = Budget(settings.media_memory)
+        # Downloads last as long as their servers like. Whoever sends the files waits for none.
+        half = -(-settings.media_memory // 2)
+        self._memory, self._downloads = Budget(half), Budget(half)
         self._cache = TileCache(settings.tile_cache_bytes)
         self._locks = weakref.WeakValueDictionary[bytes, asyncio.Lock]()
         self._geometry: VisionGeometry | None = None
@@ -99,7 +101,7 @@ class MediaPipeline:
             frames = await self._each(shown, self._load_picture)
             return _as_video(frames, shown, part)
         tiles = _most_tiles(part, settings)
-        async with self._room(self._most_encoded(part) + tiles, part.param) as share:
+        async with self._room([part], tiles, part.param) as share:
             began = time.monotonic()
             encoded = await self._fetch(part)
             share.keep(len(encoded) + tiles)
@@ -112,7 +114,7 @@ class MediaPipeline:
 
         Raises Unavailable when there is none for too long.
         """
-        async with self._room(sum(map(self._most_encoded, parts)), "messages") as share:
+        async with self._room(parts, 0, "messages") as share:
             yield share
 
     async def open(self, part: MediaPart) -> Opened:
@@ -151,18 +153,23 @@ class MediaPipeline:
 
     def _most_encoded(self, part: MediaPart) -> int:
         """Bytes that the encoded files of a part can have."""
-        urls = part.url if isinstance(part.url, tuple) else (part.url,)
         kind: Kind = "image" if isinstance(part.url, tuple) else part.kind
         most = self._settings.max_media_bytes if kind == "image" else self._settings.max_video_bytes
         return sum(
-            min(most, len(url) * 3 // 4) if url[:5].lower() == "data:" else most for url in urls
+            min(most, len(url) * 3 // 4) if _scheme(url) == "data:" else most for url in _urls(part)
         )
 
     @contextlib.asynccontextmanager
-    async def _room(self, size: int, param: str) -> AsyncIterator[Share]:
+    async def _room(
+        self, parts: Sequence[MediaPart], tiles: int, param: str
+    ) -> AsyncIterator[Share]:
+        """For the files of parts, and so many bytes of tiles."""
+        are_here = all(_scheme(url) in ("data:", "file:") for part in parts for url in _urls(part))
+        budget = self._memory if are_here else self._downloads
+        size = sum(map(self._most_encoded, parts)) + tiles
         async with contextlib.AsyncExitStack() as held:
             try:
-                share = await held.enter_async_context(self._memory.share(size, QUEUE_TIMEOUT))
+                share = await held.enter_async_context(budget.share(size, QUEUE_TIMEOUT))
             except TimeoutError:
                 raise too_many(param) from None
             yield share
@@ -240,6 +247,14 @@ class MediaPipeline:
         self._geometry = None
         await self._fetcher.close()
         await self._pool.close()
+
+
+def _urls(part: MediaPart) -> tuple[str, ...]:
+    return part.url if isinstance(part.url, tuple) else (part.url,)
+
+
+def _scheme(url: str) -> str:
+    return url[:5].lower()
 
 
 async def _digest(encoded: bytes, settings: TileSettings, salt: bytes) -> bytes:

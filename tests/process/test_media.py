@@ -217,7 +217,7 @@ async def test_a_picture_that_finds_no_memory_for_too_long_is_told_to_come_again
 
 async def test_only_as_many_pictures_as_the_memory_holds_are_on_their_way() -> None:
     one = TileSettings.of(GEOMETRY).most_bytes + 200
-    async with pipeline(media_memory=2 * one) as media:
+    async with pipeline(media_memory=4 * one) as media:
         fetched: list[str] = []
         fetch = media._fetcher.fetch
 
@@ -234,6 +234,24 @@ async def test_only_as_many_pictures_as_the_memory_holds_are_on_their_way() -> N
             os.kill(pid, signal.SIGCONT)
             assert (await first).count
             assert all(loaded.count for loaded in await asyncio.gather(*others))
+
+
+async def test_a_server_that_never_answers_keeps_no_picture_waiting_that_was_sent() -> None:
+    async with pipeline(allow_private_media=True, allowed_media_ports=()) as media:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}/film.mp4"
+            film = MediaPart(url, PARAM, kind="video", choice=FrameChoice(32))
+            slow = [asyncio.create_task(media.load(film)) for _ in range(8)]
+            asked, _ = await asyncio.get_running_loop().run_in_executor(None, silent.accept)
+            with asked:
+                async with asyncio.timeout(DEADLINE):
+                    assert (await media.load(plain())).size
+                    async with media.hold([plain()]):
+                        pass
+                assert not any(one.done() for one in slow)
+                for one in slow:
+                    one.cancel()
+                await asyncio.gather(*slow, return_exceptions=True)
 
 
 async def test_a_request_of_many_pictures_does_not_hold_up_one_of_one() -> None:
