@@ -142,7 +142,8 @@ class MediaPipeline:
         async def tiled(pair: tuple[MediaPart, bytes]) -> TiledMedia:
             return await self._picture(pair[1], settings, pair[0], 0.0)
 
-        return _as_video(await self._each(found, tiled), shown, part)
+        video = _as_video(await self._each(found, tiled), shown, part)
+        return dataclasses.replace(video, fetch_seconds=opened.fetch_seconds)
 
     def _settings_of(self, part: MediaPart) -> TileSettings:
         if self._geometry is None:

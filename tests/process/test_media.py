@@ -587,6 +587,7 @@ async def test_a_film_of_pictures_shows_the_middles_of_its_segments() -> None:
         loaded = await media.load(asked)
         opened = await media.open(asked)
         again = await media.tile(asked, opened)
+        assert again.fetch_seconds == opened.fetch_seconds > 0
         bad = dataclasses.replace(asked, url=(*urls[:4], urls[4][:60], *urls[5:]))
         with pytest.raises(MediaRefused) as refused:
             await media.load(bad)
