@@ -16,6 +16,13 @@ class Share:
         self._budget = budget
         self.size = size
 
+    def grow(self, size: int) -> bool:
+        """Take ``size`` bytes more, at once or not at all."""
+        if not self._budget._take(size):
+            return False
+        self.size += size
+        return True
+
     def keep(self, size: int) -> None:
         """Give back what is over ``size``."""
         if size < self.size:
@@ -52,6 +59,12 @@ class Budget:
         finally:
             self._give_back(0 if turn.cancelled() else share.size)
 
+    def _take(self, size: int) -> bool:
+        if size > self._left:
+            return False
+        self._left -= size
+        return True
+
     def _give_back(self, size: int) -> None:
         self._left += size
         self._admit()
@@ -60,8 +73,7 @@ class Budget:
         while self._waiting:
             size, turn = self._waiting[0]
             if not turn.cancelled():  # else nobody waits for it any more
-                if size > self._left:
+                if not self._take(size):
                     return
-                self._left -= size
                 turn.set_result(None)
             self._waiting.popleft()

@@ -8,21 +8,26 @@ import io
 import logging
 
 from preprocessing.allowance import Allowance
-from preprocessing.media import NOUNS, Kind
+from preprocessing.budget import Share
+from preprocessing.media import NOUNS, Kind, too_many
 from wire.errors import MediaRefused
 
 log = logging.getLogger(__name__)
 
 
 class Incoming:
-    """The bytes of one part, at most ``most``; ``param`` is the field that an error names."""
+    """The bytes of one part, at most ``most``; ``param`` is the field that an error names. They
+    take from ``room`` what they need of the server's memory, where that is not settled before."""
 
-    def __init__(self, kind: Kind, param: str, most: int, allowance: Allowance) -> None:
+    def __init__(
+        self, kind: Kind, param: str, most: int, allowance: Allowance, room: Share | None = None
+    ) -> None:
         self.kind = kind
         self.is_wanted = True  # False tells a thread that nobody waits any more
         self._param = param
         self._most = most
         self._allowance = allowance
+        self._room = room
         self._size = 0
         self._packed = 0
         self._body = io.BytesIO()
@@ -35,9 +40,12 @@ class Incoming:
             raise self._too_large_together()
 
     def add(self, piece: bytes) -> None:
-        """Take what comes next. Raises MediaRefused over a limit."""
+        """Take what comes next. Raises MediaRefused over a limit, Unavailable without room."""
         self._size += len(piece)
         self._count(self._size, len(piece))
+        # At once or not at all: downloads that wait for each other's room would all wait.
+        if self._room is not None and not self._room.grow(len(piece)):
+            raise too_many(self._param)
         self._body.write(piece)
 
     def add_packed(self, size: int) -> None:

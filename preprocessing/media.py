@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from preprocessing.allowance import Allowance
-from wire.errors import MediaRefused
+from wire.errors import MediaRefused, Unavailable
 from wire.geometry import VisionGeometry
 
 Kind = Literal["image", "video"]
@@ -60,6 +60,12 @@ class MediaPart:
     choice: FrameChoice | None = None
     fit: bool = False
     allowance: Allowance | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether something of it must be downloaded."""
+        urls = self.url if isinstance(self.url, tuple) else (self.url,)
+        return any(url[:5].lower() not in ("data:", "file:") for url in urls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +154,11 @@ def refusal(reason: Reason, kind: Kind, param: str) -> MediaRefused:
     code, sentence = REASONS[reason]
     message = sentence.format(What=NOUNS[kind], formats=_FORMATS[kind])
     return MediaRefused(message, param=param, code=code)
+
+
+def too_many(param: str) -> Unavailable:
+    """The error for a part that has waited too long for its turn."""
+    return Unavailable("Too many pictures are waiting to be decoded.", param=param, retry_after=10)
 
 
 class TileSettings(msgspec.Struct, frozen=True, array_like=True):
@@ -350,8 +361,8 @@ Loaded = TiledMedia | TiledVideo
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """The encoded bytes of a part, and what their headers say: one file and one ``Facts``, or
-    those of each picture of a video that was given as pictures."""
+    """The encoded bytes of a part, and what their headers say if that was asked for: one file and
+    one ``Facts``, or those of each picture of a video that was given as pictures."""
 
     files: tuple[bytes, ...] = dataclasses.field(repr=False)
     facts: tuple[Facts, ...]

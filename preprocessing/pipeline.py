@@ -29,8 +29,9 @@ from preprocessing.media import (
     TiledMedia,
     TiledVideo,
     TileSettings,
+    too_many,
 )
-from preprocessing.pool import QUEUE_TIMEOUT, DecodePool, PoolStats, too_many
+from preprocessing.pool import QUEUE_TIMEOUT, DecodePool, PoolStats
 from preprocessing.sources import Fetcher
 from preprocessing.tile_cache import TileCache
 from preprocessing.turns import few_at_a_time
@@ -56,7 +57,8 @@ class MediaPipeline:
         self._pool = DecodePool(settings)
         self._fetcher = Fetcher(settings)
         self._settings = settings
-        # Downloads last as long as their servers like. Whoever sends the files waits for none.
+        # Downloads last as long as their servers like: they take memory only as they arrive, and
+        # whoever sends the files waits for none.
         half = -(-settings.media_memory // 2)
         self._memory, self._downloads = Budget(half), Budget(half)
         self._cache = TileCache(settings.tile_cache_bytes)
@@ -100,8 +102,11 @@ class MediaPipeline:
             shown = _chosen(part)
             frames = await self._each(shown, self._load_picture)
             return _as_video(frames, shown, part)
+        if part.is_remote:
+            async with self.hold([part]) as room:
+                return await self.tile(part, await self.open(part, room, look=False))
         tiles = _most_tiles(part, settings)
-        async with self._room([part], tiles, part.param) as share:
+        async with self._room(self._most_encoded(part) + tiles, part.param) as share:
             began = time.monotonic()
             encoded = await self._fetch(part)
             share.keep(len(encoded) + tiles)
@@ -110,26 +115,26 @@ class MediaPipeline:
 
     @contextlib.asynccontextmanager
     async def hold(self, parts: Sequence[MediaPart]) -> AsyncIterator[Share]:
-        """Room for the encoded bytes of all of ``parts``, while they are opened and tiled.
+        """Room for the encoded bytes of all of ``parts``, while they are opened and tiled; what is
+        downloaded of them takes its own from what this yields.
 
         Raises Unavailable when there is none for too long.
         """
-        async with self._room(parts, 0, "messages") as share:
-            yield share
+        async with (
+            self._room(sum(map(self._most_encoded, parts)), "messages"),
+            self._downloads.share(0) as room,
+        ):
+            yield room
 
-    async def open(self, part: MediaPart) -> Opened:
-        """Fetch a part and read its headers. Raises as ``load`` does."""
+    async def open(self, part: MediaPart, room: Share, *, look: bool = True) -> Opened:
+        """Fetch a part and, with ``look``, read its headers. Raises as ``load`` does."""
         self._settings_of(part)
+        pictures = _pictures(part) if isinstance(part.url, tuple) else [part]
         began = time.monotonic()
-        if isinstance(part.url, tuple):
-            pictures = _pictures(part)
-            files = await self._each(pictures, self._fetch)
-        else:
-            pictures = [part]
-            files = [await self._fetch(part)]
+        files = await self._each(pictures, lambda picture: self._fetch(picture, room))
         fetched = time.monotonic() - began
-        facts = await self._each(list(zip(pictures, files, strict=True)), self._look)
-        return Opened(tuple(files), tuple(facts), fetched)
+        asked = list(zip(pictures, files, strict=True)) if look else []
+        return Opened(tuple(files), tuple(await self._each(asked, self._look)), fetched)
 
     async def tile(self, part: MediaPart, opened: Opened) -> Loaded:
         """Decode and tile what was opened, with the bounds that ``part`` has now."""
@@ -153,24 +158,22 @@ class MediaPipeline:
         return msgspec.structs.replace(settings, fast=fast)
 
     def _most_encoded(self, part: MediaPart) -> int:
-        """Bytes that the encoded files of a part can have."""
+        """Bytes that the files of a part can have, those to be downloaded not counted."""
         kind: Kind = "image" if isinstance(part.url, tuple) else part.kind
         most = self._settings.max_media_bytes if kind == "image" else self._settings.max_video_bytes
-        return sum(
-            min(most, len(url) * 3 // 4) if _scheme(url) == "data:" else most for url in _urls(part)
-        )
+        urls = part.url if isinstance(part.url, tuple) else (part.url,)
+        size = 0
+        for url in urls:
+            scheme = url[:5].lower()
+            if scheme in ("data:", "file:"):
+                size += min(most, len(url) * 3 // 4) if scheme == "data:" else most
+        return size
 
     @contextlib.asynccontextmanager
-    async def _room(
-        self, parts: Sequence[MediaPart], tiles: int, param: str
-    ) -> AsyncIterator[Share]:
-        """For the files of parts, and so many bytes of tiles."""
-        are_here = all(_scheme(url) in ("data:", "file:") for part in parts for url in _urls(part))
-        budget = self._memory if are_here else self._downloads
-        size = sum(map(self._most_encoded, parts)) + tiles
+    async def _room(self, size: int, param: str) -> AsyncIterator[Share]:
         async with contextlib.AsyncExitStack() as held:
             try:
-                share = await held.enter_async_context(budget.share(size, QUEUE_TIMEOUT))
+                share = await held.enter_async_context(self._memory.share(size, QUEUE_TIMEOUT))
             except TimeoutError:
                 raise too_many(param) from None
             yield share
@@ -178,8 +181,10 @@ class MediaPipeline:
     async def _each(self, parts: Sequence[S], work: Callable[[S], Awaitable[T]]) -> list[T]:
         return await few_at_a_time(work, parts, self._settings.decode_workers + 1)
 
-    async def _fetch(self, part: MediaPart) -> bytes:
-        return await self._fetcher.fetch(cast(str, part.url), part.param, part.kind, part.allowance)
+    async def _fetch(self, part: MediaPart, room: Share | None = None) -> bytes:
+        return await self._fetcher.fetch(
+            cast(str, part.url), part.param, part.kind, part.allowance, room
+        )
 
     async def _look(self, asked: tuple[MediaPart, bytes]) -> Facts:
         part, encoded = asked
@@ -248,14 +253,6 @@ class MediaPipeline:
         self._geometry = None
         await self._fetcher.close()
         await self._pool.close()
-
-
-def _urls(part: MediaPart) -> tuple[str, ...]:
-    return part.url if isinstance(part.url, tuple) else (part.url,)
-
-
-def _scheme(url: str) -> str:
-    return url[:5].lower()
 
 
 async def _digest(encoded: bytes, settings: TileSettings, salt: bytes) -> bytes:

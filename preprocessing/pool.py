@@ -42,6 +42,7 @@ from preprocessing.media import (
     Treatment,
     VideoFacts,
     refusal,
+    too_many,
 )
 from wire.channel import AsyncChannel, Bounds, ChannelClosed
 from wire.errors import MediaRefused, Unavailable
@@ -201,11 +202,6 @@ def _fits(answer: Tiled, tiles: bytes, job: TileJob | FramesJob) -> bool:
         and answer.count == tile_count(answer.width, answer.height, settings)
         and len(tiles) == answer.count * 3 * settings.side * settings.side
     )
-
-
-def too_many(param: str) -> Unavailable:
-    """The error for a part that has waited too long for its turn."""
-    return Unavailable("Too many pictures are waiting to be decoded.", param=param, retry_after=10)
 
 
 class DecodePool:

@@ -25,6 +25,7 @@ import httpx
 
 from preprocessing.addresses import is_public, is_public_host
 from preprocessing.allowance import Allowance
+from preprocessing.budget import Share
 from preprocessing.connections import MeteredNetwork
 from preprocessing.incoming import Incoming
 from preprocessing.local_files import read_file
@@ -79,11 +80,18 @@ class Fetcher:
         self._threads = concurrent.futures.ThreadPoolExecutor(32, "media-fetch")
 
     async def fetch(
-        self, url: str, param: str, kind: Kind = "image", allowance: Allowance | None = None
+        self,
+        url: str,
+        param: str,
+        kind: Kind = "image",
+        allowance: Allowance | None = None,
+        room: Share | None = None,
     ) -> bytes:
         """The encoded bytes of a picture or video. Raises MediaRefused naming ``param``.
 
-        Parts of one request share an ``allowance``; without one this part is a request.
+        Parts of one request share an ``allowance``; without one this part is a request. What is
+        downloaded takes its memory from ``room`` as it arrives; raises Unavailable when there is
+        none left.
         """
         limits = self._settings
         is_image = kind == "image"
@@ -92,6 +100,7 @@ class Fetcher:
             param,
             limits.max_media_bytes if is_image else limits.max_video_bytes,
             allowance or Allowance(limits.max_request_media_bytes),
+            None if url[:5].lower() in ("data:", "file:") else room,
         )
         scheme = url[:5].lower()
         if scheme == "data:":

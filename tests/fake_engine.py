@@ -158,7 +158,8 @@ class FakeMedia:
 
     async def load(self, part: MediaPart) -> Loaded:
         if part.kind == "video":
-            return await self.tile(part, await self.open(part))
+            async with self.hold([part]) as room:
+                return await self.tile(part, await self.open(part, room))
         await self._arrive(part)
         return self._picture(part, 1 if part.max_tiles == 1 else 2)
 
@@ -167,7 +168,7 @@ class FakeMedia:
         async with Budget(len(parts)).share(len(parts)) as share:
             yield share
 
-    async def open(self, part: MediaPart) -> Opened:
+    async def open(self, part: MediaPart, room: Share, *, look: bool = True) -> Opened:
         await self._arrive(part)
         picture = PictureFacts("PNG", 8, 4)
         if isinstance(part.url, tuple):

@@ -6,15 +6,13 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 
-from preprocessing import MediaPart
 from preprocessing.allowance import Allowance
-from preprocessing.budget import Share
 from preprocessing.media import Treatment
 from server.auth import Tenant
 from server.chat.conversation import Conversation, Viewing, read_conversation
@@ -22,9 +20,8 @@ from server.chat.demands import Demand, callable_tools, demanded
 from server.chat.grounding import BoxReader
 from server.chat.prompt import Ending, PromptBuilder, Segment
 from server.chat.sampling import Defaults, either, fit_sampling, read_sampling
-from server.chat.showing import Canvas, Gallery, Media, show
+from server.chat.showing import Canvas, Gallery, Media, Room, show
 from server.chat.usage import Shown, account
-from server.chat.visual import most_tiles
 from server.grammars import GrammarChecker
 from server.schemas.chat import ChatRequest
 from server.tokenizer import Tokenizer
@@ -45,13 +42,6 @@ class Run(Protocol):
 
     async def __call__(self, function: Callable[..., _T], /, *arguments: Any) -> _T:
         """What ``function`` returns."""
-
-
-class Room(Protocol):
-    """Waits until tiles of so many bytes may be held, and holds them until the answer ends."""
-
-    async def __call__(self, size: int, /) -> Share:
-        """Raises TooManyRequests when it takes too long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +131,7 @@ async def prepare(
         sampling = _constrained(sampling, demand)
     conversation, canvas = await read_prompt(request, model, limits, run, tenant)
     began = time.monotonic()
-    gallery = Gallery([], [])
-    if conversation.parts:
-        share = await room(_most_tile_bytes(conversation.parts, model.ready))
-        gallery = await show(media, conversation, canvas, limits.decode_workers + 2)
-        share.keep(gallery.size)
+    gallery = await show(media, conversation, canvas, limits.decode_workers + 2, room)
     media_seconds = time.monotonic() - began
     frames = [video.frames for video in gallery.videos]
     prompt = await run(model.prompts.build, canvas.segments, gallery.pictures, frames)
@@ -303,10 +289,3 @@ def _render(
     tools = (request.tools or ()) if demanded_call else callable_tools(request)
     offered = [tool.model_dump(exclude_unset=True) for tool in tools]
     return model.prompts.render(conversation.turns, len(conversation.pictures), offered, ending)
-
-
-def _most_tile_bytes(parts: Sequence[MediaPart], ready: Ready) -> int:
-    """What the tiles of all parts may take: all that each may have, or all that the context has."""
-    geometry = ready.geometry
-    context = ready.max_model_len // geometry.tokens_per_tile
-    return min(context, sum(most_tiles(part, geometry) for part in parts)) * geometry.tile_bytes

@@ -32,9 +32,11 @@ async def preview(
     check_model(request, model)
     conversation, canvas = await read_prompt(request, model, limits, run, tenant)
     parts = conversation.parts
-    async with media.hold(parts):
+    async with media.hold(parts) as held:
         # The files themselves are not kept: their room is given back here.
-        facts = [one.facts for one in await open_all(media, parts, limits.decode_workers + 2)]
+        opened = await open_all(media, parts, held, limits.decode_workers + 2)
+        facts = [one.facts for one in opened]
+        del opened
     return await asyncio.to_thread(_preview, model, canvas, parts, facts)
 
 

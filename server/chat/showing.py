@@ -30,6 +30,13 @@ _S = TypeVar("_S")
 ANSWER_TOKENS = 256
 
 
+class Room(Protocol):
+    """Waits until tiles of so many bytes may be held, and holds them until the answer ends."""
+
+    async def __call__(self, size: int, /) -> Share:
+        """Raises TooManyRequests when it takes too long."""
+
+
 class Media(Protocol):
     """Fetches, decodes and tiles; ``preprocessing.MediaPipeline`` or a test's own."""
 
@@ -50,8 +57,8 @@ class Media(Protocol):
     def hold(self, parts: Sequence[MediaPart]) -> AbstractAsyncContextManager[Share]:
         """Room for the bytes of all these parts, while they are opened and tiled."""
 
-    async def open(self, part: MediaPart) -> Opened:
-        """Fetch one part and read its headers; raises MediaRefused."""
+    async def open(self, part: MediaPart, room: Share, *, look: bool = True) -> Opened:
+        """Fetch one part and read its headers if asked to; raises MediaRefused."""
 
     async def tile(self, part: MediaPart, opened: Opened) -> Loaded:
         """Tiles of what was opened, within the bounds that ``part`` has now."""
@@ -154,28 +161,49 @@ class Canvas:
         )
 
 
-async def show(media: Media, conversation: Conversation, canvas: Canvas, at_once: int) -> Gallery:
-    """Load all parts. Raises MediaRefused, InvalidRequest for a budget that is too small,
-    ContextTooLong, and Unavailable."""
+async def show(
+    media: Media, conversation: Conversation, canvas: Canvas, at_once: int, room: Room
+) -> Gallery:
+    """Load all parts, in what ``room`` gives for their tiles. Raises MediaRefused, InvalidRequest
+    for a budget that is too small, ContextTooLong, TooManyRequests and Unavailable."""
     parts = conversation.parts
+    if not parts:
+        return Gallery([], [])
+    settled = canvas.fits_anyway(parts)
     reduced: frozenset[str] = frozenset()
-    if canvas.fits_anyway(parts):
+    if settled and not any(part.is_remote for part in parts):
+        share = await room(_most_bytes(parts, canvas.ready))
         loaded = await load_all(media.load, parts, canvas.ready, at_once)
     else:
         async with media.hold(parts) as held:
-            opened = await open_all(media, parts, at_once)
-            held.keep(sum(one.size for one in opened))
-            views = await asyncio.to_thread(_settle, canvas, parts, [one.facts for one in opened])
-            reduced = frozenset(
-                view.part.param
-                for view, part in zip(views, parts, strict=True)
-                if view.part != part
-            )
-            pairs = [(view.held, one) for view, one in zip(views, opened, strict=True)]
+            opened = await open_all(media, parts, held, at_once, look=not settled)
+            shown = parts
+            if not settled:
+                facts = [one.facts for one in opened]
+                views = await asyncio.to_thread(_settle, canvas, parts, facts)
+                shown = [view.held for view in views]
+                reduced = frozenset(
+                    view.part.param
+                    for view, part in zip(views, parts, strict=True)
+                    if view.part != part
+                )
+            # Not before all is here: slow servers would keep the room from others.
+            share = await room(_most_bytes(shown, canvas.ready))
+            pairs = list(zip(shown, opened, strict=True))
             loaded = await load_all(lambda pair: media.tile(*pair), pairs, canvas.ready, at_once)
     pictures = cast(list[TiledMedia], loaded[: len(conversation.pictures)])
     videos = cast(list[TiledVideo], loaded[len(conversation.pictures) :])
-    return Gallery(pictures, videos, reduced)
+    gallery = Gallery(pictures, videos, reduced)
+    share.keep(gallery.size)
+    return gallery
+
+
+def _most_bytes(parts: Sequence[MediaPart], ready: Ready) -> int:
+    """What the tiles of all parts may take: all that each may have, or all that the context has."""
+    geometry = ready.geometry
+    context = ready.max_model_len // geometry.tokens_per_tile
+    most = sum(visual.most_tiles(part, geometry) for part in parts)
+    return min(context, most) * geometry.tile_bytes
 
 
 def _settle(
@@ -184,9 +212,11 @@ def _settle(
     return visual.Fitter(parts, facts, canvas.limits(parts)).fitted()
 
 
-async def open_all(media: Media, parts: Sequence[MediaPart], at_once: int) -> list[Opened]:
+async def open_all(
+    media: Media, parts: Sequence[MediaPart], held: Share, at_once: int, *, look: bool = True
+) -> list[Opened]:
     """All parts, in order; the first failure ends the rest."""
-    return await few_at_a_time(media.open, parts, at_once)
+    return await few_at_a_time(lambda part: media.open(part, held, look=look), parts, at_once)
 
 
 async def load_all(

@@ -8,7 +8,8 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server.auth import Tenant
-from server.chat.prepare import PreparedChat, Room, prepare
+from server.chat.prepare import PreparedChat, prepare
+from server.chat.showing import Room
 from server.chat.sse import EventStream, unless_gone
 from server.chat.stream import chunks, events, fold
 from server.lifecycle import Service

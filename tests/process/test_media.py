@@ -547,7 +547,9 @@ async def test_a_worker_that_lies_about_a_header_is_replaced(
     async with pipeline() as media:
         (pid,) = media.worker_pids
         monkeypatch.undo()
-        (facts,) = (await media.open(plain(size=(7, 3)))).facts
+        asked = plain(size=(7, 3))
+        async with media.hold([asked]) as room:
+            (facts,) = (await media.open(asked, room)).facts
         assert (facts.width, facts.height) == (7, 3)
         assert media.stats.deaths == 1
         assert await gone(pid)
@@ -556,9 +558,8 @@ async def test_a_worker_that_lies_about_a_header_is_replaced(
 async def test_what_was_opened_is_tiled_within_other_bounds() -> None:
     picture = Image.effect_noise((90, 30), 60).convert("RGB")
     asked = part(encode(picture))
-    async with pipeline() as media, media.hold([asked]) as held:
-        opened = await media.open(asked)
-        held.keep(opened.size)
+    async with pipeline() as media, media.hold([asked]) as room:
+        opened = await media.open(asked, room)
         assert media.stats.decoded == 0
         loaded = await media.tile(dataclasses.replace(asked, max_tiles=3), opened)
     assert isinstance(loaded, TiledMedia)
@@ -585,8 +586,9 @@ async def test_a_film_of_pictures_shows_the_middles_of_its_segments() -> None:
     asked = MediaPart(urls, PARAM, kind="video", choice=FrameChoice(3))
     async with pipeline() as media:
         loaded = await media.load(asked)
-        opened = await media.open(asked)
-        again = await media.tile(asked, opened)
+        async with media.hold([asked]) as room:
+            opened = await media.open(asked, room)
+            again = await media.tile(asked, opened)
         assert again.fetch_seconds == opened.fetch_seconds > 0
         bad = dataclasses.replace(asked, url=(*urls[:4], urls[4][:60], *urls[5:]))
         with pytest.raises(MediaRefused) as refused:
