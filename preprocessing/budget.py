@@ -6,6 +6,7 @@ server the tiles of the requests being answered."""
 import asyncio
 import collections
 import contextlib
+import threading
 from collections.abc import AsyncIterator
 
 
@@ -17,7 +18,7 @@ class Share:
         self.size = size
 
     def grow(self, size: int) -> bool:
-        """Take ``size`` bytes more, at once or not at all."""
+        """Take ``size`` bytes more, at once or not at all. Safe in every thread."""
         if not self._budget._take(size):
             return False
         self.size += size
@@ -31,10 +32,11 @@ class Share:
 
 
 class Budget:
-    """``total`` bytes. Belongs to one event loop."""
+    """``total`` bytes. Belongs to one event loop, but for ``Share.grow``."""
 
     def __init__(self, total: int) -> None:
         self._total = self._left = total
+        self._lock = threading.Lock()
         self._waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
 
     @property
@@ -60,13 +62,15 @@ class Budget:
             self._give_back(0 if turn.cancelled() else share.size)
 
     def _take(self, size: int) -> bool:
-        if size > self._left:
-            return False
-        self._left -= size
-        return True
+        with self._lock:
+            if size > self._left:
+                return False
+            self._left -= size
+            return True
 
     def _give_back(self, size: int) -> None:
-        self._left += size
+        with self._lock:
+            self._left += size
         self._admit()
 
     def _admit(self) -> None:

@@ -114,19 +114,21 @@ class MediaPipeline:
             return await self._tile(part, encoded, settings, fetched)
 
     @contextlib.asynccontextmanager
-    async def hold(self, parts: Sequence[MediaPart]) -> AsyncIterator[Share]:
-        """Room for the encoded bytes of all of ``parts``, while they are opened and tiled; what is
-        downloaded of them takes its own from what this yields.
+    async def hold(self, parts: Sequence[MediaPart]) -> AsyncIterator[Share | None]:
+        """Room for the encoded bytes of all of ``parts``, while they are opened and tiled. Where
+        something is downloaded, nothing is waited for: what this yields is taken from as bytes
+        arrive, and Unavailable raised then if nothing is left.
 
         Raises Unavailable when there is none for too long.
         """
-        async with (
-            self._room(sum(map(self._most_encoded, parts)), "messages"),
-            self._downloads.share(0) as room,
-        ):
-            yield room
+        if any(part.is_remote for part in parts):
+            async with self._downloads.share(0) as room:
+                yield room
+        else:
+            async with self._room(sum(map(self._most_encoded, parts)), "messages"):
+                yield None
 
-    async def open(self, part: MediaPart, room: Share, *, look: bool = True) -> Opened:
+    async def open(self, part: MediaPart, room: Share | None, *, look: bool = True) -> Opened:
         """Fetch a part and, with ``look``, read its headers. Raises as ``load`` does."""
         self._settings_of(part)
         pictures = _pictures(part) if isinstance(part.url, tuple) else [part]
@@ -158,16 +160,13 @@ class MediaPipeline:
         return msgspec.structs.replace(settings, fast=fast)
 
     def _most_encoded(self, part: MediaPart) -> int:
-        """Bytes that the files of a part can have, those to be downloaded not counted."""
+        """Bytes that the files of a part can have, of which none is downloaded."""
+        urls = part.url if isinstance(part.url, tuple) else (part.url,)
         kind: Kind = "image" if isinstance(part.url, tuple) else part.kind
         most = self._settings.max_media_bytes if kind == "image" else self._settings.max_video_bytes
-        urls = part.url if isinstance(part.url, tuple) else (part.url,)
-        size = 0
-        for url in urls:
-            scheme = url[:5].lower()
-            if scheme in ("data:", "file:"):
-                size += min(most, len(url) * 3 // 4) if scheme == "data:" else most
-        return size
+        return sum(
+            min(most, len(url) * 3 // 4) if url[:5].lower() == "data:" else most for url in urls
+        )
 
     @contextlib.asynccontextmanager
     async def _room(self, size: int, param: str) -> AsyncIterator[Share]:

@@ -89,9 +89,9 @@ class Fetcher:
     ) -> bytes:
         """The encoded bytes of a picture or video. Raises MediaRefused naming ``param``.
 
-        Parts of one request share an ``allowance``; without one this part is a request. What is
-        downloaded takes its memory from ``room`` as it arrives; raises Unavailable when there is
-        none left.
+        Parts of one request share an ``allowance``; without one this part is a request. The bytes
+        take their memory from ``room``, if it is given, as they arrive; raises Unavailable when
+        there is none left.
         """
         limits = self._settings
         is_image = kind == "image"
@@ -100,7 +100,7 @@ class Fetcher:
             param,
             limits.max_media_bytes if is_image else limits.max_video_bytes,
             allowance or Allowance(limits.max_request_media_bytes),
-            None if url[:5].lower() in ("data:", "file:") else room,
+            room,
         )
         scheme = url[:5].lower()
         if scheme == "data:":

@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 
-from preprocessing.budget import Budget, Share
+from preprocessing.budget import Share
 from preprocessing.grid import tile_count
 from preprocessing.media import (
     Loaded,
@@ -164,12 +164,13 @@ class FakeMedia:
         return self._picture(part, 1 if part.max_tiles == 1 else 2)
 
     @contextlib.asynccontextmanager
-    async def hold(self, parts: Sequence[MediaPart]) -> AsyncIterator[Share]:
-        async with Budget(len(parts)).share(len(parts)) as share:
-            yield share
+    async def hold(self, parts: Sequence[MediaPart]) -> AsyncIterator[Share | None]:
+        yield None
 
-    async def open(self, part: MediaPart, room: Share, *, look: bool = True) -> Opened:
+    async def open(self, part: MediaPart, room: Share | None, *, look: bool = True) -> Opened:
         await self._arrive(part)
+        if not look and part.choice is None:
+            return Opened((b"",), (), self.times[0])
         picture = PictureFacts("PNG", 8, 4)
         if isinstance(part.url, tuple):
             return Opened((b"",) * len(part.url), (picture,) * len(part.url), self.times[0])
@@ -179,6 +180,8 @@ class FakeMedia:
     async def tile(self, part: MediaPart, opened: Opened) -> Loaded:
         assert self.geometry is not None
         self.tiled += 1
+        if part.choice is None and not opened.facts:
+            return self._picture(part, 1 if part.max_tiles == 1 else 2)
         count = tile_count(8, 4, TileSettings.for_part(self.geometry, part))
         if part.choice is None:
             return self._picture(part, count)

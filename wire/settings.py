@@ -157,7 +157,8 @@ class MediaSettings:
     media_memory: int = knob(
         1 << 30,
         "Bytes of the pictures, encoded and as tiles, that are fetched and decoded at once; "
-        "further ones wait. Half is for those from URLs, half for those in requests.",
+        "further ones wait. Half is for those from URLs, which are told to come again when it is "
+        "full, half for those in requests.",
         low=1,
     )
     tile_cache_bytes: int = knob(

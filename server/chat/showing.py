@@ -54,10 +54,10 @@ class Media(Protocol):
     async def load(self, part: MediaPart) -> Loaded:
         """Tiles of one part; raises MediaRefused."""
 
-    def hold(self, parts: Sequence[MediaPart]) -> AbstractAsyncContextManager[Share]:
+    def hold(self, parts: Sequence[MediaPart]) -> AbstractAsyncContextManager[Share | None]:
         """Room for the bytes of all these parts, while they are opened and tiled."""
 
-    async def open(self, part: MediaPart, room: Share, *, look: bool = True) -> Opened:
+    async def open(self, part: MediaPart, room: Share | None, *, look: bool = True) -> Opened:
         """Fetch one part and read its headers if asked to; raises MediaRefused."""
 
     async def tile(self, part: MediaPart, opened: Opened) -> Loaded:
@@ -171,8 +171,12 @@ async def show(
         return Gallery([], [])
     settled = canvas.fits_anyway(parts)
     reduced: frozenset[str] = frozenset()
-    if settled and not any(part.is_remote for part in parts):
+    # Slow servers would keep the room from others: it is asked for when all is here. Where all is
+    # here from the beginning it comes first, so that nobody who has it waits for who wants it.
+    share: Share | None = None
+    if not any(part.is_remote for part in parts):
         share = await room(_most_bytes(parts, canvas.ready))
+    if settled and share is not None:
         loaded = await load_all(media.load, parts, canvas.ready, at_once)
     else:
         async with media.hold(parts) as held:
@@ -187,8 +191,8 @@ async def show(
                     for view, part in zip(views, parts, strict=True)
                     if view.part != part
                 )
-            # Not before all is here: slow servers would keep the room from others.
-            share = await room(_most_bytes(shown, canvas.ready))
+            if share is None:
+                share = await room(_most_bytes(shown, canvas.ready))
             pairs = list(zip(shown, opened, strict=True))
             loaded = await load_all(lambda pair: media.tile(*pair), pairs, canvas.ready, at_once)
     pictures = cast(list[TiledMedia], loaded[: len(conversation.pictures)])
@@ -213,7 +217,7 @@ def _settle(
 
 
 async def open_all(
-    media: Media, parts: Sequence[MediaPart], held: Share, at_once: int, *, look: bool = True
+    media: Media, parts: Sequence[MediaPart], held: Share | None, at_once: int, *, look: bool = True
 ) -> list[Opened]:
     """All parts, in order; the first failure ends the rest."""
     return await few_at_a_time(lambda part: media.open(part, held, look=look), parts, at_once)

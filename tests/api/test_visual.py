@@ -1,5 +1,6 @@
 """Pictures and videos of a request over HTTP: what parts may ask, what they get, what it costs."""
 
+import asyncio
 from collections.abc import Iterable
 from typing import Any
 
@@ -236,6 +237,21 @@ async def test_a_video_that_cannot_fit_is_not_decoded(houses: Houses) -> None:
     error = await refused(house, video(fit=False), "x")
     assert error["code"] == "context_length_exceeded"
     assert house.media.tiled == 0
+
+
+async def test_a_slow_server_keeps_no_room_for_tiles_from_others(houses: Houses) -> None:
+    house = await houses.open(request_tile_bytes=3 * 48)
+    slow = house.media.gate = asyncio.Event()
+    first = asyncio.create_task(house.ask(messages=user(image(url="http://slow/picture"))))
+    while not house.media.parts:
+        await asyncio.sleep(0)
+    house.media.gate = asyncio.Event()
+    house.media.gate.set()
+    async with asyncio.timeout(10):
+        await usage(house, image())
+    assert not first.done()
+    slow.set()
+    assert (await first).status_code == 200
 
 
 # previews

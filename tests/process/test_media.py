@@ -13,8 +13,9 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from server.chat.showing import load_all
 from tests import clips
 from tests.fake_engine import make_ready
 from tests.process import lying_worker
+from tests.sites import Site, answer
 from wire.channel import Channel
 from wire.errors import MediaRefused, Unavailable
 from wire.geometry import VisionGeometry
@@ -53,6 +55,13 @@ def part(encoded: bytes, max_tiles: int | None = None) -> MediaPart:
 
 def plain(colour: str = "red", size: tuple[int, int] = (30, 20)) -> MediaPart:
     return part(encode(Image.new("RGB", size, colour)))
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    site = Site()
+    yield site
+    site.close()
 
 
 @contextlib.asynccontextmanager
@@ -236,7 +245,7 @@ async def test_only_as_many_pictures_as_the_memory_holds_are_on_their_way() -> N
             assert all(loaded.count for loaded in await asyncio.gather(*others))
 
 
-async def test_a_server_that_never_answers_keeps_no_picture_waiting_that_was_sent() -> None:
+async def test_a_server_that_never_answers_keeps_no_picture_waiting(site: Site) -> None:
     async with pipeline(allow_private_media=True, allowed_media_ports=()) as media:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             url = f"http://127.0.0.1:{silent.getsockname()[1]}/film.mp4"
@@ -248,10 +257,44 @@ async def test_a_server_that_never_answers_keeps_no_picture_waiting_that_was_sen
                     assert (await media.load(plain())).size
                     async with media.hold([plain()]):
                         pass
+                    # Nor one that another server sends.
+                    site.pages["/"] = lambda handler: answer(handler, body=encode(NOISE))
+                    picture = MediaPart(site.url("/"), PARAM)
+                    assert (await media.load(picture)).size
                 assert not any(one.done() for one in slow)
                 for one in slow:
                     one.cancel()
                 await asyncio.gather(*slow, return_exceptions=True)
+
+
+async def test_downloads_that_find_no_memory_are_told_to_come_again(site: Site) -> None:
+    """None waits for another: each could hold what the other needs."""
+    body = encode(NOISE)
+    half = len(body) * 3 // 2
+    arrived, go_on = threading.Event(), threading.Event()
+
+    def slow(handler: Any) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body[:-1])
+        arrived.set()
+        go_on.wait(DEADLINE)
+        handler.wfile.write(body[-1:])
+
+    site.pages |= {"/slow": slow, "/": lambda handler: answer(handler, body=body)}
+    settings = {"allow_private_media": True, "allowed_media_ports": (), "media_memory": 2 * half}
+    async with pipeline(**settings) as media:
+        first = asyncio.create_task(media.load(MediaPart(site.url("/slow"), PARAM)))
+        assert await asyncio.to_thread(arrived.wait, DEADLINE)
+        await until(lambda: media._downloads.used >= len(body) - 1)
+        with pytest.raises(Unavailable) as refused:
+            await media.load(MediaPart(site.url("/"), PARAM))
+        assert (refused.value.status, refused.value.param) == (503, PARAM)
+        go_on.set()
+        assert (await first).size
+        assert (await media.load(MediaPart(site.url("/"), PARAM))).size
+        assert media._downloads.used == 0
 
 
 async def test_a_request_of_many_pictures_does_not_hold_up_one_of_one() -> None:

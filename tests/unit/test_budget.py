@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocessing.budget import Budget
+from preprocessing.budget import Budget, Share
 
 
 async def settle() -> None:
@@ -120,3 +120,27 @@ async def test_whoever_waits_too_long_gets_nothing_and_holds_nobody_up() -> None
         async with budget.share(4, patience=0):
             assert budget.used == 10
     assert budget.used == 0
+
+
+async def test_a_share_grows_at_once_or_not_at_all() -> None:
+    budget = Budget(10)
+    async with budget.share(4) as first, budget.share(0) as second:
+        assert second.grow(6)
+        assert not second.grow(1)
+        assert not first.grow(1)
+        assert budget.used == 10
+        first.keep(1)
+        assert second.grow(3)
+    assert budget.used == 0
+
+
+async def test_shares_may_grow_in_threads() -> None:
+    budget = Budget(40_000)
+
+    def grow() -> None:
+        share = Share(budget, 0)
+        for _ in range(5000):
+            assert share.grow(1)
+
+    await asyncio.gather(*(asyncio.to_thread(grow) for _ in range(8)))
+    assert budget.used == 40_000
