@@ -62,10 +62,14 @@ class MediaPart:
     allowance: Allowance | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
+    def urls(self) -> tuple[str, ...]:
+        """Of all its files."""
+        return self.url if isinstance(self.url, tuple) else (self.url,)
+
+    @property
     def is_remote(self) -> bool:
         """Whether something of it must be downloaded."""
-        urls = self.url if isinstance(self.url, tuple) else (self.url,)
-        return any(url[:5].lower() not in ("data:", "file:") for url in urls)
+        return any(url[:5].lower() not in ("data:", "file:") for url in self.urls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,9 +212,14 @@ class TileSettings(msgspec.Struct, frozen=True, array_like=True):
         return msgspec.msgpack.encode(self)
 
     @property
+    def most_tiles(self) -> int:
+        """Tiles of the largest result, the thumbnail included."""
+        return self.max_tiles + (self.use_thumbnail and self.max_tiles > 1)
+
+    @property
     def most_bytes(self) -> int:
-        """Bytes of the largest result: every tile and the thumbnail."""
-        return (self.max_tiles + (self.max_tiles > 1)) * 3 * self.side * self.side
+        """Bytes of the largest result."""
+        return self.most_tiles * 3 * self.side * self.side
 
 
 class Confine(msgspec.Struct, frozen=True, tag="confine"):
@@ -367,8 +376,3 @@ class Opened:
     files: tuple[bytes, ...] = dataclasses.field(repr=False)
     facts: tuple[Facts, ...]
     fetch_seconds: float
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(map(len, self.files))

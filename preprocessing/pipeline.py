@@ -105,7 +105,7 @@ class MediaPipeline:
         if part.is_remote:
             async with self.hold([part]) as room:
                 return await self.tile(part, await self.open(part, room, look=False))
-        tiles = _most_tiles(part, settings)
+        tiles = _most_tile_bytes(part, settings)
         async with self._room(self._most_encoded(part) + tiles, part.param) as share:
             began = time.monotonic()
             encoded = await self._fetch(part)
@@ -161,11 +161,11 @@ class MediaPipeline:
 
     def _most_encoded(self, part: MediaPart) -> int:
         """Bytes that the files of a part can have, of which none is downloaded."""
-        urls = part.url if isinstance(part.url, tuple) else (part.url,)
         kind: Kind = "image" if isinstance(part.url, tuple) else part.kind
         most = self._settings.max_media_bytes if kind == "image" else self._settings.max_video_bytes
         return sum(
-            min(most, len(url) * 3 // 4) if url[:5].lower() == "data:" else most for url in urls
+            min(most, len(url) * 3 // 4) if url[:5].lower() == "data:" else most
+            for url in part.urls
         )
 
     @contextlib.asynccontextmanager
@@ -273,7 +273,7 @@ def _tiled(digest: bytes, result: Tiled, tiles: bytes) -> TiledMedia:
     )
 
 
-def _most_tiles(part: MediaPart, settings: TileSettings) -> int:
+def _most_tile_bytes(part: MediaPart, settings: TileSettings) -> int:
     """Bytes that the tiles of a part can have."""
     return settings.most_bytes * (1 if part.choice is None else part.choice.most)
 
@@ -290,7 +290,7 @@ def _pictures(part: MediaPart) -> list[MediaPart]:
             choice=None,
             max_tiles=most,
         )
-        for index, url in enumerate(part.url)
+        for index, url in enumerate(part.urls)
     ]
 
 

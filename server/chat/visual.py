@@ -60,9 +60,8 @@ class Price:
 
 def most_tiles(part: MediaPart, geometry: VisionGeometry) -> int:
     """Tiles of a part of which nothing is known yet, at most."""
-    settings = TileSettings.for_part(geometry, part)
     shots = 1 if part.choice is None else part.choice.most
-    return shots * (settings.max_tiles + (settings.max_tiles > 1 and settings.use_thumbnail))
+    return shots * TileSettings.for_part(geometry, part).most_tiles
 
 
 def ladder(
