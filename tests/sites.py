@@ -103,8 +103,11 @@ needs_openssl = pytest.mark.skipif(
 )
 
 
-def certified(folder: Path, name: str) -> tuple[ssl.SSLContext, Path]:
-    """What a server of that name needs, and the file that makes a client trust it."""
+def certified(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[ssl.SSLContext, list[str | None]]:
+    """What a server of that name needs, which clients made from now on trust, and the names that
+    it is asked for."""
     key, certificate = folder / "key.pem", folder / "certificate.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
@@ -115,4 +118,7 @@ def certified(folder: Path, name: str) -> tuple[ssl.SSLContext, Path]:
     )  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    return context, certificate
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    asked: list[str | None] = []
+    context.sni_callback = lambda _sock, name, _context: asked.append(name)
+    return context, asked

@@ -538,17 +538,24 @@ def lie(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setattr(pool.subprocess, "Popen", popen)
 
 
-@pytest.mark.parametrize(
-    "mode", [*lying_worker.REPLIES, "half a frame", "endless frame", "dies at work"]
-)
-async def test_a_lying_worker_is_replaced(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+@contextlib.asynccontextmanager
+async def after_a_lie(monkeypatch: pytest.MonkeyPatch, mode: str) -> AsyncIterator[MediaPipeline]:
+    """A pipeline whose worker lies once, to what is asked first; an honest one follows."""
     lie(monkeypatch, mode)
     async with pipeline() as media:
         (pid,) = media.worker_pids
         monkeypatch.undo()
-        assert (await media.load(plain(size=(5, 5)))).count == 1
+        yield media
         assert media.stats.deaths == 1
         assert await gone(pid)
+
+
+@pytest.mark.parametrize(
+    "mode", [*lying_worker.REPLIES, "half a frame", "endless frame", "dies at work"]
+)
+async def test_a_lying_worker_is_replaced(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    async with after_a_lie(monkeypatch, mode) as media:
+        assert (await media.load(plain(size=(5, 5)))).count == 1
 
 
 def film(most: int = 2) -> MediaPart:
@@ -562,22 +569,15 @@ def film(most: int = 2) -> MediaPart:
 async def test_a_worker_that_lies_about_a_film_is_replaced(
     monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    lie(monkeypatch, mode)
-    async with pipeline() as media:
-        (pid,) = media.worker_pids
-        monkeypatch.undo()
+    async with after_a_lie(monkeypatch, mode) as media:
         assert (await refusal(media, film())).code == "unsupported_media"  # by an honest one
-        assert media.stats.deaths == 1
-        assert await gone(pid)
 
 
 async def test_a_long_message_of_a_worker_is_not_read(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (mode,) = lying_worker.LONG_REPLIES
-    lie(monkeypatch, mode)
-    async with pipeline() as media:
-        monkeypatch.undo()
+    async with after_a_lie(monkeypatch, mode) as media:
         assert (await refusal(media, film())).code == "unsupported_media"
     assert "larger than this channel allows" in caplog.text
 
@@ -586,16 +586,10 @@ async def test_a_long_message_of_a_worker_is_not_read(
 async def test_a_worker_that_lies_about_a_header_is_replaced(
     monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    lie(monkeypatch, mode)
-    async with pipeline() as media:
-        (pid,) = media.worker_pids
-        monkeypatch.undo()
-        asked = plain(size=(7, 3))
-        async with media.hold([asked]) as room:
-            (facts,) = (await media.open(asked, room)).facts
+    asked = plain(size=(7, 3))
+    async with after_a_lie(monkeypatch, mode) as media, media.hold([asked]) as room:
+        (facts,) = (await media.open(asked, room)).facts
         assert (facts.width, facts.height) == (7, 3)
-        assert media.stats.deaths == 1
-        assert await gone(pid)
 
 
 async def test_what_was_opened_is_tiled_within_other_bounds() -> None:

@@ -130,10 +130,7 @@ async def test_a_password_is_for_the_proxy_alone(site: Site, proxy: Proxy) -> No
 async def test_tls_is_made_with_the_host_behind_the_proxy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context, trusted = certified(tmp_path, "pictures.example")
-    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
-    asked: list[str] = []
-    context.sni_callback = lambda _sock, name, _context: asked.append(name)
+    context, asked = certified(tmp_path, "pictures.example", monkeypatch)
     with contextlib.ExitStack() as stack:
         secure = Site(context)
         stack.callback(secure.close)
@@ -152,8 +149,7 @@ async def test_tls_is_made_with_the_host_behind_the_proxy(
 async def test_a_proxy_can_be_spoken_to_in_tls(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context, trusted = certified(tmp_path, "localhost")
-    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    context, _ = certified(tmp_path, "localhost", monkeypatch)
     proxy = Proxy(site.port, context)
     try:
         url = f"https://localhost:{proxy.port}"

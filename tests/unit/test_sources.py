@@ -588,10 +588,7 @@ async def test_cookies_of_one_fetch_are_not_sent_with_the_next(site: Site) -> No
 async def test_a_certificate_is_checked_against_the_name_not_the_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context, trusted = certified(tmp_path, "pictures.example")
-    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
-    asked: list[str] = []
-    context.sni_callback = lambda _sock, name, _context: asked.append(name)
+    context, asked = certified(tmp_path, "pictures.example", monkeypatch)
     secure = Site(context)
     try:
         resolve_to(monkeypatch, ["127.0.0.1"], ["127.0.0.1"])
