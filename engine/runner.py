@@ -114,7 +114,7 @@ class ModelRunner:
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
             attention=self._attention.name,
-            parameters=sum(p.numel() for p in self._model.parameters()),
+            parameters=self._model.parameter_count,
             vision_token_bytes=config.text.hidden_size * dtype.itemsize,
             grammars=self._grammars is not None,
         )

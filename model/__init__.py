@@ -8,6 +8,7 @@ import torch
 from model.config import load_config
 from model.internvl import InternVL
 from model.names import names_for
+from model.ops import choose
 from model.schema import CheckpointError, ModelConfig
 from model.weights import WeightFiles, fill
 
@@ -41,7 +42,11 @@ def build_model(
         raise CheckpointError(f"the weights do not fit config.json: missing (1): {names.head}")
     model = skeleton(config, tied=tied)
     fill(model, names, files, device=device, dtype=dtype, progress=progress)
+    model.parameter_count = sum(parameter.numel() for parameter in model.parameters())
     model.vision.fit(config.tile_grid)
+    model.vision.fold()
+    model.ops = choose(device, dtype)
+    model.ops.prepare(model)
     return model.eval()
 
 

@@ -5,11 +5,10 @@ which of them see each other is the attention backend's business.
 """
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from model.attention.base import AttentionStep
 from model.layers import Embedding, Linear, RMSNorm
-from model.rotary import Angles, angles, inverse_frequencies, rotate
+from model.ops import Ops
 from model.schema import TextConfig
 
 
@@ -18,21 +17,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self._heads, self._kv_heads = config.heads, config.kv_heads
         rows = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.qkv = Linear(config.hidden_size, rows, bias=config.qkv_bias)
         self.out = Linear(config.heads * config.head_dim, config.hidden_size, bias=config.out_bias)
 
-    def forward(self, hidden: Tensor, at: Angles, step: AttentionStep, layer: int) -> Tensor:
-        heads = self.qkv(hidden).unflatten(-1, (self._heads + 2 * self._kv_heads, -1))
-        both = self._heads + self._kv_heads
-        turned = rotate(heads[:, :both], at)
-        query, key = turned[:, : self._heads], turned[:, self._heads :]
-        return self.out(step(layer, query, key, heads[:, both:]).flatten(1))
+    def forward(self, normed: Tensor, step: AttentionStep, layer: int, ops: Ops) -> Tensor:
+        return ops.linear(self.out, step(layer, ops.linear(self.qkv, normed)))
 
 
 class DecoderLayer(nn.Module):
-    """One block ``[N, hidden] -> same``."""
+    """One block. Its last sum is left to the next norm, which computes both at once."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -42,10 +36,14 @@ class DecoderLayer(nn.Module):
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, at: Angles, step: AttentionStep, layer: int) -> Tensor:
-        hidden = hidden + self.attention(self.norm1(hidden), at, step, layer)
-        gate, up = self.gate_up(self.norm2(hidden)).chunk(2, dim=-1)
-        return hidden + self.down(functional.silu(gate) * up)
+    def forward(
+        self, hidden: Tensor, delta: Tensor | None, step: AttentionStep, layer: int, ops: Ops
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[N, hidden]`` and what is to be added to them, in and out."""
+        hidden, normed = ops.add_norm(hidden, delta, self.norm1)
+        delta = self.attention(normed, step, layer, ops)
+        hidden, normed = ops.add_norm(hidden, delta, self.norm2)
+        return hidden, ops.linear(self.down, ops.gate_up(self.gate_up, normed))
 
 
 class Decoder(nn.Module):
@@ -56,23 +54,18 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TextConfig, *, tied: bool) -> None:
         super().__init__()
-        self._config = config
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.eps)
         self.head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, embeddings: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
-        config = self._config
-        # A step's few cosines cost less than a table that has to follow the device about.
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, positions.device)
-        at = angles(positions, frequencies)
-        hidden = embeddings
+    def forward(self, embeddings: Tensor, step: AttentionStep, ops: Ops) -> Tensor:
+        hidden, delta = embeddings, None
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, at, step, index)
-        return self.norm(hidden)
+            hidden, delta = layer(hidden, delta, step, index, ops)
+        return ops.add_norm(hidden, delta, self.norm)[1]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``[M, hidden] -> [M, vocab]`` in the model's dtype."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return functional.linear(hidden, weight)
+    @property
+    def output(self) -> Embedding | Linear:
+        """The layer whose matrix makes logits."""
+        return self.embedding if self.head is None else self.head

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from model.attention.base import AttentionBackend, AttentionBatch, AttentionStep
 from model.decoder import Decoder
 from model.kv_cache import KVCache
+from model.ops import Ops
 from model.projector import Projector
+from model.rotary import angles, inverse_frequencies
 from model.schema import ModelConfig
 from model.transfer import to_device
 from model.vision import VisionModel
@@ -22,6 +24,8 @@ class InternVL(nn.Module):
     def __init__(self, config: ModelConfig, *, tied: bool) -> None:
         super().__init__()
         self.config = config
+        self.ops = Ops()
+        self.parameter_count = 0  # as stored
         self.vision = VisionModel(config.vision)
         self.projector = Projector(config.projector)
         self.decoder = Decoder(config.text, tied=tied)
@@ -42,11 +46,11 @@ class InternVL(nn.Module):
         mean = to_device(geometry.mean, self.device).view(3, 1, 1) * 255
         std = to_device(geometry.std, self.device).view(3, 1, 1) * 255
         pixels = (tiles.to(self.device).float() - mean) / std
-        return self.projector(self.vision(pixels.to(self.dtype)))
+        return self.projector(self.vision(pixels.to(self.dtype), self.ops), self.ops)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids ``[N]`` to embeddings ``[N, hidden]``."""
-        return self.decoder.embedding(ids)
+        return self.ops.embed(self.decoder.embedding, ids)
 
     def forward(
         self,
@@ -57,8 +61,12 @@ class InternVL(nn.Module):
         attention: AttentionBackend,
     ) -> Tensor:
         """Embeddings ``[N, hidden]`` at ``positions`` [N] to hidden states ``[N, hidden]``."""
-        return self.decoder(embeddings, positions, AttentionStep(attention, batch, kv))
+        text = self.config.text
+        # A step's few cosines cost less than a table that has to follow the device about.
+        frequencies = inverse_frequencies(text.head_dim, text.rope_theta, positions.device)
+        step = AttentionStep(attention, batch, kv, angles(positions, frequencies))
+        return self.decoder(embeddings, step, self.ops)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[M, hidden]`` to fp32 logits ``[M, vocab]``."""
-        return self.decoder.logits(hidden).float()
+        return self.ops.logits(self.decoder.output, hidden)

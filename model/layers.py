@@ -15,26 +15,20 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """``[..., inputs] -> [..., outputs]``; the weight is stored ``[outputs, inputs]``."""
+    """``[..., inputs] -> [..., outputs]``, computed by ``Ops``; loaded as ``[outputs, inputs]``."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
         super().__init__()
         self.weight = parameter(outputs, inputs)
         self.bias = parameter(outputs) if bias else None
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self.weight, self.bias)
-
 
 class Embedding(nn.Module):
-    """Ids ``[N]`` to rows ``[N, size]``."""
+    """Rows of ``size`` numbers, one per id."""
 
     def __init__(self, count: int, size: int) -> None:
         super().__init__()
         self.weight = parameter(count, size)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return functional.embedding(ids, self.weight)
 
 
 class RMSNorm(nn.Module):

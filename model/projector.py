@@ -1,9 +1,9 @@
 """Pixel shuffle and the MLP that turns patch features into token embeddings."""
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from model.layers import LayerNorm, Linear
+from model.ops import Ops
 from model.schema import ProjectorConfig
 
 
@@ -31,6 +31,7 @@ class Projector(nn.Module):
         self.first = Linear(config.input_size, config.hidden_size, bias=True)
         self.second = Linear(config.hidden_size, config.hidden_size, bias=True)
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, ops: Ops) -> Tensor:
         tokens = pixel_shuffle(patches, self._config.factor, self._config.version)
-        return self.second(functional.gelu(self.first(self.norm(tokens))))
+        inner = ops.linear_gelu(self.first, ops.norm(tokens, self.norm))
+        return ops.linear(self.second, inner)

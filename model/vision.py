@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.layers import LayerNorm, Linear, RMSNorm, parameter
+from model.ops import Ops
 from model.schema import VisionConfig
 
 _NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
@@ -44,19 +45,17 @@ class VisionAttention(nn.Module):
         self.k_norm = RMSNorm(size, config.eps) if config.qk_norm else None
         self.out = Linear(size, size, bias=True)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        query, key, value = self.qkv(hidden).chunk(3, dim=-1)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)
-        )
-        mixed = functional.scaled_dot_product_attention(query, key, value)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+    def forward(self, normed: Tensor, ops: Ops) -> Tensor:
+        qkv = ops.linear(self.qkv, normed)
+        mixed = ops.vision_attention(qkv, self.heads, self.q_norm, self.k_norm)
+        return ops.linear(self.out, mixed)
 
 
 class VisionLayer(nn.Module):
-    """One block ``[T, patches, size] -> same``."""
+    """One block. Its last sum is left to the next norm, which computes both at once.
+
+    The scales (LayerScale) exist until ``fold``, for the loader.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -70,10 +69,18 @@ class VisionLayer(nn.Module):
         self.fc2 = Linear(config.intermediate_size, size, bias=True)
         self.scale2 = parameter(size)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.attention(self.norm1(hidden)) * self.scale1
-        inner = functional.gelu(self.fc1(self.norm2(hidden)))
-        return hidden + self.fc2(inner) * self.scale2
+    def fold(self) -> None:
+        """Multiply the scales into the layers they follow."""
+        for scale, layer in ((self.scale1, self.attention.out), (self.scale2, self.fc2)):
+            for part in layer.parameters():
+                part.mul_(scale.view(-1, *[1] * (part.dim() - 1)))
+        del self.scale1, self.scale2
+
+    def forward(self, hidden: Tensor, delta: Tensor | None, ops: Ops) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[T, patches, size]`` and what is to be added to them, in and out."""
+        hidden, normed = ops.add_norm(hidden, delta, self.norm1)
+        hidden, normed = ops.add_norm(hidden, self.attention(normed, ops), self.norm2)
+        return hidden, ops.linear(self.fc2, ops.linear_gelu(self.fc1, normed))
 
 
 class VisionModel(nn.Module):
@@ -106,12 +113,19 @@ class VisionModel(nn.Module):
         self.position_embedding = nn.Parameter(fitted, requires_grad=False)
         self._stored_grid = grid
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def fold(self) -> None:
+        """Multiply every LayerScale into its layer; must be called once after loading."""
+        for layer in self.layers:
+            assert isinstance(layer, VisionLayer)  # noqa: S101 - for the type checker
+            layer.fold()
+
+    def forward(self, pixels: Tensor, ops: Ops) -> Tensor:
         patches = self.patch(pixels)
         first = self.class_embedding.expand(len(patches), -1, -1)
         hidden = torch.cat((first, patches), dim=1) + self.position_embedding
+        delta = None
         for layer in self.layers:
-            hidden = layer(hidden)
+            hidden, delta = layer(hidden, delta, ops)
         if self.norm is not None:
-            hidden = self.norm(hidden)
-        return hidden[:, 1:]
+            return ops.add_norm(hidden, delta, self.norm)[1][:, 1:]
+        return hidden[:, 1:] if delta is None else (hidden + delta)[:, 1:]

@@ -1,7 +1,7 @@
 """The contract of an attention backend.
 
 A step's batch is flat: the new tokens of all rows one behind the other. A backend looks at the
-batch once (``plan``), then for every layer stores the new keys and values (``write``) and mixes
+batch once (``plan``), then for every layer turns and stores (``rotate_write``) and mixes
 (``attend``). It never allocates blocks and never sees token ids.
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.kv_cache import KVCache
+from model.rotary import Angles, rotate
 from model.schema import TextConfig
 
 
@@ -59,6 +60,21 @@ class AttentionBackend(ABC):
     def write(self, cache: Tensor, key: Tensor, value: Tensor, plan: Any) -> None:
         """Store ``[N, kv_heads, head_dim]`` keys and values in one layer's cache."""
 
+    def rotate_write(
+        self, cache: Tensor, qkv: Tensor, at: Angles, plan: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn queries and keys by their positions' angles, and store keys and values.
+
+        ``qkv`` is ``[N, (heads + 2 * kv_heads) * head_dim]``; back come query, key and value,
+        ``[N, heads or kv_heads, head_dim]`` each.
+        """
+        both = self.heads + self.kv_heads
+        heads = qkv.unflatten(-1, (both + self.kv_heads, -1))
+        turned, value = rotate(heads[:, :both], at), heads[:, both:]
+        query, key = turned[:, : self.heads], turned[:, self.heads :]
+        self.write(cache, key, value, plan)
+        return query, key, value
+
     @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: Any) -> Tensor:
         """Mix ``[N, heads, head_dim]`` queries with the rows' contexts, same shape back.
@@ -68,15 +84,19 @@ class AttentionBackend(ABC):
 
 
 class AttentionStep:
-    """A backend, its plan and the cache, bound for one forward pass."""
+    """A backend, its plan, the cache and the tokens' angles, bound for one forward pass."""
 
-    def __init__(self, backend: AttentionBackend, batch: AttentionBatch, cache: KVCache) -> None:
+    def __init__(
+        self, backend: AttentionBackend, batch: AttentionBatch, cache: KVCache, at: Angles
+    ) -> None:
         self._backend = backend
         self._cache = cache
+        self._at = at
         self._plan = backend.plan(batch, cache)
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of ``layer`` for the step's tokens."""
-        cache = self._cache.layers[layer]
-        self._backend.write(cache, key, value, self._plan)
-        return self._backend.attend(query, key, value, cache, self._plan)
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """Attention of ``layer`` for the step's tokens, from their queries, keys and values as
+        one row each; ``[N, heads * head_dim]``."""
+        backend, cache = self._backend, self._cache.layers[layer]
+        query, key, value = backend.rotate_write(cache, qkv, self._at, self._plan)
+        return backend.attend(query, key, value, cache, self._plan).flatten(1)

@@ -1,0 +1,73 @@
+"""The operations of the model, one call per piece that some device computes as one.
+
+This class is the reference: plain torch, on every device and for every type. Subclasses fuse, pack
+weights and choose other layouts, and may be told apart by their speed and their last bits alone.
+"""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.layers import Embedding, LayerNorm, Linear, RMSNorm
+
+
+class Ops:
+    """See the module. A hidden state that is passed in may be overwritten where it says so."""
+
+    name: ClassVar[str] = "torch"
+
+    def prepare(self, model: nn.Module) -> None:
+        """Bring the weights of a model that was just loaded into the form the operations want."""
+
+    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+        """``[..., inputs] -> [..., outputs]``."""
+        return functional.linear(x, layer.weight, layer.bias)
+
+    def linear_gelu(self, layer: Linear, x: Tensor) -> Tensor:
+        """A linear layer and the exact GELU, by the error function."""
+        return functional.gelu(self.linear(layer, x))
+
+    def gate_up(self, layer: Linear, x: Tensor) -> Tensor:
+        """``silu(gate) * up``, ``[N, outputs / 2]``; gates are the first half of the rows."""
+        gate, up = self.linear(layer, x).chunk(2, dim=-1)
+        return functional.silu(gate) * up
+
+    def norm(self, x: Tensor, norm: LayerNorm | RMSNorm) -> Tensor:
+        """The norm of every row of ``[..., size]``."""
+        return norm(x)
+
+    def add_norm(
+        self, hidden: Tensor, delta: Tensor | None, norm: LayerNorm | RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        """``hidden + delta``, which may take the place of ``hidden``, and the norm of that.
+
+        Without a ``delta`` there is nothing to add.
+        """
+        if delta is not None:
+            hidden = hidden + delta
+        return hidden, self.norm(hidden, norm)
+
+    def vision_attention(
+        self, qkv: Tensor, heads: int, q_norm: RMSNorm | None, k_norm: RMSNorm | None
+    ) -> Tensor:
+        """Attention of all patches of a tile to each other: ``[T, P, 3 * size] -> [T, P, size]``.
+
+        The norms of queries and keys span all heads.
+        """
+        query, key, value = qkv.chunk(3, dim=-1)
+        if q_norm is not None and k_norm is not None:
+            query, key = self.norm(query, q_norm), self.norm(key, k_norm)
+        query, key, value = (
+            part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value)
+        )
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        return mixed.transpose(1, 2).flatten(2)
+
+    def logits(self, layer: Embedding | Linear, hidden: Tensor) -> Tensor:
+        """``[M, hidden] -> [M, vocab]`` in fp32."""
+        return functional.linear(hidden, layer.weight).float()
+
+    def embed(self, layer: Embedding, ids: Tensor) -> Tensor:
+        """Token ids ``[N]`` to rows ``[N, size]``."""
+        return functional.embedding(ids, layer.weight)
