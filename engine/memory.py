@@ -59,7 +59,7 @@ def largest_step(
     name the same blocks, as many as one row of full length has.
     """
     most = geometry.tile_limit + 1
-    pictures, left = [], max(settings.max_num_encoder_tiles, most)
+    pictures, left = [], settings.max_num_encoder_tiles
     while left:
         pictures.append(min(most, left))
         left -= pictures[-1]
@@ -94,7 +94,7 @@ def largest_step(
             for w in work
         ],
         work=work,
-        encode=[EncodeItem(item.digest, "0", item.tiles) for item in items],
+        encode=[EncodeItem(item.digest, "0", 0, item.tiles) for item in items],
         drop=[],
         removed=[],
     )

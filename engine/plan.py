@@ -2,7 +2,7 @@
 
 The runner keeps one row per sequence it has been told of: a sequence is sent whole once, as a
 ``NewRow``; later steps send only what changed. The runner never decides anything: a plan names
-every token to compute, every picture to encode and every tensor to drop, in that order.
+every token to compute, every tile to encode and every tensor to drop, in that order.
 
 ``gc=False``: hundreds of these are made per step, and none can be part of a cycle.
 """
@@ -56,10 +56,12 @@ class Work(msgspec.Struct, frozen=True, gc=False):
 
 
 class EncodeItem(msgspec.Struct, frozen=True):
-    """Encode the ``tiles`` tiles of picture ``digest``, which request ``request_id`` shows."""
+    """Encode tiles ``start : start + tiles`` of picture ``digest``, which request ``request_id``
+    shows."""
 
     digest: bytes
     request_id: str
+    start: int
     tiles: int
 
 

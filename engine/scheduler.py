@@ -27,7 +27,8 @@ from bisect import insort
 from collections import Counter, deque
 
 from engine.blocks import BlockPool
-from engine.plan import EncodeItem, NewRow, Sampled, StepPlan, StepResult, Work
+from engine.draft import Draft
+from engine.plan import Sampled, StepPlan, StepResult
 from engine.prefix import extend_digests
 from engine.sequence import Refused, Sequence, Status
 from engine.vision_cache import VisionCache
@@ -36,50 +37,13 @@ from wire.messages import EngineOutput, EngineRequest, EngineStats, Ready, Visio
 from wire.settings import EngineSettings
 
 
-class _Draft:
-    """A plan being made, and what is left of the step's budgets."""
-
-    __slots__ = (
-        "encode",
-        "gate_open",
-        "new_rows",
-        "preempted",
-        "sequences",
-        "step",
-        "tiles",
-        "tokens",
-        "work",
-    )
-
-    def __init__(self, step: int, tokens: int, tiles: int) -> None:
-        self.step = step
-        self.tokens = tokens
-        self.tiles = tiles
-        self.gate_open = True
-        self.new_rows: list[NewRow] = []
-        self.work: list[Work] = []
-        self.sequences: list[Sequence] = []  # of each work, in its order
-        self.encode: list[EncodeItem] = []
-        self.preempted: list[str] = []
-
-    def add(self, sequence: Sequence, count: int, new_blocks: list[int]) -> None:
-        start = sequence.num_planned
-        sample = start + count == sequence.num_known
-        score = sequence.scores is not None and start < sequence.prompt_len - 1
-        self.work.append(Work(sequence.id, start, count, new_blocks, sample, score))
-        self.sequences.append(sequence)
-        sequence.num_planned += count
-        sequence.num_known += sample
-        sequence.last_step = self.step
-        self.tokens -= count
-
-
 class Scheduler:
     """The sequences of one engine and the two resources they compete for."""
 
     def __init__(self, settings: EngineSettings, ready: Ready) -> None:
         self._block_size = ready.block_size
         self._max_model_len = ready.max_model_len
+        self._tokens_per_tile = ready.geometry.tokens_per_tile
         self._bytes_per_token = ready.vision_token_bytes
         self._max_tokens = settings.max_num_batched_tokens
         self._max_tiles = settings.max_num_encoder_tiles
@@ -168,7 +132,7 @@ class Scheduler:
         assert len(self._planned) < 2, "two plans were not committed"
         if not self.has_work:
             return None
-        draft = _Draft(self._steps, self._max_tokens, self._max_tiles)
+        draft = Draft(self._steps, self._max_tokens, self._max_tiles)
         if self._waiting.preempts:
             self._make_way(draft)
         self._plan_running(draft)
@@ -192,7 +156,7 @@ class Scheduler:
         self._planned.append((plan, draft.sequences))
         return plan
 
-    def _plan_running(self, draft: _Draft) -> None:
+    def _plan_running(self, draft: Draft) -> None:
         running, block_size = self._running, self._block_size
         index = 0
         while index < len(running) and draft.tokens > 0:
@@ -216,7 +180,7 @@ class Scheduler:
                 new_blocks = grown
             draft.add(sequence, count, new_blocks)
 
-    def _grow(self, sequence: Sequence, draft: _Draft) -> list[int] | None:
+    def _grow(self, sequence: Sequence, draft: Draft) -> list[int] | None:
         """One more block, if need be from the sequences that arrived last; None: wait for it.
 
         The very last one just waits: it is preempted as soon as an earlier one needs its blocks,
@@ -231,7 +195,7 @@ class Scheduler:
         sequence.blocks += blocks
         return blocks
 
-    def _preempt_last(self, draft: _Draft) -> None:
+    def _preempt_last(self, draft: Draft) -> None:
         victim = self._running.pop()
         self._free(victim)
         victim.rewind()
@@ -239,7 +203,7 @@ class Scheduler:
         draft.preempted.append(victim.id)
         self._preemptions += 1
 
-    def _make_way(self, draft: _Draft) -> None:
+    def _make_way(self, draft: Draft) -> None:
         """Preempt the last sequences for a better one that waits, if that gives it room.
 
         It starts in the next step, when their blocks are free.
@@ -261,7 +225,7 @@ class Scheduler:
         while len(running) > kept:
             self._preempt_last(draft)
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: Draft) -> None:
         """Start waiting sequences, in order, while blocks for all their known tokens are free.
 
         All blocks are taken at once, so a prompt that has started always finishes its prefill:
@@ -328,36 +292,46 @@ class Scheduler:
             self._pool.publish(sequence.blocks[index], sequence.digests[index])
         sequence.num_published = full
 
-    def _gate(self, sequence: Sequence, count: int, draft: _Draft) -> int:
-        """How many of the next ``count`` positions have their pictures encoded by then.
+    def _gate(self, sequence: Sequence, count: int, draft: Draft) -> int:
+        """How many of the next ``count`` positions have their tiles encoded by then.
 
-        References every encoder output those positions read, and plans the encoding of those
-        that do not exist yet. Stops before the first picture that has to wait.
+        References every encoder output those positions read, and plans the encoding of the tiles
+        that do not exist yet. Stops before the first tile that has to wait.
         """
         start = sequence.num_planned
-        for index in range(sequence.next_span, len(sequence.items)):
-            item = sequence.items[index]
-            if item.offset >= start + count:
-                break
-            if item.digest in sequence.held:
-                continue
-            if not (draft.gate_open and self._take(sequence, item, draft)):
-                draft.gate_open = False
-                return max(0, item.offset - start)
-            sequence.held.append(item.digest)
+        for item in sequence.items[sequence.next_span :]:
+            end = min(item.offset + item.length, start + count)
+            at = max(item.offset, start)
+            while at < end:
+                tile = (at - item.offset) // self._tokens_per_tile
+                if not self._take(sequence, item, tile, draft):
+                    return at - start
+                at = item.offset + (tile + 1) * self._tokens_per_tile
         return count
 
-    def _take(self, sequence: Sequence, item: VisionItem, draft: _Draft) -> bool:
-        if self._vision.acquire(item.digest):
-            return True
-        # A picture over the budget goes through when it is the step's only one.
-        if draft.encode and item.tiles > draft.tiles:
+    def _take(self, sequence: Sequence, item: VisionItem, tile: int, draft: Draft) -> bool:
+        """Reference a picture, and have one of its tiles encoded if it is not.
+
+        While one sequence waits, none behind it may take up a picture; but what is held is
+        encoded further, since it may be what the others wait for.
+        """
+        vision, held = self._vision, item.digest in sequence.held
+        missing = not vision.has_tile(item.digest, tile)
+        if not (held or draft.gate_open):
             return False
-        if not self._vision.reserve(item.digest, item.length * self._bytes_per_token):
+        if missing and not draft.tiles:
+            draft.gate_open = False
             return False
-        draft.encode.append(EncodeItem(item.digest, sequence.id, item.tiles))
-        draft.tiles -= item.tiles
-        self._encoded_tiles += item.tiles
+        if not held:
+            size = item.length * self._bytes_per_token
+            if not (vision.acquire(item.digest) or vision.reserve(item.digest, size)):
+                draft.gate_open = False
+                return False
+            sequence.held.append(item.digest)
+        if missing:
+            vision.add_tile(item.digest, tile)
+            draft.encode_tile(sequence.id, item.digest, tile)
+            self._encoded_tiles += 1
         return True
 
     def commit(self, result: StepResult) -> list[EngineOutput]:

@@ -1,5 +1,8 @@
 """Raw tiles of requests, the encoder outputs made of them, and their way into a step's batch.
 
+An encoder output has its whole size from its picture's first tile on; the rows of tiles that were
+not encoded are undefined, and nobody reads them.
+
 The scheduler decides what is encoded and what is dropped; this file only obeys, and holds the
 tensors. Tiles stay uint8 until the model normalises them.
 """
@@ -23,7 +26,7 @@ _CHUNK = {"cpu": 4, "cuda": 16}
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """A step's work of the encoder, launched: how many tiles each picture has in it, and two
+    """A step's work of the encoder, launched: how many tiles each item has in it, and two
     moments as ``_now`` gives them."""
 
     tiles: list[int]
@@ -31,7 +34,7 @@ class Encoding:
     ended: Any
 
     def seconds(self) -> list[float]:
-        """What each picture took, by its share of the tiles. The device must be done with it."""
+        """What each item took, by its share of the tiles. The device must be done with it."""
         if isinstance(self.began, float):
             spent = self.ended - self.began
         else:
@@ -87,16 +90,23 @@ class EncoderOutputs:
         del self._outputs[digest]
 
     def encode(self, items: Sequence[EncodeItem]) -> Encoding | None:
-        """Encode pictures, their tiles batched across pictures."""
+        """Encode tiles, batched across pictures."""
         if not items:
             return None
         began = _now(self._model.device)
-        tiles = torch.cat([self._tiles[item.digest] for item in items])
+        tiles = torch.cat(
+            [self._tiles[item.digest][item.start : item.start + item.tiles] for item in items]
+        )
         encoded = torch.cat([self._model.encode_tiles(part) for part in tiles.split(self._chunk)])
-        parts = encoded.split([item.tiles for item in items])
-        for item, part in zip(items, parts, strict=True):
-            self._outputs[item.digest] = part.flatten(0, 1).clone()
-        return Encoding([item.tiles for item in items], began, _now(self._model.device))
+        counts = [item.tiles for item in items]
+        for item, part in zip(items, encoded.split(counts), strict=True):
+            tokens = part.shape[1]
+            output = self._outputs.get(item.digest)
+            if output is None:
+                size = len(self._tiles[item.digest]) * tokens, part.shape[2]
+                output = self._outputs[item.digest] = part.new_empty(size)
+            output[item.start * tokens :][: item.tiles * tokens] = part.flatten(0, 1)
+        return Encoding(counts, began, _now(self._model.device))
 
     def place(
         self, embeddings: Tensor, spans: Sequence[VisionSpan], position: int, at: int, count: int

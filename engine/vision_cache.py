@@ -1,19 +1,22 @@
 """The logical side of the vision cache: which encoder outputs exist and who still needs them.
 
 Only the Scheduler calls it; the tensors themselves are the runner's, which is told by each plan
-what to encode and what to drop. Entries are shared by digest. An entry that nobody references
-stays for the next sequence with the same picture until its room is needed.
+what to encode and what to drop. Entries are shared by digest, and encoded tile by tile: whoever
+needs a tile first has it encoded. An entry that nobody references stays, with the tiles it has, for
+the next sequence with the same picture until its room is needed.
 """
 
 
 class EncoderEntry:
-    """One encoder output: its size in bytes and how many sequences reference it."""
+    """One encoder output: its size in bytes with all tiles, how many sequences reference it, and
+    the tiles that exist or will when the steps planned are done."""
 
-    __slots__ = ("references", "size")
+    __slots__ = ("references", "size", "tiles")
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.references = 1
+        self.tiles: set[int] = set()
 
 
 class VisionCache:
@@ -45,7 +48,7 @@ class VisionCache:
     def reserve(self, digest: bytes, size: int) -> bool:
         """Make a new, referenced entry, evicting idle ones for it; False if there is no room.
 
-        The caller plans the encoding in the same step.
+        The caller plans the encoding of a tile in the same step.
         """
         if self._pinned and self._pinned + size > self.budget:
             return False
@@ -54,6 +57,15 @@ class VisionCache:
         self.used += size
         self._pinned += size
         return True
+
+    def has_tile(self, digest: bytes, tile: int) -> bool:
+        """Whether a tile of this picture is encoded or planned."""
+        entry = self._entries.get(digest)
+        return entry is not None and tile in entry.tiles
+
+    def add_tile(self, digest: bytes, tile: int) -> None:
+        """The encoding of one more tile of an entry is planned."""
+        self._entries[digest].tiles.add(tile)
 
     def release(self, digest: bytes) -> None:
         """Give back one reference, after the last position that reads the entry is computed."""

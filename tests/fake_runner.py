@@ -75,7 +75,7 @@ class FakeRunner:
         self.num_draws = EOS + 1 if draws_eos else EOS
         self.rows: dict[str, Row] = {}
         self.raw: dict[str, dict[bytes, bytes]] = {}
-        self.tensors: dict[bytes, list[bytes]] = {}
+        self.tensors: dict[bytes, list[bytes | None]] = {}  # None: the tile was not encoded
         self.cache: dict[tuple[int, int], int] = {}
         self.plans: list[StepPlan] = []
         self.preparing: dict[str, Future[Any]] = {}
@@ -177,14 +177,16 @@ class FakeRunner:
         self.rows[new.id] = row
 
     def _encode(self, item: EncodeItem) -> None:
-        assert item.digest not in self.tensors, "encoded although it exists"
         raw = self.raw[item.request_id][item.digest]
-        assert len(raw) == item.tiles * GEOMETRY.tile_bytes
-        per_token = len(raw) // (item.tiles * GEOMETRY.tokens_per_tile)
-        self.tensors[item.digest] = [
-            raw[i * per_token : (i + 1) * per_token]
-            for i in range(item.tiles * GEOMETRY.tokens_per_tile)
-        ]
+        per_token = GEOMETRY.tile_bytes // GEOMETRY.tokens_per_tile
+        tensor = self.tensors.setdefault(item.digest, [None] * (len(raw) // per_token))
+        first = item.start * GEOMETRY.tokens_per_tile
+        end = first + item.tiles * GEOMETRY.tokens_per_tile
+        assert item.tiles > 0
+        assert end <= len(tensor), "a tile that the picture does not have"
+        for i in range(first, end):
+            assert tensor[i] is None, "encoded although it exists"
+            tensor[i] = raw[i * per_token : (i + 1) * per_token]
 
     def _check_budgets(self, plan: StepPlan) -> None:
         names = [work.id for work in plan.work]
@@ -194,7 +196,7 @@ class FakeRunner:
         assert len(self.rows) <= self.settings.max_num_seqs
         assert sum(work.count for work in plan.work) <= self.settings.max_num_batched_tokens
         tiles = sum(item.tiles for item in plan.encode)
-        assert tiles <= self.settings.max_num_encoder_tiles or len(plan.encode) == 1
+        assert tiles <= self.settings.max_num_encoder_tiles
         size = sum(len(tensor) for tensor in self.tensors.values()) * TOKEN_BYTES
         assert size <= self.settings.encoder_cache_bytes or len(self.tensors) == 1
         fresh = [block for work in plan.work for block in work.new_blocks]
@@ -244,7 +246,9 @@ class FakeRunner:
         if position in row.inputs:
             digest, index = row.inputs[position]
             assert row.tokens[position] == IMAGE
-            return b"picture" + self.tensors[digest][index]
+            shown = self.tensors[digest][index]
+            assert shown is not None, "reads a tile that is not encoded"
+            return b"picture" + shown
         return b"token%d" % row.tokens[position]
 
 

@@ -158,5 +158,5 @@ class Driver:
             if needed and span.digest not in self.encoded:
                 self.encoded.add(span.digest)
                 self.encodings += 1
-                items.append(EncodeItem(span.digest, name, sequence.tiles[index]))
+                items.append(EncodeItem(span.digest, name, 0, sequence.tiles[index]))
         return items

@@ -100,11 +100,13 @@ class VisionCacheMachine(RuleBasedStateMachine):
         self.cache = VisionCache(BUDGET)
         self.readers: dict[int, int] = {}
         self.resident: dict[int, int] = {}
+        self.tiles: set[tuple[int, int]] = set()  # (name, tile) encoded
 
     def forget_dropped(self) -> None:
         for digest in self.cache.take_dropped():
             assert not self.readers.get(digest[0]), "a referenced entry was dropped"
             del self.resident[digest[0]]
+            self.tiles = {(name, tile) for name, tile in self.tiles if name != digest[0]}
 
     @rule(name=st.integers(0, 7), size=st.integers(1, BUDGET + 10))
     def need(self, name: int, size: int) -> None:
@@ -123,6 +125,13 @@ class VisionCacheMachine(RuleBasedStateMachine):
         self.readers[name] = self.readers.get(name, 0) + 1
 
     @precondition(lambda self: any(self.readers.values()))
+    @rule(data=st.data(), tile=st.integers(0, 2))
+    def encode(self, data: st.DataObject, tile: int) -> None:
+        name = data.draw(st.sampled_from(sorted(n for n, r in self.readers.items() if r)))
+        self.cache.add_tile(bytes([name]), tile)
+        self.tiles.add((name, tile))
+
+    @precondition(lambda self: any(self.readers.values()))
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(n for n, r in self.readers.items() if r)))
@@ -136,6 +145,9 @@ class VisionCacheMachine(RuleBasedStateMachine):
         assert self.cache.used == sum(self.resident.values())
         assert self.cache.num_referenced == sum(1 for r in self.readers.values() if r)
         assert self.cache.used <= BUDGET or len(self.resident) == 1
+        for name in range(8):
+            for tile in range(3):
+                assert self.cache.has_tile(bytes([name]), tile) == ((name, tile) in self.tiles)
 
 
 BlockPoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)

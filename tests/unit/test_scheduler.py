@@ -70,9 +70,10 @@ def test_chunks_may_end_inside_a_picture() -> None:
     engine.add("a", 3, (1, 4), 3, max_tokens=4)
     plan = engine.step()
     assert work(plan) == {"a": (0, 5, False)}
-    assert [item.tiles for item in plan.encode] == [4]
-    assert not engine.step().encode
+    assert [(item.start, item.tiles) for item in plan.encode] == [(0, 1)]
+    assert [(item.start, item.tiles) for item in engine.step().encode] == [(1, 1)]
     engine.finish()
+    assert engine.scheduler.stats.encoded_tiles == 4
     assert engine.tokens["a"] == alone(3, (1, 4), 3, max_tokens=4)
 
 
@@ -337,13 +338,17 @@ def test_admission_leaves_a_block_to_the_sequences_that_run() -> None:
 # Pictures
 
 
-def test_the_encoder_budget_spreads_pictures_over_steps() -> None:
+def tiles(plan: StepPlan) -> list[tuple[bytes, int, int]]:
+    return [(item.digest, item.start, item.tiles) for item in plan.encode]
+
+
+def test_the_encoder_budget_spreads_the_tiles_of_pictures_over_steps() -> None:
     engine = Engine(max_num_encoder_tiles=3)
     engine.add("a", 2, (1, 2), 1, (2, 2), 1, max_tokens=2)
     plan = engine.step()
-    assert [item.tiles for item in plan.encode] == [2]
-    assert work(plan) == {"a": (0, 11, False)}
-    assert [item.tiles for item in engine.step().encode] == [2]
+    assert tiles(plan) == [(b"picture-1-2", 0, 2), (b"picture-2-2", 0, 1)]
+    assert work(plan) == {"a": (0, 15, False)}
+    assert tiles(engine.step()) == [(b"picture-2-2", 1, 1)]
     engine.finish()
     assert engine.tokens["a"] == alone(2, (1, 2), 1, (2, 2), 1, max_tokens=2)
 
@@ -356,13 +361,53 @@ def test_a_picture_is_not_encoded_before_the_step_that_reaches_it() -> None:
     engine.finish()
 
 
-def test_a_picture_over_the_encoder_budget_is_encoded_alone() -> None:
+def test_a_picture_over_the_encoder_budget_takes_several_steps() -> None:
     engine = Engine(max_num_encoder_tiles=2)
     engine.add("small", 1, (1, 1), max_tokens=2)
     engine.add("large", 1, (2, 6), max_tokens=2)
     engine.finish()
-    tiles = [[item.tiles for item in plan.encode] for plan in engine.runner.plans if plan.encode]
-    assert tiles == [[1], [6]]
+    encoded = [tiles(plan) for plan in engine.runner.plans if plan.encode]
+    small, large = b"picture-1-1", b"picture-2-6"
+    assert encoded == [
+        [(small, 0, 1), (large, 0, 1)], [(large, 1, 2)], [(large, 3, 2)], [(large, 5, 1)]
+    ]  # fmt: skip
+
+
+def test_what_one_request_had_encoded_of_a_picture_is_not_encoded_for_the_next() -> None:
+    engine = Engine(max_num_encoder_tiles=2, max_num_batched_tokens=9)
+    engine.add("a", 1, (1, 6), max_tokens=2)
+    assert tiles(engine.step()) == [(b"picture-1-6", 0, 2)]
+    engine.core.abort(["a"])
+    engine.add("b", 3, (1, 6), max_tokens=2)
+    assert tiles(engine.step()) == []
+    assert tiles(engine.step()) == [(b"picture-1-6", 2, 2)]
+    engine.finish()
+    assert engine.scheduler.stats.encoded_tiles == 6
+    assert engine.tokens["b"] == alone(3, (1, 6), max_tokens=2)
+
+
+def test_tiles_whose_positions_are_all_in_the_prefix_cache_are_not_encoded() -> None:
+    engine = Engine(encoder_cache_bytes=1)  # so that nothing stays encoded
+    engine.add("a", 2, (1, 4), 1, max_tokens=2)
+    engine.finish()
+    engine.add("again", 2, (1, 4), max_tokens=2)
+    assert work(engine.step()) == {"again": (16, 2, True)}
+    assert tiles(engine.runner.plans[-1]) == [(b"picture-1-4", 3, 1)]
+    engine.finish()
+    assert engine.tokens["again"] == alone(2, (1, 4), max_tokens=2)
+
+
+def test_a_sequence_gets_on_with_a_picture_begun_while_an_earlier_one_waits_for_its_room() -> None:
+    engine = Engine(
+        scheduling_policy="priority", max_num_encoder_tiles=1, encoder_cache_bytes=4 * TILE_BYTES
+    )
+    engine.add("begun", 1, (1, 3), max_tokens=2)
+    engine.step()
+    engine.add("better", 1, (2, 3), max_tokens=2, priority=-1)
+    engine.step()
+    assert tiles(engine.runner.plans[-1]) == [(b"picture-1-3", 1, 1)]
+    engine.finish()
+    assert engine.tokens["better"] == alone(1, (2, 3), max_tokens=2)
 
 
 def test_a_picture_over_the_whole_vision_cache_is_still_answered() -> None:

@@ -1,0 +1,60 @@
+"""A plan being made, and what is left of the step's budgets. Only the Scheduler uses it."""
+
+from engine.plan import EncodeItem, NewRow, Work
+from engine.sequence import Sequence
+
+
+class Draft:
+    """The lists of a StepPlan, growing; ``tokens`` and ``tiles`` may be added to them.
+
+    ``gate_open``: no sequence waits for room in the vision cache, or for the encoder.
+    """
+
+    __slots__ = (
+        "encode",
+        "gate_open",
+        "new_rows",
+        "preempted",
+        "sequences",
+        "step",
+        "tiles",
+        "tokens",
+        "work",
+    )
+
+    def __init__(self, step: int, tokens: int, tiles: int) -> None:
+        self.step = step
+        self.tokens = tokens
+        self.tiles = tiles
+        self.gate_open = True
+        self.new_rows: list[NewRow] = []
+        self.work: list[Work] = []
+        self.sequences: list[Sequence] = []  # of each work, in its order
+        self.encode: list[EncodeItem] = []
+        self.preempted: list[str] = []
+
+    def add(self, sequence: Sequence, count: int, new_blocks: list[int]) -> None:
+        """Compute the next ``count`` positions of a sequence, and draw where they end it."""
+        start = sequence.num_planned
+        sample = start + count == sequence.num_known
+        score = sequence.scores is not None and start < sequence.prompt_len - 1
+        self.work.append(Work(sequence.id, start, count, new_blocks, sample, score))
+        self.sequences.append(sequence)
+        sequence.num_planned += count
+        sequence.num_known += sample
+        sequence.last_step = self.step
+        self.tokens -= count
+
+    def encode_tile(self, request_id: str, digest: bytes, tile: int) -> None:
+        """Encode one tile of a picture; neighbours become one item."""
+        self.tiles -= 1
+        start = tile
+        if self.encode:
+            last = self.encode[-1]
+            if (last.digest, last.request_id, last.start + last.tiles) == (
+                digest,
+                request_id,
+                tile,
+            ):
+                start = self.encode.pop().start
+        self.encode.append(EncodeItem(digest, request_id, start, tile + 1 - start))
