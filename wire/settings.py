@@ -243,7 +243,7 @@ class EngineSettings:
     encoder_cache_bytes: int = knob(
         256 << 20, "Memory for encoded pictures that wait for their prefill.", low=1
     )
-    block_size: int = knob(16, "Tokens per block of the KV cache.", low=1, high=1024)
+    block_size: int = knob(64, "Tokens per block of the KV cache.", low=1, high=1024)
     enable_prefix_caching: bool = knob(
         True, "Keep the keys and values of finished requests for others with the same beginning."
     )

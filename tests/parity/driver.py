@@ -40,8 +40,9 @@ class Driver:
     """Sequences by name, and blocks dealt out in a scattered order."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        values: dict[str, Any] = {"num_kv_blocks": 256, "threads": 1, "device": "cpu"}
-        self.runner = ModelRunner(EngineSettings(model=str(folder), **(values | settings)))
+        values: dict[str, Any] = {"num_kv_blocks": 256, "block_size": 16} | settings
+        values = {"threads": 1, "device": "cpu"} | values
+        self.runner = ModelRunner(EngineSettings(model=str(folder), **values))
         self.block_size = self.runner.ready().block_size
         self.free = list(range(self.runner.ready().blocks_total))
         random.Random(0).shuffle(self.free)

@@ -79,7 +79,8 @@ def serve(
 
 
 def make_core(folder: Path, **settings: Any) -> EngineCore:
-    values = {"num_kv_blocks": 256, "threads": 1, "device": "cpu"} | settings
+    values = {"num_kv_blocks": 256, "block_size": 16} | settings
+    values = {"threads": 1, "device": "cpu"} | values
     options = EngineSettings(model=str(folder), **values)
     runner = ModelRunner(options)
     return EngineCore(options, runner, runner.ready())

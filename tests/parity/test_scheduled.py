@@ -74,7 +74,10 @@ def run(
 ) -> tuple[dict[str, list[int]], EngineCore]:
     """Serve batch after batch; tokens by request id."""
     options = EngineSettings(
-        model=str(folder), device="cpu", threads=1, **{"num_kv_blocks": 128, **settings}
+        model=str(folder),
+        device="cpu",
+        threads=1,
+        **{"num_kv_blocks": 128, "block_size": 16, **settings},
     )
     runner = ModelRunner(options)
     core = EngineCore(options, runner, runner.ready())

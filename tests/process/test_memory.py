@@ -18,6 +18,7 @@ SETTINGS = {
     "encoder_cache_bytes": 1 << 20,
     "request_tile_bytes": 32 << 20,
     "num_kv_blocks": 1200,
+    "block_size": 16,
 }
 HELD = 32 << 20  # beside what is in use, by the C library
 

@@ -15,6 +15,7 @@ from wire.messages import Progress
 from wire.settings import EngineSettings
 
 SHAPE = Shape()
+BLOCK = 16
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(folder: Path, **values: Any) -> EngineSettings:
-    return EngineSettings(model=str(folder), device="cpu", threads=1, **values)
+    values = {"device": "cpu", "threads": 1, "block_size": BLOCK} | values
+    return EngineSettings(model=str(folder), **values)
 
 
 def test_loading_tells_how_far_it_is_and_what_was_loaded(folder: Path) -> None:
@@ -65,7 +67,7 @@ def test_settings_that_do_not_fit_the_checkpoint_are_refused(folder: Path) -> No
 
 
 def test_memory_for_the_cache_is_divided_into_blocks(folder: Path) -> None:
-    block = 2 * 2 * SHAPE.kv_heads * SHAPE.head_dim * 16 * 4  # layers, key and value, ..., fp32
+    block = 2 * 2 * SHAPE.kv_heads * SHAPE.head_dim * BLOCK * 4  # layers, key and value, ..., fp32
     ready = ModelRunner(settings(folder, kv_cache_memory=10 * block + 5)).ready()
     assert ready.blocks_total == 10
     # Never more than full rows could use.
@@ -110,7 +112,7 @@ def test_a_cache_that_cannot_fit_is_refused_at_the_start(
 ) -> None:
     values: dict[str, Any] = {"encoder_cache_bytes": 1000, "request_tile_bytes": 1 << 20}
     monkeypatch.setattr("engine.memory.free_memory", lambda: 200 << 20)
-    block = KVCache.block_bytes(load_config(folder).text, 16, torch.float32)
+    block = KVCache.block_bytes(load_config(folder).text, BLOCK, torch.float32)
     many = (200 << 20) // block
     for explicit in ({"num_kv_blocks": many}, {"kv_cache_memory": 200 << 20}):
         with pytest.raises(ValueError, match="more than the 209715200 bytes that are free"):
@@ -127,6 +129,6 @@ def test_the_cache_gets_what_a_share_leaves_beside_the_largest_step(
     monkeypatch.setattr("engine.runner.measure", lambda device, run: 32 << 20)
     values: dict[str, Any] = {"encoder_cache_bytes": 20 << 20, "request_tile_bytes": 40 << 20}
     ready = ModelRunner(settings(folder, cpu_memory_utilization=0.5, **values)).ready()
-    block = KVCache.block_bytes(load_config(folder).text, 16, torch.float32)
+    block = KVCache.block_bytes(load_config(folder).text, BLOCK, torch.float32)
     # 32 MiB are added for what the C library holds.
     assert ready.blocks_total == ((150 - 32 - 32 - 20 - 40) << 20) // block
