@@ -217,7 +217,12 @@ class EngineSettings:
         "for small models.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    attention_backend: str = knob("auto", "Attention implementation.", choices=("auto", "sdpa"))
+    attention_backend: str = knob(
+        "auto",
+        "Attention implementation; 'auto': on CUDA the first of those listed that is installed and "
+        "passes a small test, on the CPU the last.",
+        choices=("auto", "fa3", "flash_attn", "torch_varlen", "sdpa"),
+    )
     max_model_len: int = knob(
         0, "Most tokens of prompt plus completion; 0: the model's own limit.", low=0
     )

@@ -1,24 +1,37 @@
 """Attention over the paged cache: the contract, and the choice of an implementation."""
 
+import logging
+
 import torch
 
 from model.attention.base import AttentionBackend
+from model.attention.flash import Fa3Attention, FlashAttnAttention, TorchVarlenAttention
 from model.attention.sdpa import SdpaAttention
 from model.schema import TextConfig
 
-BACKENDS: dict[str, type[AttentionBackend]] = {"sdpa": SdpaAttention}
+logger = logging.getLogger(__name__)
+
+BACKENDS: dict[str, type[AttentionBackend]] = {
+    backend.name: backend
+    for backend in (Fa3Attention, FlashAttnAttention, TorchVarlenAttention, SdpaAttention)
+}
+"""Best first."""
 
 
 def choose(
     name: str, config: TextConfig, device: torch.device, dtype: torch.dtype
 ) -> AttentionBackend:
-    """The backend called ``name``, or with "auto" the first that supports the model here."""
+    """The backend called ``name``, or with "auto" the first that supports the model here.
+
+    Raises ValueError with all reasons where none does.
+    """
     names = list(BACKENDS) if name == "auto" else [name]
-    reasons = []
+    reasons: list[str] = []
     for candidate in names:
         backend = BACKENDS[candidate](config)
         reason = backend.supports(device, dtype)
         if reason is None:
+            logger.info("attention=%s (%s)", backend.name, "; ".join(reasons) or "asked for")
             return backend
         reasons.append(f"{candidate}: {reason}")
     raise ValueError("no attention backend can be used: " + "; ".join(reasons))

@@ -7,7 +7,7 @@ batch once (``plan``), then for every layer turns and stores (``rotate_write``) 
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ class AttentionBatch:
 class AttentionBackend(ABC):
     """One implementation for one decoder."""
 
-    name: ClassVar[str]
-    graph_safe: ClassVar[bool]
+    name: str
+    graph_safe: bool
     """Whether a plan can be captured in a CUDA graph and replayed with other lengths."""
 
     def __init__(self, config: TextConfig) -> None:

@@ -47,7 +47,9 @@ class _Group:
     key_starts: Tensor
     longest_query: int
     longest_key: int
-    pages: Tensor | None  # [2, keys, kv_heads] lines of the cache; None: the rows begin in this step
+    pages: (
+        Tensor | None
+    )  # [2, keys, kv_heads] lines of the cache; None: the rows begin in this step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,8 @@ class FlashAttention(AttentionBackend):
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config)
         self._decoder: AttentionBackend = SdpaAttention(config)
+        self.name = f"{self.name}+{self._decoder.name}"
+        self.graph_safe = self._decoder.graph_safe
         self._varlen: Varlen | None = None
 
     @abstractmethod
@@ -95,9 +99,12 @@ class FlashAttention(AttentionBackend):
             torch.randn(count, heads, self.head_dim, generator=generator).to(device, dtype)
             for heads, count in shapes
         )
-        starts = [to_device(np.array([0, a, a + b], np.int32), device) for a, b in (queries, contexts)]
-        found = varlen(query, key, value, *starts, max(queries), max(contexts))
-        split = (part.split(size) for part, size in ((query, queries), (key, contexts), (value, contexts)))
+        starts, key_starts = (_starts(np.array(counts), device) for counts in (queries, contexts))
+        found = varlen(query, key, value, starts, key_starts, max(queries), max(contexts))
+        split = (
+            part.split(size)
+            for part, size in ((query, queries), (key, contexts), (value, contexts))
+        )
         expected = [_formula(*(part.double() for part in row)) for row in zip(*split, strict=True)]
         return float((found.double() - torch.cat(expected)).abs().max())
 
@@ -137,7 +144,7 @@ class FlashAttention(AttentionBackend):
     def _pages(
         self, tables: Tensor, rows: list[int], contexts: np.ndarray, block_size: int
     ) -> Tensor:
-        """Where the rows' keys and values lie, in lines of ``head_dim``: ``[2, keys, kv_heads]``."""
+        """Where the rows' keys and values lie: ``[2, keys, kv_heads]``, in lines of head_dim."""
         ends = contexts.cumsum()
         positions = np.arange(ends[-1]) - (ends - contexts).repeat(contexts)
         where = np.stack([np.array(rows).repeat(contexts), positions // block_size, positions])
@@ -180,8 +187,9 @@ class FlashAttention(AttentionBackend):
         if group.pages is not None:
             lines = cache.view(-1, self.head_dim).index_select(0, group.pages.flatten())
             key, value = lines.view(*group.pages.shape, self.head_dim)
-        starts = group.query_starts, group.key_starts
-        return self._varlen(query, key, value, *starts, group.longest_query, group.longest_key)
+        starts, key_starts = group.query_starts, group.key_starts
+        longest, longest_key = group.longest_query, group.longest_key
+        return self._varlen(query, key, value, starts, key_starts, longest, longest_key)
 
 
 class Fa3Attention(FlashAttention):
@@ -281,7 +289,7 @@ def _subset(batch: AttentionBatch, rows: list[int]) -> tuple[Tensor, AttentionBa
 
 
 def _bounded(rows: list[int], contexts: tuple[int, ...]) -> list[list[int]]:
-    """Split rows so that no part gathers more than ``_GATHERED`` keys, unless it is a single row."""
+    """Split rows so that no part gathers more than ``_GATHERED`` keys, unless it is one row."""
     parts: list[list[int]] = []
     room = 0
     for row in rows:

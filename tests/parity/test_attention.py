@@ -34,6 +34,13 @@ def config(heads: int, kv_heads: int) -> TextConfig:
     )
 
 
+HERE = [
+    name
+    for name, kind in BACKENDS.items()
+    if kind(config(4, 2)).supports(torch.device("cpu"), torch.float32) is None
+]
+
+
 def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention of the last tokens of one row, in fp64."""
     query, key, value = (x.double().transpose(0, 1) for x in (query, key, value))
@@ -101,7 +108,7 @@ def expected_and_found(
     return torch.cat(expected), found.double()
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("rows", BATCHES)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (7, 1)])
 @pytest.mark.parametrize("block_size", [1, 16])
@@ -113,7 +120,7 @@ def test_attention_equals_the_formula(
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", HERE)
 def test_attention_in_bfloat16_is_as_close_as_its_inputs(name: str) -> None:
     backend = BACKENDS[name](config(4, 2))
     rows = BATCHES["everything at once"]
