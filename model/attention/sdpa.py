@@ -119,13 +119,25 @@ class SdpaAttention(AttentionBackend):
         mixed = torch.empty_like(query)
         for decode in plan.decodes:
             mixed[decode.tokens] = self._decode(query[decode.tokens], cache, decode)
-        for extend in plan.extends:
-            part = slice(extend.start, extend.end)
-            if extend.mask is None:
+        self.extend(mixed, query, key, value, cache, plan)
+        return mixed
+
+    def extend(
+        self,
+        mixed: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: Tensor,
+        plan: _Plan,
+    ) -> None:
+        """The part of ``attend`` for rows with several new tokens, put into ``mixed``."""
+        for row in plan.extends:
+            part = slice(row.start, row.end)
+            if row.mask is None:
                 mixed[part] = self._mix(query[part], key[part], value[part])
             else:
-                mixed[part] = self._extend(query[part], cache, extend, extend.mask)
-        return mixed
+                mixed[part] = self._extend(query[part], cache, row, row.mask)
 
     def _decode(self, query: Tensor, cache: Tensor, group: _Decode) -> Tensor:
         # The query heads that share a key head stand where SDPA expects a sequence of queries.

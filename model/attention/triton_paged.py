@@ -1,0 +1,84 @@
+"""Our own kernels over the paged cache, for CUDA: turning and storing in one, and split-KV decode.
+
+Rows with one new token are read from the device alone: what was captured of a step that has no
+others may be replayed with other lengths, blocks and slots. A row that only fills up a captured
+batch has length 0 and a negative slot. Rows with several new tokens go the reference's way.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import triton
+from model.attention.base import AttentionBackend, AttentionBatch
+from model.attention.sdpa import SdpaAttention
+from model.kv_cache import KVCache
+from model.rotary import Angles
+from model.schema import TextConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    batch: AttentionBatch
+    cache: KVCache
+    sdpa: SdpaAttention
+
+    @functools.cached_property
+    def reference(self) -> Any:
+        """The reference's own, made when first wanted: others may see to its rows."""
+        return self.sdpa.plan(self.batch, self.cache)
+
+
+class TritonAttention(AttentionBackend):
+    """See the module."""
+
+    name = "triton"
+    graph_safe = True
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        self._sdpa = SdpaAttention(config)
+
+    def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cuda":
+            return "it needs cuda"
+        if self.head_dim not in (16, 32, 64, 128, 256):
+            return f"it knows no heads of {self.head_dim}"
+        return triton.missing()
+
+    def plan(self, batch: AttentionBatch, cache: KVCache) -> _Plan:
+        return _Plan(batch, cache, self._sdpa)
+
+    def write(self, cache: Tensor, key: Tensor, value: Tensor, plan: _Plan) -> None:
+        slots, size = plan.batch.slots, plan.cache.block_size
+        block = torch.div(slots, size, rounding_mode="floor")
+        cache[block, :, :, slots % size] = torch.stack((key, value), dim=1)
+
+    def rotate_write(
+        self, cache: Tensor, qkv: Tensor, at: Angles, plan: _Plan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turns in place: what comes back are parts of ``qkv``."""
+        # Triton takes a while to import, and is not there on every machine.
+        from model.triton import paged
+
+        paged.rotate_write(cache, qkv, *at, plan.batch.slots, self.heads)
+        counts = [self.heads, self.kv_heads, self.kv_heads]
+        query, key, value = qkv.unflatten(-1, (sum(counts), -1)).split(counts, dim=1)
+        return query, key, value
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: _Plan
+    ) -> Tensor:
+        from model.triton import paged
+
+        batch = plan.batch
+        mixed = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if 1 in batch.queries:
+            lengths = batch.query_starts, batch.context_lengths
+            paged.decode(query, cache, *lengths, batch.block_tables, mixed)
+        if max(batch.queries) > 1:
+            self._sdpa.extend(mixed, query, key, value, cache, plan.reference)
+        return mixed
