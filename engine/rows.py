@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.grammar import Matcher
 from engine.plan import NewRow, VisionSpan, Work
+from engine.sampling import is_plain
 from engine.sampling.base import SampleRow
 from model.attention.base import AttentionBatch
 from model.transfer import to_device
@@ -30,6 +31,7 @@ class Row:
     vision_end: int
     length: int
     matcher: Matcher | None
+    is_plain: bool
     blocks: int = 0
 
 
@@ -47,6 +49,24 @@ class StepBatch:
     starts: list[int]
 
 
+class DeviceRows:
+    """What graphs look up by a row's line: its block table, and the token drawn last for it.
+
+    The line ``padding`` belongs to no row. Entries that a row does not own may name any block.
+    """
+
+    def __init__(self, *, capacity: int, max_blocks: int, device: torch.device) -> None:
+        self.padding = capacity
+        self.tables = torch.zeros(capacity + 1, max_blocks, dtype=torch.long, device=device)
+        self.last = torch.zeros(capacity + 1, dtype=torch.long, device=device)
+
+    def update(self, entries: np.ndarray) -> None:
+        """Set entries of the tables: [3, n] lines, places and blocks, no place twice."""
+        if entries.size:
+            lines, places, blocks = to_device(entries, self.tables.device)
+            self.tables[lines, places] = blocks
+
+
 class Rows:
     """The tables of at most ``capacity`` sequences of at most ``max_len`` tokens."""
 
@@ -61,6 +81,7 @@ class Rows:
         self._owned = np.zeros(capacity, dtype=np.int64)
         self._free = list(range(capacity - 1, -1, -1))
         self._rows: dict[str, Row] = {}
+        self._appended: list[tuple[int, int, Sequence[int]]] = []
 
     def __getitem__(self, name: str) -> Row:
         return self._rows[name]
@@ -73,7 +94,14 @@ class Rows:
         self._owned[index] = 0
         end = max((span.offset + span.length for span in new.spans), default=0)
         self._rows[new.id] = Row(
-            index, new.prompt_len, new.sampling, new.spans, end, length, matcher
+            index,
+            new.prompt_len,
+            new.sampling,
+            new.spans,
+            end,
+            length,
+            matcher,
+            is_plain(new.sampling, matcher),
         )
         self.append_blocks(new.id, new.blocks)
 
@@ -87,8 +115,20 @@ class Rows:
         """Lengthen a row's block table."""
         row = self._rows[name]
         self._tables[row.index, row.blocks : row.blocks + len(blocks)] = blocks
+        self._appended.append((row.index, row.blocks, blocks))
         row.blocks += len(blocks)
         self._owned[row.index] = row.blocks
+
+    def appended(self) -> np.ndarray:
+        """What ``append_blocks`` has done since the last call, for ``DeviceRows.update``."""
+        found, self._appended = self._appended, []
+        # A line that changed its owner since then has its last one's blocks.
+        entries = {
+            (line, place + i): block
+            for line, place, blocks in found
+            for i, block in enumerate(blocks)
+        }
+        return np.array([(*at, block) for at, block in entries.items()], dtype=np.int64).T
 
     def append_token(self, name: str, token: int) -> None:
         """Lengthen a row by the token drawn for it; a row that is gone is ignored."""
@@ -111,6 +151,25 @@ class Rows:
         """Where a sequence stands in its grammar; None also if it is gone."""
         row = self._rows.get(name)
         return row.matcher if row is not None else None
+
+    def are_plain(self, names: Sequence[str]) -> bool:
+        """Whether ``sampler.sample_plain`` can draw for all of them."""
+        return all(self._rows[name].is_plain for name in names)
+
+    def decode_inputs(self, work: Sequence[Work], size: int) -> np.ndarray:
+        """Work of one token each, int32 [3, size]: lines of the tables, ids and lengths.
+
+        An id is -1 where the token is still being drawn. What is left is padding, of length 0.
+        """
+        rows = [self._rows[item.id] for item in work]
+        found = np.zeros((3, size), dtype=np.int32)
+        found[0] = len(self._tokens)
+        lines, starts = found[0, : len(work)], np.array([item.start for item in work])
+        lines[:] = [row.index for row in rows]
+        late = starts == [row.length for row in rows]
+        found[1, : len(work)] = np.where(late, -1, self._tokens[lines, starts])
+        found[2, : len(work)] = starts + 1
+        return found
 
     def lines(self, names: Sequence[str]) -> Tensor:
         """Where sequences stand in the tables, int64."""

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from engine.core import EngineCore
 from engine.grammar import Grammars
+from engine.graphs import DecodeGraph, DecodeGraphs, TileGraphs, capture_on, row_sizes, tile_sizes
 from engine.memory import LARGE, kv_blocks, largest_step, measure, shallow
 from engine.plan import Sampled, StepPlan, StepResult, Work
-from engine.rows import Rows, StepBatch
+from engine.rows import DeviceRows, Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, logprobs, score
-from engine.sampling.sampler import NOTHING_LEFT, sample
+from engine.sampling.sampler import NOTHING_LEFT, draws, sample
 from engine.vision import EncoderOutputs, Encoding
 from model import ModelConfig, build_model, count_parameters, load_config
 from model.attention import choose
@@ -54,6 +55,7 @@ class _Begun:
     logits: Tensor | None = None  # None without rows
     scored: Scored | None = None
     encoding: Encoding | None = None
+    graph: DecodeGraph | None = None  # that made the logits, padded ones behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,7 @@ class ModelRunner:
             config, folder, device=device, dtype=dtype, progress=_reporter(progress)
         )
         self._attention = choose(settings.attention_backend, config.text, device, dtype)
+        self._capturing = capture_on(device) if settings.cuda_graphs else None
         progress(Progress("cache"))
         limit = _max_model_len(settings, config)
         # No more than a step may draw for: memory is set aside for the logits of so many.
@@ -119,9 +122,11 @@ class ModelRunner:
             grammars=self._grammars is not None,
         )
         progress(Progress("warm-up"))
+        self._capture(settings)
+        self._make_vision(settings)
         self._warm_up(settings)
         # Without the warm-up's picture.
-        self._vision = EncoderOutputs(self._model, settings.encoder_chunk_tiles)
+        self._make_vision(settings)
 
     def _allocate(self, settings: EngineSettings, blocks: int, max_model_len: int) -> None:
         """Make everything that steps work on, empty."""
@@ -133,11 +138,34 @@ class ModelRunner:
         self._rows = Rows(
             capacity=settings.max_num_seqs, max_len=max_model_len, block_size=size, device=device
         )
-        # The token drawn last for each line of the rows' tables.
-        self._last = torch.zeros(settings.max_num_seqs, dtype=torch.long, device=device)
+        self._device_rows = DeviceRows(
+            capacity=settings.max_num_seqs, max_blocks=-(-max_model_len // size), device=device
+        )
         self._begun: _Begun | None = None
         self._drawn: _Drawn | None = None
-        self._vision = EncoderOutputs(self._model, settings.encoder_chunk_tiles)
+        self._graphs: DecodeGraphs | None = None
+        self._tile_graphs: TileGraphs | None = None
+        self._make_vision(settings)
+
+    def _make_vision(self, settings: EngineSettings) -> None:
+        chunk, graphs = settings.encoder_chunk_tiles, self._tile_graphs
+        self._vision = EncoderOutputs(self._model, chunk, graphs)
+
+    def _capture(self, settings: EngineSettings, *, largest: bool = False) -> None:
+        """Make the graphs, or the largest ones alone."""
+        capture = self._capturing
+        if capture is None:
+            return
+        rows, tiles = row_sizes(settings.max_num_seqs), tile_sizes(self._vision.chunk)
+        if largest:
+            rows, tiles = rows[-1:], tiles[-1:]
+        with torch.inference_mode():
+            self._tile_graphs = TileGraphs(self._model, tiles, capture)
+            if self._attention.graph_safe:
+                self._graphs = DecodeGraphs(
+                    self._model, self._kv, self._attention, self._device_rows, rows, capture
+                )
+        logger.info("graphs tiles=%s rows=%s", tiles, rows if self._graphs else "none")
 
     def _profile(self, settings: EngineSettings, max_model_len: int) -> int:
         """Bytes that the largest step takes beside weights and caches."""
@@ -158,7 +186,13 @@ class ModelRunner:
                     self.sample()
                     self.finish()
 
+            def capture() -> None:
+                self._capture(settings, largest=True)
+                self._graphs = self._tile_graphs = None
+
             taken = measure(self._model.device, run)
+            if self._capturing:  # graphs keep what they take, while other steps run
+                taken += measure(self._model.device, capture)
         del self._kv  # or it would count as used when the real one is sized
         return taken
 
@@ -214,13 +248,18 @@ class ModelRunner:
         tokens, likely = torch.zeros(0), None
         if begun.logits is not None:
             rows = [self._rows.sample_row(name) for name in begun.names]
-            tokens = sample(begun.logits, rows)
-            self._last[self._rows.lines(begun.names)] = tokens.clamp(min=0)
-            likely = logprobs(begun.logits, tokens, rows)
+            if begun.graph is not None and self._rows.are_plain(begun.names):
+                tokens = begun.graph.sample(draws(rows, begun.graph.size))[: len(rows)]
+            else:
+                logits = begun.logits[: len(rows)]
+                tokens = sample(logits, rows)
+                self._device_rows.last[self._rows.lines(begun.names)] = tokens.clamp(min=0)
+                likely = logprobs(logits, tokens, rows)
         # Copied now, behind the draw: a copy asked for later would stand behind the next step.
         tokens, likely = to_host(tokens), likely and likely.to_host()
         scored = begun.scored and begun.scored.to_host()
-        arrived = torch.cuda.current_stream().record_event() if self._last.is_cuda else None
+        on_device = self._device_rows.last.is_cuda
+        arrived = torch.cuda.current_stream().record_event() if on_device else None
         self._drawn = _Drawn(
             begun.step, begun.names, tokens, likely, scored, begun.encoding, arrived
         )
@@ -261,6 +300,11 @@ class ModelRunner:
         for work in plan.work:
             if work.new_blocks:
                 self._rows.append_blocks(work.id, work.new_blocks)
+        self._device_rows.update(self._rows.appended())
+        graph = self._decode_graph(plan)
+        if graph is not None:
+            padded = graph.forward(self._rows.decode_inputs(plan.work, graph.size))
+            return _Begun(plan.step, [work.id for work in plan.work], padded, graph=graph)
         batch = self._rows.batch(plan.work)
         hidden = self._model(
             self._embed(plan, batch), batch.positions, batch.attention, self._kv, self._attention
@@ -275,6 +319,14 @@ class ModelRunner:
         scored = self._score(scoring) if scoring else None
         logits = self._model.logits(hidden[to_device(last, hidden.device)]) if last else None
         return _Begun(plan.step, names, logits, scored)
+
+    def _decode_graph(self, plan: StepPlan) -> DecodeGraph | None:
+        """The graph that computes the plan's work, if there is one."""
+        plain = all(
+            work.count == 1 and work.sample and work.start >= self._rows[work.id].vision_end
+            for work in plan.work
+        )
+        return self._graphs.pick(len(plan.work)) if self._graphs and plain else None
 
     def _score(self, scoring: Sequence[tuple[Work, Tensor]]) -> Scored:
         """Look up the prompts' tokens; each work comes with its hidden states."""
@@ -292,7 +344,7 @@ class ModelRunner:
         ids = batch.ids
         if batch.unknown is not None:
             where, lines = batch.unknown
-            ids = ids.index_copy(0, where, self._last[lines])
+            ids = ids.index_copy(0, where, self._device_rows.last[lines])
         embeddings = self._model.embed(ids)
         for work, at in zip(plan.work, batch.starts, strict=True):
             row = self._rows[work.id]

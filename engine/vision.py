@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.graphs import TileGraphs
 from engine.plan import EncodeItem, VisionSpan
 from model import InternVL
 from wire.channel import Buffer
@@ -53,13 +54,14 @@ class EncoderOutputs:
     """Encoded pictures by digest, ``[tokens, hidden]`` each, and the tiles still to encode.
 
     Tiles are kept once, however many requests show the same picture. ``chunk`` tiles go through
-    the encoder at once; 0 leaves it to the device.
+    the encoder at once; 0 leaves it to the device. ``graphs`` takes the encoder's place.
     """
 
-    def __init__(self, model: InternVL, chunk: int = 0) -> None:
+    def __init__(self, model: InternVL, chunk: int = 0, graphs: TileGraphs | None = None) -> None:
         self._model = model
+        self._graphs = graphs
         self._side = model.config.geometry.tile_size
-        self._chunk = chunk or _CHUNK.get(model.device.type, 4)
+        self.chunk = chunk or _CHUNK.get(model.device.type, 4)
         self._tiles: dict[bytes, Tensor] = {}
         self._users: dict[bytes, int] = {}  # requests per picture
         self._shown: dict[str, set[bytes]] = {}  # pictures of each request
@@ -76,6 +78,8 @@ class EncoderOutputs:
                 # A bytearray is taken over as it is; read-only memory would make torch complain.
                 own = buffer if isinstance(buffer, bytearray) else bytearray(buffer)
                 tiles = torch.frombuffer(own, dtype=torch.uint8)
+                if self._model.device.type == "cuda":
+                    tiles = tiles.pin_memory()  # so that nobody waits for them to be copied
                 self._tiles[item.digest] = tiles.view(-1, 3, self._side, self._side)
 
     def forget(self, request_id: str) -> None:
@@ -94,10 +98,10 @@ class EncoderOutputs:
         if not items:
             return None
         began = _now(self._model.device)
-        tiles = torch.cat(
-            [self._tiles[item.digest][item.start : item.start + item.tiles] for item in items]
-        )
-        encoded = torch.cat([self._model.encode_tiles(part) for part in tiles.split(self._chunk)])
+        parts = [self._tiles[item.digest][item.start : item.start + item.tiles] for item in items]
+        tiles = torch.cat([part.to(self._model.device, non_blocking=True) for part in parts])
+        encode = self._graphs or self._model.encode_tiles
+        encoded = torch.cat([encode(part) for part in tiles.split(self.chunk)])
         counts = [item.tiles for item in items]
         for item, part in zip(items, encoded.split(counts), strict=True):
             tokens = part.shape[1]

@@ -26,6 +26,7 @@ class InternVL(nn.Module):
         self.config = config
         self.ops = Ops()
         self.parameter_count = 0  # as stored
+        self._statistics: tuple[Tensor, Tensor] | None = None  # of pixels: mean and deviation
         self.vision = VisionModel(config.vision)
         self.projector = Projector(config.projector)
         self.decoder = Decoder(config.text, tied=tied)
@@ -42,9 +43,11 @@ class InternVL(nn.Module):
 
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """uint8 ``[T, 3, side, side]`` to embeddings ``[T, tokens_per_tile, hidden]``."""
-        geometry = self.config.geometry
-        mean = to_device(geometry.mean, self.device).view(3, 1, 1) * 255
-        std = to_device(geometry.std, self.device).view(3, 1, 1) * 255
+        if self._statistics is None:  # once: a graph must not read memory of the host
+            geometry = self.config.geometry
+            mean, std = to_device([geometry.mean, geometry.std], self.device).view(2, 3, 1, 1) * 255
+            self._statistics = mean, std
+        mean, std = self._statistics
         pixels = (tiles.to(self.device).float() - mean) / std
         return self.projector(self.vision(pixels.to(self.dtype), self.ops), self.ops)
 

@@ -21,6 +21,12 @@ def to_device(
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
+def overwrite(target: Tensor, values: np.ndarray) -> None:
+    """Put numbers that the host has in the place of those of a tensor of the same shape."""
+    source = torch.as_tensor(values)
+    target.copy_(source if target.device.type == "cpu" else source.pin_memory(), non_blocking=True)
+
+
 def to_host(tensor: Tensor) -> Tensor:
     """A copy on the host that is complete when the device has come this far."""
     if tensor.device.type == "cpu":

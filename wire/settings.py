@@ -257,6 +257,11 @@ class EngineSettings:
         "Plan and launch a step while the one before is still being computed; 'auto': on CUDA.",
         choices=("auto", "on", "off"),
     )
+    cuda_graphs: bool = knob(
+        True,
+        "On CUDA, capture steps in which every row has one new token, and passes of the encoder, "
+        "once at the start, and replay them.",
+    )
     num_kv_blocks: int = knob(0, "Blocks of the KV cache; 0: sized from kv_cache_memory.", low=0)
     kv_cache_memory: int = knob(0, "Bytes for the KV cache; 0: measured from what is free.", low=0)
     gpu_memory_utilization: float = knob(

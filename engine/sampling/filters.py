@@ -14,7 +14,7 @@ from engine.sampling.base import SampleRow, column
 from model.transfer import to_device
 
 # Below this a temperature is as good as greedy, and dividing by it would overflow.
-_COLDEST = 1e-6
+COLDEST = 1e-6
 # Tokens among which top-p looks first on the CPU.
 _LIKELIEST = 1024
 _PIECE = 512
@@ -27,7 +27,7 @@ class Temperature:
         return row.params.temperature != 1.0
 
     def apply(self, logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-        heat = column(logits, rows, lambda p: max(p.temperature, _COLDEST))
+        heat = column(logits, rows, lambda p: max(p.temperature, COLDEST))
         # With the maximum at zero nothing overflows, however cold.
         return (logits - logits.amax(-1, keepdim=True)) / heat
 

@@ -5,11 +5,13 @@ A draw depends on the row's logits, its seed and its output position, and on not
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.sampling import FILTERS, SHAPING
 from engine.sampling.base import SampleRow, Step
+from engine.sampling.filters import COLDEST
 from engine.sampling.noise import exponentials, key
 from model.transfer import to_device
 
@@ -27,14 +29,53 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     NOT_FINITE where the logits are not numbers, NOTHING_LEFT where all that might be drawn was
     removed. Nothing here waits for the device.
     """
-    most = _AT_ONCE_CPU if logits.device.type == "cpu" else _AT_ONCE
-    count = max(1, most // logits.shape[-1])
+    count = _at_once(logits)
     if len(rows) <= count:
         return _sample(logits, rows)
     parts = [
         _sample(logits[i : i + count], rows[i : i + count]) for i in range(0, len(rows), count)
     ]
     return torch.cat(parts)
+
+
+def sample_plain(logits: Tensor, draws: Tensor | None = None) -> Tensor:
+    """The same tokens for rows that are plain (``engine.sampling.is_plain``), without the host.
+
+    ``draws`` [3, R] int32 holds two numbers of each row's key and the bits of its temperature as
+    fp32, 0 where it is greedy; without them all are.
+    """
+    count = _at_once(logits)
+    wanted = [None] * len(logits) if draws is None else draws.split(count, dim=1)
+    parts = [_plain(*part) for part in zip(logits.split(count), wanted, strict=False)]
+    return torch.cat(parts)
+
+
+def draws(rows: Sequence[SampleRow], size: int) -> np.ndarray | None:
+    """What ``sample_plain`` wants, of plain rows and as many greedy ones as make ``size``."""
+    found = np.zeros((3, size), dtype=np.int32)
+    heats = found[2].view(np.float32)
+    for index, row in enumerate(rows):
+        if not row.params.greedy:
+            found[:2, index] = key(row.params.seed, row.position)
+            heats[index] = max(row.params.temperature, COLDEST)
+    return found if heats.any() else None
+
+
+def _at_once(logits: Tensor) -> int:
+    """Rows that go through the steps together."""
+    most = _AT_ONCE_CPU if logits.device.type == "cpu" else _AT_ONCE
+    return max(1, most // logits.shape[-1])
+
+
+def _plain(logits: Tensor, draws: Tensor | None) -> Tensor:
+    best, tokens = logits.max(dim=-1)
+    if draws is not None:
+        heats = draws[2].view(torch.float32)[:, None]
+        # As the step does it, to the bit; a greedy row's quotient is not used.
+        cooled = torch.where(heats == 1.0, logits, (logits - best[:, None]) / heats)
+        drawn = _race(cooled, draws[:2].T)
+        tokens = torch.where(heats[:, 0] > 0, drawn, tokens)
+    return _checked(tokens, best)
 
 
 def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
@@ -50,6 +91,10 @@ def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
             index = to_device(drawn, logits.device)
             found = _draw(_apply(FILTERS, logits[index], chosen), keys)
             tokens = tokens.index_copy(0, index, found)
+    return _checked(tokens, best)
+
+
+def _checked(tokens: Tensor, best: Tensor) -> Tensor:
     # NaN and +inf come through a maximum; -inf alone means that a token was removed.
     return tokens.where(best.isfinite(), NOT_FINITE).where(best != -torch.inf, NOTHING_LEFT)
 
@@ -68,6 +113,9 @@ def _apply(steps: Sequence[Step], logits: Tensor, rows: Sequence[SampleRow]) -> 
 
 
 def _draw(logits: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
+    return _race(logits, to_device(keys, logits.device, torch.int32))
+
+
+def _race(logits: Tensor, keys: Tensor) -> Tensor:
     """The winner of each row's race; see ``noise``. A removed token never wins."""
-    numbers = exponentials(to_device(keys, logits.device, torch.int32), logits.shape[-1])
-    return (logits - numbers.log_()).argmax(-1)
+    return (logits - exponentials(keys, logits.shape[-1]).log_()).argmax(-1)

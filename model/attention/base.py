@@ -41,7 +41,11 @@ class AttentionBackend(ABC):
 
     name: str
     graph_safe: bool
-    """Whether a plan can be captured in a CUDA graph and replayed with other lengths."""
+    """Whether a step of single tokens can be captured in a CUDA graph and replayed with others.
+
+    It then reads lengths, slots and blocks on the device alone, and nothing behind a row's length.
+    Rows of length 0 with a negative slot are padding.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         self.heads = config.heads
