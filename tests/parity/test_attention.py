@@ -66,7 +66,7 @@ def expected_and_found(
         config(heads, kv_heads),
         blocks=sum(needed) + 5,
         block_size=block_size,
-        device=torch.device("cpu"),
+        device=torch.get_default_device(),
         dtype=dtype,
     )
     kv.layers[0].fill_(0)

@@ -73,12 +73,9 @@ def run(
     folder: Path, batches: Sequence[Sequence[tuple[EngineRequest, list[bytes]]]], **settings: Any
 ) -> tuple[dict[str, list[int]], EngineCore]:
     """Serve batch after batch; tokens by request id."""
-    options = EngineSettings(
-        model=str(folder),
-        device="cpu",
-        threads=1,
-        **{"num_kv_blocks": 128, "block_size": 16, **settings},
-    )
+    values = {"num_kv_blocks": 128, "block_size": 16} | settings
+    values = {"device": "cpu", "threads": 1} | values
+    options = EngineSettings(model=str(folder), **values)
     runner = ModelRunner(options)
     core = EngineCore(options, runner, runner.ready())
     tokens: dict[str, list[int]] = {}

@@ -1,0 +1,1 @@
+"""What only a GPU can show, for one short visit; see ``benchmarks.gpu.__main__``."""
