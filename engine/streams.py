@@ -51,10 +51,33 @@ class _Stream:
         self.arrived.set()
 
 
+def _merged(outputs: list[EngineOutput]) -> list[EngineOutput]:
+    """As one, so that a reader that is slow has less to do per token; but what came before an
+    error is read before it."""
+    if len(outputs) < 2:
+        return outputs
+    last = outputs[-1]
+    if last.error is not None or last.finish_reason in ("stuck", "error"):
+        return [*_merged(outputs[:-1]), last]
+    logprobs = [entry for output in outputs for entry in output.logprobs or ()]
+    seconds = [output.encode_seconds for output in outputs if output.encode_seconds is not None]
+    whole = EngineOutput(
+        last.id,
+        [token for output in outputs for token in output.token_ids],
+        last.finish_reason,
+        last.stop_token,
+        max(output.cached_tokens for output in outputs),
+        logprobs=logprobs or None,
+        prompt_logprobs=outputs[0].prompt_logprobs,
+        encode_seconds=[sum(item) for item in zip(*seconds, strict=True)] or None,
+    )
+    return [whole]
+
+
 class Streams:
     """Deals out reports, one wake-up per request and step.
 
-    A reader that is slow finds all its outputs at once; nothing is dropped and nobody else waits
+    A reader that is slow finds all its outputs as one; no token is dropped and nobody else waits
     for it. ``send`` must neither block nor fail; it is called only between ``connect`` and
     ``disconnect``. ``trial`` is how many tokens end a first trial well.
     """
@@ -94,7 +117,7 @@ class Streams:
                 await stream.arrived.wait()
                 stream.arrived.clear()
                 outputs, stream.outputs = stream.outputs, []
-                for output in outputs:
+                for output in _merged(outputs):
                     yield output
                     if output.finish_reason is not None:
                         return

@@ -7,7 +7,7 @@ import asyncio
 import collections
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -69,6 +69,45 @@ class _Unread(Exception):
     """A client has stopped reading its answer."""
 
 
+@contextlib.asynccontextmanager
+async def _watched(send: Send, patience: float) -> AsyncIterator[Send]:
+    """``send`` for the body of the block, which ends with _Unread when the client does not take
+    what is sent for ``patience`` seconds. One timer for all that is sent: there may be an event
+    for each token."""
+    loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle
+    began: float | None = None  # the oldest send that is under way
+
+    async def watched(message: Message) -> None:
+        nonlocal began
+        if began is None:
+            began = loop.time()
+        try:
+            await send(message)
+        finally:
+            began = None
+
+    def look() -> None:
+        nonlocal timer
+        over = (loop.time() if began is None else began) + patience
+        if over <= loop.time():
+            limit.reschedule(over)
+        else:
+            timer = loop.call_at(over, look)
+
+    limit = asyncio.timeout(None)
+    timer = loop.call_later(patience, look)
+    try:
+        async with limit:
+            yield watched
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise _Unread from None
+    finally:
+        timer.cancel()
+
+
 class Admission:
     """ASGI layer in front of every POST. ``refusal`` says why no work is taken at all now."""
 
@@ -100,7 +139,8 @@ class Admission:
             async with contextlib.AsyncExitStack() as held:
                 held.enter_context(self._gate.permit(scope["state"]["tenant"].id))
                 scope["held"] = held
-                await self._app(scope, self._limited(receive), self._timed(send))
+                async with _watched(send, self._settings.send_timeout) as watched:
+                    await self._app(scope, self._limited(receive), watched)
         except ServiceError as error:
             await error_response(error)(scope, receive, send)
         except _Unread:
@@ -129,18 +169,6 @@ class Admission:
             return message
 
         return limited
-
-    def _timed(self, send: Send) -> Send:
-        """``send`` that gives up on a client which does not read."""
-
-        async def timed(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self._settings.send_timeout):
-                    await send(message)
-            except TimeoutError:
-                raise _Unread from None
-
-        return timed
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(

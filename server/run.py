@@ -15,6 +15,7 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.lifecycle import Service
 from wire.heap import return_what_is_freed
@@ -25,6 +26,8 @@ EXIT_FAILED = 1
 # What glibc starts with; a tile of a picture has more, and bodies that hold pictures.
 LARGE = 128 << 10
 REFRESH = 0.2
+# Bytes of a request's head, and of what else is no body: chunks' headers, and trailers.
+HEAD_LIMIT = 64 << 10
 # After the drain's own deadline; what still runs then is cancelled.
 SHUTDOWN_TIMEOUT = 2
 
@@ -39,6 +42,8 @@ def serve(app: FastAPI, settings: Settings) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        http=BoundedHttp,
+        loop="asyncio",
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
     )
     if settings.server.log_level != "debug":
@@ -50,6 +55,34 @@ def serve(app: FastAPI, settings: Settings) -> int:
     except SystemExit as error:  # uvicorn's way to say that the port is taken
         return EXIT_FAILED if error.code else 0
     return EXIT_FAILED if server.service.failed.is_set() else 0
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """Ends a connection whose request brings neither the end of its head nor of its body, but more
+    and more bytes: the parser would keep them all."""
+
+    _useless = 0  # bytes since the last useful ones, up to the size of one read
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
+        self._useless += len(data)
+        super().data_received(data)
+        if self._useless <= HEAD_LIMIT or self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            self.send_400_response("The head of the request is too large.")
+        else:
+            self.transport.abort()
+
+    def on_body(self, body: bytes) -> None:
+        """Called by the parser."""
+        self._useless = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        self._useless = 0
+        super().on_message_complete()
 
 
 class _Server(uvicorn.Server):

@@ -25,7 +25,7 @@ class Detokenizer:
     def push(self, tokens: Iterable[int]) -> str:
         """The text that is certain after these tokens."""
         data = b"".join(
-            self._tokenizer.token_bytes(token) for token in tokens if token not in self._skipped
+            [self._tokenizer.token_bytes(token) for token in tokens if token not in self._skipped]
         )
         if self._strip_space and data:
             self._strip_space = False

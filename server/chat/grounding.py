@@ -7,7 +7,7 @@ one is text, so boxes are read from the tokens.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from server.schemas.answer import Box
 from server.schemas.chat import MAX_LABEL_LENGTH
@@ -84,14 +84,16 @@ class BoxReader:
         self._label: str | None = None
         self._count = 0
 
-    def skip(self, tokens: Iterable[int]) -> None:
+    def skip(self, tokens: Sequence[int]) -> None:
         """Go through what an answer continues. Boxes in it are not reported."""
         self.push(tokens)
         self._count = 0
 
-    def push(self, tokens: Iterable[int]) -> list[Box]:
+    def push(self, tokens: Sequence[int]) -> list[Box]:
         """The boxes that are complete with these tokens."""
         boxes: list[Box] = []
+        if not (self._inside or self._named) and self._marks.keys().isdisjoint(tokens):
+            return boxes  # as nearly always
         for token in tokens:
             mark = self._marks.get(token)
             if mark is not None:

@@ -8,10 +8,8 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable
 from typing import TypeVar
 
-from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import AppStatus
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.errors import CLIENT_CLOSED, envelope, unexpected
@@ -21,8 +19,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Streams end by themselves when the server drains (server.lifecycle), not on the first signal.
-AppStatus.enable_automatic_graceful_drain = False
+_COMMENT = b": keep-alive\n\n"
 
 
 class ClientGone(Exception):
@@ -57,37 +54,62 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-class EventStream(EventSourceResponse):
-    """Sends each item of ``events`` as one event, then ``[DONE]``; an error becomes an event.
+class EventStream(StreamingResponse):
+    """Sends each item of ``events`` as one event, then ``[DONE]``; an error becomes an event, and
+    ``keep_alive`` seconds of silence a comment.
 
     Nothing is asked of ``events`` before the answer is called for, and from then on it is closed
     in every case: a stream that nobody ever sends has not begun to work.
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None], keep_alive: float) -> None:
-        super().__init__(
-            events,
-            headers={"Cache-Control": "no-cache"},
-            ping=keep_alive,
-            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
-        )
+        # A proxy that kept the answer until it has more of it would defeat the stream.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events = events
+        self._keep_alive = keep_alive
+        self._due = 0.0  # when a comment is, on the loop's clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry. Waits for the first event, so that an error before it is raised and
         answered with its own status; but for one keep-alive interval only, then the stream
         begins with a comment."""
+        self._due = asyncio.get_running_loop().time() + self._keep_alive
         async with contextlib.aclosing(self._events):
             first = asyncio.ensure_future(anext(self._events))
             try:
-                await unless_gone(receive, asyncio.wait({first}, timeout=self.ping_interval))
+                await unless_gone(receive, asyncio.wait({first}, timeout=self._keep_alive))
                 if first.done():
                     first.result()
-                self.body_iterator = _framed(first, self._events)
-                await super().__call__(scope, receive, send)
+                with contextlib.suppress(ClientGone):
+                    await unless_gone(receive, self._send_all(first, send))
             finally:
                 first.cancel()
                 await asyncio.gather(first, return_exceptions=True)
+
+    async def _send_all(self, first: "asyncio.Future[bytes]", send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        clock = asyncio.get_running_loop().time
+        comments = asyncio.create_task(self._comment(send))
+        try:
+            async for event in _framed(first, self._events):
+                self._due = clock() + self._keep_alive
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        finally:
+            comments.cancel()
+            await asyncio.gather(comments, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _comment(self, send: Send) -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            wait = self._due - clock()
+            if wait > 0:
+                await asyncio.sleep(wait)
+                continue
+            self._due = clock() + self._keep_alive
+            await send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
 
 
 async def _framed(

@@ -22,6 +22,8 @@ class StopMatcher:
         """The text that is certainly before any stop string."""
         if self.stopped:
             return ""
+        if not self._stops:
+            return text
         text = self._held + text
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:

@@ -17,7 +17,7 @@ from server.chat.choices import Choices
 from server.chat.detokenize import Detokenizer
 from server.chat.prepare import PreparedChat
 from server.chat.stops import StopMatcher
-from server.chat.tools import CallArguments, CallStart, ToolParser
+from server.chat.tools import CallArguments, CallStart, Piece, ToolParser
 from server.chat.usage import Meter
 from server.metrics import Metrics
 from server.schemas.answer import (
@@ -70,28 +70,46 @@ class ChoiceState:
         self.cached_tokens = 0
 
     def feed(self, output: EngineOutput) -> list[Delta]:
-        """What ``output`` adds to the answer."""
-        self.completion_tokens += len(output.token_ids)
+        """What ``output`` adds to the answer. How tokens are spread over outputs makes no
+        difference to the whole."""
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
-        ids = output.token_ids
-        if output.stop_token is not None and not self._show_stop:
-            ids = ids[:-1]
-        for token, likely in zip(ids, output.logprobs or (), strict=False):
-            top = [self._likely(*entry) for entry in likely.top]
-            own = self._likely(token, likely.logprob)
-            self._logprobs.append(TokenLogprob(own.token, own.logprob, own.bytes, top))
-        text = self._detokenizer.push(ids)
+        deltas: list[Delta] = []
+        for index, token in enumerate(output.token_ids):
+            self.completion_tokens += 1
+            if token == output.stop_token and not self._show_stop:
+                break  # the last one
+            if output.logprobs is not None:
+                likely = output.logprobs[index]
+                top = [self._likely(*entry) for entry in likely.top]
+                own = self._likely(token, likely.logprob)
+                self._logprobs.append(TokenLogprob(own.token, own.logprob, own.bytes, top))
+            deltas += self._add(token)
+            if self.finish_reason is not None:
+                break
+        if output.finish_reason is not None and self.finish_reason is None:
+            deltas += self._end(output.finish_reason)
+        return deltas if len(deltas) < 2 else _joined(deltas)
+
+    def _add(self, token: int) -> list[Delta]:
+        text = self._detokenizer.push((token,))
         if self.completion_tokens >= self._min_tokens:
             text = self._stops.push(text)
-        if output.finish_reason is not None and not self._stops.stopped:
-            text += self._stops.push(self._detokenizer.flush())
-            text += self._stops.flush()
-        ended = self._stops.stopped or output.finish_reason is not None
-        reason = "stop" if self._stops.stopped else output.finish_reason
-        deltas = self._deltas(text, ended=ended, complete=reason == "stop")
-        if boxes := self._boxes.push(ids):
+        deltas = self._deltas(text)
+        if boxes := self._boxes.push((token,)):
             deltas.append(Delta(boxes=boxes))
-        if ended and self.finish_reason is None:
+        return deltas + self._end("stop") if self._stops.stopped else deltas
+
+    def _end(self, reason: str) -> list[Delta]:
+        """What was held back, and why there is no more."""
+        text = ""
+        if not self._stops.stopped:
+            text = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+        if self._stops.stopped:
+            reason = "stop"
+        deltas = self._deltas(text)
+        if self._tools is not None and self.finish_reason is None:
+            deltas += self._show(self._tools.flush(complete=reason == "stop"))
+        if self.finish_reason is None:
             called = self._calls and reason == "stop"
             self.finish_reason = self._called_reason if called else reason
         return deltas
@@ -106,12 +124,12 @@ class ChoiceState:
         taken, self._logprobs = self._logprobs, []
         return Logprobs(taken) if taken else None
 
-    def _deltas(self, text: str, *, ended: bool, complete: bool) -> list[Delta]:
-        if self._tools is None:
-            return [Delta(content=text)] if text else []
-        pieces = self._tools.push(text)
-        if ended:
-            pieces += self._tools.flush(complete=complete)
+    def _deltas(self, text: str) -> list[Delta]:
+        if self._tools is not None:
+            return self._show(self._tools.push(text))
+        return [Delta(content=text)] if text else []
+
+    def _show(self, pieces: list[Piece]) -> list[Delta]:
         deltas = []
         for piece in pieces:
             if isinstance(piece, str):
@@ -128,6 +146,18 @@ class ChoiceState:
                 self.finish_reason = self._called_reason
                 break
         return deltas
+
+
+def _joined(deltas: list[Delta]) -> list[Delta]:
+    """With neighbouring texts as one."""
+    joined = deltas[:1]
+    for delta in deltas[1:]:
+        before = joined[-1]
+        if isinstance(before.content, str) and isinstance(delta.content, str):
+            before.content += delta.content
+        else:
+            joined.append(delta)
+    return joined
 
 
 async def chunks(

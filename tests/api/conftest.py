@@ -17,6 +17,7 @@ from openai import AsyncOpenAI
 
 from server.app import create_app
 from server.lifecycle import Service
+from server.run import BoundedHttp
 from tests import small_tokenizer
 from tests.fake_engine import FakeEngine, FakeMedia
 from wire.settings import EngineSettings, MediaSettings, ServerSettings, Settings
@@ -97,8 +98,10 @@ class Houses:
 
 @contextlib.asynccontextmanager
 async def listening(house: House) -> AsyncIterator[int]:
-    """The application behind a real socket, as uvicorn serves it; yields the port."""
-    config = uvicorn.Config(house.app, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
+    """The application behind a real socket, as the server serves it; yields the port."""
+    config = uvicorn.Config(
+        house.app, http=BoundedHttp, lifespan="off", log_config=None, timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as door:
         task = asyncio.ensure_future(server._serve([door]))

@@ -1,8 +1,10 @@
 """Answers, whole and streamed, through the official client and as bytes."""
 
 import asyncio
+import itertools
 import json
 import math
+import random
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -245,6 +247,69 @@ async def test_no_stop_string_counts_before_min_tokens(house: House) -> None:
     first = len(encode_rendered("red"))
     assert content(await house.ask(stop="red")) == ""
     assert content(await house.ask(stop="red", min_tokens=first + 1)) == "red "
+
+
+@pytest.mark.parametrize(
+    ("text", "body"),
+    [
+        (
+            "naïve 🙂 red circle, 你是 café",
+            {"stop": ["你是 x"], "logprobs": True, "top_logprobs": 1},
+        ),
+        ("red red circle red", {"stop": ["cir", "le"], "logprobs": True}),
+        ("red red red.", {"stop": "red", "min_tokens": 4}),
+        (f"Well. {CALL}\n{CALL} and", {"tools": [WEATHER], "parallel_tool_calls": False}),
+        (f"{CALL}\n{CALL}", {"tools": [WEATHER], "logprobs": True}),
+        ("a <ref>b</ref><box>[[1, 2, 3, 4], [5, 6, 7, 8]]</box> c", {"stop": "5"}),
+    ],
+)
+@pytest.mark.parametrize("finish", ["stop", "length"])
+async def test_an_answer_is_the_same_however_its_tokens_arrive(
+    house: House, text: str, body: dict[str, Any], finish: str
+) -> None:
+    """A reader that is slow gets several tokens at once."""
+    ids = [*encode_rendered(text), *([EOS] if finish == "stop" else [])]
+
+    def arriving(ends: list[int]) -> None:
+        def script(request: EngineRequest) -> Iterable[Step]:
+            for begin, end in itertools.pairwise([0, *ends, len(ids)]):
+                likely = [TokenLogprobs(-float(n), [(n, -1.0)]) for n in range(begin, end)]
+                last = finish if end == len(ids) else None
+                stop = EOS if last == "stop" else None
+                yield EngineOutput(request.id, ids[begin:end], last, stop, logprobs=likely)
+
+        house.engine.script = script
+
+    async def answers() -> list[object]:
+        """Whole, and put together again from a stream."""
+        whole = (await house.ask(**body)).json()
+        (choice,) = whole["choices"]
+        calls = [call["function"] for call in choice["message"].get("tool_calls") or ()]
+        options = body | {"stream": True, "stream_options": {"include_usage": True}}
+        chunks = events((await house.ask(**options)).text)
+        deltas = [part["delta"] for chunk in chunks for part in chunk["choices"]]
+        streamed: Any = {"name": [], "arguments": [], "content": [], "boxes": []}
+        for delta in deltas:
+            for call in delta.get("tool_calls", ()):
+                for key, value in call["function"].items():
+                    streamed[key].append(value)
+            streamed["content"].append(delta.get("content", ""))
+            streamed["boxes"] += delta.get("boxes", ())
+        likely = [p["logprobs"]["content"] for c in chunks for p in c["choices"] if p["logprobs"]]
+        assert "".join(streamed["content"]) == (choice["message"]["content"] or "")
+        assert "".join(streamed["arguments"]) == "".join(call["arguments"] for call in calls)
+        assert streamed["boxes"] == choice["message"].get("boxes", [])
+        assert list(itertools.chain(*likely)) == (choice["logprobs"] or {}).get("content", [])
+        assert chunks[-1]["usage"] == whole["usage"]
+        message = {**choice["message"], "tool_calls": calls}
+        return [message, choice["finish_reason"], choice["logprobs"], whole["usage"]]
+
+    arriving(list(range(1, len(ids))))
+    one_by_one = await answers()
+    draw = random.Random(text)
+    for count in (0, 1, 2, len(ids) // 2):
+        arriving(sorted(draw.sample(range(1, len(ids)), count)))
+        assert await answers() == one_by_one
 
 
 @pytest.mark.parametrize("stream", [False, True])

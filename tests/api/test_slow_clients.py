@@ -1,6 +1,7 @@
 """Clients that take their time, over real sockets: what they hold is given back."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import socket
@@ -10,6 +11,7 @@ import pytest
 
 from server.chat.sse import EventStream
 from server.chat.stream import events, fold
+from server.run import HEAD_LIMIT
 from tests.api.conftest import Houses, listening
 from tests.api.test_life import within
 from tests.fake_engine import FakeEngine, Step
@@ -71,6 +73,62 @@ async def test_an_answer_may_take_longer_than_the_body_was_allowed_to(houses: Ho
             await within(reader.readuntil(b": keep-alive"))
         writer.close()
         await within(house.engine.abort_seen.wait())
+
+
+CHUNKED = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize(
+    ("begin", "more", "status"),
+    [
+        (b"GET /live HTTP/1.1\r\n", b"X-More: and more\r\n", b"HTTP/1.1 400 "),
+        (b"GET /live HTTP/1.1\r\nX-More: ", b"and more", b"HTTP/1.1 400 "),
+        (b"GET /live?", b"and=more&", b"HTTP/1.1 400 "),
+        (CHUNKED + b"1;", b"and=more;", b""),
+        (CHUNKED + b"1\r\n \r\n0\r\n", b"X-More: and more\r\n", b""),
+    ],
+    ids=["headers", "a header", "the path", "a chunk's extension", "trailers"],
+)
+async def test_what_is_no_body_must_not_go_on_for_ever(
+    houses: Houses, begin: bytes, more: bytes, status: bytes
+) -> None:
+    house = await houses.open()
+    async with listening(house) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(begin)
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while not writer.is_closing() and not reader.at_eof():
+                writer.write(more * (4096 // len(more)))
+                await within(writer.drain())
+                await asyncio.sleep(0)
+                sent += 4096
+                assert sent < 64 << 20
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            answer = await within(reader.read())
+        writer.close()
+    assert answer.startswith(status) or not answer  # a reset may overtake it
+    await within(house.service.gate.idle.wait())
+    assert (await house.ask()).status_code == 200
+
+
+async def test_large_bodies_and_many_requests_on_a_connection_are_no_large_head(
+    houses: Houses,
+) -> None:
+    house = await houses.open()
+    long = HELLO.replace(b', "stream": true', b"") + b" " * 32 * HEAD_LIMIT
+    asked = [head(len(long)) + long] * 3
+    asked += [b"GET /live HTTP/1.1\r\nX-More: " + b"x" * (HEAD_LIMIT // 4) + b"\r\n\r\n"] * 6
+    async with listening(house) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for request in asked:
+            writer.write(request)
+            answer = await within(reader.readuntil(b"\r\n\r\n"))
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            length = int(answer.lower().partition(b"content-length:")[2].split()[0])
+            await within(reader.readexactly(length))
+        writer.close()
 
 
 def endless(_: EngineRequest) -> Iterable[Step]:

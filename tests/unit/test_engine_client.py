@@ -22,7 +22,9 @@ from wire.messages import (
     EngineRequest,
     EngineStats,
     Progress,
+    PromptLogprobs,
     StepReport,
+    TokenLogprobs,
 )
 from wire.settings import EngineSettings
 
@@ -96,6 +98,33 @@ async def test_a_slow_reader_loses_nothing() -> None:
     house.say("a", 5, end="length")
     assert await result(reader) == [0, 1, 2, 3, 4, 5]
     assert house.take_sent() == ["a"]
+
+
+async def test_a_slow_reader_finds_all_its_outputs_as_one() -> None:
+    house = House()
+    reader = house.streams.read(*request("a", 3))
+    reading = asyncio.create_task(first(reader))
+    await house.wait_sent()
+    likely = [TokenLogprobs(-1.0 * n, []) for n in range(3)]
+    prompt = [PromptLogprobs(-0.5, 1, [])]
+    house.report(EngineOutput("a", [1], None, None, 2, None, likely[:1], prompt, [0.5, 0.0]))
+    house.report(EngineOutput("a", [2], None, None, 3, None, likely[1:2], None, [0.25, 1.0]))
+    house.report(EngineOutput("a", [3], "stop", 3, 3, None, likely[2:], None, None))
+    whole = EngineOutput("a", [1, 2, 3], "stop", 3, 3, None, likely, prompt, [0.75, 1.0])
+    assert await reading == whole
+
+
+@pytest.mark.parametrize("end", ["error", "stuck"])
+async def test_a_slow_reader_finds_what_came_before_an_error(end: str) -> None:
+    house = House()
+    reader = house.streams.read(*request("a", 3))
+    reading = asyncio.create_task(first(reader))
+    await house.wait_sent()
+    house.say("a", 1)
+    house.say("a", 2)
+    house.say("a", 3, end=end)
+    assert (await reading) == EngineOutput("a", [1, 2])
+    assert await first(reader) == EngineOutput("a", [3], end)
 
 
 async def test_a_reader_that_leaves_early_aborts_once() -> None:
