@@ -12,6 +12,7 @@ from typing import Protocol
 
 import msgspec
 
+from engine.cost import CostModel, Pace
 from engine.plan import StepPlan, StepResult
 from engine.scheduler import Scheduler
 from engine.sequence import Refused
@@ -41,6 +42,9 @@ class Runner(Protocol):
 
     def prepare(self, request: EngineRequest) -> Future[object] | None:
         """Begin, in another thread, what a row of this request will need; None if nothing."""
+
+    def cost(self) -> CostModel | None:
+        """What steps were seen to cost at the start; None: it was not looked at."""
 
     def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         """Keep the raw tiles of a request until a plan removes it."""
@@ -74,6 +78,7 @@ class EngineCore:
         self._runner = runner
         self._ready = ready
         self._scheduler = Scheduler(settings, ready)
+        self._pace = Pace(runner.cost())
         mode = settings.async_scheduling
         self._pipelined = mode == "on" or (mode == "auto" and not ready.device.startswith("cpu"))
         self._flying: StepPlan | None = None  # sampled, not finished
@@ -155,7 +160,7 @@ class EngineCore:
             self._schedule_prepared()
         outputs, self._refused = self._refused, []
         self.suspects = [] if self._flying is None else self._flying.ids
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._pace.cost)
         if plan is not None:
             self.suspects = list(dict.fromkeys([*self.suspects, *plan.ids]))
             self._runner.begin(plan)
@@ -170,15 +175,19 @@ class EngineCore:
 
     def _stats(self) -> EngineStats:
         stats = self._scheduler.stats
-        if not self._preparing:
-            return stats
-        return msgspec.structs.replace(stats, waiting=stats.waiting + len(self._preparing))
+        return msgspec.structs.replace(
+            stats,
+            waiting=stats.waiting + len(self._preparing),
+            step_seconds=self._pace.taken,
+            predicted_seconds=self._pace.predicted,
+        )
 
     def _land(self) -> list[EngineOutput]:
         """Finish and commit the step that is under way, if there is one."""
         if self._flying is None:
             return []
         result = self._runner.finish()
+        self._pace.learn(self._flying, result)
         self._flying = None
         return self._scheduler.commit(result)
 

@@ -1,5 +1,8 @@
 """A plan being made, and what is left of the step's budgets. Only the Scheduler uses it."""
 
+from collections.abc import Callable
+
+from engine.cost import Allowance
 from engine.plan import EncodeItem, NewRow, Work
 from engine.sequence import Sequence
 
@@ -11,6 +14,8 @@ class Draft:
     """
 
     __slots__ = (
+        "_allow",
+        "_time",
         "encode",
         "gate_open",
         "new_rows",
@@ -22,16 +27,27 @@ class Draft:
         "work",
     )
 
-    def __init__(self, step: int, tokens: int, tiles: int) -> None:
+    def __init__(
+        self, step: int, tokens: int, tiles: int, allow: Callable[["Draft"], Allowance]
+    ) -> None:
         self.step = step
         self.tokens = tokens
         self.tiles = tiles
+        self._allow = allow
+        self._time: Allowance | None = None
         self.gate_open = True
         self.new_rows: list[NewRow] = []
         self.work: list[Work] = []
         self.sequences: list[Sequence] = []  # of each work, in its order
         self.encode: list[EncodeItem] = []
         self.preempted: list[str] = []
+
+    @property
+    def time(self) -> Allowance:
+        """For prompts and pictures; where all rows generate nobody asks for it."""
+        if self._time is None:
+            self._time = self._allow(self)
+        return self._time
 
     def add(self, sequence: Sequence, count: int, new_blocks: list[int]) -> None:
         """Compute the next ``count`` positions of a sequence, and draw where they end it."""
@@ -44,10 +60,13 @@ class Draft:
         sequence.num_known += sample
         sequence.last_step = self.step
         self.tokens -= count
+        if count > 1 or not sample:
+            self.time.take(start, count)
 
     def encode_tile(self, request_id: str, digest: bytes, tile: int) -> None:
         """Encode one tile of a picture; neighbours become one item."""
         self.tiles -= 1
+        self.time.take_tile()
         start = tile
         if self.encode:
             last = self.encode[-1]

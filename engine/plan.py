@@ -102,9 +102,10 @@ class Sampled(msgspec.Struct, frozen=True, gc=False):
 class StepResult(msgspec.Struct, frozen=True):
     """The runner's answer: one Sampled per Work with ``sample``, in the plan's order, and for each
     with ``score`` an entry per position that another token of the prompt follows.
-    ``encode_seconds`` has what each EncodeItem took."""
+    ``encode_seconds`` has what each EncodeItem took, ``seconds`` what the step did; 0: unknown."""
 
     step: int
     sampled: list[Sampled]
     scored: list[list[PromptLogprobs]] = []
     encode_seconds: list[float] = []
+    seconds: float = 0.0

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.clock import Moment, moment, seconds_between
 from engine.core import EngineCore
+from engine.cost import CostModel
 from engine.grammar import Grammars
 from engine.graphs import DecodeGraph, DecodeGraphs, TileGraphs, capture_on, row_sizes, tile_sizes
 from engine.memory import LARGE, kv_blocks, largest_step, measure, shallow
@@ -28,6 +30,7 @@ from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import DeviceRows, Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, logprobs, score
 from engine.sampling.sampler import NOTHING_LEFT, draws, sample
+from engine.trial import Trial
 from engine.vision import EncoderOutputs, Encoding
 from model import ModelConfig, build_model, count_parameters, load_config
 from model.attention import choose
@@ -56,6 +59,7 @@ class _Begun:
     scored: Scored | None = None
     encoding: Encoding | None = None
     graph: DecodeGraph | None = None  # that made the logits, padded ones behind
+    began: Moment = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,8 @@ class _Drawn:
     """A step that is sampled; the tensors are on their way to the host until ``arrived``."""
 
     step: int
+    began: Moment
+    ended: Moment
     names: list[str]
     tokens: Tensor  # [R] int64
     likely: Likely | None
@@ -124,9 +130,12 @@ class ModelRunner:
         progress(Progress("warm-up"))
         self._capture(settings)
         self._make_vision(settings)
+        self._cost: CostModel | None = None
         self._warm_up(settings)
         # Without the warm-up's picture.
         self._make_vision(settings)
+        if settings.step_budget_ms:
+            self._cost = Trial(self, settings).fit()
 
     def _allocate(self, settings: EngineSettings, blocks: int, max_model_len: int) -> None:
         """Make everything that steps work on, empty."""
@@ -224,6 +233,10 @@ class ModelRunner:
         grammar = request.sampling.grammar
         return self._grammars.prepare(grammar) if self._grammars and grammar else None
 
+    def cost(self) -> CostModel | None:
+        """What steps were seen to cost at the start; None: their time is not bounded."""
+        return self._cost
+
     def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         """Keep the raw tiles of a request until a plan removes it."""
         self._vision.upload(request, buffers)
@@ -231,13 +244,14 @@ class ModelRunner:
     @torch.inference_mode()
     def begin(self, plan: StepPlan) -> None:
         """Apply a plan, in the order that StepPlan states, and launch its forward pass."""
+        began = moment(self._model.device)
         self._forget(plan)
         for new in plan.new_rows:
             matcher = self._grammars.matcher(new.sampling) if self._grammars else None
             self._rows.add(new, matcher)
         encoding = self._vision.encode(plan.encode)
         begun = self._compute(plan) if plan.work else _Begun(plan.step, [])
-        self._begun = dataclasses.replace(begun, encoding=encoding)
+        self._begun = dataclasses.replace(begun, began=began, encoding=encoding)
 
     @torch.inference_mode()
     def sample(self) -> None:
@@ -258,11 +272,13 @@ class ModelRunner:
         # Copied now, behind the draw: a copy asked for later would stand behind the next step.
         tokens, likely = to_host(tokens), likely and likely.to_host()
         scored = begun.scored and begun.scored.to_host()
+        ended = moment(self._model.device)
         on_device = self._device_rows.last.is_cuda
         arrived = torch.cuda.current_stream().record_event() if on_device else None
         self._drawn = _Drawn(
-            begun.step, begun.names, tokens, likely, scored, begun.encoding, arrived
-        )
+            begun.step, begun.began, ended, begun.names, tokens, likely, scored, begun.encoding,
+            arrived,
+        )  # fmt: skip
 
     def finish(self) -> StepResult:
         """Wait for the tokens of the step that was sampled; rows that live get theirs."""
@@ -281,7 +297,8 @@ class ModelRunner:
             sampled.append(Sampled(name, token, logprobs=entry))
         scored = drawn.scored.read() if drawn.scored else []
         encode_seconds = drawn.encoding.seconds() if drawn.encoding else []
-        return StepResult(drawn.step, sampled, scored, encode_seconds)
+        seconds = seconds_between(drawn.began, drawn.ended)
+        return StepResult(drawn.step, sampled, scored, encode_seconds, seconds)
 
     def _forget(self, plan: StepPlan) -> None:
         for name in plan.removed:

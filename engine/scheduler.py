@@ -12,7 +12,9 @@ the last, its work is dropped at its commit. What such a step reads is fenced: b
 outputs of a sequence that ends or is preempted become free when its last step is committed.
 
 The Scheduler owns the sequences, the block pool and the logical vision cache. It never sees a
-tensor, and it is deterministic: the same calls give the same plans, byte for byte.
+tensor nor a clock, and it is deterministic: the same calls give the same plans, byte for byte. How
+long steps take is said with each call of ``plan``, by the cost model given to it: beside rows that
+generate, the step's work on prompts and pictures is cut to what the budget leaves.
 
 Order is strict. Running sequences come before waiting ones; the policy (engine.waiting) says how
 they are sorted and which one waits at the head, and what does not fit behind the head waits with
@@ -25,15 +27,18 @@ policy is: a sequence that waits comes to the head in the end, except behind bet
 import math
 from bisect import insort
 from collections import Counter, deque
+from functools import partial
 
 from engine.blocks import BlockPool
+from engine.cost import Allowance, CostModel, step_budget
 from engine.draft import Draft
+from engine.gate import Gate
 from engine.plan import Sampled, StepPlan, StepResult
 from engine.prefix import extend_digests
 from engine.sequence import Refused, Sequence, Status
 from engine.vision_cache import VisionCache
 from engine.waiting import QUEUES
-from wire.messages import EngineOutput, EngineRequest, EngineStats, Ready, VisionItem
+from wire.messages import EngineOutput, EngineRequest, EngineStats, Ready
 from wire.settings import EngineSettings
 
 
@@ -43,16 +48,16 @@ class Scheduler:
     def __init__(self, settings: EngineSettings, ready: Ready) -> None:
         self._block_size = ready.block_size
         self._max_model_len = ready.max_model_len
-        self._tokens_per_tile = ready.geometry.tokens_per_tile
-        self._bytes_per_token = ready.vision_token_bytes
         self._max_tokens = settings.max_num_batched_tokens
         self._max_tiles = settings.max_num_encoder_tiles
         self._max_seqs = settings.max_num_seqs
+        self._step_seconds = step_budget(settings, ready.device)
         self._pool = BlockPool(ready.blocks_total)
         self._prefix_caching = settings.enable_prefix_caching
         # Blocks that admission leaves to the sequences already running.
         self._watermark = max(1, ready.blocks_total // 100)
         self._vision = VisionCache(settings.encoder_cache_bytes)
+        self._gate = Gate(self._vision, ready)
         self._sequences: dict[str, Sequence] = {}
         self._running: list[Sequence] = []
         self._waiting = QUEUES[settings.scheduling_policy]()
@@ -64,7 +69,6 @@ class Scheduler:
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._generated_tokens = 0
-        self._encoded_tiles = 0
         self._preemptions = 0
 
     @property
@@ -84,7 +88,7 @@ class Scheduler:
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
-            encoded_tiles=self._encoded_tiles,
+            encoded_tiles=self._gate.encoded_tiles,
             preemptions=self._preemptions,
             cached_tokens=self._cached_tokens,
         )
@@ -124,15 +128,18 @@ class Scheduler:
         if sequence is not None:
             self._end(sequence)
 
-    def plan(self) -> StepPlan | None:
+    def plan(self, cost: CostModel | None = None) -> StepPlan | None:
         """The next step, or None if there is nothing to do before a commit.
 
+        It keeps to the step budget as ``cost`` predicts it; without one, and while nobody
+        generates, it may take any time.
         ``commit`` must follow, after that of the step before: at most two are under way.
         """
         assert len(self._planned) < 2, "two plans were not committed"
         if not self.has_work:
             return None
-        draft = Draft(self._steps, self._max_tokens, self._max_tiles)
+        allow = partial(self._allow, cost)
+        draft = Draft(self._steps, self._max_tokens, self._max_tiles, allow)
         if self._waiting.preempts:
             self._make_way(draft)
         self._plan_running(draft)
@@ -168,8 +175,8 @@ class Scheduler:
             if count > 1:
                 # One token is left for every later row: a long prompt delays no stream.
                 count = min(count, max(1, draft.tokens - (len(running) - index)))
-            if sequence.next_span < len(sequence.spans):
-                count = self._gate(sequence, count, draft)
+            if count > 1 or sequence.next_span < len(sequence.spans):
+                count = self._gate.reach(sequence, count, draft)
                 if count == 0:
                     continue
             new_blocks: list[int] = []
@@ -243,7 +250,7 @@ class Scheduler:
             sequence.num_computed = sequence.num_planned = len(hits) * self._block_size
             sequence.pass_spans()
             missing = sequence.num_known - sequence.num_planned
-            count = self._gate(sequence, min(missing, draft.tokens), draft)
+            count = self._gate.reach(sequence, min(missing, draft.tokens), draft)
             if count == 0:
                 sequence.rewind()
                 return
@@ -292,47 +299,18 @@ class Scheduler:
             self._pool.publish(sequence.blocks[index], sequence.digests[index])
         sequence.num_published = full
 
-    def _gate(self, sequence: Sequence, count: int, draft: Draft) -> int:
-        """How many of the next ``count`` positions have their tiles encoded by then.
-
-        References every encoder output those positions read, and plans the encoding of the tiles
-        that do not exist yet. Stops before the first tile that has to wait.
-        """
-        start = sequence.num_planned
-        for item in sequence.items[sequence.next_span :]:
-            end = min(item.offset + item.length, start + count)
-            at = max(item.offset, start)
-            while at < end:
-                tile = (at - item.offset) // self._tokens_per_tile
-                if not self._take(sequence, item, tile, draft):
-                    return at - start
-                at = item.offset + (tile + 1) * self._tokens_per_tile
-        return count
-
-    def _take(self, sequence: Sequence, item: VisionItem, tile: int, draft: Draft) -> bool:
-        """Reference a picture, and have one of its tiles encoded if it is not.
-
-        While one sequence waits, none behind it may take up a picture; but what is held is
-        encoded further, since it may be what the others wait for.
-        """
-        vision, held = self._vision, item.digest in sequence.held
-        missing = not vision.has_tile(item.digest, tile)
-        if not (held or draft.gate_open):
-            return False
-        if missing and not draft.tiles:
-            draft.gate_open = False
-            return False
-        if not held:
-            size = item.length * self._bytes_per_token
-            if not (vision.acquire(item.digest) or vision.reserve(item.digest, size)):
-                draft.gate_open = False
-                return False
-            sequence.held.append(item.digest)
-        if missing:
-            vision.add_tile(item.digest, tile)
-            draft.encode_tile(sequence.id, item.digest, tile)
-            self._encoded_tiles += 1
-        return True
+    def _allow(self, cost: CostModel | None, draft: Draft) -> Allowance:
+        """The time for prompts and pictures; ``draft`` holds none yet, only rows that generate."""
+        if cost is None or self._step_seconds == math.inf:
+            return Allowance()
+        contexts = [work.start for work in draft.work] + [
+            s.num_planned
+            for s in self._running
+            if s.num_known - s.num_planned == 1
+            and s.num_known < s.max_len
+            and s.last_step < draft.step
+        ]
+        return Allowance.beside(cost, self._step_seconds, contexts)
 
     def commit(self, result: StepResult) -> list[EngineOutput]:
         """Take in what a planned step computed; the outputs stand in the plan's order."""

@@ -8,13 +8,12 @@ tensors. Tiles stay uint8 until the model normalises them.
 """
 
 import dataclasses
-import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.clock import Moment, moment, seconds_between
 from engine.graphs import TileGraphs
 from engine.plan import EncodeItem, VisionSpan
 from model import InternVL
@@ -27,27 +26,17 @@ _CHUNK = {"cpu": 4, "cuda": 16}
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """A step's work of the encoder, launched: how many tiles each item has in it, and two
-    moments as ``_now`` gives them."""
+    """A step's work of the encoder, launched: how many tiles each item has in it, and
+    when it began and ended."""
 
     tiles: list[int]
-    began: Any
-    ended: Any
+    began: Moment
+    ended: Moment
 
     def seconds(self) -> list[float]:
         """What each item took, by its share of the tiles. The device must be done with it."""
-        if isinstance(self.began, float):
-            spent = self.ended - self.began
-        else:
-            spent = self.began.elapsed_time(self.ended) / 1000
+        spent = seconds_between(self.began, self.ended)
         return [spent * count / sum(self.tiles) for count in self.tiles]
-
-
-def _now(device: torch.device) -> Any:
-    """This moment on the host, or an event on a device, which nobody has to wait for."""
-    if device.type == "cpu":
-        return time.perf_counter()
-    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
 
 
 class EncoderOutputs:
@@ -97,7 +86,7 @@ class EncoderOutputs:
         """Encode tiles, batched across pictures."""
         if not items:
             return None
-        began = _now(self._model.device)
+        began = moment(self._model.device)
         parts = [self._tiles[item.digest][item.start : item.start + item.tiles] for item in items]
         tiles = torch.cat([part.to(self._model.device, non_blocking=True) for part in parts])
         encode = self._graphs or self._model.encode_tiles
@@ -110,7 +99,7 @@ class EncoderOutputs:
                 size = len(self._tiles[item.digest]) * tokens, part.shape[2]
                 output = self._outputs[item.digest] = part.new_empty(size)
             output[item.start * tokens :][: item.tiles * tokens] = part.flatten(0, 1)
-        return Encoding(counts, began, _now(self._model.device))
+        return Encoding(counts, began, moment(self._model.device))
 
     def place(
         self, embeddings: Tensor, spans: Sequence[VisionSpan], position: int, at: int, count: int

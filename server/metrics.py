@@ -27,6 +27,12 @@ _ENGINE = {
     "blocks_total": ("kv_blocks", False, "Blocks of the KV cache."),
     "vision_bytes": ("vision_cache_bytes", False, "Memory held by encoded pictures."),
     "steps": ("engine_steps", True, "Steps since the engine started."),
+    "step_seconds": ("engine_step_seconds", True, "Time of all steps since the engine started."),
+    "predicted_seconds": (
+        "engine_step_predicted_seconds",
+        True,
+        "Time of these steps as it was predicted before each.",
+    ),
     "encoded_tiles": ("encoded_tiles", True, "Picture tiles encoded since the engine started."),
     "cached_tokens": (
         "prefix_cache_hit_tokens",

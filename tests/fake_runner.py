@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from engine.core import EngineCore
+from engine.cost import CostModel, Load
 from engine.plan import EncodeItem, NewRow, Sampled, StepPlan, StepResult, Work
 from wire.channel import Buffer
 from wire.geometry import PromptFormat, VisionGeometry
@@ -67,9 +68,11 @@ class FakeRunner:
         fail_at: int | None = None,
         bad_after: frozenset[int] = frozenset(),
         draws_eos: bool = False,
+        cost: CostModel | None = None,
     ) -> None:
         progress(Progress("load", 1, 1))
         self.settings = settings
+        self.start_cost = cost  # that steps take, exactly
         self.fail_at = fail_at
         self.bad_after = bad_after
         self.num_draws = EOS + 1 if draws_eos else EOS
@@ -102,6 +105,9 @@ class FakeRunner:
 
     def prepare(self, request: EngineRequest) -> Future[Any] | None:
         return self.preparing.get(request.id)
+
+    def cost(self) -> CostModel | None:
+        return self.start_cost
 
     def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         assert request.id not in self.raw, "uploaded twice"
@@ -139,8 +145,10 @@ class FakeRunner:
     def finish(self) -> StepResult:
         assert self._flying is not None, "nothing was sampled"
         (plan, sampled), self._flying = self._flying, None
-        seconds = [item.tiles * TILE_SECONDS for item in plan.encode]
-        return StepResult(plan.step, sampled, self._scored.pop(plan.step), seconds)
+        tile = self.start_cost.tiles if self.start_cost else TILE_SECONDS
+        encoding = [item.tiles * tile for item in plan.encode]
+        took = self.start_cost.predict(Load.of(plan)) if self.start_cost else 0.0
+        return StepResult(plan.step, sampled, self._scored.pop(plan.step), encoding, took)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """A step with nothing beside it."""
@@ -295,11 +303,16 @@ class Engine:
     """A core over a FakeRunner; remembers what each request got and checks every step."""
 
     def __init__(
-        self, *, draws_eos: bool = False, bad_after: frozenset[int] = frozenset(), **settings: Any
+        self,
+        *,
+        draws_eos: bool = False,
+        bad_after: frozenset[int] = frozenset(),
+        cost: CostModel | None = None,
+        **settings: Any,
     ) -> None:
         defaults = {"block_size": 4, "num_kv_blocks": 64, "max_num_batched_tokens": 64}
         self.settings = EngineSettings(**{**defaults, **settings})
-        self.runner = FakeRunner(self.settings, draws_eos=draws_eos, bad_after=bad_after)
+        self.runner = FakeRunner(self.settings, draws_eos=draws_eos, bad_after=bad_after, cost=cost)
         self.core = EngineCore(self.settings, self.runner, self.runner.ready())
         self.scheduler = self.core._scheduler
         self.tokens: dict[str, list[int]] = {}

@@ -109,6 +109,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     encoded_tiles: int = 0
     preemptions: int = 0
     cached_tokens: int = 0
+    step_seconds: float = 0.0  # that steps took, and that the cost model had predicted
+    predicted_seconds: float = 0.0
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="report"):

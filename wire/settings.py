@@ -241,6 +241,13 @@ class EngineSettings:
         low=0,
         high=64,
     )
+    step_budget_ms: float = knob(
+        -1.0,
+        "Milliseconds that a step may take by prediction while somebody generates: prompts and "
+        "pictures are computed in pieces that keep to it. 0: any time; -1: 50 on CUDA, 200 on the "
+        "CPU.",
+        low=-1,
+    )
     max_num_encoder_tiles: int = knob(16, "Picture tiles encoded in one step.", low=1)
     encoder_chunk_tiles: int = knob(
         0, "Picture tiles in one pass of the encoder; 0: 16 on CUDA, 4 on the CPU.", low=0

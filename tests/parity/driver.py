@@ -41,7 +41,7 @@ class Driver:
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         values: dict[str, Any] = {"num_kv_blocks": 256, "block_size": 16} | settings
-        values = {"threads": 1, "device": "cpu"} | values
+        values = {"threads": 1, "device": "cpu", "step_budget_ms": 0} | values
         self.runner = ModelRunner(EngineSettings(model=str(folder), **values))
         self.block_size = self.runner.ready().block_size
         self.free = list(range(self.runner.ready().blocks_total))

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from engine.core import EngineCore
+from engine.cost import CostModel, Pace
 from engine.runner import ModelRunner
 from tests.checkpoints import IMAGE_TOKEN, Shape, make_checkpoint
 from wire.messages import EngineRequest, VisionItem
@@ -20,13 +21,17 @@ SHAPE = Shape()
 TILE_BYTES = 3 * SHAPE.tile_size**2
 TOKEN_BYTES = 4 * SHAPE.size
 COUNT = 12
+COST = CostModel(steps=2e-3, rows=1e-4, reads=1e-7, tokens=2e-4, pairs=1e-6, tiles=4e-3)
 
 CRAMPED = {
     "one token at a time": {"max_num_batched_tokens": 1},
     "chunks of seven": {"max_num_batched_tokens": 7, "block_size": 3, "num_kv_blocks": 300},
     "few blocks": {"num_kv_blocks": 20, "block_size": 4},
     "few pictures": {"encoder_cache_bytes": 5 * TOKEN_BYTES, "max_num_encoder_tiles": 1},
+    "little time": {"step_budget_ms": 5},
+    "no time": {"step_budget_ms": 0.1, "block_size": 3, "num_kv_blocks": 300},
     "few of everything": {
+        "step_budget_ms": 4,
         "max_num_batched_tokens": 9,
         "max_num_seqs": 3,
         "num_kv_blocks": 19,
@@ -72,12 +77,15 @@ def requests() -> list[tuple[EngineRequest, list[bytes]]]:
 def run(
     folder: Path, batches: Sequence[Sequence[tuple[EngineRequest, list[bytes]]]], **settings: Any
 ) -> tuple[dict[str, list[int]], EngineCore]:
-    """Serve batch after batch; tokens by request id."""
+    """Serve batch after batch; tokens by request id. A step budget counts with ``COST``, whatever
+    steps take: the same steps in every run."""
     values = {"num_kv_blocks": 128, "block_size": 16} | settings
-    values = {"device": "cpu", "threads": 1} | values
+    values = {"device": "cpu", "threads": 1, "step_budget_ms": 0} | values
     options = EngineSettings(model=str(folder), **values)
     runner = ModelRunner(options)
     core = EngineCore(options, runner, runner.ready())
+    core._pace = Pace(COST)
+    core._pace.learn = lambda *_: None  # type: ignore[method-assign]
     tokens: dict[str, list[int]] = {}
     for batch in batches:
         for request, buffers in batch:
@@ -146,7 +154,7 @@ def test_cached_is_uncached(
 @pytest.mark.parametrize("mode", ["off", "on"])
 @pytest.mark.parametrize("settings", CRAMPED.values(), ids=CRAMPED.keys())
 def test_cramped_is_alone(
-    folder: Path, alone: dict[str, list[int]], settings: dict[str, int], mode: str
+    folder: Path, alone: dict[str, list[int]], settings: dict[str, float], mode: str
 ) -> None:
     tokens, core = run(folder, [requests()], **settings, async_scheduling=mode)
     assert tokens == alone

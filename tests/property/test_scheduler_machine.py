@@ -5,12 +5,15 @@ plan; in the end every request has ended exactly once, with the tokens it gets a
 is held. The model fails rows whose last token is one of some.
 """
 
+import math
 from typing import Any
 
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from engine.cost import CostModel, Load, count_pairs
+from engine.plan import StepPlan
 from tests.fake_runner import GEOMETRY, TOKEN_BYTES, Engine, alone_with_scores
 from wire.messages import StepReport
 
@@ -29,6 +32,15 @@ PLACES = st.fixed_dictionaries(
         "weight": st.sampled_from([1.0, 3.0]),
     }
 )
+COSTS = st.builds(
+    CostModel,
+    steps=st.just(4e-3),
+    rows=st.sampled_from([1e-5, 1e-3]),
+    reads=st.sampled_from([1e-8, 1e-5]),
+    tokens=st.sampled_from([1e-5, 1e-3]),
+    pairs=st.sampled_from([1e-8, 1e-5]),
+    tiles=st.sampled_from([1e-4, 1e-3, 1e-2]),
+)
 TILE_BYTES = GEOMETRY.tokens_per_tile * TOKEN_BYTES
 
 
@@ -45,6 +57,8 @@ class Traffic(RuleBasedStateMachine):
         pipelined=st.sampled_from(["on", "off"]),
         policy=st.sampled_from(["fcfs", "priority", "fair"]),
         bad_after=st.sampled_from([frozenset(), frozenset({7, 50, 81})]),
+        budget=st.sampled_from([0.0, 0.0, 1.0, 8.0, 30.0]),
+        cost=COSTS,
     )
     def start(
         self,
@@ -57,6 +71,8 @@ class Traffic(RuleBasedStateMachine):
         pipelined: str,
         policy: str,
         bad_after: frozenset[int],
+        budget: float,
+        cost: CostModel,
     ) -> None:
         self.capacity = block_size * blocks
         self.engine = Engine(
@@ -68,9 +84,12 @@ class Traffic(RuleBasedStateMachine):
             encoder_cache_bytes=cache_tiles * TILE_BYTES,
             async_scheduling=pipelined,
             scheduling_policy=policy,
+            step_budget_ms=budget,
             draws_eos=True,
             bad_after=bad_after,
+            cost=cost,
         )
+        self.budget = budget / 1000 or math.inf
         self.bad_after = bad_after
         self.requests: dict[str, tuple[Parts, dict[str, Any]]] = {}
         self.aborted: set[str] = set()
@@ -120,9 +139,32 @@ class Traffic(RuleBasedStateMachine):
     @rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
         for _ in range(count):
+            cost, planned = self.engine.core._pace.cost, len(self.engine.runner.plans)
             report = self.engine.core.step()
             if report is not None:
                 self.engine.take(report)
+            for plan in self.engine.runner.plans[planned:]:
+                self.check_time(plan, cost)
+
+    def check_time(self, plan: StepPlan, cost: CostModel | None) -> None:
+        """Beside rows that generate, prompts and pictures keep to what is left of the budget, or
+        are a single tile and a single position."""
+        assert cost is not None
+        rows = [w for w in plan.work if w.count == 1 and w.sample]
+        prompts = [w for w in plan.work if w not in rows]
+        started = {new.id for new in plan.new_rows}
+        generating = [w.start for w in rows if w.id not in started]
+        if not generating or plan.preempted:
+            return  # what was preempted counted as generating at first
+        beside = cost.predict(Load(rows=len(generating), reads=sum(generating)))
+        left = max(self.budget - beside, beside / 2)
+        tokens = sum(w.count for w in prompts)
+        pairs = sum(count_pairs(w.start, w.count) for w in prompts)
+        tiles = sum(item.tiles for item in plan.encode)
+        taken = cost.predict(Load(0, len(prompts), 0, tokens, pairs, tiles))
+        assert taken <= left + 1e-9 or (tokens <= 1 and tiles <= 1), (taken, left)
+        if self.budget < math.inf and prompts:
+            event("prompts beside rows that generate")
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
