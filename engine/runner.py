@@ -95,9 +95,16 @@ class ModelRunner:
         if device.type == "cpu":
             return_what_is_freed(LARGE)
             torch.set_num_threads(settings.threads or _threads(config))
+        if settings.quantization == "fp8" and device.type != "cuda":
+            raise ValueError("quantization fp8 needs a CUDA device")
         dtype = _dtype(settings, config, device)
         self._model = build_model(
-            config, folder, device=device, dtype=dtype, progress=_reporter(progress)
+            config,
+            folder,
+            device=device,
+            dtype=dtype,
+            quantization=settings.quantization,
+            progress=_reporter(progress),
         )
         self._attention = choose(settings.attention_backend, config.text, device, dtype)
         self._capturing = capture_on(device) if settings.cuda_graphs else None

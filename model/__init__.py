@@ -9,6 +9,7 @@ from model.config import load_config
 from model.internvl import InternVL
 from model.names import names_for
 from model.ops import choose
+from model.quantize import quantize_layers
 from model.schema import CheckpointError, ModelConfig
 from model.weights import WeightFiles, fill
 
@@ -28,9 +29,12 @@ def build_model(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    quantization: str = "none",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> InternVL:
     """Load a checkpoint folder's weights. Raises CheckpointError if they do not fit ``config``.
+
+    ``quantization`` is one of ``model.quantize``.
 
     A stored output matrix is used whatever tie_word_embeddings says: published checkpoints have
     the flag wrong, and a dropped matrix gives fluent nonsense.
@@ -45,6 +49,7 @@ def build_model(
     model.parameter_count = sum(parameter.numel() for parameter in model.parameters())
     model.vision.fit(config.tile_grid)
     model.vision.fold()
+    quantize_layers(model.decoder.layers, quantization)
     model.ops = choose(device, dtype)
     model.ops.prepare(model)
     return model.eval()

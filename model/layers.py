@@ -22,6 +22,9 @@ class Linear(nn.Module):
         self.weight = parameter(outputs, inputs)
         self.bias = parameter(outputs) if bias else None
 
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
 
 class Embedding(nn.Module):
     """Rows of ``size`` numbers, one per id."""

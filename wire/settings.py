@@ -217,6 +217,12 @@ class EngineSettings:
         "for small models.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    quantization: str = knob(
+        "none",
+        "'fp8': the decoder's layers with weights and activations in eight bits; on CUDA from "
+        "compute capability 8.9 on.",
+        choices=("none", "fp8"),
+    )
     attention_backend: str = knob(
         "auto",
         "Attention implementation; 'auto': on CUDA the first of those listed that is installed and "

@@ -39,6 +39,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "caches": steps.caches,
     "under_pictures": steps.under_pictures,
     "end_to_end": steps.end_to_end,
+    "fp8": steps.fp8,
     "ladder": steps.ladder,
 }
 """In the order of their worth, should the time not do for all."""

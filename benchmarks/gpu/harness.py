@@ -19,6 +19,7 @@ from engine.runner import ModelRunner
 from model import ModelConfig, load_config, skeleton
 from model.internvl import InternVL
 from model.ops import choose
+from model.quantize import quantize_layers
 from tests.checkpoints import INTERNVL3_1B, Shape, make_checkpoint
 from wire.messages import EngineRequest
 from wire.sampling import SamplingParams
@@ -119,7 +120,13 @@ class Bench:
 
 
 def random_model(
-    config: ModelConfig, folder: Path, *, device: torch.device, dtype: torch.dtype, progress: Any
+    config: ModelConfig,
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str = "none",
+    progress: Any = None,
 ) -> InternVL:
     """In place of ``build_model``: seeded weights, made on the device."""
     model = skeleton(config, tied=config.text.tied).to(dtype).to_empty(device=device)
@@ -132,6 +139,7 @@ def random_model(
     model.parameter_count = sum(parameter.numel() for parameter in model.parameters())
     model.vision.fit(config.tile_grid)
     model.vision.fold()
+    quantize_layers(model.decoder.layers, quantization)
     model.ops = choose(device, dtype)
     model.ops.prepare(model)
     return model.eval()
@@ -142,9 +150,7 @@ def make_model(bench: Bench, shape: Shape) -> InternVL:
     with tempfile.TemporaryDirectory() as name:
         folder = make_checkpoint(Path(name), shape=shape, weights=False)
         config = load_config(folder)
-        return random_model(
-            config, folder, device=bench.device, dtype=bench.dtype, progress=lambda *_: None
-        )
+        return random_model(config, folder, device=bench.device, dtype=bench.dtype)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,9 @@ from engine.sampling.sampler import sample
 from model.attention import BACKENDS
 from model.attention.base import AttentionBackend, AttentionBatch
 from model.kv_cache import KVCache
+from model.layers import Linear
 from model.ops import Ops
+from model.quantize import PRODUCTS, Fp8Linear, to_fp8
 from model.schema import TextConfig
 from tests.checkpoints import Shape
 from tests.parity.test_attention import config
@@ -21,7 +23,7 @@ from wire.sampling import SamplingParams
 
 
 def ceilings(bench: Bench) -> None:
-    """1: copy bandwidth, and matrix products of the shapes of 8B."""
+    """1: copy bandwidth, and matrix products of the shapes of 8B, in bf16 and fp8."""
     bench.record("copy", bench.bandwidth() / 1e12, "TB/s", least=4.3 * 0.95)
     shapes = bench.pick(
         {"qkv": (4608, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)}, {"qkv": (64, 32)}
@@ -34,6 +36,17 @@ def ceilings(bench: Bench) -> None:
             mark = 790 * 0.95 if rows == 8192 and name == "gate_up" else None
             rate = 2 * rows * outputs * inputs / took / 1e12
             bench.record(f"{name} M={rows} bf16", rate, "TFLOP/s", least=mark)
+            with bench.case(f"{name} M={rows} fp8"):
+                layer = Linear(inputs, outputs, bias=False)
+                layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+                held = Fp8Linear(layer, PRODUCTS[0])
+                (ready, scale), flops = to_fp8(x), 2 * rows * outputs * inputs
+                for label, call in (
+                    ("fp8", lambda: PRODUCTS[0](ready, held.weight, scale, held.scale, None)),  # noqa: B023
+                    ("fp8 with quantising", lambda: held(x)),  # noqa: B023
+                ):
+                    rate = flops / bench.seconds(call) / 1e12
+                    bench.record(f"{name} M={rows} {label}", rate, "TFLOP/s")
 
 
 def _batch(

@@ -1,6 +1,7 @@
 """The parts that drive an engine: steps, how they overlap, grammars, caches, requests at once."""
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -146,6 +147,35 @@ def ladder(bench: Bench) -> None:
             runner._model.ops = Ops()
             took = decode_seconds(bench, engine_core, 1, context, steps)
             bench.record(f"{name} no graphs, unfused rows=1", took * 1e3, "ms")
+
+
+def fp8(bench: Bench) -> None:
+    """17, the speed: a prompt and steps in fp8 against the model's own type.
+
+    How near the answers are is ``benchmarks/quantization.py``'s, for a checkpoint that was trained.
+    """
+    kinds = ("none", "none") if bench.dry else ("none", "fp8")
+    length, context, steps = bench.pick((8000, _CONTEXT, 32), (16, 8, 4))
+    for name, shape in bench.models.items():
+        took: list[list[float]] = []
+        for kind in kinds:
+            with core(bench, shape, quantization=kind) as (engine_core, _):
+                prompts = [
+                    _first_token(bench, engine_core, functools.partial(engine_core.add, request))
+                    for request in (ask(f"{i}", [i % 9] * length, 2) for i in range(3))
+                ]
+                rows = [
+                    decode_seconds(bench, engine_core, count, context, steps)
+                    for count in bench.pick((1, 64), (1, 2))
+                ]
+                took.append([min(prompts), *rows])
+        labels = (
+            f"prompt of {length}",
+            *(f"step of {count}" for count in bench.pick((1, 64), (1, 2))),
+        )
+        for label, before, after in zip(labels, *took, strict=True):
+            least = 1.4 if label.startswith("prompt") and name == "8B" else None
+            bench.record(f"{name} {label} faster by", before / after, "x", least=least)
 
 
 def _shown(

@@ -22,7 +22,7 @@ class Ops:
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """``[..., inputs] -> [..., outputs]``."""
-        return functional.linear(x, layer.weight, layer.bias)
+        return layer.forward(x)
 
     def linear_gelu(self, layer: Linear, x: Tensor) -> Tensor:
         """A linear layer and the exact GELU, by the error function."""

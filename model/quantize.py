@@ -1,0 +1,116 @@
+"""Linear layers in eight bits: weights quantised once, when loaded, and activations as they come.
+
+"fp8" is W8A8: weights and activations are float8 (e4m3), with a scale for each row of the weight
+and for each token, and products add in fp32. Only the decoder's layers are quantised; embedding,
+head, encoder and projector stay as they are.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.decoder import DecoderLayer
+from model.layers import Linear
+from model.schema import CheckpointError
+
+_FP8 = torch.float8_e4m3fn
+_LARGEST = torch.finfo(_FP8).max
+# Multiples that the kernels want of rows and columns of a weight.
+_STEP = 16
+# Of the products' deviation; what rounding to bfloat16 takes is a tenth of it.
+_NEAR = 0.03
+
+Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Tokens ``[N, inputs]`` and weights ``[outputs, inputs]`` in float8, their scales ``[N, 1]`` and
+``[1, outputs]`` fp32, and a bias in bfloat16: ``[N, outputs]`` bfloat16."""
+
+
+def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``[N, size]`` as float8 and a scale per row, ``[N, 1]`` fp32: their product is nearest."""
+    wide = rows.float()
+    # A row of zeros has a scale too.
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / _LARGEST
+    return (wide / scale).clamp(-_LARGEST, _LARGEST).to(_FP8), scale
+
+
+def _public(
+    x: Tensor, weight: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    by_row = functional.ScalingType.RowWise
+    return functional.scaled_mm(
+        x, weight.T, x_scale, by_row, scale, by_row,
+        bias=bias, output_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
+
+
+def _private(
+    x: Tensor, weight: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    return torch._scaled_mm(
+        x, weight.T, x_scale, scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+PRODUCTS: tuple[Product, ...] = (_public, _private)
+"""torch's, best first; the second is not public, but older and on every version."""
+
+
+class Fp8Linear(Linear):
+    """In the place of a linear layer, with its values."""
+
+    def __init__(self, layer: Linear, product: Product) -> None:
+        nn.Module.__init__(self)
+        weight, scale = to_fp8(layer.weight)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale.T.contiguous(), requires_grad=False)
+        self.bias = layer.bias
+        self._product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, scale = to_fp8(x.flatten(0, -2))
+        bias = None if self.bias is None else self.bias.bfloat16()
+        found = self._product(rows, self.weight, scale, self.scale, bias)
+        return found.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def quantize_layers(decoder_layers: nn.ModuleList, kind: str) -> None:
+    """Replace the linear layers of the decoder's layers; ``kind`` is "none" or "fp8".
+
+    Raises CheckpointError where the device, or the model's shape, does not allow it.
+    """
+    if kind == "none":
+        return
+    product = _product(decoder_layers)
+    for layer in decoder_layers:
+        assert isinstance(layer, DecoderLayer)  # noqa: S101 - for the type checker
+        for owner in (layer, layer.attention):
+            for name, child in list(owner.named_children()):
+                if isinstance(child, Linear):
+                    setattr(owner, name, Fp8Linear(child, product))
+
+
+def _product(decoder_layers: nn.ModuleList) -> Product:
+    """The first product that computes what it should for one of the layers."""
+    linears = [child for child in decoder_layers.modules() if isinstance(child, Linear)]
+    if any(size % _STEP for linear in linears for size in linear.weight.shape):
+        raise CheckpointError(f"fp8 wants a model whose sizes are multiples of {_STEP}")
+    weight = linears[0].weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, weight.shape[1], generator=generator).to(weight.device)
+    (rows, x_scale), (held, scale) = to_fp8(x), to_fp8(weight)
+    expected = (rows.double() * x_scale) @ (held.double() * scale).T
+    bias = torch.zeros(len(weight), dtype=torch.bfloat16, device=weight.device)
+    reasons = []
+    for product in PRODUCTS:
+        try:
+            found = product(rows, held, x_scale, scale.T.contiguous(), bias)
+        except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+            reasons.append(f"{type(error).__name__}: {error}".splitlines()[0])
+            continue
+        wrong = float((found.double() - expected).abs().max() / expected.std())
+        if wrong < _NEAR:
+            return product
+        reasons.append(f"it is wrong by {wrong:.2g} of what it computes")
+    raise CheckpointError("fp8 products cannot be computed here: " + "; ".join(reasons))

@@ -1,0 +1,141 @@
+"""Linear layers in float8, by torch's own products, which the CPU has too; and the gate."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import quantization
+from demo import CHECKPOINT
+from engine.runner import ModelRunner
+from model import InternVL, build_model, load_config
+from model.layers import Linear
+from model.ops import Ops
+from model.quantize import PRODUCTS, Fp8Linear, to_fp8
+from model.schema import CheckpointError
+from tests.checkpoints import Shape, make_checkpoint
+from tests.parity.direct import prompt, run
+from wire.settings import EngineSettings
+
+SHAPE = Shape()
+
+
+@pytest.fixture(autouse=True)
+def plain_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA: products by torch."""
+    monkeypatch.setattr("model.choose", lambda device, dtype: Ops())
+
+
+def build(folder: Path, kind: str) -> InternVL:
+    config = load_config(folder)
+    return build_model(
+        config, folder, device=torch.device("cpu"), dtype=torch.bfloat16, quantization=kind
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), shape=SHAPE)
+
+
+def test_rows_are_rounded_to_the_nearest_of_their_scale() -> None:
+    rows = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    rows *= torch.logspace(-6, 6, 50)[:, None]
+    rows[7] = 0
+    found, scale = to_fp8(rows)
+    assert found.dtype == torch.float8_e4m3fn
+    assert (scale.shape, scale.dtype) == ((50, 1), torch.float32)
+    back = found.double() * scale
+    # Three bits of mantissa; below the least normal number, 2^-6, steps of 2^-9.
+    allowed = torch.maximum(rows.abs() / 16, scale * 2.0**-10)
+    assert bool(((back - rows).abs() <= allowed * 1.001).all())
+    largest = found.double().abs().amax(-1)
+    assert largest.tolist() == [0.0 if row == 7 else 448.0 for row in range(50)]
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_computes_the_product_of_what_was_rounded(product: Any, bias: bool) -> None:
+    layer = Linear(32, 48, bias=bias)
+    torch.manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape).bfloat16()
+    x = torch.randn(2, 5, 32).bfloat16() * torch.tensor([0.01, 1, 3, 50, 0])[:, None].bfloat16()
+    found = Fp8Linear(layer, product)(x)
+    assert (found.shape, found.dtype) == ((2, 5, 48), torch.bfloat16)
+    (tokens, scale), (weight, weight_scale) = to_fp8(x.flatten(0, 1)), to_fp8(layer.weight)
+    expected = (tokens.double() * scale) @ (weight.double() * weight_scale).T
+    if layer.bias is not None:
+        expected += layer.bias.double()
+    torch.testing.assert_close(found.flatten(0, 1).double(), expected, rtol=2**-7, atol=1e-3)
+
+
+def test_the_decoders_layers_are_quantised_and_nothing_else(folder: Path) -> None:
+    model = build(folder, "fp8")
+    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    quantised = {name for name, dtype in kinds.items() if dtype == torch.float8_e4m3fn}
+    layers = ("attention.qkv", "attention.out", "gate_up", "down")
+    assert quantised == {
+        f"decoder.layers.{i}.{name}.weight" for i in range(SHAPE.layers) for name in layers
+    }
+    scales = {name for name, dtype in kinds.items() if dtype == torch.float32}
+    assert scales == {name.replace("weight", "scale") for name in quantised}
+    exact = build(folder, "none")
+    assert exact.parameter_count == model.parameter_count
+    ids, tiles = prompt(SHAPE, [2])
+    true, found = (run(one, ids, tiles).double() for one in (exact, model))
+    wrong = (found - true).abs().mean() / true.std()
+    assert 0 < wrong < 0.1
+
+
+def test_a_product_that_cannot_be_used_is_passed_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Tensor:
+        raise RuntimeError("needs another device\nmore")
+
+    def shifted(*arguments: Any) -> Tensor:
+        return PRODUCTS[0](*arguments).roll(1, 0)
+
+    def use(*products: Callable[..., Tensor]) -> InternVL:
+        monkeypatch.setattr("model.quantize.PRODUCTS", products)
+        return build(folder, "fp8")
+
+    used = use(fails, shifted, PRODUCTS[1]).decoder.layers[0].down
+    assert isinstance(used, Fp8Linear)
+    assert used._product is PRODUCTS[1]
+    with pytest.raises(CheckpointError, match="needs another device; it is wrong by"):
+        use(fails, shifted)
+
+
+def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
+    odd = make_checkpoint(tmp_path, shape=Shape(mlp=100))
+    with pytest.raises(CheckpointError, match="multiples of 16"):
+        build(odd, "fp8")
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        ModelRunner(EngineSettings(model=str(odd), device="cpu", quantization="fp8"))
+
+
+def test_the_gate_lets_near_answers_through_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "SIZES", ((100, 100),))
+    monkeypatch.setattr(quantization, "QUESTIONS", quantization.QUESTIONS[:2])
+    out = tmp_path / "result.json"
+    command = [str(CHECKPOINT), "--device", "cpu", "--tokens", "4", "--out", str(out)]
+    assert quantization.main([*command, "--quantization", "none"]) == 0
+    found = json.loads(out.read_text())
+    assert (found["divergence"], found["agreement"], found["answers_alike"]) == (0.0, 1.0, 2)
+    assert quantization.main(command) == 0
+    assert 0 < json.loads(out.read_text())["divergence"] < quantization.MOST_DIVERGENCE
+
+    def coarse(rows: Tensor) -> tuple[Tensor, Tensor]:
+        found, scale = to_fp8(rows)
+        return (found.float() / 224).round().mul(224).to(found.dtype), scale
+
+    monkeypatch.setattr("model.quantize.to_fp8", coarse)
+    assert quantization.main(command) == 1
