@@ -9,7 +9,6 @@ one refusal to the client, who could map a network by the differences; the log s
 """
 
 import asyncio
-import binascii
 import concurrent.futures
 import contextlib
 import ipaddress
@@ -22,6 +21,7 @@ from collections.abc import AsyncIterator
 
 import httpcore
 import httpx
+import pybase64
 
 from preprocessing.addresses import is_public, is_public_host
 from preprocessing.allowance import Allowance
@@ -265,7 +265,7 @@ def _base64(url: str, start: int, part: Incoming) -> None:
     if url.find("=", start, -2) >= 0:
         raise ValueError("padding inside")
     for at in range(start, len(url), _CHUNK):
-        part.add(binascii.a2b_base64(url[at : at + _CHUNK], strict_mode=True))
+        part.add(pybase64.b64decode(url[at : at + _CHUNK], validate=True))
 
 
 async def _read(

@@ -6,6 +6,7 @@ is stretched to it rather than padded. It knows Pillow but no files, limits or p
 
 from PIL import Image
 
+from preprocessing import bicubic
 from preprocessing.grid import choose_grid
 from preprocessing.media import TileSettings
 
@@ -23,7 +24,7 @@ def enough_pixels(size: tuple[int, int], settings: TileSettings) -> tuple[int, i
 
 def tile(
     picture: Image.Image, settings: TileSettings, size: tuple[int, int] | None = None
-) -> tuple[bytes, int, int, int]:
+) -> tuple[bytearray, int, int, int]:
     """Cut an RGB picture into (tiles, count, columns, rows).
 
     ``tiles`` is uint8 ``[count, 3, side, side]``, row by row, then the whole picture as one
@@ -34,13 +35,6 @@ def tile(
     columns, rows = choose_grid(
         *(size or picture.size), side, settings.min_tiles, settings.max_tiles
     )
-    stretched = picture.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
-    parts = [
-        stretched.crop((left, top, left + side, top + side))
-        for top in range(0, rows * side, side)
-        for left in range(0, columns * side, side)
-    ]
-    if settings.use_thumbnail and len(parts) > 1:
-        parts.append(picture.resize((side, side), Image.Resampling.BICUBIC))
-    planes = b"".join(part.tobytes("raw", band) for part in parts for band in "RGB")
-    return planes, len(parts), columns, rows
+    thumbnail = settings.use_thumbnail and columns * rows > 1
+    tiles = bicubic.tiles(picture, side, columns, rows, thumbnail)
+    return tiles, columns * rows + thumbnail, columns, rows

@@ -32,7 +32,7 @@ from preprocessing.media import (
 )
 from wire.channel import Buffer, Channel, ChannelClosed
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def main(descriptor: int) -> None:
@@ -114,7 +114,7 @@ def _reuse_memory() -> None:
     costs a third of the time of a picture of one megapixel."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):  # glibc's
-        library.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        library.mallopt(_M_MMAP_MAX, 0)
         library.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
