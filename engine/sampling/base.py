@@ -11,6 +11,9 @@ from engine.grammar import Matcher
 from model.transfer import to_device
 from wire.sampling import SamplingParams
 
+NOT_FINITE, NOTHING_LEFT = -1, -2
+"""What stands in place of a token: the logits are not numbers, or all of them were removed."""
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:

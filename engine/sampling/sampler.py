@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from engine.sampling import FILTERS, SHAPING
-from engine.sampling.base import SampleRow, Step
+from engine.sampling.base import NOT_FINITE, NOTHING_LEFT, SampleRow, Step
 from engine.sampling.filters import COLDEST
 from engine.sampling.noise import exponentials, key
+from model import triton as kernels
 from model.transfer import to_device
 
-NOT_FINITE, NOTHING_LEFT = -1, -2
-"""What ``sample`` gives in place of a token."""
 # Logits that go through the steps at once, which make several times as much of them. On the CPU as
 # many as stay in its caches.
 _AT_ONCE = 1 << 22
@@ -30,6 +29,8 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     removed. Nothing here waits for the device.
     """
     count = _at_once(logits)
+    if _is_fused(logits) and not any(step.needed(row) for step in SHAPING for row in rows):
+        count = len(rows)  # the kernel makes nothing but tokens
     if len(rows) <= count:
         return _sample(logits, rows)
     parts = [
@@ -44,6 +45,10 @@ def sample_plain(logits: Tensor, draws: Tensor | None = None) -> Tensor:
     ``draws`` [3, R] int32 holds two numbers of each row's key and the bits of its temperature as
     fp32, 0 where it is greedy; without them all are.
     """
+    if _is_fused(logits):
+        from engine.sampling import fused
+
+        return fused.draw(logits, fused.plain_wishes(draws, logits))
     count = _at_once(logits)
     wanted = [None] * len(logits) if draws is None else draws.split(count, dim=1)
     parts = [_plain(*part) for part in zip(logits.split(count), wanted, strict=False)]
@@ -59,6 +64,12 @@ def draws(rows: Sequence[SampleRow], size: int) -> np.ndarray | None:
             found[:2, index] = key(row.params.seed, row.position)
             heats[index] = max(row.params.temperature, COLDEST)
     return found if heats.any() else None
+
+
+def _is_fused(logits: Tensor) -> bool:
+    """Whether one kernel draws. Triton is imported then, which takes a while and is not
+    everywhere."""
+    return kernels.missing(logits.device) is None
 
 
 def _at_once(logits: Tensor) -> int:
@@ -80,6 +91,10 @@ def _plain(logits: Tensor, draws: Tensor | None) -> Tensor:
 
 def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     logits = _apply(SHAPING, logits, rows)
+    if _is_fused(logits):
+        from engine.sampling import fused
+
+        return fused.draw(logits, to_device(fused.wishes(rows), logits.device))
     best, tokens = logits.max(dim=-1)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if drawn:

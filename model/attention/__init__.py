@@ -7,13 +7,20 @@ import torch
 from model.attention.base import AttentionBackend
 from model.attention.flash import Fa3Attention, FlashAttnAttention, TorchVarlenAttention
 from model.attention.sdpa import SdpaAttention
+from model.attention.triton_paged import TritonAttention
 from model.schema import TextConfig
 
 logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, type[AttentionBackend]] = {
     backend.name: backend
-    for backend in (Fa3Attention, FlashAttnAttention, TorchVarlenAttention, SdpaAttention)
+    for backend in (
+        Fa3Attention,
+        FlashAttnAttention,
+        TorchVarlenAttention,
+        TritonAttention,
+        SdpaAttention,
+    )
 }
 """Best first."""
 

@@ -12,6 +12,7 @@ grouped heads or aligns the causal mask otherwise is passed over, and the reason
 import dataclasses
 import importlib
 import itertools
+import logging
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -22,10 +23,13 @@ from torch import Tensor
 
 from model.attention.base import AttentionBackend, AttentionBatch
 from model.attention.sdpa import SdpaAttention
+from model.attention.triton_paged import TritonAttention
 from model.kv_cache import KVCache
 from model.rotary import Angles
 from model.schema import TextConfig
 from model.transfer import to_device
+
+logger = logging.getLogger(__name__)
 
 Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 """Causal attention of several rows' last tokens: queries ``[N, heads, head_dim]``, keys and values
@@ -67,10 +71,14 @@ class FlashAttention(AttentionBackend):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config)
-        self._decoder: AttentionBackend = SdpaAttention(config)
-        self.name = f"{self.name}+{self._decoder.name}"
-        self.graph_safe = self._decoder.graph_safe
+        self._config = config
+        self._decode_by(SdpaAttention(config))
         self._varlen: Varlen | None = None
+
+    def _decode_by(self, decoder: AttentionBackend) -> None:
+        self._decoder = decoder
+        self.name = f"{type(self).name}+{decoder.name}"
+        self.graph_safe = decoder.graph_safe
 
     @abstractmethod
     def load(self) -> Varlen:
@@ -88,7 +96,15 @@ class FlashAttention(AttentionBackend):
             return f"it is not installed ({refusal})"
         except (RuntimeError, TypeError, ValueError) as refusal:
             return f"it fails here ({str(refusal).splitlines()[0]})"
-        return None if error < _NEAR else f"it is wrong by {error:.2g} in a small case"
+        if not error < _NEAR:
+            return f"it is wrong by {error:.2g} in a small case"
+        paged = TritonAttention(self._config)
+        reason = paged.supports(device, dtype)
+        if reason is None:
+            self._decode_by(paged)
+        else:
+            logger.info("%s decodes by sdpa: triton: %s", type(self).name, reason)
+        return None
 
     def _error(self, varlen: Varlen, device: torch.device, dtype: torch.dtype) -> float:
         """The largest error over two rows, one of which has older keys."""

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import triton
-from model.attention.base import AttentionBackend, AttentionBatch
+from model import triton as kernels
+from model.attention.base import AttentionBackend, AttentionBatch, AttentionStep
 from model.attention.sdpa import SdpaAttention
 from model.kv_cache import KVCache
 from model.rotary import Angles
 from model.schema import TextConfig
+
+# As far as 16-bit numbers may be from the reference where all are about 1.
+_NEAR = 5e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +43,46 @@ class TritonAttention(AttentionBackend):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config)
+        self._config = dataclasses.replace(config, layers=1)
         self._sdpa = SdpaAttention(config)
 
     def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        if device.type != "cuda":
-            return "it needs cuda"
         if self.head_dim not in (16, 32, 64, 128, 256):
             return f"it knows no heads of {self.head_dim}"
-        return triton.missing()
+        if (reason := kernels.missing(device)) is not None:
+            return reason
+        try:
+            error = self._error(device, dtype)
+        except Exception as refusal:  # whatever compilers and drivers come up with
+            return f"it fails here ({(str(refusal) or repr(refusal)).splitlines()[0]})"
+        return None if error < _NEAR else f"it is wrong by {error:.2g} in a small case"
+
+    def _error(self, device: torch.device, dtype: torch.dtype) -> float:
+        """The largest difference from the reference where a row begins and one has older keys."""
+        kv = KVCache(self._config, blocks=3, block_size=16, device=device, dtype=dtype)
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        kv.layers[0].copy_(random(*kv.layers[0].shape))
+        tables = torch.tensor([[1, 1], [2, 0]], device=device)
+        batch = AttentionBatch(
+            query_starts=torch.arange(3, dtype=torch.int32, device=device),
+            context_lengths=torch.tensor([1, 20], dtype=torch.int32, device=device),
+            slots=torch.tensor([16, 3], device=device),
+            block_tables=tables,
+            queries=(1, 1),
+            contexts=(1, 20),
+        )
+        turns = torch.tensor([0.0, 1.0], device=device)[:, None, None]
+        turns = turns.expand(-1, -1, self.head_dim // 2).contiguous()
+        qkv = random(2, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        mixed = [
+            AttentionStep(backend, batch, kv, (turns.cos(), turns.sin()))(0, qkv.clone()).float()
+            for backend in (self, self._sdpa)
+        ]
+        return float((mixed[0] - mixed[1]).abs().max())
 
     def plan(self, batch: AttentionBatch, cache: KVCache) -> _Plan:
         return _Plan(batch, cache, self._sdpa)

@@ -2,7 +2,7 @@
 
 import torch
 
-from model import triton
+from model import triton as kernels
 from model.ops.base import Ops
 
 __all__ = ["Ops", "choose"]
@@ -10,7 +10,7 @@ __all__ = ["Ops", "choose"]
 
 def choose(device: torch.device, dtype: torch.dtype) -> Ops:
     """The fastest implementation for a model of ``dtype`` on ``device``."""
-    if device.type == "cuda" and triton.missing() is None:
+    if kernels.missing(device) is None:
         # Triton takes a while to import, and is not there on every machine.
         from model.ops.triton import TritonOps
 

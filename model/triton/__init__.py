@@ -7,15 +7,25 @@ modules hold kernels and the functions that launch them, and know nothing of the
 
 import functools
 import importlib.util
-import os
-import shutil
+
+import torch
+
+
+def missing(device: torch.device) -> str | None:
+    """What keeps kernels from running on a device, or None."""
+    return _fault() if device.type == "cuda" else "it needs cuda"
 
 
 @functools.cache
-def missing() -> str | None:
-    """What keeps kernels from being compiled here, or None. Does not import triton."""
+def _fault() -> str | None:
+    """A small kernel is tried: compiling takes a C compiler, Python's headers and a folder to write
+    to, which a machine that can otherwise compute may lack."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "triton needs a C compiler to start kernels, and there is no gcc or clang"
+    try:
+        from model.triton import fused
+
+        fused.silu_mul(torch.ones(1, 2, device="cuda"))
+    except Exception as error:  # whatever compilers and drivers come up with
+        return f"triton fails here ({(str(error) or repr(error)).splitlines()[0]})"
     return None

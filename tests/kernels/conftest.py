@@ -8,7 +8,12 @@ import sys
 import pytest
 import torch
 
-KERNELS = ["model.triton.fused", "model.triton.paged"]
+KERNELS = [
+    "model.triton.fused",
+    "model.triton.paged",
+    "model.triton.pixels",
+    "engine.sampling.fused",
+]
 
 if importlib.util.find_spec("triton") is None:
     assert not os.environ.get("CI"), "triton is missing"

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.attention import choose
 from model.attention.base import AttentionBatch, AttentionStep
+from model.attention.flash import FlashAttention, FlashAttnAttention
 from model.attention.triton_paged import TritonAttention
 from model.kv_cache import KVCache
 from model.rotary import Angles, angles, inverse_frequencies, rotate
@@ -127,6 +129,11 @@ def test_rows_with_several_tokens_stand_between_decodes(device: torch.device) ->
     rows = [(1, 5), (7, 7), (1, 90), (3, 40), (20, 21), (1, 1)]
     mixed = case(rows, 7, 64, 16, torch.float32, device)
     torch.testing.assert_close(mixed.found(), mixed.expected(), atol=2e-6, rtol=0)
+    out = torch.full((len(mixed.qkv), 14, 64), math.nan, device=device)
+    batch = mixed.batch
+    lengths = batch.query_starts, batch.context_lengths
+    paged.decode(torch.ones_like(out), mixed.kv.layers[0], *lengths, batch.block_tables, out)
+    assert out[1:8].isnan().all(), "a row with several tokens was touched"
 
 
 @pytest.mark.parametrize("parts", [1, 2, 8])
@@ -136,6 +143,7 @@ def test_any_number_of_splits_gives_the_same(parts: int, device: torch.device) -
     cache, batch = ragged.kv.layers[0], ragged.batch
     paged.rotate_write(cache, ragged.qkv, *ragged.at, batch.slots, ragged.config.heads)
     query = ragged.qkv.unflatten(-1, (-1, 64))[:, : ragged.config.heads]
+    batch.context_lengths[3], expected[3] = 0, 0.0
     out = torch.full_like(query, math.nan)
     lengths = batch.query_starts, batch.context_lengths
     paged.decode(query, cache, *lengths, batch.block_tables, out, parts)
@@ -197,6 +205,38 @@ def test_turning_and_storing_touches_the_tokens_slots_alone(
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, **exact)
     torch.testing.assert_close(one.kv.layers[0], expected.layers[0], equal_nan=True, **exact)
+
+
+def test_a_backend_that_works_is_used_behind_every_library(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.triton.missing", lambda device: None)
+    monkeypatch.setattr(FlashAttention, "devices", (device.type,))
+    monkeypatch.setattr(FlashAttnAttention, "load", lambda self: None)
+    monkeypatch.setattr(FlashAttnAttention, "_error", lambda *_: 0.0)
+    config = case([(1, 1)], 7, 64, 16, torch.float16, device).config
+    chosen = choose("flash_attn", config, device, torch.float16)
+    assert (chosen.name, chosen.graph_safe) == ("flash_attn+triton", True)
+    assert choose("triton", config, device, torch.float32).name == "triton"
+
+
+def test_a_backend_that_does_not_work_says_why(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = case([(1, 1)], 7, 64, 16, torch.float32, device).config
+    backend = TritonAttention(config)
+    assert backend.supports(torch.device("cpu"), torch.float32) == "it needs cuda"
+    odd = TritonAttention(dataclasses.replace(config, head_dim=80))
+    assert odd.supports(device, torch.float32) == "it knows no heads of 80"
+    monkeypatch.setattr("model.triton.missing", lambda device: None)
+    decode = paged.decode
+    with monkeypatch.context() as patch:
+        patch.setattr(paged, "decode", lambda query, *rest: decode(2 * query, *rest))
+        assert "it is wrong by" in str(backend.supports(device, torch.float32))
+    with monkeypatch.context() as patch:
+        patch.setattr(paged, "decode", lambda: None)
+        assert "it fails here" in str(backend.supports(device, torch.float32))
+    assert backend.supports(device, torch.float32) is None
 
 
 def test_splits_fill_a_device_and_are_not_made_for_nothing() -> None:

@@ -1,0 +1,58 @@
+"""An engine that runs on the kernels alone gives the tokens of the reference."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoints import Shape, make_checkpoint
+from tests.parity.direct import prompt
+from tests.parity.driver import GREEDY, Driver
+from tests.replay import Replays
+from wire.sampling import SamplingParams
+
+# Groups of 7 as in the 1B and 7B models, and pages that rows outgrow.
+SHAPE = Shape(heads=14, kv_heads=2, vision_layers=1)
+SAMPLING = [
+    GREEDY,
+    SamplingParams(temperature=0.8, top_p=0.9, min_p=0.01, seed=3),
+    SamplingParams(top_k=30, seed=4, logit_bias=((5, 2.0),), frequency_penalty=0.5),
+]
+# Small, as a start computes the largest step there is.
+SETTINGS: dict[str, Any] = {
+    "device": "cuda" if torch.cuda.is_available() else "cpu",
+    "dtype": "float32",
+    "max_num_seqs": 3,
+    "max_num_batched_tokens": 32,
+    "max_num_encoder_tiles": 1,
+    "encoder_chunk_tiles": 1,
+    "max_model_len": 60,
+}
+
+
+def generate(folder: Path) -> dict[str, list[int]]:
+    """Three rows, one of which starts later and in chunks."""
+    driver = Driver(folder, **SETTINGS)
+    for index, (tiles, sampling) in enumerate(zip([[], [1], [1]], SAMPLING, strict=True)):
+        ids, pixels = prompt(SHAPE, tiles, index)
+        driver.add(str(index), ids, [] if pixels is None else [pixels], sampling)
+    driver.step({"0": 9, "1": 20})
+    for _ in range(10):
+        driver.step({"0": 1, "1": 1, "2": 7})
+    assert not any(sequence.error for sequence in driver.sequences.values())
+    return {name: sequence.output for name, sequence in driver.sequences.items()}
+
+
+def test_tokens_are_those_of_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of single tokens and passes of the encoder are replayed, others are not."""
+    folder = make_checkpoint(tmp_path, shape=SHAPE)
+    monkeypatch.setattr("model.triton.missing", lambda device: "not to be used")
+    expected = generate(folder)
+    assert min(len(output) for output in expected.values()) > 5
+    monkeypatch.setattr("model.triton.missing", lambda device: None)
+    monkeypatch.setitem(SETTINGS, "attention_backend", "triton")
+    replays = Replays()
+    monkeypatch.setattr("engine.runner.capture_on", lambda device: replays)
+    assert generate(folder) == expected
+    assert replays.count > 10
