@@ -17,13 +17,13 @@ def to_device(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Numbers that the host has, as a tensor on the device; lists of integers become int64."""
-    tensor = torch.as_tensor(values, dtype=dtype)
+    tensor = torch.as_tensor(values, dtype=dtype, device="cpu")
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def overwrite(target: Tensor, values: np.ndarray) -> None:
     """Put numbers that the host has in the place of those of a tensor of the same shape."""
-    source = torch.as_tensor(values)
+    source = torch.as_tensor(values, device="cpu")
     target.copy_(source if target.device.type == "cpu" else source.pin_memory(), non_blocking=True)
 
 
@@ -31,5 +31,5 @@ def to_host(tensor: Tensor) -> Tensor:
     """A copy on the host that is complete when the device has come this far."""
     if tensor.device.type == "cpu":
         return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     return host.copy_(tensor, non_blocking=True)

@@ -49,10 +49,11 @@ def model(bench: Bench) -> None:
         ids, tiles = prompt(_SHAPE, [3, 1])
         expected = run(load(folder), ids, tiles)
         for dtype in (torch.float32, torch.bfloat16):
-            with bench.case(str(dtype)), bench.device:
+            with bench.case(str(dtype)):
                 there = build_model(load_config(folder), folder, device=bench.device, dtype=dtype)
                 shown = None if tiles is None else tiles.to(bench.device)
-                found = run(there, ids, shown).cpu()
+                with bench.device:
+                    found = run(there, ids, shown).cpu()
                 error = float((found - expected).abs().max() / expected.std())
                 near = 1e-3 if dtype == torch.float32 else 0.2
                 bench.check(f"logits in {dtype} ({error:.1e} of their deviation)", error < near)

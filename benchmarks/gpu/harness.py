@@ -193,14 +193,9 @@ def decode_seconds(
     """Wall time per step in which ``rows`` rows of ``context`` tokens get one more each."""
     for row in range(rows):
         prompt = [(row * 7919 + i) % 100 for i in range(context)]
-        engine_core.add(ask(f"{row}", prompt, steps + 40, **sampling))
-    started: set[str] = set()
-    while len(started) < rows:
-        report = engine_core.step()
-        assert report is not None
-        for output in report.outputs:
-            assert output.finish_reason != "error", output.error
-            started.add(output.id)
+        # More tokens than all the prompts take steps, so that no row ends before the last begins.
+        engine_core.add(ask(f"{row}", prompt, bench.pick(8192, steps + 40), **sampling))
+    start(engine_core, rows)
     for _ in range(3):
         engine_core.step()
     bench.synchronize()
@@ -213,3 +208,14 @@ def decode_seconds(
     while engine_core.step() is not None:
         pass
     return took
+
+
+def start(engine_core: EngineCore, rows: int) -> None:
+    """Step until so many rows have a token."""
+    started: set[str] = set()
+    while len(started) < rows:
+        report = engine_core.step()
+        assert report is not None
+        for output in report.outputs:
+            assert output.finish_reason != "error", output.error
+            started.add(output.id)

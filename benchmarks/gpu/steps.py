@@ -5,10 +5,11 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from benchmarks.gpu.harness import INTERNVL3_1B, Bench, ask, core, decode_seconds
+from benchmarks.gpu.harness import INTERNVL3_1B, Bench, ask, core, decode_seconds, start
 from engine.core import EngineCore
 from engine.runner import ModelRunner
 from model.ops import Ops
@@ -95,9 +96,9 @@ def run_ahead(bench: Bench) -> None:
 def _slower(engine_core: EngineCore, seconds: float) -> Iterator[None]:
     plan = engine_core._scheduler.plan
 
-    def slow() -> object:
+    def slow(*arguments: Any) -> object:
         time.sleep(seconds)
-        return plan()
+        return plan(*arguments)
 
     engine_core._scheduler.plan = slow  # type: ignore[assignment, method-assign]
     try:
@@ -228,7 +229,8 @@ def under_pictures(bench: Bench) -> None:
         rows, arrivals, every = bench.pick((32, 20, 12), (2, 2, 2))
         with bench.case(name), core(bench, shape) as (engine_core, _):
             for row in range(rows):
-                engine_core.add(ask(f"{row}", [row] * bench.pick(512, 8), arrivals * every + 40))
+                engine_core.add(ask(f"{row}", [row] * bench.pick(512, 8), bench.pick(8192, 60)))
+            start(engine_core, rows)
             gaps, last = [], time.perf_counter()
             for step in range(arrivals * every):
                 if step % every == every - 1:

@@ -112,7 +112,9 @@ class FlashAttention(AttentionBackend):
         generator = torch.Generator().manual_seed(0)
         shapes = (self.heads, sum(queries)), (self.kv_heads, sum(contexts)), (self.kv_heads, 9)
         query, key, value = (
-            torch.randn(count, heads, self.head_dim, generator=generator).to(device, dtype)
+            torch.randn(count, heads, self.head_dim, generator=generator, device="cpu").to(
+                device, dtype
+            )
             for heads, count in shapes
         )
         starts, key_starts = (_starts(np.array(counts), device) for counts in (queries, contexts))
