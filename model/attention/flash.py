@@ -46,7 +46,7 @@ _NEAR = 5e-2
 class _Group:
     """Rows with several new tokens, for one call."""
 
-    tokens: Tensor | None  # of the flat batch; None: all of it
+    tokens: Tensor | slice  # of the flat batch
     query_starts: Tensor
     key_starts: Tensor
     longest_query: int
@@ -58,10 +58,9 @@ class _Group:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    write: Any  # the decoder's, for the whole batch
+    decoder: Any  # its own, for the whole batch
+    decodes: bool  # whether any row has one new token
     groups: list[_Group]
-    singles: Tensor | None  # tokens of the rows with one new token, if there are groups too
-    decode: Any  # the decoder's, for those rows; None: there are none
 
 
 class FlashAttention(AttentionBackend):
@@ -75,7 +74,7 @@ class FlashAttention(AttentionBackend):
         self._decode_by(SdpaAttention(config))
         self._varlen: Varlen | None = None
 
-    def _decode_by(self, decoder: AttentionBackend) -> None:
+    def _decode_by(self, decoder: SdpaAttention | TritonAttention) -> None:
         self._decoder = decoder
         self.name = f"{type(self).name}+{decoder.name}"
         self.graph_safe = decoder.graph_safe
@@ -128,30 +127,22 @@ class FlashAttention(AttentionBackend):
 
     def plan(self, batch: AttentionBatch, cache: KVCache) -> _Plan:
         several = [row for row, count in enumerate(batch.queries) if count > 1]
-        write = self._decoder.plan(batch, cache)
-        if not several:
-            return _Plan(write, [], None, write)
         fresh = [row for row in several if batch.queries[row] == batch.contexts[row]]
         cached = [row for row in several if batch.queries[row] < batch.contexts[row]]
         groups = [self._group(batch, rows, None) for rows in [fresh] if rows]
         groups += [self._group(batch, rows, cache) for rows in _bounded(cached, batch.contexts)]
-        single = [row for row, count in enumerate(batch.queries) if count == 1]
-        if not single:
-            return _Plan(write, groups, None, None)
-        tokens, part = _subset(batch, single)
-        return _Plan(write, groups, tokens, self._decoder.plan(part, cache))
+        return _Plan(self._decoder.plan(batch, cache), 1 in batch.queries, groups)
 
     def _group(self, batch: AttentionBatch, rows: list[int], cache: KVCache | None) -> _Group:
         """One call; the keys are those of the step where there is no cache to gather from."""
         device = batch.slots.device
         queries = np.array([batch.queries[row] for row in rows])
         contexts = np.array([batch.contexts[row] for row in rows])
-        whole = len(rows) == len(batch.queries)
         pages = None
         if cache is not None:
             pages = self._pages(batch.block_tables, rows, contexts, cache.block_size)
         return _Group(
-            None if whole else _tokens(batch, rows),
+            _tokens(batch, rows),
             _starts(queries, device),
             _starts(contexts, device),
             int(queries.max()),
@@ -173,29 +164,22 @@ class FlashAttention(AttentionBackend):
         return pages * block_size + (positions_there % block_size)[:, None]
 
     def write(self, cache: Tensor, key: Tensor, value: Tensor, plan: _Plan) -> None:
-        self._decoder.write(cache, key, value, plan.write)
+        self._decoder.write(cache, key, value, plan.decoder)
 
     def rotate_write(
         self, cache: Tensor, qkv: Tensor, at: Angles, plan: _Plan
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._decoder.rotate_write(cache, qkv, at, plan.write)
+        return self._decoder.rotate_write(cache, qkv, at, plan.decoder)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: _Plan
     ) -> Tensor:
-        if not plan.groups:
-            return self._decoder.attend(query, key, value, cache, plan.decode)
-        if len(plan.groups) == 1 and plan.groups[0].tokens is None:
-            return self._mix(query, key, value, cache, plan.groups[0])
-        mixed = torch.empty_like(query)
+        mixed = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if plan.decodes:
+            self._decoder.decode(mixed, query, cache, plan.decoder)
         for group in plan.groups:
             tokens = group.tokens
             mixed[tokens] = self._mix(query[tokens], key[tokens], value[tokens], cache, group)
-        if plan.singles is not None:
-            tokens = plan.singles
-            mixed[tokens] = self._decoder.attend(
-                query[tokens], key[tokens], value[tokens], cache, plan.decode
-            )
         return mixed
 
     def _mix(
@@ -284,26 +268,13 @@ def _starts(counts: np.ndarray, device: torch.device) -> Tensor:
     return to_device(np.append(0, counts.cumsum()).astype(np.int32), device)
 
 
-def _tokens(batch: AttentionBatch, rows: list[int]) -> Tensor:
-    """The flat batch's tokens of these rows, [n] int64."""
+def _tokens(batch: AttentionBatch, rows: list[int]) -> Tensor | slice:
+    """The flat batch's tokens of these rows; a slice where they stand one behind the other."""
     ends = list(itertools.accumulate(batch.queries))
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(ends[rows[0]] - batch.queries[rows[0]], ends[rows[-1]])
     spans = [np.arange(ends[row] - batch.queries[row], ends[row]) for row in rows]
     return to_device(np.concatenate(spans), batch.slots.device)
-
-
-def _subset(batch: AttentionBatch, rows: list[int]) -> tuple[Tensor, AttentionBatch]:
-    """Some rows as a batch of their own, and which tokens of the whole one they are."""
-    tokens, lines = _tokens(batch, rows), to_device(rows, batch.slots.device)
-    queries = tuple(batch.queries[row] for row in rows)
-    part = AttentionBatch(
-        query_starts=_starts(np.array(queries), batch.slots.device),
-        context_lengths=batch.context_lengths[lines],
-        slots=batch.slots[tokens],
-        block_tables=batch.block_tables[lines],
-        queries=queries,
-        contexts=tuple(batch.contexts[row] for row in rows),
-    )
-    return tokens, part
 
 
 def _bounded(rows: list[int], contexts: tuple[int, ...]) -> list[list[int]]:

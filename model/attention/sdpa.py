@@ -117,10 +117,15 @@ class SdpaAttention(AttentionBackend):
         if not plan.extends and len(plan.decodes) == 1 and plan.decodes[0].tokens is None:
             return self._decode(query, cache, plan.decodes[0])
         mixed = torch.empty_like(query)
-        for decode in plan.decodes:
-            mixed[decode.tokens] = self._decode(query[decode.tokens], cache, decode)
+        self.decode(mixed, query, cache, plan)
         self.extend(mixed, query, key, value, cache, plan)
         return mixed
+
+    def decode(self, mixed: Tensor, query: Tensor, cache: Tensor, plan: _Plan) -> None:
+        """The part of ``attend`` for rows with one new token, put into ``mixed``."""
+        for rows in plan.decodes:
+            tokens = slice(None) if rows.tokens is None else rows.tokens
+            mixed[tokens] = self._decode(query[tokens], cache, rows)
 
     def extend(
         self,

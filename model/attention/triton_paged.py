@@ -107,13 +107,17 @@ class TritonAttention(AttentionBackend):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: _Plan
     ) -> Tensor:
+        mixed = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if 1 in plan.batch.queries:
+            self.decode(mixed, query, cache, plan)
+        if max(plan.batch.queries) > 1:
+            self._sdpa.extend(mixed, query, key, value, cache, plan.reference)
+        return mixed
+
+    def decode(self, mixed: Tensor, query: Tensor, cache: Tensor, plan: _Plan) -> None:
+        """The part of ``attend`` for rows with one new token, put into ``mixed``."""
         from model.triton import paged
 
         batch = plan.batch
-        mixed = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        if 1 in batch.queries:
-            lengths = batch.query_starts, batch.context_lengths
-            paged.decode(query, cache, *lengths, batch.block_tables, mixed)
-        if max(batch.queries) > 1:
-            self._sdpa.extend(mixed, query, key, value, cache, plan.reference)
-        return mixed
+        lengths = batch.query_starts, batch.context_lengths
+        paged.decode(query, cache, *lengths, batch.block_tables, mixed)

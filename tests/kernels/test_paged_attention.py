@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from model.attention import choose
-from model.attention.base import AttentionBatch, AttentionStep
+from model.attention.base import AttentionBackend, AttentionBatch, AttentionStep
 from model.attention.flash import FlashAttention, FlashAttnAttention
 from model.attention.triton_paged import TritonAttention
 from model.kv_cache import KVCache
 from model.rotary import Angles, angles, inverse_frequencies, rotate
 from model.schema import TextConfig
 from model.triton import paged
+from tests.parity.test_flash import Library
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 4e-2}
 # Length 1, both sides of a page's end, a whole split and one token more.
@@ -55,8 +56,9 @@ class Case:
             mixed.append((weights @ value).transpose(0, 1).flatten(1))
         return torch.cat(mixed)
 
-    def found(self) -> Tensor:
-        step = AttentionStep(TritonAttention(self.config), self.batch, self.kv, self.at)
+    def found(self, backend: AttentionBackend | None = None) -> Tensor:
+        backend = backend or TritonAttention(self.config)
+        step = AttentionStep(backend, self.batch, self.kv, self.at)
         return step(0, self.qkv.clone()).double()
 
 
@@ -218,6 +220,23 @@ def test_a_backend_that_works_is_used_behind_every_library(
     chosen = choose("flash_attn", config, device, torch.float16)
     assert (chosen.name, chosen.graph_safe) == ("flash_attn+triton", True)
     assert choose("triton", config, device, torch.float32).name == "triton"
+
+
+def test_a_librarys_kernel_and_ours_share_a_step(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts that begin, go on, and stand apart from each other, between rows of one token."""
+    varlen = Library().flash_attn_varlen_func
+    call = lambda q, k, v, *lengths: varlen(q, k, v, *lengths, causal=True)  # noqa: E731
+    monkeypatch.setattr(FlashAttention, "devices", (device.type,))
+    monkeypatch.setattr("model.triton.missing", lambda device: None)
+    monkeypatch.setattr(FlashAttnAttention, "load", lambda self: call)
+    rows = [(1, 40), (7, 20), (5, 5), (1, 3), (9, 9), (2, 70), (3, 19), (1, 17)]
+    made = case(rows, 7, 16, 16, torch.float32, device)
+    backend = FlashAttnAttention(made.config)
+    assert backend.supports(device, torch.bfloat16) is None
+    assert backend.name == "flash_attn+triton"
+    torch.testing.assert_close(made.found(backend), made.expected(), atol=2e-6, rtol=0)
 
 
 def test_a_backend_that_does_not_work_says_why(
