@@ -20,18 +20,20 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import checks, kernels, steps
+from benchmarks.gpu import checks, kernels, ours, steps
 from benchmarks.gpu.harness import Bench
 
 PARTS: dict[str, Callable[[Bench], None]] = {
     "backends": checks.backends,
     "model": checks.model,
     "tokens": checks.tokens,
+    "our_kernels": ours.tests,
     "ceilings": kernels.ceilings,
     "decode_attention": kernels.decode_attention,
     "prefill_attention": kernels.prefill_attention,
     "encoder": kernels.encoder,
     "sampler": kernels.sampler,
+    "resize": ours.resize,
     "decode": steps.decode,
     "syncs": steps.syncs,
     "run_ahead": steps.run_ahead,
@@ -44,7 +46,6 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 }
 """In the order of their worth, should the time not do for all."""
 MISSING = {
-    "9 exact resize on the GPU": "no kernel is written; pictures are resized on the CPU",
     "10 JPEG bytes to embeddings": "benchmarks/media.py measures the CPU's part",
     "11 front end at 40,000 tokens/s": "needs no GPU",
     "15 vLLM as a peer": "not carried to the machine",

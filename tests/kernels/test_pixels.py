@@ -5,6 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.gpu import ours
+from benchmarks.gpu.harness import Bench
 from model.triton import pixels
 from preprocessing.media import TileSettings
 from preprocessing.tiling import tile
@@ -47,6 +49,16 @@ def test_weights_are_those_of_pillow_for_any_pair_of_sizes() -> None:
         total = (line[0, places].astype(np.int64) * factors).sum(0) + (1 << 21)
         assert abs(total).max() < 1 << 31
         assert np.array_equal(np.clip(total >> 22, 0, 255), np.asarray(expected)[0]), (source, size)
+
+
+def test_what_a_visit_to_a_gpu_does_goes_through(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.triton.missing", lambda device: None)
+    bench = Bench(device, dry=True)
+    ours.resize(bench)
+    assert bench.results[0]["passed"]
+    assert len(bench.results) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
