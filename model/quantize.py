@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model import triton as kernels
 from model.decoder import DecoderLayer
 from model.layers import Linear
 from model.schema import CheckpointError
 
 _FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FP8).max
+# The largest of a row counts as this at least: a row of zeros has a scale too.
+_LEAST = 1e-12
 # Multiples that the kernels want of rows and columns of a weight.
 _STEP = 16
 # Of the products' deviation; what rounding to bfloat16 takes is a tenth of it.
@@ -29,9 +32,13 @@ Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """``[N, size]`` as float8 and a scale per row, ``[N, 1]`` fp32: their product is nearest."""
+    if kernels.missing(rows.device) is None:
+        # Triton takes a while to import, and is not there on every machine.
+        from model.triton import quantize
+
+        return quantize.to_fp8(rows, _LEAST)
     wide = rows.float()
-    # A row of zeros has a scale too.
-    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / _LARGEST
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=_LEAST) / _LARGEST
     return (wide / scale).clamp(-_LARGEST, _LARGEST).to(_FP8), scale
 
 

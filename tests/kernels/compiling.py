@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from engine.sampling import fused as sampling
-from model.triton import fused, paged, pixels
+from model.triton import fused, paged, pixels, quantize
 
 TYPES = {
     torch.float32: "fp32",
@@ -80,6 +80,7 @@ def launch_all() -> None:
         fused.add_norm(rows, None, weight, weight, 1e-6)
         fused.silu_mul(rows)
         fused.bias_gelu_(rows, weight)
+        quantize.to_fp8(rows, 1e-12)
         tiles = torch.zeros(2, 3, 448, 448, dtype=torch.uint8)
         pixels.patches(tiles, torch.ones(3), torch.ones(3), 14, dtype)
     for height in (300, 2000):  # both orders

@@ -12,6 +12,7 @@ KERNELS = [
     "model.triton.fused",
     "model.triton.paged",
     "model.triton.pixels",
+    "model.triton.quantize",
     "engine.sampling.fused",
 ]
 
