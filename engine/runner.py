@@ -106,7 +106,9 @@ class ModelRunner:
             quantization=settings.quantization,
             progress=_reporter(progress),
         )
-        self._attention = choose(settings.attention_backend, config.text, device, dtype)
+        self._attention = choose(
+            settings.attention_backend, config.text, device, dtype, settings.block_size
+        )
         self._capturing = capture_on(device) if settings.cuda_graphs else None
         progress(Progress("cache"))
         limit = _max_model_len(settings, config)

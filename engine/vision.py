@@ -21,7 +21,7 @@ from wire.channel import Buffer
 from wire.messages import EngineRequest
 
 # Tiles per pass of the encoder: enough to fill the machine, few enough to bound the activations.
-_CHUNK = {"cpu": 4, "cuda": 16}
+_CHUNK = {"cpu": 1, "cuda": 16}
 
 
 @dataclasses.dataclass(frozen=True)

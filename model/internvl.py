@@ -49,7 +49,8 @@ class InternVL(nn.Module):
             self._statistics = mean, std
         mean, std = self._statistics
         pixels = (tiles.to(self.device).float() - mean) / std
-        return self.projector(self.vision(pixels.to(self.dtype), self.ops), self.ops)
+        ops = self.ops
+        return ops.keep(self.projector(self.vision(pixels.to(self.dtype), ops), ops))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids ``[N]`` to embeddings ``[N, hidden]``."""
@@ -68,7 +69,7 @@ class InternVL(nn.Module):
         # A step's few cosines cost less than a table that has to follow the device about.
         frequencies = inverse_frequencies(text.head_dim, text.rope_theta, positions.device)
         step = AttentionStep(attention, batch, kv, angles(positions, frequencies))
-        return self.decoder(embeddings, step, self.ops)
+        return self.ops.keep(self.decoder(embeddings, step, self.ops))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[M, hidden]`` to fp32 logits ``[M, vocab]``."""

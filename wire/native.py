@@ -9,13 +9,13 @@ import importlib.machinery
 from pathlib import Path
 
 
-def load(package: str, name: str) -> ctypes.CDLL | None:
-    """The library ``name`` beside the package whose ``__file__`` is given; None without one.
+def load(beside: str, name: str) -> ctypes.CDLL | None:
+    """The library ``name`` beside the module whose ``__file__`` is given; None without one.
 
     None also where it cannot be loaded, as one from another machine's disk.
     """
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        file = Path(package).parent / (name + suffix)
+        file = Path(beside).parent / (name + suffix)
         if file.exists():
             try:
                 return ctypes.CDLL(str(file))

@@ -226,8 +226,8 @@ class EngineSettings:
     attention_backend: str = knob(
         "auto",
         "Attention implementation; 'auto': on CUDA the first of those listed that is installed and "
-        "passes a small test, on the CPU the last.",
-        choices=("auto", "fa3", "flash_attn", "torch_varlen", "triton", "sdpa"),
+        "passes a small test, on the CPU 'native' for bfloat16 and 'sdpa' for others.",
+        choices=("auto", "fa3", "flash_attn", "torch_varlen", "triton", "native", "sdpa"),
     )
     max_model_len: int = knob(
         0, "Most tokens of prompt plus completion; 0: the model's own limit.", low=0

@@ -26,7 +26,7 @@ def backends(bench: Bench) -> None:
         for dtype in dtypes:
             label = f"{name} {dtype}".replace("torch.", "")
             with bench.case(label):
-                reason = kind(config(4, 2)).supports(bench.device, dtype)
+                reason = kind(config(4, 2)).supports(bench.device, dtype, 64)
                 if reason is not None:
                     bench.skip(label, reason)
                     continue
@@ -34,7 +34,7 @@ def backends(bench: Bench) -> None:
                 for rows in BATCHES.values() if not bench.dry else list(BATCHES.values())[:3]:
                     for heads in ((4, 4), (4, 2), (7, 1)):
                         backend = kind(config(*heads))
-                        backend.supports(bench.device, dtype)
+                        backend.supports(bench.device, dtype, 64)
                         with bench.device:
                             expected, found = expected_and_found(backend, rows, 16, dtype)
                         worst = max(worst, float((expected - found).abs().max()))

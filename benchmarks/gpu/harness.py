@@ -141,7 +141,7 @@ def random_model(
     model.vision.fold()
     quantize_layers(model.decoder.layers, quantization)
     model.ops = choose(device, dtype)
-    model.ops.prepare(model)
+    model.ops.prepare(list(model.modules()), model.decoder.output)
     return model.eval()
 
 

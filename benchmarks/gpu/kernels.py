@@ -83,7 +83,7 @@ def _batch(
 def _backend(bench: Bench, name: str, text: TextConfig) -> AttentionBackend | str:
     """A backend, or why it cannot be used here."""
     backend = BACKENDS[name](text)
-    return backend.supports(bench.device, bench.dtype) or backend
+    return backend.supports(bench.device, bench.dtype, 64) or backend
 
 
 def decode_attention(bench: Bench) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from model.attention.base import AttentionBackend
 from model.attention.flash import Fa3Attention, FlashAttnAttention, TorchVarlenAttention
+from model.attention.native import NativeAttention
 from model.attention.sdpa import SdpaAttention
 from model.attention.triton_paged import TritonAttention
 from model.schema import TextConfig
@@ -19,6 +20,7 @@ BACKENDS: dict[str, type[AttentionBackend]] = {
         FlashAttnAttention,
         TorchVarlenAttention,
         TritonAttention,
+        NativeAttention,
         SdpaAttention,
     )
 }
@@ -26,7 +28,7 @@ BACKENDS: dict[str, type[AttentionBackend]] = {
 
 
 def choose(
-    name: str, config: TextConfig, device: torch.device, dtype: torch.dtype
+    name: str, config: TextConfig, device: torch.device, dtype: torch.dtype, block_size: int
 ) -> AttentionBackend:
     """The backend called ``name``, or with "auto" the first that supports the model here.
 
@@ -36,7 +38,7 @@ def choose(
     reasons: list[str] = []
     for candidate in names:
         backend = BACKENDS[candidate](config)
-        reason = backend.supports(device, dtype)
+        reason = backend.supports(device, dtype, block_size)
         if reason is None:
             logger.info("attention=%s (%s)", backend.name, "; ".join(reasons) or "asked for")
             return backend

@@ -53,7 +53,7 @@ class AttentionBackend(ABC):
         self.head_dim = config.head_dim
 
     @abstractmethod
-    def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def supports(self, device: torch.device, dtype: torch.dtype, block_size: int) -> str | None:
         """None, or why this backend cannot be used there."""
 
     @abstractmethod

@@ -83,7 +83,7 @@ class FlashAttention(AttentionBackend):
     def load(self) -> Varlen:
         """The kernel. Raises ImportError or AttributeError where the library is not there."""
 
-    def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def supports(self, device: torch.device, dtype: torch.dtype, block_size: int) -> str | None:
         if device.type not in self.devices:
             return f"it needs {' or '.join(self.devices)}"
         if dtype not in (torch.bfloat16, torch.float16):
@@ -98,7 +98,7 @@ class FlashAttention(AttentionBackend):
         if not error < _NEAR:
             return f"it is wrong by {error:.2g} in a small case"
         paged = TritonAttention(self._config)
-        reason = paged.supports(device, dtype)
+        reason = paged.supports(device, dtype, block_size)
         if reason is None:
             self._decode_by(paged)
         else:

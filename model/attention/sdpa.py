@@ -56,7 +56,7 @@ class SdpaAttention(AttentionBackend):
     name = "sdpa"
     graph_safe = False
 
-    def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def supports(self, device: torch.device, dtype: torch.dtype, block_size: int) -> str | None:
         return None
 
     def plan(self, batch: AttentionBatch, cache: KVCache) -> _Plan:

@@ -46,7 +46,7 @@ class TritonAttention(AttentionBackend):
         self._config = dataclasses.replace(config, layers=1)
         self._sdpa = SdpaAttention(config)
 
-    def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def supports(self, device: torch.device, dtype: torch.dtype, block_size: int) -> str | None:
         if self.head_dim not in (16, 32, 64, 128, 256):
             return f"it knows no heads of {self.head_dim}"
         if (reason := kernels.missing(device)) is not None:

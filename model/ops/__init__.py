@@ -4,8 +4,9 @@ import torch
 
 from model import triton as kernels
 from model.ops.base import Ops
+from model.ops.native import NativeOps
 
-__all__ = ["Ops", "choose"]
+__all__ = ["NativeOps", "Ops", "choose"]
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Ops:
@@ -15,4 +16,4 @@ def choose(device: torch.device, dtype: torch.dtype) -> Ops:
         from model.ops.triton import TritonOps
 
         return TritonOps()
-    return Ops()
+    return Ops() if NativeOps.missing(device, dtype) else NativeOps()

@@ -4,6 +4,7 @@ This class is the reference: plain torch, on every device and for every type. Su
 weights and choose other layouts, and may be told apart by their speed and their last bits alone.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -17,8 +18,11 @@ class Ops:
 
     name: ClassVar[str] = "torch"
 
-    def prepare(self, model: nn.Module) -> None:
-        """Bring the weights of a model that was just loaded into the form the operations want."""
+    def prepare(self, modules: Sequence[nn.Module], head: Embedding | Linear) -> None:
+        """Bring the weights of a model that was just loaded into the form the operations want.
+
+        ``head`` is the module among them that makes logits.
+        """
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """``[..., inputs] -> [..., outputs]``."""
@@ -63,6 +67,10 @@ class Ops:
         )
         mixed = functional.scaled_dot_product_attention(query, key, value)
         return mixed.transpose(1, 2).flatten(2)
+
+    def keep(self, x: Tensor) -> Tensor:
+        """A result that outlives the forward pass; others are gone when it ends."""
+        return x
 
     def logits(self, layer: Embedding | Linear, hidden: Tensor) -> Tensor:
         """``[M, hidden] -> [M, vocab]`` in fp32."""

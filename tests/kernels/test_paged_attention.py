@@ -217,9 +217,9 @@ def test_a_backend_that_works_is_used_behind_every_library(
     monkeypatch.setattr(FlashAttnAttention, "load", lambda self: None)
     monkeypatch.setattr(FlashAttnAttention, "_error", lambda *_: 0.0)
     config = case([(1, 1)], 7, 64, 16, torch.float16, device).config
-    chosen = choose("flash_attn", config, device, torch.float16)
+    chosen = choose("flash_attn", config, device, torch.float16, 64)
     assert (chosen.name, chosen.graph_safe) == ("flash_attn+triton", True)
-    assert choose("triton", config, device, torch.float32).name == "triton"
+    assert choose("triton", config, device, torch.float32, 64).name == "triton"
 
 
 def test_a_librarys_kernel_and_ours_share_a_step(
@@ -244,18 +244,18 @@ def test_a_backend_that_does_not_work_says_why(
 ) -> None:
     config = case([(1, 1)], 7, 64, 16, torch.float32, device).config
     backend = TritonAttention(config)
-    assert backend.supports(torch.device("cpu"), torch.float32) == "it needs cuda"
+    assert backend.supports(torch.device("cpu"), torch.float32, 64) == "it needs cuda"
     odd = TritonAttention(dataclasses.replace(config, head_dim=80))
-    assert odd.supports(device, torch.float32) == "it knows no heads of 80"
+    assert odd.supports(device, torch.float32, 64) == "it knows no heads of 80"
     monkeypatch.setattr("model.triton.missing", lambda device: None)
     decode = paged.decode
     with monkeypatch.context() as patch:
         patch.setattr(paged, "decode", lambda query, *rest: decode(2 * query, *rest))
-        assert "it is wrong by" in str(backend.supports(device, torch.float32))
+        assert "it is wrong by" in str(backend.supports(device, torch.float32, 64))
     with monkeypatch.context() as patch:
         patch.setattr(paged, "decode", lambda: None)
-        assert "it fails here" in str(backend.supports(device, torch.float32))
-    assert backend.supports(device, torch.float32) is None
+        assert "it fails here" in str(backend.supports(device, torch.float32, 64))
+    assert backend.supports(device, torch.float32, 64) is None
 
 
 def test_splits_fill_a_device_and_are_not_made_for_nothing() -> None:

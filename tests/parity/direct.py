@@ -17,7 +17,7 @@ def run(
 ) -> Tensor:
     """fp32 logits ``[tokens, vocab]`` of one prompt, in one pass."""
     count, size = len(ids), 16
-    attention = choose("sdpa", model.config.text, model.device, model.dtype)
+    attention = choose("sdpa", model.config.text, model.device, model.dtype, size)
     blocks = -(-count // size)
     kv = KVCache(
         model.config.text, blocks=blocks, block_size=size, device=model.device, dtype=model.dtype

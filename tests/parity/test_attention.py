@@ -1,5 +1,6 @@
 """Every attention backend equals attention written out, over ragged rows in scattered blocks."""
 
+import dataclasses
 import math
 import random
 
@@ -37,7 +38,7 @@ def config(heads: int, kv_heads: int) -> TextConfig:
 HERE = [
     name
     for name, kind in BACKENDS.items()
-    if kind(config(4, 2)).supports(torch.device("cpu"), torch.float32) is None
+    if kind(config(4, 2)).supports(torch.device("cpu"), torch.float32, 64) is None
 ]
 
 
@@ -46,7 +47,7 @@ def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     query, key, value = (x.double().transpose(0, 1) for x in (query, key, value))
     repeat = len(query) // len(key)
     key, value = key.repeat_interleave(repeat, 0), value.repeat_interleave(repeat, 0)
-    scores = query @ key.transpose(1, 2) / math.sqrt(HEAD_DIM)
+    scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])
     new, context = scores.shape[1:]
     future = torch.ones(new, context).triu(context - new + 1).bool()
     return (scores.masked_fill(future, -math.inf).softmax(-1) @ value).transpose(0, 1)
@@ -57,20 +58,20 @@ def expected_and_found(
 ) -> tuple[Tensor, Tensor]:
     """Write contexts in two goes, the last tokens in the step under test."""
     torch.manual_seed(0)
-    heads, kv_heads = backend.heads, backend.kv_heads
+    heads, kv_heads, head_dim = backend.heads, backend.kv_heads, backend.head_dim
     needed = [-(-context // block_size) for _, context in rows]
     free = list(range(sum(needed) + 5))
     random.Random(1).shuffle(free)
     tables = [[free.pop() for _ in range(count)] for count in needed]
     kv = KVCache(
-        config(heads, kv_heads),
+        dataclasses.replace(config(heads, kv_heads), head_dim=head_dim),
         blocks=sum(needed) + 5,
         block_size=block_size,
         device=torch.get_default_device(),
         dtype=dtype,
     )
     kv.layers[0].fill_(0)
-    shape = (kv_heads, HEAD_DIM)
+    shape = (kv_heads, head_dim)
     keys = [torch.randn(context, *shape).to(dtype) for _, context in rows]
     values = [torch.randn(context, *shape).to(dtype) for _, context in rows]
 
@@ -98,7 +99,7 @@ def expected_and_found(
         past = [torch.cat([x[i][: old[i]] for i in earlier]) for x in (keys, values)]
         backend.write(kv.layers[0], past[0], past[1], plan)
     news = [new for new, _ in rows]
-    queries = [torch.randn(new, heads, HEAD_DIM).to(dtype) for new in news]
+    queries = [torch.randn(new, heads, head_dim).to(dtype) for new in news]
     plan = backend.plan(batch(news, old), kv)
     key = torch.cat([k[n:] for k, n in zip(keys, old, strict=True)])
     value = torch.cat([v[n:] for v, n in zip(values, old, strict=True)])

@@ -83,7 +83,7 @@ def test_attention_equals_the_formula(
 ) -> None:
     library = install(monkeypatch, MODULES[kind], Library(pair=kind is Fa3Attention))
     backend = kind(config(heads, kv_heads))
-    assert backend.supports(CPU, torch.bfloat16) is None
+    assert backend.supports(CPU, torch.bfloat16, 64) is None
     library.calls.clear()
     expected, found = expected_and_found(backend, BATCHES[rows], 16, torch.float32)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
@@ -94,7 +94,7 @@ def test_keys_are_gathered_for_few_rows_at_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("model.attention.flash._GATHERED", 50)
     library = install(monkeypatch, "flash_attn", Library())
     backend = FlashAttnAttention(config(4, 2))
-    assert backend.supports(CPU, torch.bfloat16) is None
+    assert backend.supports(CPU, torch.bfloat16, 64) is None
     library.calls.clear()
     rows = [(2, 20), (3, 30), (2, 40), (2, 15), (1, 9), (2, 70), (2, 3), (40, 40), (60, 60)]
     expected, found = expected_and_found(backend, rows, 16, torch.float32)
@@ -109,7 +109,7 @@ def test_auto_takes_the_first_that_computes_what_it_should(
     install(monkeypatch, "flash_attn_interface", Library(shift=1))
     install(monkeypatch, "flash_attn", Library())
     with caplog.at_level(logging.INFO):
-        chosen = choose("auto", config(4, 2), CPU, torch.bfloat16)
+        chosen = choose("auto", config(4, 2), CPU, torch.bfloat16, 64)
     assert isinstance(chosen, FlashAttnAttention)
     assert chosen.name.startswith("flash_attn+")
     assert "fa3: it is wrong by" in caplog.text
@@ -120,20 +120,20 @@ def test_a_library_that_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("no kernel image is available\nmore")
 
     backend = FlashAttnAttention(config(4, 2))
-    assert "not installed" in str(backend.supports(CPU, torch.bfloat16))
+    assert "not installed" in str(backend.supports(CPU, torch.bfloat16, 64))
     library = install(monkeypatch, "flash_attn", Library())
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", fails)
-    reason = backend.supports(CPU, torch.bfloat16)
+    reason = backend.supports(CPU, torch.bfloat16, 64)
     assert reason == "it fails here (no kernel image is available)"
-    assert "float32" in str(backend.supports(CPU, torch.float32))
+    assert "float32" in str(backend.supports(CPU, torch.float32, 64))
     monkeypatch.setattr(FlashAttention, "devices", ("cuda",))
-    assert backend.supports(CPU, torch.bfloat16) == "it needs cuda"
+    assert backend.supports(CPU, torch.bfloat16, 64) == "it needs cuda"
     assert not library.calls
     with pytest.raises(ValueError, match="flash_attn: it needs cuda"):
-        choose("flash_attn", config(4, 2), CPU, torch.bfloat16)
+        choose("flash_attn", config(4, 2), CPU, torch.bfloat16, 64)
 
 
 def test_what_always_works_is_the_last_choice() -> None:
-    assert isinstance(choose("auto", config(4, 2), CPU, torch.float32), SdpaAttention)
+    assert isinstance(choose("auto", config(4, 2), CPU, torch.float32, 64), SdpaAttention)
     # torch's own kernel exists for CUDA only; trying it on the CPU ends in the next choice.
-    assert isinstance(choose("auto", config(4, 2), CPU, torch.bfloat16), SdpaAttention)
+    assert isinstance(choose("auto", config(4, 2), CPU, torch.bfloat16, 64), SdpaAttention)

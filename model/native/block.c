@@ -1,0 +1,243 @@
+#include "block.h"
+
+#include <string.h>
+#include <unistd.h>
+
+static float wide(bf16 x) {
+  union { uint32_t bits; float value; } u = {(uint32_t)x << 16};
+  return u.value;
+}
+
+static void portable(const bf16 *a, long lda, int rows, const bf16 *b, long stride, int panels,
+                     int inputs, float *c, long ldc, int more) {
+  for (int row = 0; row < rows; row++)
+    for (int panel = 0; panel < panels; panel++) {
+      float sum[LANES] = {0}, *to = c + row * ldc + panel * LANES;
+      if (more) memcpy(sum, to, sizeof sum);
+      const bf16 *pairs = b + panel * stride;
+      for (int i = 0; i < inputs; i++)
+        for (int lane = 0; lane < LANES; lane++)
+          sum[lane] += wide(a[row * lda + i]) * wide(pairs[(i / 2 * LANES + lane) * 2 + i % 2]);
+      memcpy(to, sum, sizeof sum);
+    }
+}
+
+static void nothing(void) {}
+
+block_fn block_product = portable;
+void (*block_begin)(void) = nothing;
+void (*block_end)(void) = nothing;
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+
+/* Rows of `r` at once so that enough sums are under way to hide the latency of an addition. */
+#define AVX2 __attribute__((target("avx2,fma")))
+AVX2 static inline __attribute__((always_inline)) void avx2_rows(
+    const bf16 *a, long lda, int count, const bf16 *b, int inputs, float *c, long ldc, int more) {
+  __m256 sum[4][2];
+  const __m256i high = _mm256_set1_epi32((int)0xffff0000);
+  for (int r = 0; r < count; r++) {
+    sum[r][0] = more ? _mm256_loadu_ps(c + r * ldc) : _mm256_setzero_ps();
+    sum[r][1] = more ? _mm256_loadu_ps(c + r * ldc + 8) : _mm256_setzero_ps();
+  }
+  for (int i = 0; i < inputs; i += 2, b += 2 * LANES) {
+    __m256i p = _mm256_loadu_si256((const void *)b), q = _mm256_loadu_si256((const void *)(b + 16));
+    __m256 p0 = _mm256_castsi256_ps(_mm256_slli_epi32(p, 16));
+    __m256 q0 = _mm256_castsi256_ps(_mm256_slli_epi32(q, 16));
+    __m256 p1 = _mm256_castsi256_ps(_mm256_and_si256(p, high));
+    __m256 q1 = _mm256_castsi256_ps(_mm256_and_si256(q, high));
+    for (int r = 0; r < count; r++) {
+      __m256 x0 = _mm256_set1_ps(wide(a[r * lda + i])), x1 = _mm256_set1_ps(wide(a[r * lda + i + 1]));
+      sum[r][0] = _mm256_fmadd_ps(x1, p1, _mm256_fmadd_ps(x0, p0, sum[r][0]));
+      sum[r][1] = _mm256_fmadd_ps(x1, q1, _mm256_fmadd_ps(x0, q0, sum[r][1]));
+    }
+  }
+  for (int r = 0; r < count; r++) {
+    _mm256_storeu_ps(c + r * ldc, sum[r][0]);
+    _mm256_storeu_ps(c + r * ldc + 8, sum[r][1]);
+  }
+}
+
+AVX2 static void avx2(const bf16 *a, long lda, int rows, const bf16 *b, long stride, int panels,
+                      int inputs, float *c, long ldc, int more) {
+  for (int panel = 0; panel < panels; panel++)
+    for (int row = 0; row < rows; row += 4) {
+      const bf16 *from = a + row * lda, *pairs = b + panel * stride;
+      float *to = c + row * ldc + panel * LANES;
+      if (rows - row >= 4) avx2_rows(from, lda, 4, pairs, inputs, to, ldc, more);
+      else if (rows - row == 3) avx2_rows(from, lda, 3, pairs, inputs, to, ldc, more);
+      else if (rows - row == 2) avx2_rows(from, lda, 2, pairs, inputs, to, ldc, more);
+      else avx2_rows(from, lda, 1, pairs, inputs, to, ldc, more);
+    }
+}
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+AVX512 static inline __attribute__((always_inline)) void avx512_rows(
+    const bf16 *a, long lda, int count, const bf16 *b, long stride, int inputs, float *c, long ldc, int more) {
+  __m512 sum[12][GROUP];
+  for (int r = 0; r < count; r++)
+    for (int p = 0; p < GROUP; p++)
+      sum[r][p] = more ? _mm512_loadu_ps(c + r * ldc + p * LANES) : _mm512_setzero_ps();
+  for (int i = 0; i < inputs; i += 2, b += 2 * LANES) {
+    __m512i pairs[GROUP];
+    for (int p = 0; p < GROUP; p++) {
+      pairs[p] = _mm512_loadu_si512(b + p * stride);
+      _mm_prefetch((const char *)(b + p * stride) + 2048, _MM_HINT_T0);
+    }
+    for (int r = 0; r < count; r++) {
+      int both;
+      memcpy(&both, a + r * lda + i, sizeof both);
+      __m512i x = _mm512_set1_epi32(both);
+      for (int p = 0; p < GROUP; p++)
+        sum[r][p] = _mm512_dpbf16_ps(sum[r][p], (__m512bh)x, (__m512bh)pairs[p]);
+    }
+  }
+  for (int r = 0; r < count; r++)
+    for (int p = 0; p < GROUP; p++) _mm512_storeu_ps(c + r * ldc + p * LANES, sum[r][p]);
+}
+
+AVX512 static void avx512(const bf16 *a, long lda, int rows, const bf16 *b, long stride, int panels,
+                          int inputs, float *c, long ldc, int more) {
+  if (panels < GROUP) stride = 0; /* the panel twice: the second result is not used */
+  int row = 0;
+  for (; row + 12 <= rows; row += 12)
+    avx512_rows(a + row * lda, lda, 12, b, stride, inputs, c + row * ldc, ldc, more);
+  for (; row + 4 <= rows; row += 4)
+    avx512_rows(a + row * lda, lda, 4, b, stride, inputs, c + row * ldc, ldc, more);
+  for (; row < rows; row++) avx512_rows(a + row * lda, lda, 1, b, stride, inputs, c + row * ldc, ldc, more);
+}
+
+/* AMX: sums in tiles 0 to 3, rows in 4 and 5, panels in 6 and 7. */
+#define AMX __attribute__((target("amx-tile,amx-bf16,avx512f")))
+
+struct tiles {
+  uint8_t palette, start, zeros[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
+} __attribute__((packed));
+
+/* Bytes from where a panel is read to where it is fetched. */
+enum { AHEAD = 2048 };
+
+static __thread int tile_rows = -1;
+
+AMX static void set_rows(int rows) {
+  if (rows == tile_rows) return;
+  int first = rows < 16 ? rows : 16, second = rows > 16 ? rows - 16 : 16;
+  struct tiles t = {.palette = 1};
+  for (int i = 0; i < 8; i++) t.bytes[i] = 64;
+  t.rows[0] = t.rows[1] = t.rows[4] = first;
+  t.rows[2] = t.rows[3] = t.rows[5] = second;
+  t.rows[6] = t.rows[7] = 16;
+  _tile_loadconfig(&t);
+  tile_rows = rows;
+}
+
+/* At most 16 rows: the panels come from memory, and that is what takes the time. */
+/* At most 16 rows: the panels come from memory, and that is what takes the time. */
+AMX static void amx_few(const bf16 *a, long lda, int rows, const bf16 *b0, const bf16 *b1,
+                        int inputs, float *c, long ldc, int more) {
+  set_rows(rows);
+  if (more) {
+    _tile_loadd(0, c, ldc * 4);
+    _tile_loadd(1, c + LANES, ldc * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+  }
+  for (int i = 0; i < inputs; i += STEP, b0 += STEP * LANES, b1 += STEP * LANES) {
+    for (int line = 0; line < 16; line++) {
+      _mm_prefetch((const char *)b0 + AHEAD + line * 64, _MM_HINT_T0);
+      _mm_prefetch((const char *)b1 + AHEAD + line * 64, _MM_HINT_T0);
+    }
+    _tile_loadd(4, a + i, lda * 2);
+    _tile_loadd(6, b0, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b1, 64);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  _tile_stored(0, c, ldc * 4);
+  _tile_stored(1, c + LANES, ldc * 4);
+}
+
+/* 17 to 32 rows. */
+AMX static void amx_many(const bf16 *a, long lda, int rows, const bf16 *b0, const bf16 *b1,
+                         int inputs, float *c, long ldc, int more) {
+  const bf16 *below = a + 16 * lda;
+  float *under = c + 16 * ldc;
+  set_rows(rows);
+  if (more) {
+    _tile_loadd(0, c, ldc * 4);
+    _tile_loadd(1, c + LANES, ldc * 4);
+    _tile_loadd(2, under, ldc * 4);
+    _tile_loadd(3, under + LANES, ldc * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int i = 0; i < inputs; i += STEP, b0 += STEP * LANES, b1 += STEP * LANES) {
+    _tile_loadd(4, a + i, lda * 2);
+    _tile_loadd(6, b0, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b1, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, below + i, lda * 2);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, ldc * 4);
+  _tile_stored(1, c + LANES, ldc * 4);
+  _tile_stored(2, under, ldc * 4);
+  _tile_stored(3, under + LANES, ldc * 4);
+}
+
+AMX static void amx(const bf16 *a, long lda, int rows, const bf16 *b, long stride, int panels,
+                    int inputs, float *c, long ldc, int more) {
+  const bf16 *other = panels > 1 ? b + stride : b;
+  for (int row = 0; row < rows; row += 32) {
+    const bf16 *x = a + row * lda;
+    float *to = c + row * ldc;
+    if (rows - row <= 16) amx_few(x, lda, rows - row, b, other, inputs, to, ldc, more);
+    else amx_many(x, lda, rows - row < 32 ? rows - row : 32, b, other, inputs, to, ldc, more);
+  }
+}
+
+/* Tiles that are in use make every switch of threads dearer. */
+AMX static void amx_end(void) {
+  _tile_release();
+  tile_rows = -1;
+}
+
+/* Linux lends a process the tiles when it asks (arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA). */
+static int amx_allowed(void) {
+  return __builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, 0x1023, 18);
+}
+#endif
+
+/* Choose the best of what this processor has: 4 AMX, 3 AVX512-BF16, 2 AVX2, 1 portable; at most
+   `most`. Returns the choice. */
+int internvl_choose(int most) {
+#if defined(__x86_64__)
+  block_begin = block_end = nothing;
+  __builtin_cpu_init();
+  if (most >= 4 && amx_allowed()) {
+    block_product = amx;
+    block_end = amx_end;
+    return 4;
+  }
+  if (most >= 3 && __builtin_cpu_supports("avx512bf16")) {
+    block_product = avx512;
+    return 3;
+  }
+  if (most >= 2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    block_product = avx2;
+    return 2;
+  }
+#endif
+  block_product = portable;
+  return 1;
+}

@@ -1,0 +1,33 @@
+/* The one product everything is made of: a few rows times a group of packed panels.
+
+   A matrix of outputs x inputs is packed into panels of 16 outputs. In a panel the inputs stand in
+   pairs: [inputs / 2][16 outputs][2], zeros where the sizes are no multiples. It is the order in
+   which AMX and AVX512-BF16 want the right side of a product, and a panel is read from its first
+   byte to its last.
+
+   Every output is summed in the order of its inputs, whatever is computed beside it: a row's result
+   does not depend on the rows around it, nor on how many there are. */
+#pragma once
+#include <stdint.h>
+
+typedef uint16_t bf16;
+
+enum {
+  LANES = 16,        /* outputs of a panel */
+  STEP = 32,         /* inputs are padded to a multiple of this */
+  GROUP = 2,         /* panels of a block */
+  ROWS = 32,         /* rows of a block */
+  COLUMNS = 32,      /* LANES * GROUP */
+};
+
+/* c[rows][panels * LANES] = a[rows][inputs] * panels, or with `more` what was there plus that. Panel p
+   begins at b + p * stride. rows <= ROWS, panels <= GROUP, inputs a multiple of STEP; where there is
+   one panel alone, GROUP panels of c are overwritten. lda, ldc and stride count elements. */
+typedef void (*block_fn)(const bf16 *a, long lda, int rows, const bf16 *b, long stride, int panels,
+                         int inputs, float *c, long ldc, int more);
+
+extern block_fn block_product;
+
+/* Called by every thread before its first block_product of a piece of work, and after its last. */
+extern void (*block_begin)(void);
+extern void (*block_end)(void);

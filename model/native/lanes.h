@@ -1,0 +1,103 @@
+/* Sixteen numbers at a time, in the compiler's own vectors: one source for every instruction set.
+   CLONES compiles a function for several, and the right one is taken when the library is loaded. */
+#pragma once
+#include "block.h"
+
+#include <string.h>
+
+#if defined(__x86_64__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+
+INLINE floats all(float x) { return x - (floats){0}; }
+
+INLINE floats get(const float *from) {
+  floats x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+INLINE void put(float *to, floats x) { memcpy(to, &x, sizeof x); }
+
+INLINE floats get_bf16(const bf16 *from) {
+  halves x;
+  memcpy(&x, from, sizeof x);
+  return (floats)(__builtin_convertvector(x, words) << 16);
+}
+
+/* To the nearest, ties to even. A NaN that arithmetic made has its high bits set and stays one. */
+INLINE void put_bf16(bf16 *to, floats x) {
+  words bits = (words)x;
+  halves narrow = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, halves);
+  memcpy(to, &narrow, sizeof narrow);
+}
+
+INLINE floats pick(ints mask, floats yes, floats no) {
+  return (floats)(((ints)yes & mask) | ((ints)no & ~mask));
+}
+
+INLINE floats larger(floats a, floats b) { return pick(a > b, a, b); }
+
+/* 2 to the power of x, for x up to 127: relative error below 3e-7; what is below 2^-126 gives that.
+   The coefficients are those of Cephes' exp2f. NaN stays NaN. */
+INLINE floats power(floats x) {
+  x = pick(x < all(-126.0f), all(-126.0f), x);
+  /* Adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits. */
+  floats shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);
+  floats p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  return (floats)((ints)p + ((ints)shifted << 23));
+}
+
+/* x * Phi(x), the error function by Abramowitz and Stegun 7.1.26: error below 1.5e-7 of x. */
+INLINE floats gelu(floats x) {
+  floats z = pick(x < all(0), -x, x) * 0.70710678f;
+  floats t = 1.0f / (z * 0.3275911f + 1.0f);
+  floats p = t * 1.061405429f - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = (p * t + 0.254829592f) * t;
+  floats tail = p * power(z * z * -1.44269504f) * x * 0.5f;
+  return pick(x < all(0), tail, x - tail);
+}
+
+INLINE floats silu(floats x) {
+  floats turned = x * -1.44269504f;
+  return x / (power(pick(turned > all(127.0f), all(127.0f), turned)) + 1.0f);
+}
+
+/* Lanes turned by so many places. */
+#define TURNED(x, by)                                                                              \
+  __builtin_shuffle(x, (ints){(0 + by) % 16, (1 + by) % 16, (2 + by) % 16, (3 + by) % 16,          \
+                              (4 + by) % 16, (5 + by) % 16, (6 + by) % 16, (7 + by) % 16,          \
+                              (8 + by) % 16, (9 + by) % 16, (10 + by) % 16, (11 + by) % 16,        \
+                              (12 + by) % 16, (13 + by) % 16, (14 + by) % 16, (15 + by) % 16})
+
+/* The sum of the lanes, in one order everywhere. */
+INLINE float total(floats x) {
+  x += TURNED(x, 8);
+  x += TURNED(x, 4);
+  x += TURNED(x, 2);
+  x += TURNED(x, 1);
+  return x[0];
+}
+
+INLINE float largest(floats x) {
+  x = larger(x, TURNED(x, 8));
+  x = larger(x, TURNED(x, 4));
+  x = larger(x, TURNED(x, 2));
+  x = larger(x, TURNED(x, 1));
+  return x[0];
+}

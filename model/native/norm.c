@@ -1,0 +1,62 @@
+/* Sums and norms of rows. */
+#include "lanes.h"
+#include "pool.h"
+
+#include <math.h>
+
+enum { AT_ONCE = 16 };
+
+struct norm {
+  bf16 *hidden;
+  const bf16 *delta;
+  const float *weight, *bias;
+  bf16 *out;
+  long rows, size, ldh, ldd, ldo;
+  float eps;
+  int centred;
+};
+
+CLONES static void one(const struct norm *n, long row) {
+  bf16 *hidden = n->hidden + row * n->ldh, *out = n->out + row * n->ldo;
+  const bf16 *delta = n->delta ? n->delta + row * n->ldd : NULL;
+  floats sum = all(0), squares = all(0);
+  for (long i = 0; i < n->size; i += LANES) {
+    floats x = get_bf16(hidden + i);
+    if (delta) {
+      put_bf16(hidden + i, x + get_bf16(delta + i));
+      x = get_bf16(hidden + i);
+    }
+    sum += x;
+    squares += x * x;
+  }
+  float mean = n->centred ? total(sum) / n->size : 0;
+  float variance = total(squares) / n->size;
+  if (n->centred) {
+    /* Not the mean of squares less the square of the mean: that loses what is small beside it. */
+    squares = all(0);
+    for (long i = 0; i < n->size; i += LANES) {
+      floats x = get_bf16(hidden + i) - mean;
+      squares += x * x;
+    }
+    variance = total(squares) / n->size;
+  }
+  float scale = 1 / sqrtf(variance + n->eps);
+  for (long i = 0; i < n->size; i += LANES) {
+    floats x = (get_bf16(hidden + i) - mean) * scale * get(n->weight + i);
+    put_bf16(out + i, n->bias ? x + get(n->bias + i) : x);
+  }
+}
+
+static void part(void *context, long index) {
+  const struct norm *n = context;
+  for (long row = index * AT_ONCE; row < (index + 1) * AT_ONCE && row < n->rows; row++) one(n, row);
+}
+
+/* hidden += delta, if there is one; out = the norm of hidden, times weight, plus bias if there is one.
+   size is a multiple of 16. With `centred` the mean is taken away first: LayerNorm, else RMSNorm. */
+void internvl_add_norm(bf16 *hidden, long ldh, const bf16 *delta, long ldd, const float *weight,
+                       const float *bias, bf16 *out, long ldo, long rows, long size, float eps,
+                       int centred) {
+  struct norm n = {hidden, delta, weight, bias, out, rows, size, ldh, ldd, ldo, eps, centred};
+  pool_run(part, &n, (rows + AT_ONCE - 1) / AT_ONCE);
+}

@@ -1,0 +1,11 @@
+/* Threads that share one piece of work after the other. */
+#pragma once
+
+typedef void (*work_fn)(void *context, long part);
+
+/* Calls work(context, part) for every part in 0 .. parts - 1, on as many threads as were asked for,
+   the caller's among them, and returns when all are done. Parts are handed out one by one, in
+   order: a thread that the system holds up delays no more than its own part. */
+void pool_run(work_fn work, void *context, long parts);
+
+int pool_threads(void);

@@ -1,0 +1,235 @@
+"""The operations on the CPU in bf16, by this project's own C (model/native).
+
+Weights are packed once, in the order in which the products read them, and take the place of those
+that were loaded. Every row of a result depends on its own input alone: not on the rows computed
+beside it, nor on how many there are.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model.layers import Embedding, LayerNorm, Linear, RMSNorm
+from model.native import LANES, LIBRARY, STEP
+from model.ops.base import Ops
+
+_PLAIN, _GELU, _GATE, _FLOATS = range(4)
+# Rows of an activation lie so many elements further apart than they are long: at distances that
+# are powers of two they would fight for the same lines of the first cache.
+_GAP = 32
+# Weights are packed into pieces of memory of at least so many bytes: large pages are 2 MiB.
+_ARENA = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """A matrix in panels. ``panels`` is where they begin; the tensors keep the memory."""
+
+    inputs: int
+    outputs: int
+    panels: int
+    bias: int | None
+    tensors: tuple[Tensor, ...]
+
+
+class NativeOps(Ops):
+    """See the module. Layers whose shape the C cannot compute stay with torch."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self._packed: dict[nn.Module, _Packed] = {}
+        self._norms: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+        self._arena = _memory(0)
+        # Taking memory anew for every result costs as much as filling it. A result is there until
+        # the third after it is made; ``keep`` copies what somebody else may hold longer.
+        self._results = [_memory(0) for _ in range(3)]
+        self._inner, self._panels = _memory(0), _memory(0)
+
+    @staticmethod
+    def missing(device: torch.device, dtype: torch.dtype) -> str | None:
+        """None, or why this cannot be used there."""
+        if device.type != "cpu":
+            return "it computes on the CPU"
+        if dtype != torch.bfloat16:
+            return "it computes in bfloat16"
+        return None if LIBRARY else "it was not compiled when the server was installed"
+
+    def prepare(self, modules: Sequence[nn.Module], head: Embedding | Linear) -> None:
+        # Two pools of threads would take the cores from each other: what torch still does is small.
+        LIBRARY.internvl_threads(torch.get_num_threads())
+        torch.set_num_threads(1)
+        gates = {module.gate_up for module in modules if hasattr(module, "gate_up")}
+        for module in modules:
+            if isinstance(module, Linear) and module.weight.shape[1] % STEP == 0:
+                self._pack(module, module.bias, gates=module in gates)
+                del module.weight
+            elif isinstance(module, LayerNorm | RMSNorm) and len(module.weight) % LANES == 0:
+                bias = module.bias.float() if isinstance(module, LayerNorm) else None
+                self._norms[module] = module.weight.float(), bias
+        if isinstance(head, Embedding) and head.weight.shape[1] % STEP == 0:
+            self._pack(head, None, gates=False)
+
+    def _pack(self, layer: Linear | Embedding, bias: Tensor | None, *, gates: bool) -> None:
+        weight = layer.weight
+        outputs, inputs = weight.shape
+        panels = self._take(-(-outputs // LANES) * LANES * inputs)
+        LIBRARY.internvl_pack(
+            weight.data_ptr(), outputs, inputs, panels.data_ptr(), outputs // 2 if gates else 0
+        )
+        wide = None if bias is None else bias.float()
+        self._packed[layer] = _Packed(
+            inputs,
+            outputs,
+            panels.data_ptr(),
+            None if wide is None else wide.data_ptr(),
+            (panels,) if wide is None else (panels, wide),
+        )
+
+    def _take(self, count: int) -> Tensor:
+        """Memory for ``count`` weights, of pages that are read fast."""
+        if len(self._arena) < count:
+            self._arena = _memory(max(count, _ARENA // 2))
+        taken, self._arena = self._arena[:count], self._arena[count:]
+        return taken
+
+    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+        packed = self._packed.get(layer)
+        if packed is None:
+            return super().linear(layer, x)
+        return self._product(
+            packed, x, _PLAIN, self._rows(x.numel() // packed.inputs, packed.outputs)
+        )
+
+    def linear_gelu(self, layer: Linear, x: Tensor) -> Tensor:
+        packed = self._packed.get(layer)
+        if packed is None:
+            return super().linear_gelu(layer, x)
+        return self._product(
+            packed, x, _GELU, self._wide(x.numel() // packed.inputs, packed.outputs)
+        )
+
+    def gate_up(self, layer: Linear, x: Tensor) -> Tensor:
+        packed = self._packed.get(layer)
+        if packed is None:
+            return super().gate_up(layer, x)
+        return self._product(packed, x, _GATE, self._wide(len(x), packed.outputs // 2))
+
+    def logits(self, layer: Embedding | Linear, hidden: Tensor) -> Tensor:
+        packed = self._packed.get(layer)
+        if packed is None:
+            return super().logits(layer, hidden)
+        return self._product(packed, hidden, _FLOATS, torch.empty(len(hidden), packed.outputs))
+
+    def _product(self, packed: _Packed, x: Tensor, kind: int, y: Tensor) -> Tensor:
+        flat = x.reshape(-1, packed.inputs)
+        LIBRARY.internvl_linear(
+            flat.data_ptr(),
+            flat.stride(0),
+            len(flat),
+            packed.panels,
+            packed.bias,
+            packed.inputs,
+            packed.outputs,
+            y.data_ptr(),
+            y.stride(0),
+            kind,
+        )
+        return y.view(*x.shape[:-1], -1)
+
+    def _rows(self, rows: int, columns: int) -> Tensor:
+        """Memory for a result ``[rows, columns]``."""
+        self._results.append(_grown(self._results.pop(0), rows * (columns + _GAP)))
+        return _view(self._results[-1], rows, columns)
+
+    def _wide(self, rows: int, columns: int) -> Tensor:
+        """Likewise, for what is read by the next product only."""
+        self._inner = _grown(self._inner, rows * (columns + _GAP))
+        return _view(self._inner, rows, columns)
+
+    def keep(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def norm(self, x: Tensor, norm: LayerNorm | RMSNorm) -> Tensor:
+        return self._add_norm(x, None, norm)
+
+    def add_norm(
+        self, hidden: Tensor, delta: Tensor | None, norm: LayerNorm | RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        if norm not in self._norms:
+            return super().add_norm(hidden, delta, norm)
+        return hidden, self._add_norm(hidden, delta, norm)
+
+    def _add_norm(self, hidden: Tensor, delta: Tensor | None, norm: LayerNorm | RMSNorm) -> Tensor:
+        if norm not in self._norms:
+            return super().norm(hidden, norm)
+        weight, bias = self._norms[norm]
+        size = len(weight)
+        x = hidden.view(-1, size)
+        added = None if delta is None else delta.view(-1, size)
+        out = self._rows(len(x), size)
+        LIBRARY.internvl_add_norm(
+            x.data_ptr(),
+            x.stride(0),
+            None if added is None else added.data_ptr(),
+            0 if added is None else added.stride(0),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            out.stride(0),
+            len(x),
+            size,
+            norm.eps,
+            bias is not None,
+        )
+        return out.view(hidden.shape)
+
+    def vision_attention(
+        self, qkv: Tensor, heads: int, q_norm: RMSNorm | None, k_norm: RMSNorm | None
+    ) -> Tensor:
+        tiles, patches, width = qkv.shape
+        size = width // 3
+        head = size // heads
+        if head % STEP or head > 256 or (q_norm is not None and q_norm not in self._norms):
+            return super().vision_attention(qkv, heads, q_norm, k_norm)
+        if q_norm is not None and k_norm is not None:
+            qkv = torch.cat(
+                (
+                    self.norm(qkv[..., :size], q_norm),
+                    self.norm(qkv[..., size : 2 * size], k_norm),
+                    qkv[..., 2 * size :],
+                ),
+                dim=-1,
+            )
+        mixed = self._rows(tiles * patches, size)
+        needed = LIBRARY.internvl_tile_scratch(tiles, patches, heads, head)
+        self._panels = _grown(self._panels, needed)
+        LIBRARY.internvl_tile_attention(
+            qkv.data_ptr(),
+            qkv.stride(1),
+            tiles,
+            patches,
+            heads,
+            head,
+            self._panels.data_ptr(),
+            mixed.data_ptr(),
+            mixed.stride(0),
+        )
+        return mixed.view(tiles, patches, size)
+
+
+def _memory(count: int) -> Tensor:
+    """Room for ``count`` numbers, in pages that are read fast."""
+    taken = torch.empty(count, dtype=torch.bfloat16)
+    LIBRARY.internvl_large_pages(taken.data_ptr(), taken.nbytes)
+    return taken
+
+
+def _grown(memory: Tensor, count: int) -> Tensor:
+    return memory if len(memory) >= count else _memory(count)
+
+
+def _view(memory: Tensor, rows: int, columns: int) -> Tensor:
+    return memory[: rows * (columns + _GAP)].view(rows, -1)[:, :columns]

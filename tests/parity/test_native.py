@@ -1,0 +1,203 @@
+"""The C for the CPU computes what the formulas say, with every instruction set of this machine, and
+a row's result is the same, bit for bit, whatever is computed beside it."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention import choose
+from model.attention.native import NativeAttention
+from model.layers import Embedding, LayerNorm, Linear, RMSNorm
+from model.native import BEST, LIBRARY
+from model.ops import NativeOps, Ops
+from model.ops import choose as choose_ops
+from tests.checkpoints import Shape, make_checkpoint
+from tests.parity import test_scheduled
+from tests.parity.test_attention import BATCHES, config, expected_and_found
+
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="there was no C compiler")
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+# A rounding to bf16 is off by 2^-9 of the value at most.
+ROUNDING = 2.0**-8
+# The shares of an attention are rounded to bf16 before they are multiplied with values around 1.
+SHARES = 8e-3
+LEVELS = range(1, (LIBRARY.internvl_choose(BEST) if LIBRARY else 0) + 1)
+SHAPE = Shape(
+    vision_size=64, vision_heads=2, size=64, heads=4, kv_heads=2, head_dim=32, vocab=200 + 312
+)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[int]:
+    """One of the instruction sets: 1 is portable C."""
+    assert LIBRARY.internvl_choose(request.param) == request.param
+    LIBRARY.internvl_threads(2)
+    yield request.param
+    LIBRARY.internvl_choose(BEST)
+
+
+def filled(layer: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for name, part in layer.named_parameters():
+        values = torch.randn(part.shape, generator=generator) / part.shape[-1] ** 0.5
+        setattr(layer, name, torch.nn.Parameter(values.to(BF16), requires_grad=False))
+    return layer
+
+
+class Gated(torch.nn.Module):
+    """A module with gates, as a layer of the decoder is."""
+
+    def __init__(self, gate_up: Linear) -> None:
+        super().__init__()
+        self.gate_up = gate_up
+
+
+def prepared(*layers: torch.nn.Module) -> NativeOps:
+    ops = NativeOps()
+    ops.prepare([part for layer in layers for part in layer.modules()], Embedding(0, 1))
+    return ops
+
+
+def rows(count: int, size: int) -> Tensor:
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(count)).to(BF16)
+
+
+def close(found: Tensor, expected: Tensor, atol: float = 2e-3) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=ROUNDING, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(32, 16), (64, 40), (96, 65), (1056, 33), (128, 512)]
+)
+def test_products_equal_the_formula(level: int, inputs: int, outputs: int) -> None:
+    layer = filled(Linear(inputs, outputs, bias=True))
+    weight, bias = layer.weight.double(), layer.bias.double()
+    ops = prepared(layer)
+    for count in (1, 2, 15, 16, 17, 33, 70):
+        x = rows(count, inputs)
+        expected = x.double() @ weight.T + bias
+        close(ops.linear(layer, x), expected)
+        close(ops.linear_gelu(layer, x), torch.nn.functional.gelu(expected))
+
+
+def test_gates_stand_beside_what_they_let_through(level: int) -> None:
+    layer = filled(Linear(64, 2 * 48, bias=False))
+    gate, up = layer.weight.double().chunk(2)
+    ops = prepared(Gated(layer))
+    x = rows(19, 64) * 4
+    expected = torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
+    close(ops.gate_up(layer, x), expected)
+
+
+@pytest.mark.parametrize("kind", [Embedding, Linear])
+def test_logits_are_not_rounded(level: int, kind: type[Embedding] | type[Linear]) -> None:
+    head = filled(Linear(64, 333, bias=False) if kind is Linear else Embedding(333, 64))
+    weight = head.weight.double()
+    ops = NativeOps()
+    ops.prepare([head], head)
+    x = rows(5, 64)
+    found = ops.logits(head, x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), x.double() @ weight.T, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
+def test_sums_and_norms_equal_the_formula(kind: type[LayerNorm] | type[RMSNorm]) -> None:
+    norm = filled(kind(96, 1e-6))
+    ops = prepared(norm)
+    # Large beside its spread: the mean of squares alone would lose it.
+    hidden, delta = rows(37, 96) + 100, rows(38, 96)[:37]
+    summed = (hidden.double() + delta.double()).to(BF16)
+    wide = summed.double()
+    if kind is LayerNorm:
+        wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
+    if kind is LayerNorm:
+        wide = wide + norm.bias.double()
+    close(ops.norm(summed.clone(), norm), wide)
+    added, normed = ops.add_norm(hidden.clone(), delta, norm)
+    assert torch.equal(added, summed)
+    close(normed, wide)
+
+
+@pytest.mark.parametrize(("patches", "heads", "head"), [(1, 1, 32), (17, 2, 64), (300, 2, 128)])
+def test_attention_in_a_tile(level: int, patches: int, heads: int, head: int) -> None:
+    qkv = rows(2 * patches, 3 * heads * head).view(2, patches, -1)
+    found = NativeOps().vision_attention(qkv, heads, None, None)
+    close(found, Ops().vision_attention(qkv.double(), heads, None, None), SHARES)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "block_size"), [(4, 4, 32), (7, 1, 256), (14, 2, 64)]
+)
+def test_paged_attention(name: str, heads: int, kv_heads: int, block_size: int) -> None:
+    LIBRARY.internvl_choose(BEST)
+    backend = NativeAttention(dataclasses.replace(config(heads, kv_heads), head_dim=64))
+    expected, found = expected_and_found(backend, BATCHES[name], block_size, BF16)
+    close(found, expected, SHARES)
+
+
+def test_paged_attention_everywhere(level: int) -> None:
+    backend = NativeAttention(dataclasses.replace(config(14, 2), head_dim=64))
+    expected, found = expected_and_found(backend, BATCHES["everything at once"], 32, BF16)
+    close(found, expected, SHARES)
+
+
+def test_a_row_is_the_same_in_every_batch(level: int) -> None:
+    layer, norm = filled(Linear(96, 80, bias=True)), filled(RMSNorm(96, 1e-6))
+    ops = prepared(layer, norm)
+    x = rows(70, 96)
+    together = ops.linear(layer, ops.norm(x, norm)).clone()
+    for start, end in ((0, 1), (3, 20), (7, 70), (69, 70)):
+        alone = ops.linear(layer, ops.norm(x[start:end].clone(), norm))
+        assert torch.equal(alone, together[start:end])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("native"), shape=SHAPE, dtype=BF16)
+
+
+def serve(folder: Path, batches: list[list], **settings: object) -> dict[str, list[int]]:
+    settings = {"dtype": "bfloat16", "block_size": 32, "threads": 2} | settings
+    tokens, core = test_scheduled.run(folder, batches, **settings)
+    assert core._runner.ready().attention == "native"
+    return tokens
+
+
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_bf16_tokens_do_not_depend_on_how_they_are_served(
+    folder: Path, level: int, mode: str
+) -> None:
+    requests = test_scheduled.requests()
+    alone = serve(folder, [[r] for r in requests], enable_prefix_caching=False)
+    assert len({tuple(row) for row in alone.values()}) == len(requests)
+    assert serve(folder, [requests], async_scheduling=mode) == alone
+    cramped = {"max_num_batched_tokens": 7, "num_kv_blocks": 6, "max_num_seqs": 5}
+    assert serve(folder, [requests], async_scheduling=mode, **cramped) == alone
+    again = [(msgspec.structs.replace(r, id=f"again {r.id}"), b) for r, b in requests]
+    tokens = serve(folder, [requests, again], async_scheduling=mode)
+    assert {name.removeprefix("again "): row for name, row in tokens.items()} == alone
+    assert {name: tokens[f"again {name}"] for name in alone} == alone
+
+
+def test_whatever_the_c_cannot_compute_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd, small = filled(Linear(20, 24, bias=True)), filled(RMSNorm(20, 1e-6))
+    ops = prepared(odd, small)
+    x = rows(3, 20)
+    assert torch.equal(ops.linear(odd, x), Ops().linear(odd, x))
+    assert torch.equal(ops.norm(x, small), Ops().norm(x, small))
+    text = dataclasses.replace(config(4, 2), head_dim=64)
+    assert choose("auto", text, CPU, BF16, 64).name == "native"
+    assert choose("auto", text, CPU, BF16, 48).name == "sdpa"
+    assert choose("auto", text, CPU, torch.float32, 64).name == "sdpa"
+    assert choose("auto", dataclasses.replace(text, head_dim=80), CPU, BF16, 64).name == "sdpa"
+    monkeypatch.setattr("model.ops.native.LIBRARY", None)
+    assert choose_ops(CPU, BF16).name == "torch"
+    assert choose("auto", text, CPU, BF16, 64).name == "sdpa"
