@@ -9,6 +9,7 @@ draw, ``finish`` waits for the ids. Only ``finish`` waits for the device.
 """
 
 import dataclasses
+import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -24,7 +25,15 @@ from engine.clock import Moment, moment, seconds_between
 from engine.core import EngineCore
 from engine.cost import CostModel
 from engine.grammar import Grammars
-from engine.graphs import DecodeGraph, DecodeGraphs, TileGraphs, capture_on, row_sizes, tile_sizes
+from engine.graphs import (
+    Capture,
+    DecodeGraph,
+    DecodeGraphs,
+    TileGraphs,
+    capture_on,
+    row_sizes,
+    tile_sizes,
+)
 from engine.memory import LARGE, kv_blocks, largest_step, measure, shallow
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import DeviceRows, Rows, StepBatch
@@ -109,7 +118,6 @@ class ModelRunner:
         self._attention = choose(
             settings.attention_backend, config.text, device, dtype, settings.block_size
         )
-        self._capturing = capture_on(device) if settings.cuda_graphs else None
         progress(Progress("cache"))
         limit = _max_model_len(settings, config)
         # No more than a step may draw for: memory is set aside for the logits of so many.
@@ -169,9 +177,13 @@ class ModelRunner:
         chunk, graphs = settings.encoder_chunk_tiles, self._tile_graphs
         self._vision = EncoderOutputs(self._model, chunk, graphs)
 
+    def _capturer(self, settings: EngineSettings) -> Capture | None:
+        """A new one each time: memory that graphs shared is not shared again when they are gone."""
+        return capture_on(self._model.device) if settings.cuda_graphs else None
+
     def _capture(self, settings: EngineSettings, *, largest: bool = False) -> None:
         """Make the graphs, or the largest ones alone."""
-        capture = self._capturing
+        capture = self._capturer(settings)
         if capture is None:
             return
         rows, tiles = row_sizes(settings.max_num_seqs), tile_sizes(self._vision.chunk)
@@ -207,9 +219,11 @@ class ModelRunner:
             def capture() -> None:
                 self._capture(settings, largest=True)
                 self._graphs = self._tile_graphs = None
+                gc.collect()  # they are parts of cycles
 
             taken = measure(self._model.device, run)
-            if self._capturing:  # graphs keep what they take, while other steps run
+            if self._capturer(settings) is not None:
+                # Graphs keep what they take, while other steps run.
                 taken += measure(self._model.device, capture)
         del self._kv  # or it would count as used when the real one is sized
         return taken

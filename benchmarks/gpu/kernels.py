@@ -1,6 +1,8 @@
 """The parts that need no engine: ceilings, attention, the sampler, the encoder."""
 
 import dataclasses
+import importlib.util
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -100,16 +102,44 @@ def decode_attention(bench: Bench) -> None:
         text, kv, batch, (query, key, value) = _batch(
             bench, [(1, context)] * rows, group[heads], bench.pick(128, 16), size
         )
+        cache, times = kv.layers[0], {}
         for name in BACKENDS:
             with bench.case(f"{name} {label}"):
                 backend = _backend(bench, name, text)
                 if isinstance(backend, str):
                     bench.skip(f"{name} {label}", backend)
                     continue
-                plan, cache = backend.plan(batch, kv), kv.layers[0]
+                plan = backend.plan(batch, kv)
                 took = bench.seconds(lambda: backend.attend(query, key, value, cache, plan))  # noqa: B023
+                times[name] = took
                 least = 0.85 if rows >= 16 and backend.graph_safe and context >= 4096 else None
                 bench.record(f"{name} {label}", keys / took / bandwidth, "of copy", least=least)
+        with bench.case(f"FA3's own {label}"):
+            call = _fa3_decode(batch, cache)
+            if call is None or "triton" not in times:
+                bench.skip(f"FA3's own {label}", "FA3 or Triton is missing")
+                continue
+            own = bench.seconds(lambda: call(query))  # noqa: B023
+            bench.record(f"FA3's own {label}", keys / own / bandwidth, "of copy")
+            bench.record(f"triton against it {label}", own / times["triton"], "x", least=0.95)
+
+
+def _fa3_decode(batch: AttentionBatch, cache: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """FlashAttention-3's decode over the same blocks, if it is installed."""
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return None
+    function = importlib.import_module("flash_attn_interface").flash_attn_with_kvcache
+    # It wants [blocks, block_size, kv_heads, head_dim], of which only the last must be dense.
+    keys, values = cache.transpose(2, 3).unbind(1)
+    tables = batch.block_tables.int()
+    return lambda query: function(
+        query[:, None],
+        keys,
+        values,
+        cache_seqlens=batch.context_lengths,
+        page_table=tables,
+        causal=True,
+    )
 
 
 def prefill_attention(bench: Bench) -> None:
