@@ -182,19 +182,24 @@ class ModelRunner:
         return capture_on(self._model.device) if settings.cuda_graphs else None
 
     def _capture(self, settings: EngineSettings, *, largest: bool = False) -> None:
-        """Make the graphs, or the largest ones alone."""
+        """Make the graphs, or the largest ones alone. Where one cannot be, go on without."""
         capture = self._capturer(settings)
         if capture is None:
             return
         rows, tiles = row_sizes(settings.max_num_seqs), tile_sizes(self._vision.chunk)
         if largest:
             rows, tiles = rows[-1:], tiles[-1:]
-        with torch.inference_mode():
-            self._tile_graphs = TileGraphs(self._model, tiles, capture)
-            if self._attention.graph_safe:
-                self._graphs = DecodeGraphs(
-                    self._model, self._kv, self._attention, self._device_rows, rows, capture
-                )
+        try:
+            with torch.inference_mode():
+                self._tile_graphs = TileGraphs(self._model, tiles, capture)
+                if self._attention.graph_safe:
+                    self._graphs = DecodeGraphs(
+                        self._model, self._kv, self._attention, self._device_rows, rows, capture
+                    )
+        except RuntimeError as error:
+            self._graphs = self._tile_graphs = None
+            logger.warning("no graphs: %s", (str(error) or repr(error)).splitlines()[0])
+            return
         logger.info("graphs tiles=%s rows=%s", tiles, rows if self._graphs else "none")
 
     def _profile(self, settings: EngineSettings, max_model_len: int) -> int:

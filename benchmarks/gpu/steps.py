@@ -36,6 +36,8 @@ def decode(bench: Bench) -> None:
     marks = {("8B", 1): 1.18, ("8B", 64): 1.15, ("1B", 1): 2.2}
     for name, shape in bench.models.items():
         with bench.case(name), core(bench, shape) as (engine_core, runner):
+            if not bench.dry:
+                bench.check(f"{name} steps are replayed", runner._graphs is not None)
             for rows in bench.pick((1, 4, 16, 64, 256), (1, 3)):
                 took = decode_seconds(bench, engine_core, rows, context, steps)
                 label = f"{name} rows={rows}"

@@ -94,7 +94,7 @@ class FlashAttention(AttentionBackend):
         except (ImportError, AttributeError, OSError) as refusal:
             return f"it is not installed ({refusal})"
         except (RuntimeError, TypeError, ValueError) as refusal:
-            return f"it fails here ({str(refusal).splitlines()[0]})"
+            return f"it fails here ({(str(refusal) or repr(refusal)).splitlines()[0]})"
         if not error < _NEAR:
             return f"it is wrong by {error:.2g} in a small case"
         paged = TritonAttention(self._config)

@@ -149,6 +149,18 @@ def test_graphs_can_be_switched_off(folder: Path, replays: Replays) -> None:
     assert replays.captured == 0
 
 
+def test_an_engine_goes_on_without_graphs_that_cannot_be_captured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(function: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    expected = generate(folder, PLAIN)
+    monkeypatch.setattr("engine.runner.capture_on", lambda device: fails)
+    assert generate(folder, PLAIN) == expected
+    assert "no graphs: operation not permitted when stream is capturing" in caplog.text
+
+
 def test_sizes_reach_as_far_as_a_step() -> None:
     assert row_sizes(1) == [1]
     assert row_sizes(64) == [1, 2, 4, 8, 12, 16, 24, 32, 48, 64]
