@@ -15,7 +15,7 @@ _KEYS = 64  # looked at at once
 # Programs that are wanted on a device: a few for each of the 132 multiprocessors of an H100.
 _PROGRAMS = 512
 # Keys of a row that are not worth splitting further.
-_LEAST = 256
+_LEAST = 128
 # The interpreter multiplies bfloat16 matrices wrongly.
 _WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
 _LOG2_E = tl.constexpr(1.4426950408889634)
