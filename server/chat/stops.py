@@ -43,8 +43,10 @@ class StopMatcher:
 
 def longest_beginning(text: str, words: Sequence[str]) -> int:
     """Length of the longest end of ``text`` that is the beginning of a word, but not all of it."""
-    for length in range(min(len(text), max(map(len, words), default=1) - 1), 0, -1):
-        end = text[-length:]
-        if any(len(word) > length and word.startswith(end) for word in words):
-            return length
+    longest = max(map(len, words), default=1) - 1
+    for at in range(max(0, len(text) - longest), len(text)):
+        end = text[at:]
+        for word in words:
+            if len(word) > len(end) and word.startswith(end):
+                return len(end)
     return 0
