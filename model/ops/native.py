@@ -63,9 +63,12 @@ class NativeOps(Ops):
         torch.set_num_threads(1)
         gates = {module.gate_up for module in modules if hasattr(module, "gate_up")}
         for module in modules:
-            if isinstance(module, Linear) and module.weight.shape[1] % STEP == 0:
-                self._pack(module, module.bias, gates=module in gates)
-                del module.weight
+            if isinstance(module, Linear):
+                # Quantised ones compute by themselves.
+                plain = module.weight.dtype == torch.bfloat16
+                if plain and module.weight.shape[1] % STEP == 0:
+                    self._pack(module, module.bias, gates=module in gates)
+                    del module.weight
             elif isinstance(module, LayerNorm | RMSNorm) and len(module.weight) % LANES == 0:
                 bias = module.bias.float() if isinstance(module, LayerNorm) else None
                 self._norms[module] = module.weight.float(), bias

@@ -40,16 +40,19 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[Replays]:
     return found
 
 
-@pytest.mark.parametrize("mode", ["off", "on"])
-@pytest.mark.parametrize("settings", [{}, *CRAMPED.values()], ids=["roomy", *CRAMPED])
+@pytest.mark.parametrize(
+    "settings",
+    [{"async_scheduling": "off"}, {}, *CRAMPED.values()],
+    ids=["one step at a time", "roomy", *CRAMPED],
+)
 def test_replayed_is_eager(
-    folder: Path, eager: dict[str, list[int]], replays: Replays, settings: dict[str, Any], mode: str
+    folder: Path, eager: dict[str, list[int]], replays: Replays, settings: dict[str, Any]
 ) -> None:
     scored = [
         (msgspec.structs.replace(request, sampling=scoring(request.sampling)), buffers)
         for request, buffers in requests()
     ]
-    tokens, core = run(folder, [scored], **settings, async_scheduling=mode)
+    tokens, core = run(folder, [scored], **{"async_scheduling": "on"} | settings)
     assert tokens == eager
     assert replays.count > core._scheduler.stats.steps / 2
 
