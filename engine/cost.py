@@ -92,8 +92,8 @@ class Pace:
     def learn(self, plan: StepPlan, result: StepResult) -> None:
         """A planned step was computed, and its result says how long that took."""
         self.taken += result.seconds
-        if self.cost is None or not result.seconds:
-            return
+        if self.cost is None or not (result.seconds and plan.work):
+            return  # a step that only forgets something says nothing of others
         load, encoding = Load.of(plan), sum(result.encode_seconds)
         self.predicted += self.cost.predict(load)
         # Tiles and the positions that show them come together; the encoder's time tells them apart.

@@ -173,6 +173,9 @@ def test_predictions_are_summed_as_they_were_before_the_step() -> None:
     normal = COST.predict(Load.of(step))
     assert (pace.predicted, pace.taken) == (pytest.approx(normal), pytest.approx(2 * normal))
     pace.learn(step, StepResult(0, []))  # nobody has measured it
+    before = pace.cost
+    pace.learn(StepPlan(0, [], [], [], [], ["gone"]), StepResult(0, [], seconds=1e-9))
+    assert pace.cost == before
     assert pace.predicted == pytest.approx(normal)
     blind = Pace(None)
     blind.learn(step, result(step, COST))
