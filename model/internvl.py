@@ -48,9 +48,9 @@ class InternVL(nn.Module):
             mean, std = to_device([geometry.mean, geometry.std], self.device).view(2, 3, 1, 1) * 255
             self._statistics = mean, std
         mean, std = self._statistics
-        pixels = (tiles.to(self.device).float() - mean) / std
-        ops = self.ops
-        return ops.keep(self.projector(self.vision(pixels.to(self.dtype), ops), ops))
+        ops, side = self.ops, self.config.vision.patch_size
+        patches = ops.patches(tiles.to(self.device), mean, std, side, self.dtype)
+        return ops.keep(self.projector(self.vision(patches, ops), ops))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids ``[N]`` to embeddings ``[N, hidden]``."""

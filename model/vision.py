@@ -15,7 +15,10 @@ _NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layer_norm": LayerNorm, "
 
 
 class Patch(nn.Module):
-    """Cuts ``[T, C, S, S]`` into non-overlapping patches: ``[T, patches, size]``, row by row."""
+    """The embedding of patches, ``[T, patches, channels * side ** 2] -> [T, patches, size]``.
+
+    A convolution whose stride is its kernel is a matrix product over the patches.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -23,13 +26,7 @@ class Patch(nn.Module):
         self.weight = parameter(config.hidden_size, config.channels, side, side)
         self.bias = parameter(config.hidden_size)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        # A convolution whose stride is its kernel is a matrix product over unfolded patches.
-        tiles, channels, height, width = pixels.shape
-        side = self.weight.shape[-1]
-        rows, columns = height // side, width // side
-        patches = pixels.view(tiles, channels, rows, side, columns, side)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(tiles, rows * columns, -1)
+    def forward(self, patches: Tensor) -> Tensor:
         return functional.linear(patches, self.weight.flatten(1), self.bias)
 
 
@@ -84,7 +81,8 @@ class VisionLayer(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """Normalised pixels ``[T, 3, S, S]`` to patch features ``[T, patches, size]``, no class token.
+    """Patches, as ``Ops.patches`` cuts them, to their features ``[T, patches, size]``, without the
+    class token's.
 
     The stored position embedding belongs to ``config.grid``; ``fit`` must be called once after
     loading when tiles have another grid.
@@ -119,10 +117,10 @@ class VisionModel(nn.Module):
             assert isinstance(layer, VisionLayer)  # noqa: S101 - for the type checker
             layer.fold()
 
-    def forward(self, pixels: Tensor, ops: Ops) -> Tensor:
-        patches = self.patch(pixels)
-        first = self.class_embedding.expand(len(patches), -1, -1)
-        hidden = torch.cat((first, patches), dim=1) + self.position_embedding
+    def forward(self, patches: Tensor, ops: Ops) -> Tensor:
+        embedded = self.patch(patches)
+        first = self.class_embedding.expand(len(embedded), -1, -1)
+        hidden = torch.cat((first, embedded), dim=1) + self.position_embedding
         delta = None
         for layer in self.layers:
             hidden, delta = layer(hidden, delta, ops)

@@ -7,6 +7,7 @@ weights and choose other layouts, and may be told apart by their speed and their
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,6 +24,18 @@ class Ops:
 
         ``head`` is the module among them that makes logits.
         """
+
+    def patches(
+        self, tiles: Tensor, mean: Tensor, std: Tensor, side: int, dtype: torch.dtype
+    ) -> Tensor:
+        """uint8 ``[T, C, S, S]`` normalised and cut into squares, row by row, each its channels one
+        behind the other: ``[T, (S / side) ** 2, C * side ** 2]``.
+
+        ``mean`` and ``std`` are fp32 ``[C, 1, 1]``, of samples from 0 to 255.
+        """
+        normal = ((tiles.float() - mean) / std).to(dtype)
+        squares = normal.unflatten(3, (-1, side)).unflatten(2, (-1, side))
+        return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """``[..., inputs] -> [..., outputs]``."""

@@ -1,17 +1,23 @@
 """The operations on CUDA devices: matrix products by torch, what is between them by Triton."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from model.layers import LayerNorm, Linear, RMSNorm
 from model.ops.base import Ops
-from model.triton import fused
+from model.triton import fused, pixels
 
 
 class TritonOps(Ops):
     """See the module. Sums overwrite the hidden state that they are added to."""
 
     name = "triton"
+
+    def patches(
+        self, tiles: Tensor, mean: Tensor, std: Tensor, side: int, dtype: torch.dtype
+    ) -> Tensor:
+        return pixels.patches(tiles, mean, std, side, dtype)
 
     def linear_gelu(self, layer: Linear, x: Tensor) -> Tensor:
         return fused.bias_gelu_(functional.linear(x, layer.weight), layer.bias)
