@@ -91,6 +91,8 @@ def test_sizes_that_would_overflow_are_refused_before_a_byte_is_touched() -> Non
         for bad in (0, -1, huge, -huge):
             sizes = [*good[:place], bad, *good[place + 1 :]]
             assert LIBRARY.resize_tiles(None, *map(ctypes.c_int, sizes), None) == -2
+    for sizes in ([8, 8, 40_000, 2, 1, 0, good[-1]], [8, 8, 40_000, 1, 2, 0, good[-1]]):
+        assert LIBRARY.resize_tiles(None, *map(ctypes.c_int, sizes), None) == -2
     for bad in (-1, LIBRARY.resize_kernel_count(), huge):
         assert LIBRARY.resize_tiles(None, *map(ctypes.c_int, [*good[:-1], bad]), None) == -2
 
