@@ -75,6 +75,13 @@ COPY demo/ demo/
 RUN pip install --no-deps --target /opt/app .
 
 FROM runtime AS cuda
+# Triton compiles kernels when the server starts.
+USER 0:0
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-cuda /opt/venv /opt/venv
