@@ -1,0 +1,224 @@
+"""What ``benchmarks.compare`` and ``benchmarks.bench`` measured, as Markdown tables.
+
+    python -m benchmarks.table benchmarks/results/compare.json
+
+A figure is the median of the rounds, followed by the least and the greatest. A ratio is that of the
+medians, followed by the least and the greatest of the rounds' own.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+OURS = "ours"
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A figure in a record and how it is shown."""
+
+    key: str
+    title: str
+    unit: str
+    higher_is_better: bool = False
+
+
+THROUGHPUT = Metric("tokens_per_s", "output", "tokens/s", True)
+REQUESTS = Metric("requests_per_s", "requests", "1/s", True)
+TTFT = Metric("ttft_p50_ms", "first token", "ms")
+START = Metric("ready_s", "start to ready", "s")
+MEMORY = Metric("rss_gib", "memory when ready", "GiB")
+METRICS = (
+    THROUGHPUT,
+    REQUESTS,
+    TTFT,
+    Metric("tpot_p50_ms", "per token", "ms"),
+    Metric("itl_p50_ms", "between pieces, p50", "ms"),
+    Metric("itl_p99_ms", "p99", "ms"),
+    Metric("server_cpu_s", "processor", "s"),
+    Metric("others", "machine used by others", "%"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """What ours divided by the peer's has to reach; at most ``value`` where less is better."""
+
+    case: str
+    metric: Metric
+    value: float
+
+    def reached(self, ratio: float) -> bool:
+        return ratio >= self.value if self.metric.higher_is_better else ratio <= self.value
+
+    def __str__(self) -> str:
+        return f"{'≥' if self.metric.higher_is_better else '≤'} {self.value:g}"
+
+
+# Against vLLM on a CPU.
+MARKS = (
+    Mark("text-c1", THROUGHPUT, 2.0),
+    Mark("text-c4", THROUGHPUT, 1.6),
+    Mark("text-c16", THROUGHPUT, 1.6),
+    Mark("picture-c1", REQUESTS, 1.8),
+    Mark("picture-c1", TTFT, 0.55),
+    Mark("picture-c4", REQUESTS, 1.8),
+    Mark("picture-c4", TTFT, 0.55),
+    Mark("picture-896", TTFT, 0.55),
+    Mark("again", TTFT, 0.5),
+    Mark("prefix", TTFT, 0.6),
+    Mark("start", START, 0.25),
+    Mark("start", MEMORY, 0.8),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Median, least and greatest."""
+
+    median: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        if self.least == self.greatest:
+            return _short(self.median)
+        return f"{_short(self.median)} ({_short(self.least)}–{_short(self.greatest)})"
+
+
+class Results:
+    """The records of one run: ``server``, ``case``, ``round`` and figures in each."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        self.found = found
+        self.records: list[dict[str, Any]] = found["records"]
+        self.titles: dict[str, str] = found["cases"] | {"start": "start"}
+        self.servers = list(dict.fromkeys(record["server"] for record in self.records))
+        self.peers = [server for server in self.servers if server != OURS]
+
+    def rounds(self, server: str, case: str, metric: Metric) -> dict[int, float]:
+        """The figure of each round; none where it was not measured or the case failed."""
+        return {
+            record["round"]: record[metric.key]
+            for record in self.records
+            if (record["server"], record["case"]) == (server, case)
+            and record.get(metric.key) is not None
+        }
+
+    def figure(self, server: str, case: str, metric: Metric) -> Spread | None:
+        values = self.rounds(server, case, metric).values()
+        return Spread.of(list(values)) if values else None
+
+    def ratio(self, peer: str, case: str, metric: Metric) -> Spread | None:
+        """Ours divided by the peer's; None where one of them is missing."""
+        ours, theirs = (self.rounds(server, case, metric) for server in (OURS, peer))
+        if not ours or not any(theirs.values()):
+            return None
+        medians = statistics.median(ours.values()) / statistics.median(theirs.values())
+        pairs = [ours[index] / theirs[index] for index in ours if theirs.get(index)] or [medians]
+        return Spread(medians, min(pairs), max(pairs))
+
+
+def against(results: Results, peer: str) -> str:
+    """Ours beside a peer, by the marks."""
+    rows = []
+    for mark in MARKS:
+        if mark.case not in results.titles:
+            continue
+        ours, theirs = (results.figure(server, mark.case, mark.metric) for server in (OURS, peer))
+        ratio = results.ratio(peer, mark.case, mark.metric)
+        verdict = "–" if ratio is None else "yes" if mark.reached(ratio.median) else "**no**"
+        title = mark.metric.title if mark.case == "start" else results.titles[mark.case]
+        what = "" if mark.case == "start" else f"{mark.metric.title}, "
+        rows.append(
+            [
+                title,
+                f"{what}{mark.metric.unit}",
+                _said(ours),
+                _said(theirs),
+                _said(ratio),
+                mark,
+                verdict,
+            ]
+        )
+    return _markdown(["case", "figure", OURS, peer, "ratio", "mark", "reached"], rows)
+
+
+def figures(results: Results) -> str:
+    """All figures of all servers."""
+    rows = [
+        [title, server, *(_said(results.figure(server, case, metric)) for metric in METRICS)]
+        for case, title in results.titles.items()
+        for server in results.servers
+        if case != "start"
+    ]
+    names = [f"{metric.title}, {metric.unit}" for metric in METRICS]
+    start = [
+        [server, *(_said(results.figure(server, "start", metric)) for metric in (START, MEMORY))]
+        for server in results.servers
+    ]
+    heads = [f"{metric.title}, {metric.unit}" for metric in (START, MEMORY)]
+    return (
+        f"{_markdown(['case', 'server', *names], rows)}\n\n{_markdown(['server', *heads], start)}"
+    )
+
+
+def notes(results: Results) -> Iterator[str]:
+    """The conditions, and what makes figures doubtful."""
+    found = results.found
+    machine = found["machine"]
+    yield (
+        f"Commit {found['commit']}, {found['date']}; {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB, {' '.join(machine['flags'])}; client: {found['client']}; "
+        f"`{found['command']}`"
+    )
+    for record in results.records:
+        if "error" in record:
+            yield f"{record['server']} failed {record['case']}: {record['error']}"
+    for case in results.titles:
+        tokens = {
+            record["server"]: record["output_tokens"]
+            for record in results.records
+            if record["case"] == case and "output_tokens" in record
+        }
+        if len(set(tokens.values())) > 1:
+            yield f"{case}: the servers wrote different numbers of tokens: {tokens}"
+
+
+def report(found: dict[str, Any]) -> str:
+    """All of it."""
+    results = Results(found)
+    parts = ["\n".join(notes(results)), *(against(results, peer) for peer in results.peers)]
+    return "\n\n".join([*parts, figures(results)])
+
+
+def _said(value: Spread | None) -> str:
+    return "–" if value is None else str(value)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def main() -> None:
+    """Print the tables of a file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path)
+    print(report(json.loads(parser.parse_args().file.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()
