@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CODE := server engine model preprocessing wire demo tests benchmarks
 
-.PHONY: help setup serve test lint fmt unit clean lock train evaluate
+.PHONY: help setup serve test lint fmt unit clean lock train evaluate bench
 
 help:  ## list the recipes
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ train: $(VENV)/.runtime  ## train the embedded demo model again, from nothing (h
 
 evaluate: $(VENV)/.runtime  ## measure the served demo model skill by skill (needs `make serve`)
 	@$(BIN)/python -m demo.evaluate $(ARGS)
+
+bench: $(VENV)/.dev  ## measure the server on this machine in about five minutes, offline
+	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
 lock: $(VENV)/.dev  ## write the installed versions to constraints.txt
 	@{ echo "# Versions the project is tested with; written by 'make lock'. torch is chosen by the Makefile."; \

@@ -54,6 +54,12 @@ class Case:
     def primed(self) -> bool:
         return self.again or self.shared > 0
 
+    def at_most(self, requests: int) -> "Case":
+        """With fewer requests, but as many as are sent at once."""
+        return dataclasses.replace(
+            self, requests=max(self.concurrency, min(requests, self.requests))
+        )
+
 
 _PICTURE = {"input_tokens": 16, "output_tokens": 32}
 CASES = (

@@ -14,7 +14,6 @@ it.
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -160,15 +159,18 @@ def main() -> None:
     parser.add_argument("--flags", default="", help="for our server")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES])
-    parser.add_argument("--requests", type=int, default=64, help="at most so many of a case")
-    parser.add_argument("--seed", type=int, default=int(time.time()) % 10**6 * 10**4)
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=64,
+        help="at most so many of a case, but as many as go at once",
+    )
+    parser.add_argument("--seed", type=int, default=int(time.time()) % 10**5 * 10**4)
     parser.add_argument("--vllm-python", type=Path, help="a Python with vLLM, whose client is used")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     given = parser.parse_args()
     cases = [
-        dataclasses.replace(case, requests=min(case.requests, given.requests))
-        for case in CASES
-        if case.name in (given.cases or case.name)
+        case.at_most(given.requests) for case in CASES if case.name in (given.cases or case.name)
     ]
     servers = [our_server(given.model, flags=given.flags, log=given.logs / f"{OURS}.log")]
     servers += [Server(*peer, log=given.logs / f"{peer[0]}.log") for peer in given.peer]

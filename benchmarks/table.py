@@ -88,10 +88,15 @@ class Spread:
     def of(cls, values: Sequence[float]) -> "Spread":
         return cls(statistics.median(values), min(values), max(values))
 
+    @property
+    def short(self) -> str:
+        """The median alone."""
+        return _short(self.median)
+
     def __str__(self) -> str:
         if self.least == self.greatest:
-            return _short(self.median)
-        return f"{_short(self.median)} ({_short(self.least)}–{_short(self.greatest)})"
+            return self.short
+        return f"{self.short} ({_short(self.least)}–{_short(self.greatest)})"
 
 
 class Results:
@@ -102,7 +107,7 @@ class Results:
         self.records: list[dict[str, Any]] = found["records"]
         self.titles: dict[str, str] = found["cases"] | {"start": "start"}
         self.servers = list(dict.fromkeys(record["server"] for record in self.records))
-        self.peers = [server for server in self.servers if server != OURS]
+        self.peers = [name for name in self.servers if name != OURS] if OURS in self.servers else []
 
     def rounds(self, server: str, case: str, metric: Metric) -> dict[int, float]:
         """The figure of each round; none where it was not measured or the case failed."""

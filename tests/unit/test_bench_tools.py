@@ -1,0 +1,243 @@
+"""The benchmarks' client, tables and charts: that what they say is what was measured."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from tokenizers import Tokenizer
+
+from benchmarks.bench import give_texts
+from benchmarks.charts import BEGIN, CHARTS, END, chart, insert
+from benchmarks.client import CASES, Answer, Case, Client, summary
+from benchmarks.compare import Comparison, facts, our_server, without_folders
+from benchmarks.processes import Server as Process
+from benchmarks.table import MARKS, TTFT, Results, report
+from benchmarks.vllm_client import VllmClient, VllmProgram
+from tests.checkpoints import make_checkpoint
+from tests.servers import ROOT, Server
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def measured(server: str, case: str, round_: int, **figures: float) -> dict[str, Any]:
+    return {"server": server, "case": case, "round": round_, **figures}
+
+
+def results(records: list[dict[str, Any]]) -> dict[str, Any]:
+    known = facts("our own") | {"cases": {case.name: case.title for case in CASES}}
+    return known | {"records": records}
+
+
+RECORDS = [
+    measured(server, "text-c1", index, tokens_per_s=speed, ttft_p50_ms=wait, output_tokens=64)
+    for server, rounds in {
+        "ours": [(10, 100), (30, 110), (20, 120)],
+        "slow<&>": [(10, 300), (10, 500), (8, 400)],
+    }.items()
+    for index, (speed, wait) in enumerate(rounds)
+]
+
+
+def row(text: str, *beginning: str) -> list[str]:
+    """Cells of the row of a table that begins with some."""
+    rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+    (found,) = (cells for cells in rows if cells[: len(beginning)] == list(beginning))
+    return found
+
+
+def test_a_ratio_is_of_medians_and_judged_by_its_mark() -> None:
+    records = [
+        *RECORDS,
+        measured("ours", "start", 0, ready_s=9, rss_gib=2),
+        measured("slow<&>", "start", 0, ready_s=30, rss_gib=4),
+    ]
+    text = report(results(records))
+    assert row(text, "text, 1 at once", "output, tokens/s")[2:] == [
+        *("20 (10–30)", "10 (8–10)", "2 (1–3)", "≥ 2", "yes")
+    ]
+    assert row(text, "start to ready", "s")[2:] == ["9", "30", "0.3", "≤ 0.25", "**no**"]
+    assert row(text, "memory when ready", "GiB")[2:] == ["2", "4", "0.5", "≤ 0.8", "yes"]
+    assert row(text, "text, 1 at once", "slow<&>")[4] == "400 (300–500)"
+
+
+def test_what_is_missing_is_no_figure_and_no_verdict() -> None:
+    records = [record for record in RECORDS if record["server"] == "ours"]
+    assert "reached" not in report(results(records))
+    records += [
+        measured("peer", "text-c1", 0) | {"error": "400: no such model"},
+        measured("peer", "start", 0) | {"ready_s": None, "rss_gib": 3},
+    ]
+    text = report(results(records))
+    assert row(text, "text, 1 at once", "output, tokens/s")[3:] == ["–", "–", "≥ 2", "–"]
+    assert row(text, "peer", "–", "3")
+    assert "peer failed text-c1: 400: no such model" in text
+
+
+def test_answers_of_different_length_are_told() -> None:
+    assert "different numbers of tokens" not in report(results(RECORDS))
+    other = measured("other", "text-c1", 0, tokens_per_s=9, output_tokens=12)
+    assert "different numbers of tokens" in report(results([*RECORDS, other]))
+
+
+def test_every_mark_is_of_a_case_that_is_measured() -> None:
+    assert {mark.case for mark in MARKS} <= {case.name for case in CASES} | {"start"}
+
+
+def test_bars_are_as_long_as_their_figures() -> None:
+    found = Results(results(RECORDS))
+    for title, metric in CHARTS.values():
+        root = ElementTree.fromstring(chart(found, title, metric))  # noqa: S314
+        bars = {
+            bar.attrib["class"]: float(bar.attrib["width"])
+            for bar in root.iter(f"{SVG}rect")
+            if bar.attrib["height"] == "16"
+        }
+        ratio = found.ratio("slow<&>", "text-c1", metric)
+        assert ratio is not None
+        assert bars["ours"] / bars["first"] == pytest.approx(ratio.median, rel=0.01)
+        said = [text.text for text in root.iter(f"{SVG}text")]
+        assert f"(×{ratio.short})" in " ".join(filter(None, said))
+        assert "slow<&>" in said
+
+
+def test_a_chart_has_a_dash_for_a_server_that_failed() -> None:
+    failed = measured("peer", "text-c1", 0) | {"error": "500"}
+    root = ElementTree.fromstring(chart(Results(results([*RECORDS, failed])), "Wait", TTFT))  # noqa: S314
+    assert "–" in [text.text for text in root.iter(f"{SVG}text")]
+
+
+def test_documentation_has_a_place_for_the_tables() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    once = insert(page, "a table")
+    assert once.count("a table") == 1
+    assert insert(once, "a table") == once
+    assert insert(once, "another").count("a table") == 0
+    assert page.split(BEGIN)[0] in once
+    assert page.split(END)[1] in once
+
+
+def test_a_case_has_as_many_requests_as_go_at_once() -> None:
+    assert Case("", "", 8, concurrency=4).at_most(2).requests == 4
+    assert Case("", "", 8).at_most(2).requests == 2
+    assert Case("", "", 8).at_most(20).requests == 8
+
+
+def test_figures_of_answers() -> None:
+    answers = [Answer([0.1, 0.2, 0.5], 10, 5), Answer([0.3, 0.4], 20, 3)]
+    found = summary(answers, 2.0)
+    assert (found["requests_per_s"], found["tokens_per_s"]) == (1.0, 4.0)
+    assert (found["prompt_tokens"], found["output_tokens"]) == (30, 8)
+    assert found["ttft_p50_ms"] == pytest.approx(200)
+    assert found["itl_p50_ms"] == pytest.approx(100)
+    assert found["tpot_p50_ms"] == pytest.approx((100 + 50) / 2)
+
+
+def test_prompts_have_the_tokens_of_the_case(demo_server: Server) -> None:
+    client = Client(demo_server.url)
+    few = client.measure(Case("", "", 3, 2, input_tokens=50, output_tokens=8), 1)
+    many = client.measure(Case("", "", 3, 2, input_tokens=150, output_tokens=8), 1)
+    assert (few["requests"], few["output_tokens"]) == (3, 24)
+    assert many["prompt_tokens"] - few["prompt_tokens"] == pytest.approx(300, rel=0.1)
+    assert 0 < few["ttft_p50_ms"] < 1000 / few["requests_per_s"] * 3
+
+
+def test_what_is_shared_was_sent_before(demo_server: Server) -> None:
+    client = Client(demo_server.url)
+    name = "internvl_prefix_cache_hit_tokens_total"
+    case = {"requests": 2, "input_tokens": 16, "output_tokens": 2}
+
+    def hits(**options: Any) -> float:
+        before = demo_server.metric(name) or 0.0
+        found = client.measure(Case("", "", **(case | options)), 5)
+        assert found["requests"] == 2
+        return (demo_server.metric(name) or 0.0) - before
+
+    assert hits(shared=200) > 2 * 150
+    fresh, again = (hits(picture=112, again=again) for again in (False, True))
+    assert fresh == 0
+    assert again > 0
+
+
+def test_a_refusal_is_an_error(demo_server: Server) -> None:
+    with pytest.raises(RuntimeError, match="400"):
+        Client(demo_server.url).measure(Case("", "", 1, input_tokens=9000), 1)
+
+
+def test_a_failed_case_does_not_end_the_comparison(demo_server: Server, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    cases = [Case("long", "", 1, input_tokens=9000), Case("short", "", 1, output_tokens=4)]
+    comparison = Comparison(cases, Client, 7, out, facts("our own"))
+    server = Process("ours", demo_server.url, str(demo_server.process.pid))
+    for number in (0, 1):
+        comparison.measure(server, number)
+    found = json.loads(out.read_text())["records"]
+    assert [entry["case"] for entry in found] == ["start", "long", "short"] * 2
+    assert "400" in found[1]["error"]
+    assert found[0]["ready_s"] is None
+    assert found[2]["output_tokens"] == 4
+    assert found[2]["server_cpu_s"] > 0
+    assert 0 <= found[2]["others"] <= 100
+    assert len({entry["seed"] for entry in found if "seed" in entry}) == 4
+    assert demo_server.process.poll() is None
+
+
+def test_a_server_is_started_and_stopped(tmp_path: Path) -> None:
+    with our_server(None, log=tmp_path / "log") as server:
+        assert server.ready_s is not None
+        assert server.cpu_s() > 0
+        assert 0.1 < server.rss_gib() < 8
+        assert "-m server" in server.command_line()
+    with pytest.raises(ProcessLookupError):
+        os.kill(server.pid, 0)
+
+
+def test_a_server_that_ends_is_not_waited_for() -> None:
+    with (
+        pytest.raises(RuntimeError, match="did not get ready"),
+        Process("x", "http://[::1]:9", "false"),
+    ):
+        pass
+
+
+class Recorded(VllmProgram):
+    """Answers as vLLM's client would."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+
+    def run(self, words: list[str]) -> dict[str, Any]:
+        self.words = words
+        keys = ("completed", "total_input_tokens", "total_output_tokens", "request_throughput")
+        keys += ("output_throughput", "p50_ttft_ms", "p50_tpot_ms", "p50_itl_ms", "p99_itl_ms")
+        return dict.fromkeys(keys, 3)
+
+
+def test_vllm_is_told_the_case(demo_server: Server, tmp_path: Path) -> None:
+    program = Recorded()
+    client = VllmClient(demo_server.url, program, tmp_path)
+    cases = {case.name: case for case in CASES}
+    assert client.measure(cases["picture-c4"], 9)["ttft_p50_ms"] == 3
+    said = " ".join(program.words)
+    for word in (
+        *("--max-concurrency 4", "--num-prompts 8", "--seed 9", "--model internvl-demo"),
+        *("--dataset-name random-mm", "{(448, 448, 1): 1.0}", "--ignore-eos"),
+    ):
+        assert word in said
+    client.measure(cases["prefix"], 9)
+    assert "--random-prefix-len 512" in " ".join(program.words)
+
+
+def test_paths_are_not_told() -> None:
+    said = "/opt/x/bin/vllm serve /tmp/c --model /data/m --url http://127.0.0.1:8101/v1 a/b"
+    assert without_folders(said) == "vllm serve c --model m --url http://127.0.0.1:8101/v1 a/b"
+
+
+def test_every_token_of_a_random_model_has_a_text(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, weights=False)
+    give_texts(folder / "tokenizer.json", 700)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == 700
+    assert all(tokenizer.decode([token], skip_special_tokens=False) for token in (3, 515, 699))
