@@ -434,6 +434,8 @@ def _dtype(settings: EngineSettings, config: ModelConfig, device: torch.device) 
     if name == "auto":
         small = device.type == "cpu" and count_parameters(config) <= _SMALL
         name = "float32" if small else config.dtype
+        if settings.quantization == "int8":
+            name = "bfloat16"
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

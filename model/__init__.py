@@ -34,7 +34,8 @@ def build_model(
 ) -> InternVL:
     """Load a checkpoint folder's weights. Raises CheckpointError if they do not fit ``config``.
 
-    ``quantization`` is one of ``model.quantize``.
+    ``quantization`` is "none", "fp8" (``model.quantize``) or "int8" (``model.ops.native``); raises
+    ValueError where the device cannot compute it.
 
     A stored output matrix is used whatever tie_word_embeddings says: published checkpoints have
     the flag wrong, and a dropped matrix gives fluent nonsense.
@@ -49,8 +50,9 @@ def build_model(
     model.parameter_count = sum(parameter.numel() for parameter in model.parameters())
     model.vision.fit(config.tile_grid)
     model.vision.fold()
-    quantize_layers(model.decoder.layers, quantization)
-    model.ops = choose(device, dtype)
+    if quantization == "fp8":
+        quantize_layers(model.decoder.layers)
+    model.ops = choose(device, dtype, quantization)
     model.ops.prepare(list(model.modules()), model.decoder.output)
     return model.eval()
 

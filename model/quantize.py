@@ -82,13 +82,11 @@ class Fp8Linear(Linear):
         return found.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def quantize_layers(decoder_layers: nn.ModuleList, kind: str) -> None:
-    """Replace the linear layers of the decoder's layers; ``kind`` is "none" or "fp8".
+def quantize_layers(decoder_layers: nn.ModuleList) -> None:
+    """Replace the linear layers of the decoder's layers by such in float8.
 
     Raises CheckpointError where the device, or the model's shape, does not allow it.
     """
-    if kind == "none":
-        return
     product = _product(decoder_layers)
     for layer in decoder_layers:
         assert isinstance(layer, DecoderLayer)  # noqa: S101 - for the type checker

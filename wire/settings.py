@@ -219,9 +219,9 @@ class EngineSettings:
     )
     quantization: str = knob(
         "none",
-        "'fp8': the decoder's layers with weights and activations in eight bits; on CUDA from "
-        "compute capability 8.9 on.",
-        choices=("none", "fp8"),
+        "Weights and activations in eight bits. 'fp8': the decoder's layers, on CUDA from compute "
+        "capability 8.9 on; 'int8': all layers, on the CPU where the C was compiled.",
+        choices=("none", "fp8", "int8"),
     )
     attention_backend: str = knob(
         "auto",

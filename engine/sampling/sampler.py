@@ -29,8 +29,10 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     removed. Nothing here waits for the device.
     """
     count = _at_once(logits)
-    if _is_fused(logits) and not any(step.needed(row) for step in SHAPING for row in rows):
-        count = len(rows)  # the kernel makes nothing but tokens
+    if not any(step.needed(row) for step in SHAPING for row in rows) and (
+        _is_fused(logits) or all(row.params.greedy for row in rows)
+    ):
+        count = len(rows)  # nothing is made but tokens
     if len(rows) <= count:
         return _sample(logits, rows)
     parts = [
@@ -79,7 +81,7 @@ def _at_once(logits: Tensor) -> int:
 
 
 def _plain(logits: Tensor, draws: Tensor | None) -> Tensor:
-    best, tokens = logits.max(dim=-1)
+    best, tokens = _highest(logits)
     if draws is not None:
         heats = draws[2].view(torch.float32)[:, None]
         # As the step does it, to the bit; a greedy row's quotient is not used.
@@ -95,7 +97,7 @@ def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         from engine.sampling import fused
 
         return fused.draw(logits, to_device(fused.wishes(rows), logits.device))
-    best, tokens = logits.max(dim=-1)
+    best, tokens = _highest(logits)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if drawn:
         chosen = [rows[i] for i in drawn]
@@ -107,6 +109,15 @@ def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
             found = _draw(_apply(FILTERS, logits[index], chosen), keys)
             tokens = tokens.index_copy(0, index, found)
     return _checked(tokens, best)
+
+
+def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest logit of each row, NaN if there is one, and its place."""
+    if logits.device.type != "cpu":
+        best, places = logits.max(dim=-1)
+        return best, places
+    # On the CPU six times as fast as torch's maximum with its place.
+    return logits.amax(-1), torch.from_numpy(logits.numpy().argmax(-1))
 
 
 def _checked(tokens: Tensor, best: Tensor) -> Tensor:

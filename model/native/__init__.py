@@ -12,8 +12,8 @@ from wire.native import load
 
 BEST = 4
 """For ``internvl_choose``: the best instruction set of this processor; tests choose others too."""
-LANES, STEP = 16, 32
-"""Outputs of a panel, and what inputs are padded to a multiple of (block.h)."""
+LANES, STEP, STEP8 = 16, 32, 64
+"""Outputs of a panel, and what inputs are multiples of, in bf16 and quantised (block.h)."""
 
 _p, _l, _i, _f = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: dict[str, list[Any]] = {
@@ -21,7 +21,9 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "internvl_threads": [_i],
     "internvl_large_pages": [_p, ctypes.c_ulong],
     "internvl_pack": [_p, _l, _l, _p, _l],
+    "internvl_pack8": [_p, _l, _l, _p, _p, _p, _l],
     "internvl_linear": [_p, _l, _l, _p, _p, _l, _l, _p, _l, _i],
+    "internvl_linear8": [_p, _l, _l, _p, _p, _p, _p, _l, _l, _p, _l, _i, _p, _p],
     "internvl_add_norm": [_p, _l, _p, _l, _p, _p, _p, _l, _l, _l, _f, _i],
     "internvl_tile_scratch": [_l, _l, _i, _i],
     "internvl_tile_attention": [_p, _l, _l, _l, _i, _i, _p, _p, _l],

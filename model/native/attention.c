@@ -67,7 +67,7 @@ CLONES static void softmax(struct rows *r, long first, long keys, float scale) {
         floats share = power(get(scores + i) * scale - high);
         if (i + LANES > seen) share = pick(lanes < (int)(seen - i), share, all(0));
         sum += share;
-        put_bf16(shares + i, share);
+        put_share(shares + i, share);
       }
       put(r->sum[row], sum);
     }

@@ -22,9 +22,26 @@ static void portable(const bf16 *a, long lda, int rows, const bf16 *b, long stri
     }
 }
 
+static void portable8(const int8_t *a, long lda, int rows, const int8_t *b, long stride, int panels,
+                      int inputs, const int32_t *sums, int32_t *c) {
+  (void)sums;
+  for (int row = 0; row < rows; row++)
+    for (int panel = 0; panel < panels; panel++) {
+      int32_t sum[LANES] = {0};
+      const int8_t *fours = b + panel * stride;
+      for (int i = 0; i < inputs; i++)
+        for (int lane = 0; lane < LANES; lane++)
+          sum[lane] += a[row * lda + i] * fours[(i / 4 * LANES + lane) * 4 + i % 4];
+      memcpy(c + row * COLUMNS + panel * LANES, sum, sizeof sum);
+    }
+}
+
 static void nothing(void) {}
 
+block8_fn block_product8 = portable8;
+
 block_fn block_product = portable;
+int block_level = 1;
 void (*block_begin)(void) = nothing;
 void (*block_end)(void) = nothing;
 
@@ -109,8 +126,47 @@ AVX512 static void avx512(const bf16 *a, long lda, int rows, const bf16 *b, long
   for (; row < rows; row++) avx512_rows(a + row * lda, lda, 1, b, stride, inputs, c + row * ldc, ldc, more);
 }
 
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+VNNI static inline __attribute__((always_inline)) void vnni_rows(
+    const int8_t *a, long lda, int count, const int8_t *b, long stride, int inputs,
+    const int32_t *sums, int32_t *c) {
+  __m512i sum[8][GROUP];
+  /* The instruction wants one side without a sign: 128 more, which is taken away in the end. */
+  const __m512i flip = _mm512_set1_epi32((int)0x80808080);
+  for (int r = 0; r < count; r++)
+    for (int p = 0; p < GROUP; p++) sum[r][p] = _mm512_setzero_si512();
+  for (int i = 0; i < inputs; i += 4, b += 4 * LANES) {
+    __m512i fours[GROUP];
+    for (int p = 0; p < GROUP; p++) {
+      fours[p] = _mm512_loadu_si512(b + p * stride);
+      _mm_prefetch((const char *)(b + p * stride) + 2048, _MM_HINT_T0);
+    }
+    for (int r = 0; r < count; r++) {
+      int four;
+      memcpy(&four, a + r * lda + i, sizeof four);
+      __m512i x = _mm512_xor_si512(_mm512_set1_epi32(four), flip);
+      for (int p = 0; p < GROUP; p++) sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], x, fours[p]);
+    }
+  }
+  for (int p = 0; p < GROUP; p++) {
+    __m512i extra = _mm512_slli_epi32(_mm512_loadu_si512(sums + (stride ? p * LANES : 0)), 7);
+    for (int r = 0; r < count; r++)
+      _mm512_storeu_si512(c + r * COLUMNS + p * LANES, _mm512_sub_epi32(sum[r][p], extra));
+  }
+}
+
+VNNI static void vnni(const int8_t *a, long lda, int rows, const int8_t *b, long stride, int panels,
+                      int inputs, const int32_t *sums, int32_t *c) {
+  if (panels < GROUP) stride = 0; /* the panel twice: the second result is not used */
+  int row = 0;
+  for (; row + 8 <= rows; row += 8)
+    vnni_rows(a + row * lda, lda, 8, b, stride, inputs, sums, c + row * COLUMNS);
+  for (; row < rows; row++)
+    vnni_rows(a + row * lda, lda, 1, b, stride, inputs, sums, c + row * COLUMNS);
+}
+
 /* AMX: sums in tiles 0 to 3, rows in 4 and 5, panels in 6 and 7. */
-#define AMX __attribute__((target("amx-tile,amx-bf16,avx512f")))
+#define AMX __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f")))
 
 struct tiles {
   uint8_t palette, start, zeros[14];
@@ -119,7 +175,7 @@ struct tiles {
 } __attribute__((packed));
 
 /* Bytes from where a panel is read to where it is fetched. */
-enum { AHEAD = 2048 };
+enum { AHEAD = 1024 };
 
 static __thread int tile_rows = -1;
 
@@ -206,6 +262,41 @@ AMX static void amx(const bf16 *a, long lda, int rows, const bf16 *b, long strid
   }
 }
 
+AMX static void amx8(const int8_t *a, long lda, int rows, const int8_t *b, long stride, int panels,
+                     int inputs, const int32_t *sums, int32_t *c) {
+  (void)sums;
+  const int8_t *other = panels > 1 ? b + stride : b;
+  const int8_t *below = a + (rows > 16 ? 16 * lda : 0);
+  set_rows(rows);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int i = 0; i < inputs; i += STEP8, b += STEP8 * LANES, other += STEP8 * LANES) {
+    if (rows <= 16)
+      for (int line = 0; line < 16; line++) {
+        _mm_prefetch((const char *)b + AHEAD + line * 64, _MM_HINT_T0);
+        _mm_prefetch((const char *)other + AHEAD + line * 64, _MM_HINT_T0);
+      }
+    _tile_loadd(4, a + i, lda);
+    _tile_loadd(6, b, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, other, 64);
+    _tile_dpbssd(1, 4, 7);
+    if (rows > 16) {
+      _tile_loadd(5, below + i, lda);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, COLUMNS * 4);
+  _tile_stored(1, c + LANES, COLUMNS * 4);
+  if (rows > 16) {
+    _tile_stored(2, c + 16 * COLUMNS, COLUMNS * 4);
+    _tile_stored(3, c + 16 * COLUMNS + LANES, COLUMNS * 4);
+  }
+}
+
 /* Tiles that are in use make every switch of threads dearer. */
 AMX static void amx_end(void) {
   _tile_release();
@@ -214,7 +305,7 @@ AMX static void amx_end(void) {
 
 /* Linux lends a process the tiles when it asks (arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA). */
 static int amx_allowed(void) {
-  return __builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, 0x1023, 18);
+  return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") && !syscall(SYS_arch_prctl, 0x1023, 18);
 }
 #endif
 
@@ -226,18 +317,22 @@ int internvl_choose(int most) {
   __builtin_cpu_init();
   if (most >= 4 && amx_allowed()) {
     block_product = amx;
+    block_product8 = amx8;
     block_end = amx_end;
-    return 4;
+    return block_level = 4;
   }
-  if (most >= 3 && __builtin_cpu_supports("avx512bf16")) {
+  if (most >= 3 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
     block_product = avx512;
-    return 3;
+    block_product8 = vnni;
+    return block_level = 3;
   }
   if (most >= 2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     block_product = avx2;
-    return 2;
+    block_product8 = portable8;
+    return block_level = 2;
   }
 #endif
   block_product = portable;
-  return 1;
+  block_product8 = portable8;
+  return block_level = 1;
 }

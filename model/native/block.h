@@ -28,6 +28,15 @@ typedef void (*block_fn)(const bf16 *a, long lda, int rows, const bf16 *b, long 
 
 extern block_fn block_product;
 
+/* The same in whole numbers: a panel is [inputs / 4][16 outputs][4], inputs a multiple of STEP8, and
+   sums[panels * LANES] are those of each output's weights. */
+enum { STEP8 = 64 };
+typedef void (*block8_fn)(const int8_t *a, long lda, int rows, const int8_t *b, long stride,
+                          int panels, int inputs, const int32_t *sums, int32_t *c);
+
+extern block8_fn block_product8;
+extern int block_level; /* what internvl_choose chose */
+
 /* Called by every thread before its first block_product of a piece of work, and after its last. */
 extern void (*block_begin)(void);
 extern void (*block_end)(void);

@@ -2,15 +2,22 @@
 #include "lanes.h"
 #include "pool.h"
 
+#include <math.h>
+
 enum { PLAIN, GELU, GATE, FLOATS };
+enum { AT_ONCE = 16 };
+
+typedef int8_t bytes __attribute__((vector_size(16)));
 
 struct linear {
-  const bf16 *x;
-  const bf16 *panels;
+  const bf16 *x, *panels;
+  const int8_t *x8, *panels8; /* in their place, if the matrix is quantised */
+  float *heats;               /* what a whole number of each row stands for */
+  const float *scales;        /* and of each output */
+  const int32_t *sums;
   const float *bias;
   void *y;
-  long rows, inputs, outputs, ldx, ldy, tall;
-  long groups, chunks;
+  long rows, inputs, outputs, ldx, ldy, tall, groups, chunks;
   int kind;
 };
 
@@ -39,6 +46,65 @@ CLONES static void finish(const struct linear *w, const float *c, long row, int 
   }
 }
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+/* The same with this processor's own rounding, and past the caches where the next to read the result
+   would not find it there. Only whole groups. */
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) static void finish_fast(
+    const struct linear *w, const float *c, long row, int rows, long column) {
+  floats bias0 = w->bias ? get(w->bias + column) : all(0);
+  floats bias1 = w->bias ? get(w->bias + column + LANES) : all(0);
+  bf16 *y = (bf16 *)w->y + row * w->ldy + column;
+  int past = w->rows * w->outputs > (1l << 20) && !(((long)y | w->ldy * 2) & 63);
+  for (int r = 0; r < rows; r++, c += COLUMNS, y += w->ldy) {
+    floats x0 = get(c) + bias0, x1 = get(c + LANES) + bias1;
+    if (w->kind == GELU) {
+      x0 = gelu(x0);
+      x1 = gelu(x1);
+    }
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)x1, (__m512)x0);
+    if (past) _mm512_stream_si512((void *)y, both);
+    else _mm512_storeu_si512((void *)y, both);
+  }
+}
+#endif
+
+/* Whole numbers to what they stand for, in their place. */
+CLONES static void widen(const struct linear *w, float *c, long row, int rows, long column) {
+  floats scale0 = get(w->scales + column), scale1 = get(w->scales + column + LANES);
+  for (int r = 0; r < rows; r++, c += COLUMNS) {
+    float heat = w->heats[row + r];
+    ints x0, x1;
+    memcpy(&x0, c, sizeof x0);
+    memcpy(&x1, c + LANES, sizeof x1);
+    put(c, __builtin_convertvector(x0, floats) * (scale0 * heat));
+    put(c + LANES, __builtin_convertvector(x1, floats) * (scale1 * heat));
+  }
+}
+
+/* Rows to whole numbers between -127 and 127, the largest of each row to one of these. */
+CLONES static void quantise(void *context, long index) {
+  const struct linear *w = context;
+  for (long row = index * AT_ONCE; row < (index + 1) * AT_ONCE && row < w->rows; row++) {
+    const bf16 *x = w->x + row * w->ldx;
+    int8_t *to = (int8_t *)w->x8 + row * w->inputs;
+    floats most = all(1e-12f), odd = all(0);
+    for (long i = 0; i < w->inputs; i += LANES) {
+      floats at = get_bf16(x + i);
+      most = larger(most, larger(at, -at));
+      odd += at * 0.0f; /* NaN if one is not finite, which no whole number could say */
+    }
+    float heat = largest(most) / 127 + total(odd);
+    w->heats[row] = heat;
+    for (long i = 0; i < w->inputs; i += LANES) {
+      /* Adding 1.5 * 2^23 rounds, and leaves the number in the low byte. */
+      ints whole = (ints)(get_bf16(x + i) * (1 / heat) + 12582912.0f);
+      bytes narrow = __builtin_convertvector(whole, bytes);
+      memcpy(to + i, &narrow, sizeof narrow);
+    }
+  }
+}
+
 static void part(void *context, long index) {
   const struct linear *w = context;
   long chunk = index / w->groups, group = index % w->groups;
@@ -46,48 +112,87 @@ static void part(void *context, long index) {
   long stride = w->inputs * LANES, column = group * COLUMNS;
   long panels = (w->outputs - column + LANES - 1) / LANES;
   if (panels > GROUP) panels = GROUP;
-  const bf16 *b = w->panels + group * GROUP * stride;
+  long bytes = GROUP * stride * (w->panels8 ? 1 : 2);
+  const char *b = (const char *)(w->panels8 ? (void *)w->panels8 : (void *)w->panels) + group * bytes;
   /* What this thread will probably read next, brought near a little with every block of rows. */
-  long blocks = (last - first + ROWS - 1) / ROWS, lines = (GROUP * stride * 2 / 64 + blocks - 1) / blocks;
-  const char *soon = (const char *)(b + pool_threads() * GROUP * stride);
+  long blocks = (last - first + ROWS - 1) / ROWS, lines = (bytes / 64 + blocks - 1) / blocks;
+  const char *soon = b + pool_threads() * bytes;
   if (group + pool_threads() >= w->groups || blocks == 1) lines = 0;
   float c[ROWS * COLUMNS] __attribute__((aligned(64)));
   for (long row = first; row < last; row += ROWS) {
     int rows = last - row < ROWS ? (int)(last - row) : ROWS;
     for (long line = 0; line < lines; line++, soon += 64) __builtin_prefetch(soon, 0, 2);
-    block_product(w->x + row * w->ldx, w->ldx, rows, b, stride, (int)panels, (int)w->inputs, c,
-                  COLUMNS, 0);
+    if (w->panels8) {
+      block_product8(w->x8 + row * w->inputs, w->inputs, rows, (const int8_t *)b, stride, (int)panels,
+                     (int)w->inputs, w->sums + column, (int32_t *)c);
+      widen(w, c, row, rows, column);
+    } else {
+      block_product(w->x + row * w->ldx, w->ldx, rows, (const bf16 *)b, stride, (int)panels,
+                    (int)w->inputs, c, COLUMNS, 0);
+    }
+#if defined(__x86_64__)
+    if (block_level >= 3 && w->kind <= GELU && column + COLUMNS <= w->outputs) {
+      finish_fast(w, c, row, rows, column);
+      continue;
+    }
+#endif
     finish(w, c, row, rows, column);
   }
+#if defined(__x86_64__)
+  _mm_sfence(); /* stores past the caches are not in order with others */
+#endif
   block_end();
+}
+
+static void run(struct linear *w) {
+  /* Rows that stay in the second cache while the panels pass by. */
+  w->tall = (1 << 19) / w->inputs / ROWS * ROWS;
+  if (w->tall < ROWS) w->tall = ROWS;
+  w->groups = (w->outputs + COLUMNS - 1) / COLUMNS;
+  w->chunks = (w->rows + w->tall - 1) / w->tall;
+  pool_run(part, w, w->groups * w->chunks);
 }
 
 /* y[rows][outputs] = f(x[rows][inputs] * panels + bias). kind: 0 nothing; 1 GELU; 2 silu(even panel)
    * odd panel, half as many outputs; 3 y is fp32 and there is no bias. bias may be NULL. */
 void internvl_linear(const bf16 *x, long ldx, long rows, const bf16 *panels, const float *bias,
                      long inputs, long outputs, void *y, long ldy, int kind) {
-  /* Rows that stay in the second cache while the panels pass by. */
-  long tall = (1 << 19) / inputs / ROWS * ROWS;
-  if (tall < ROWS) tall = ROWS;
-  struct linear w = {x, panels, bias, y, rows, inputs, outputs, ldx, ldy, tall, 0, 0, kind};
-  w.groups = (outputs + COLUMNS - 1) / COLUMNS;
-  w.chunks = (rows + tall - 1) / tall;
-  pool_run(part, &w, w.groups * w.chunks);
+  struct linear w = {.x = x, .panels = panels, .bias = bias, .y = y, .rows = rows, .inputs = inputs,
+                     .outputs = outputs, .ldx = ldx, .ldy = ldy, .kind = kind};
+  run(&w);
+}
+
+/* The same by a quantised matrix (internvl_pack8). x8[rows][inputs] and heats[rows] are scratch. */
+void internvl_linear8(const bf16 *x, long ldx, long rows, const int8_t *panels, const float *scales,
+                      const int32_t *sums, const float *bias, long inputs, long outputs, void *y,
+                      long ldy, int kind, int8_t *x8, float *heats) {
+  struct linear w = {.x = x, .x8 = x8, .panels8 = panels, .heats = heats, .scales = scales,
+                     .sums = sums, .bias = bias, .y = y, .rows = rows, .inputs = inputs,
+                     .outputs = outputs, .ldx = ldx, .ldy = ldy, .kind = kind};
+  pool_run(quantise, &w, (rows + AT_ONCE - 1) / AT_ONCE);
+  run(&w);
 }
 
 struct pack {
   const bf16 *from;
   bf16 *to;
+  int8_t *to8;
+  float *scales;
+  int32_t *sums;
   long outputs, inputs, padded, gates;
 };
+
+/* Which row of the matrix a lane of a panel holds: with gates, even panels hold rows of the first half
+   and odd ones of the second. */
+static long source(const struct pack *p, long panel, long lane) {
+  return p->gates ? (panel % 2) * p->gates + panel / 2 * LANES + lane : panel * LANES + lane;
+}
 
 static void pack_panel(void *context, long panel) {
   const struct pack *p = context;
   bf16 *to = p->to + panel * p->padded * LANES;
   for (int lane = 0; lane < LANES; lane++) {
-    /* With gates, even panels hold rows of the first half and odd ones of the second. */
-    long row = p->gates ? (panel % 2) * p->gates + panel / 2 * LANES + lane : panel * LANES + lane;
-    long inside = row < p->outputs ? p->inputs : 0;
+    long row = source(p, panel, lane), inside = row < p->outputs ? p->inputs : 0;
     const bf16 *from = p->from + row * p->inputs;
     for (long i = 0; i < inside; i++) to[(i / 2 * LANES + lane) * 2 + i % 2] = from[i];
     for (long i = inside; i < p->padded; i++) to[(i / 2 * LANES + lane) * 2 + i % 2] = 0;
@@ -96,8 +201,42 @@ static void pack_panel(void *context, long panel) {
 
 /* from[outputs][inputs] to panels. gates: how many of the outputs are gates, or 0. */
 void internvl_pack(const bf16 *from, long outputs, long inputs, bf16 *to, long gates) {
-  struct pack p = {from, to, outputs, inputs, (inputs + STEP - 1) / STEP * STEP, gates};
+  struct pack p = {.from = from, .to = to, .outputs = outputs, .inputs = inputs, .gates = gates};
+  p.padded = (inputs + STEP - 1) / STEP * STEP;
   pool_run(pack_panel, &p, (outputs + LANES - 1) / LANES);
+}
+
+static float wide(bf16 x) {
+  union { uint32_t bits; float value; } u = {(uint32_t)x << 16};
+  return u.value;
+}
+
+static void pack_panel8(void *context, long panel) {
+  const struct pack *p = context;
+  int8_t *to = p->to8 + panel * p->inputs * LANES;
+  for (int lane = 0; lane < LANES; lane++) {
+    long row = source(p, panel, lane), inside = row < p->outputs ? p->inputs : 0;
+    const bf16 *from = p->from + row * p->inputs;
+    float most = 1e-12f;
+    for (long i = 0; i < inside; i++) most = fmaxf(most, fabsf(wide(from[i])));
+    int32_t sum = 0;
+    for (long i = 0; i < p->inputs; i++) {
+      int8_t whole = i < inside ? (int8_t)lrintf(wide(from[i]) * 127 / most) : 0;
+      to[(i / 4 * LANES + lane) * 4 + i % 4] = whole;
+      sum += whole;
+    }
+    p->scales[panel * LANES + lane] = most / 127;
+    p->sums[panel * LANES + lane] = sum;
+  }
+}
+
+/* The same in whole numbers, the largest of each output to 127. scales and sums: [panels * LANES] in the
+   order of the panels, and LANES more that are read but not used. inputs is a multiple of STEP8. */
+void internvl_pack8(const bf16 *from, long outputs, long inputs, int8_t *to, float *scales,
+                    int32_t *sums, long gates) {
+  struct pack p = {.from = from, .to8 = to, .scales = scales, .sums = sums, .outputs = outputs,
+                   .inputs = inputs, .gates = gates};
+  pool_run(pack_panel8, &p, (outputs + LANES - 1) / LANES);
 }
 
 /* Ask for large pages: a matrix that is read once per step is read a quarter faster. */

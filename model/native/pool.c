@@ -9,8 +9,8 @@
 #include <stdlib.h>
 
 #define MOST_THREADS 256
-/* About 50 microseconds of pauses: longer than the gaps inside a step. */
-#define SPINS 1000
+/* About 200 microseconds of pauses: longer than the gaps inside a step. */
+#define SPINS 4000
 
 static struct {
   pthread_mutex_t lock;

@@ -86,7 +86,7 @@ class Ops:
         return x
 
     def logits(self, layer: Embedding | Linear, hidden: Tensor) -> Tensor:
-        """``[M, hidden] -> [M, vocab]`` in fp32."""
+        """``[M, hidden] -> [M, vocab]`` in fp32, there until the next logits are made."""
         return functional.linear(hidden, layer.weight).float()
 
     def embed(self, layer: Embedding, ids: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """The operations on the CPU in bf16, by this project's own C (model/native).
 
+With "int8" all products, that of the head too, are in whole numbers: weights with a scale per
+output, and activations, as they come, with one per row.
+
 Weights are packed once, in the order in which the products read them, and take the place of those
 that were loaded. Every row of a result depends on its own input alone: not on the rows computed
 beside it, nor on how many there are.
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model.layers import Embedding, LayerNorm, Linear, RMSNorm
-from model.native import LANES, LIBRARY, STEP
+from model.native import LANES, LIBRARY, STEP, STEP8
 from model.ops.base import Ops
 
 _PLAIN, _GELU, _GATE, _FLOATS = range(4)
@@ -25,13 +28,14 @@ _ARENA = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class _Packed:
-    """A matrix in panels. ``panels`` is where they begin; the tensors keep the memory."""
+    """A matrix in panels; with ``scales`` and ``sums`` of its outputs, in whole numbers."""
 
     inputs: int
     outputs: int
-    panels: int
-    bias: int | None
-    tensors: tuple[Tensor, ...]
+    panels: Tensor
+    bias: Tensor | None
+    scales: Tensor | None = None
+    sums: Tensor | None = None
 
 
 class NativeOps(Ops):
@@ -39,7 +43,8 @@ class NativeOps(Ops):
 
     name = "native"
 
-    def __init__(self) -> None:
+    def __init__(self, quantization: str = "none") -> None:
+        self._int8 = quantization == "int8"
         self._packed: dict[nn.Module, _Packed] = {}
         self._norms: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         self._arena = _memory(0)
@@ -47,6 +52,9 @@ class NativeOps(Ops):
         # the third after it is made; ``keep`` copies what somebody else may hold longer.
         self._results = [_memory(0) for _ in range(3)]
         self._inner, self._panels = _memory(0), _memory(0)
+        self._floats = torch.empty(0)
+        # Rows in whole numbers, and what one of each stands for.
+        self._whole, self._heats = _memory(0), torch.empty(0)
 
     @staticmethod
     def missing(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -78,21 +86,30 @@ class NativeOps(Ops):
     def _pack(self, layer: Linear | Embedding, bias: Tensor | None, *, gates: bool) -> None:
         weight = layer.weight
         outputs, inputs = weight.shape
-        panels = self._take(-(-outputs // LANES) * LANES * inputs)
-        LIBRARY.internvl_pack(
-            weight.data_ptr(), outputs, inputs, panels.data_ptr(), outputs // 2 if gates else 0
-        )
+        lanes = -(-outputs // LANES) * LANES
+        first = outputs // 2 if gates else 0
         wide = None if bias is None else bias.float()
-        self._packed[layer] = _Packed(
-            inputs,
+        if not self._int8 or inputs % STEP8:
+            panels = self._take(lanes * inputs)
+            LIBRARY.internvl_pack(weight.data_ptr(), outputs, inputs, panels.data_ptr(), first)
+            self._packed[layer] = _Packed(inputs, outputs, panels, wide)
+            return
+        panels = self._take(-(-lanes * inputs // 2)).view(torch.int8)
+        # The C reads both panels of a group, also where there is one.
+        scales, sums = torch.zeros(lanes + LANES), torch.zeros(lanes + LANES, dtype=torch.int32)
+        LIBRARY.internvl_pack8(
+            weight.data_ptr(),
             outputs,
+            inputs,
             panels.data_ptr(),
-            None if wide is None else wide.data_ptr(),
-            (panels,) if wide is None else (panels, wide),
+            scales.data_ptr(),
+            sums.data_ptr(),
+            first,
         )
+        self._packed[layer] = _Packed(inputs, outputs, panels, wide, scales, sums)
 
     def _take(self, count: int) -> Tensor:
-        """Memory for ``count`` weights, of pages that are read fast."""
+        """Memory for ``count`` weights of two bytes, of pages that are read fast."""
         if len(self._arena) < count:
             self._arena = _memory(max(count, _ARENA // 2))
         taken, self._arena = self._arena[:count], self._arena[count:]
@@ -124,22 +141,44 @@ class NativeOps(Ops):
         packed = self._packed.get(layer)
         if packed is None:
             return super().logits(layer, hidden)
-        return self._product(packed, hidden, _FLOATS, torch.empty(len(hidden), packed.outputs))
+        count = len(hidden) * packed.outputs
+        if len(self._floats) < count:
+            self._floats = torch.empty(count)
+        out = self._floats[:count].view(-1, packed.outputs)
+        return self._product(packed, hidden, _FLOATS, out)
 
     def _product(self, packed: _Packed, x: Tensor, kind: int, y: Tensor) -> Tensor:
         flat = x.reshape(-1, packed.inputs)
-        LIBRARY.internvl_linear(
-            flat.data_ptr(),
-            flat.stride(0),
-            len(flat),
-            packed.panels,
-            packed.bias,
-            packed.inputs,
-            packed.outputs,
-            y.data_ptr(),
-            y.stride(0),
-            kind,
-        )
+        rows, bias = len(flat), None if packed.bias is None else packed.bias.data_ptr()
+        shape = packed.inputs, packed.outputs
+        where = y.data_ptr(), y.stride(0), kind
+        if packed.scales is None or packed.sums is None:
+            LIBRARY.internvl_linear(
+                flat.data_ptr(),
+                flat.stride(0),
+                rows,
+                packed.panels.data_ptr(),
+                bias,
+                *shape,
+                *where,
+            )
+        else:
+            self._whole = _grown(self._whole, -(-flat.numel() // 2))
+            if len(self._heats) < rows:
+                self._heats = torch.empty(rows)
+            LIBRARY.internvl_linear8(
+                flat.data_ptr(),
+                flat.stride(0),
+                rows,
+                packed.panels.data_ptr(),
+                packed.scales.data_ptr(),
+                packed.sums.data_ptr(),
+                bias,
+                *shape,
+                *where,
+                self._whole.data_ptr(),
+                self._heats.data_ptr(),
+            )
         return y.view(*x.shape[:-1], -1)
 
     def _rows(self, rows: int, columns: int) -> Tensor:

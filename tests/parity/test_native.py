@@ -26,6 +26,8 @@ CPU, BF16 = torch.device("cpu"), torch.bfloat16
 ROUNDING = 2.0**-8
 # The shares of an attention are rounded to bf16 before they are multiplied with values around 1.
 SHARES = 8e-3
+# A number half way between two may be rounded to either.
+QUANTISED = 2e-2
 LEVELS = range(1, (LIBRARY.internvl_choose(BEST) if LIBRARY else 0) + 1)
 SHAPE = Shape(
     vision_size=64, vision_heads=2, size=64, heads=4, kv_heads=2, head_dim=32, vocab=200 + 312
@@ -57,10 +59,17 @@ class Gated(torch.nn.Module):
         self.gate_up = gate_up
 
 
-def prepared(*layers: torch.nn.Module) -> NativeOps:
-    ops = NativeOps()
+def prepared(*layers: torch.nn.Module, quantization: str = "none") -> NativeOps:
+    ops = NativeOps(quantization)
     ops.prepare([part for layer in layers for part in layer.modules()], Embedding(0, 1))
     return ops
+
+
+def rounded(rows: Tensor) -> Tensor:
+    """Every row as the nearest of 255 evenly spread numbers, float64."""
+    wide = rows.double()
+    step = wide.abs().amax(-1, keepdim=True) / 127
+    return (wide / step).round() * step
 
 
 def rows(count: int, size: int) -> Tensor:
@@ -92,6 +101,36 @@ def test_gates_stand_beside_what_they_let_through(level: int) -> None:
     x = rows(19, 64) * 4
     expected = torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
     close(ops.gate_up(layer, x), expected)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 16), (128, 65), (1088, 33), (192, 512)])
+def test_quantised_products_equal_the_formula(level: int, inputs: int, outputs: int) -> None:
+    layer, gates = (
+        filled(Linear(inputs, outputs, bias=True)),
+        filled(Linear(inputs, 96, bias=False)),
+    )
+    weight, bias = rounded(layer.weight), layer.bias.double()
+    gate, up = rounded(gates.weight).chunk(2)
+    ops = prepared(layer, Gated(gates), quantization="int8")
+    for count in (1, 2, 15, 16, 17, 33, 70):
+        x = rows(count, inputs)
+        expected = rounded(x) @ weight.T + bias
+        close(ops.linear(layer, x), expected, QUANTISED)
+        close(ops.linear_gelu(layer, x), torch.nn.functional.gelu(expected), QUANTISED)
+        expected = torch.nn.functional.silu(rounded(x) @ gate.T) * (rounded(x) @ up.T)
+        close(ops.gate_up(gates, x), expected, QUANTISED)
+
+
+def test_the_ends_of_what_is_quantised(level: int) -> None:
+    """Nothing overflows, zeros stay zeros, and what is not a number does not become one."""
+    layer = Linear(1024, 16, bias=False)
+    layer.weight = torch.nn.Parameter(torch.full((16, 1024), -1.0, dtype=BF16), requires_grad=False)
+    ops = prepared(layer, quantization="int8")
+    x = torch.full((3, 1024), 3e4, dtype=BF16)
+    x[1], x[2, 5] = 0, torch.nan
+    found = ops.linear(layer, x)
+    close(found[:2], x[:2].double() @ torch.full((1024, 16), -1.0).double())
+    assert found[2].isnan().all()
 
 
 @pytest.mark.parametrize("kind", [Embedding, Linear])
@@ -171,18 +210,19 @@ def serve(folder: Path, batches: list[list], **settings: object) -> dict[str, li
     return tokens
 
 
-@pytest.mark.parametrize("mode", ["off", "on"])
-def test_bf16_tokens_do_not_depend_on_how_they_are_served(
-    folder: Path, level: int, mode: str
+@pytest.mark.parametrize(("mode", "kind"), [("off", "none"), ("on", "none"), ("off", "int8")])
+def test_tokens_do_not_depend_on_how_they_are_served(
+    folder: Path, level: int, mode: str, kind: str
 ) -> None:
     requests = test_scheduled.requests()
-    alone = serve(folder, [[r] for r in requests], enable_prefix_caching=False)
+    how = {"async_scheduling": mode, "quantization": kind}
+    alone = serve(folder, [[r] for r in requests], enable_prefix_caching=False, quantization=kind)
     assert len({tuple(row) for row in alone.values()}) == len(requests)
-    assert serve(folder, [requests], async_scheduling=mode) == alone
+    assert serve(folder, [requests], **how) == alone
     cramped = {"max_num_batched_tokens": 7, "num_kv_blocks": 6, "max_num_seqs": 5}
-    assert serve(folder, [requests], async_scheduling=mode, **cramped) == alone
+    assert serve(folder, [requests], **how, **cramped) == alone
     again = [(msgspec.structs.replace(r, id=f"again {r.id}"), b) for r, b in requests]
-    tokens = serve(folder, [requests, again], async_scheduling=mode)
+    tokens = serve(folder, [requests, again], **how)
     assert {name.removeprefix("again "): row for name, row in tokens.items()} == alone
     assert {name: tokens[f"again {name}"] for name in alone} == alone
 
