@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.client import CASES, Client
-from benchmarks.compare import Comparison, facts, our_server
+from benchmarks.compare import Comparison, end_in_order, facts, our_server
 from benchmarks.table import report
 from tests.checkpoints import INTERNVL3_1B, make_checkpoint
 
@@ -42,6 +42,7 @@ def give_texts(file: Path, size: int) -> None:
 
 def main() -> None:
     """Read the command line, write the result, print its tables."""
+    end_in_order()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/bench.json"))
     parser.add_argument("--work", type=Path, help="folder for the checkpoint, which is kept there")

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -143,8 +144,14 @@ def facts(client: str) -> dict[str, Any]:
     }
 
 
+def end_in_order() -> None:
+    """Stop what was started when asked to end."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def main() -> None:
     """Read the command line, write the result, print its tables."""
+    end_in_order()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="the checkpoint's folder")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
