@@ -64,7 +64,12 @@ ARG TORCH_ARGS=""
 RUN pip install ${TORCH_ARGS} "${TORCH}" \
     && pip install --constraint constraints.txt --requirement requirements.txt
 
+# The compiler is for the C that computes and resizes on the CPU; it stays in this stage.
 FROM build AS build-app
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 COPY README.md LICENSE ./
 COPY wire/ wire/
 COPY preprocessing/ preprocessing/

@@ -164,6 +164,20 @@ def compose() -> dict[str, Any]:
     return dict(interpolated(yaml.safe_load(text)))
 
 
+def test_there_is_a_compiler_where_the_c_is_compiled() -> None:
+    """Without one the installation goes on without the C, and nobody would notice."""
+    steps = [value for word, value in stages()["build-app"] if word == "RUN"]
+    compiler = next(i for i, step in enumerate(steps) if " gcc " in step)
+    assert compiler < next(i for i, step in enumerate(steps) if "pip install --no-deps" in step)
+    folders = {
+        Path(source).parts[0]
+        for module in PROJECT["tool"]["setuptools"]["ext-modules"]
+        for source in (*module["sources"], *module["depends"])
+    }
+    copied = {value.split("/")[0] for word, value in stages()["build-app"] if word == "COPY"}
+    assert folders <= copied
+
+
 def test_the_page_explains_every_variable_and_build_argument() -> None:
     page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
     text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
