@@ -26,7 +26,7 @@ $(BIN)/python:
 	  || { echo "python3 -m venv failed; on Debian: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
 
 # A stamp is newer than pyproject.toml when nothing has to be installed again.
-$(VENV)/.runtime: pyproject.toml constraints.txt $(wildcard */native/*) | $(BIN)/python
+$(VENV)/.runtime: pyproject.toml constraints.txt $(wildcard */native/*.[ch]) | $(BIN)/python
 	@echo "setting up $(VENV): torch ..."
 	@$(PIP) --upgrade 'pip>=25.1'
 	@$(PIP) $(TORCH_ARGS) '$(TORCH)'

@@ -99,14 +99,14 @@ static void mix(struct rows *r, const struct source *s, int head, float scale) {
     }
     softmax(r, first, keys, scale);
     if (first) fade(r, head);
-    long step = s->size < CHUNK ? s->size : CHUNK;
-    for (long key = 0; key < keys; key += step) {
-      long at = first + key;
-      int inputs = keys - key < step ? keys - key : step;
+    long inputs;
+    for (long key = 0; key < keys; key += inputs) {
+      long at = first + key, left = s->size - at % s->size; /* CHUNK need not be made of pieces */
+      inputs = keys - key < left ? keys - key : left;
       const bf16 *values = piece(s, at / s->size) + s->values + at % s->size * LANES;
       for (int column = 0; column < head; column += COLUMNS)
         block_product(r->shares[0] + key, WIDTH, r->count, values + column * s->size,
-                      LANES * s->size, GROUP, inputs, r->mixed[0] + column, MOST_HEAD, at > 0);
+                      LANES * s->size, GROUP, (int)inputs, r->mixed[0] + column, MOST_HEAD, at > 0);
     }
   }
 }

@@ -42,7 +42,6 @@ block8_fn block_product8 = portable8;
 
 block_fn block_product = portable;
 int block_level = 1;
-void (*block_begin)(void) = nothing;
 void (*block_end)(void) = nothing;
 
 #if defined(__x86_64__)
@@ -192,7 +191,6 @@ AMX static void set_rows(int rows) {
 }
 
 /* At most 16 rows: the panels come from memory, and that is what takes the time. */
-/* At most 16 rows: the panels come from memory, and that is what takes the time. */
 AMX static void amx_few(const bf16 *a, long lda, int rows, const bf16 *b0, const bf16 *b1,
                         int inputs, float *c, long ldc, int more) {
   set_rows(rows);
@@ -305,23 +303,25 @@ AMX static void amx_end(void) {
 
 /* Linux lends a process the tiles when it asks (arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA). */
 static int amx_allowed(void) {
-  return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") && !syscall(SYS_arch_prctl, 0x1023, 18);
+  return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+         !syscall(SYS_arch_prctl, 0x1023, 18);
 }
 #endif
 
 /* Choose the best of what this processor has: 4 AMX, 3 AVX512-BF16, 2 AVX2, 1 portable; at most
    `most`. Returns the choice. */
-int internvl_choose(int most) {
+long internvl_choose(int most) {
 #if defined(__x86_64__)
-  block_begin = block_end = nothing;
+  block_end = nothing;
   __builtin_cpu_init();
-  if (most >= 4 && amx_allowed()) {
+  int avx512bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  if (most >= 4 && avx512bf16 && amx_allowed()) {
     block_product = amx;
     block_product8 = amx8;
     block_end = amx_end;
     return block_level = 4;
   }
-  if (most >= 3 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
+  if (most >= 3 && avx512bf16) {
     block_product = avx512;
     block_product8 = vnni;
     return block_level = 3;

@@ -37,6 +37,5 @@ typedef void (*block8_fn)(const int8_t *a, long lda, int rows, const int8_t *b, 
 extern block8_fn block_product8;
 extern int block_level; /* what internvl_choose chose */
 
-/* Called by every thread before its first block_product of a piece of work, and after its last. */
-extern void (*block_begin)(void);
+/* Called by every thread after its last block_product of a piece of work. */
 extern void (*block_end)(void);

@@ -1,6 +1,6 @@
-/* A pool of threads for one caller at a time. Waiting threads spin for the time between two
-   operations of a step, then sleep. No OpenMP: its runtimes spin too, one against the other, as soon
-   as two of them are in one process, and torch brings its own. */
+/* A pool of threads for one caller at a time; a second one waits. Waiting threads spin for the time
+   between two operations of a step, then sleep. No OpenMP: its runtimes spin too, one against the
+   other, as soon as two of them are in one process, and torch brings its own. */
 #define _GNU_SOURCE
 #include "pool.h"
 
@@ -13,6 +13,7 @@
 #define SPINS 4000
 
 static struct {
+  pthread_mutex_t caller; /* held by who posts work, until it is done */
   pthread_mutex_t lock;
   pthread_cond_t wake;
   atomic_long round;   /* one more for every piece of work */
@@ -23,7 +24,8 @@ static struct {
   work_fn work;
   void *context;
   long parts;
-} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .threads = 1};
+} pool = {.caller = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER,
+          .wake = PTHREAD_COND_INITIALIZER, .threads = 1};
 
 static void pause_cpu(void) {
 #if defined(__x86_64__)
@@ -37,9 +39,9 @@ static void take_parts(void) {
     pool.work(pool.context, part);
 }
 
-static void *help(void *unused) {
-  (void)unused;
-  long seen = 0;
+/* `started` is the round in which a thread was made: it knows nothing of those before. */
+static void *help(void *started) {
+  long seen = (long)started;
   for (;;) {
     for (int i = 0; i < SPINS && atomic_load_explicit(&pool.round, memory_order_acquire) == seen; i++)
       pause_cpu();
@@ -61,14 +63,18 @@ static void *help(void *unused) {
 int pool_threads(void) { return pool.threads; }
 
 /* Start what is missing to so many threads; they are never stopped. Returns how many there are. */
-int internvl_threads(int threads) {
+long internvl_threads(int threads) {
+  pthread_mutex_lock(&pool.caller);
+  void *round = (void *)atomic_load(&pool.round);
   while (pool.threads < threads && pool.threads < MOST_THREADS) {
     pthread_t thread;
-    if (pthread_create(&thread, NULL, help, NULL)) break;
+    if (pthread_create(&thread, NULL, help, round)) break;
     pthread_detach(thread);
     pool.threads++;
   }
-  return pool.threads;
+  threads = pool.threads;
+  pthread_mutex_unlock(&pool.caller);
+  return threads;
 }
 
 void pool_run(work_fn work, void *context, long parts) {
@@ -76,6 +82,7 @@ void pool_run(work_fn work, void *context, long parts) {
     for (long part = 0; part < parts; part++) work(context, part);
     return;
   }
+  pthread_mutex_lock(&pool.caller);
   pool.work = work;
   pool.context = context;
   pool.parts = parts;
@@ -87,4 +94,5 @@ void pool_run(work_fn work, void *context, long parts) {
   pthread_mutex_unlock(&pool.lock);
   take_parts();
   while (atomic_load_explicit(&pool.active, memory_order_acquire)) pause_cpu();
+  pthread_mutex_unlock(&pool.caller);
 }

@@ -74,8 +74,11 @@ class NativeOps(Ops):
             if isinstance(module, Linear):
                 # Quantised ones compute by themselves.
                 plain = module.weight.dtype == torch.bfloat16
-                if plain and module.weight.shape[1] % STEP == 0:
-                    self._pack(module, module.bias, gates=module in gates)
+                gated = module in gates
+                outputs, inputs = module.weight.shape
+                # Gates stand in panels of their own, beside those they belong to.
+                if plain and inputs % STEP == 0 and not (gated and outputs % (2 * LANES)):
+                    self._pack(module, module.bias, gates=gated)
                     del module.weight
             elif isinstance(module, LayerNorm | RMSNorm) and len(module.weight) % LANES == 0:
                 bias = module.bias.float() if isinstance(module, LayerNorm) else None

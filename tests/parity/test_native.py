@@ -2,6 +2,8 @@
 a row's result is the same, bit for bit, whatever is computed beside it."""
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import native
 from model.attention import choose
 from model.attention.native import NativeAttention
 from model.layers import Embedding, LayerNorm, Linear, RMSNorm
@@ -173,7 +176,8 @@ def test_attention_in_a_tile(level: int, patches: int, heads: int, head: int) ->
 
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "block_size"), [(4, 4, 32), (7, 1, 256), (14, 2, 64)]
+    ("heads", "kv_heads", "block_size"),
+    [(4, 4, 32), (7, 1, 256), (14, 2, 64), (4, 2, 96), (4, 2, 160)],
 )
 def test_paged_attention(name: str, heads: int, kv_heads: int, block_size: int) -> None:
     LIBRARY.internvl_choose(BEST)
@@ -196,6 +200,32 @@ def test_a_row_is_the_same_in_every_batch(level: int) -> None:
     for start, end in ((0, 1), (3, 20), (7, 70), (69, 70)):
         alone = ops.linear(layer, ops.norm(x[start:end].clone(), norm))
         assert torch.equal(alone, together[start:end])
+
+
+LATER = """
+import ctypes, sys
+import numpy as np
+from wire.native import load
+
+library = load(sys.argv[1], "_kernels")
+p, l = ctypes.c_void_p, ctypes.c_long
+library.internvl_pack.argtypes = [p, l, l, p, l]
+weights = np.arange(64 * 32, dtype=np.uint16)
+def packed():
+    panels = np.zeros_like(weights)
+    library.internvl_pack(weights.ctypes.data, 64, 32, panels.ctypes.data, 0)
+    return panels
+alone = packed()
+for threads in 2, 4:
+    library.internvl_threads(threads)
+    for _ in range(200):
+        assert (packed() == alone).all()
+"""
+
+
+def test_threads_that_are_made_later_take_no_part_in_what_was() -> None:
+    command = [sys.executable, "-c", LATER, native.__file__]
+    subprocess.run(command, check=True, timeout=60)  # a pool that miscounts waits for ever
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +263,10 @@ def test_whatever_the_c_cannot_compute_is_left_to_others(monkeypatch: pytest.Mon
     x = rows(3, 20)
     assert torch.equal(ops.linear(odd, x), Ops().linear(odd, x))
     assert torch.equal(ops.norm(x, small), Ops().norm(x, small))
+    gates = filled(Linear(64, 2 * 24, bias=False))
+    x = rows(3, 64)
+    expected = Ops().gate_up(gates, x)
+    assert torch.equal(prepared(Gated(gates)).gate_up(gates, x), expected)
     text = dataclasses.replace(config(4, 2), head_dim=64)
     assert choose("auto", text, CPU, BF16, 64).name == "native"
     assert choose("auto", text, CPU, BF16, 48).name == "sdpa"
