@@ -2,6 +2,7 @@
 before the model is loaded, so that probes are answered from the first second."""
 
 import asyncio
+import collections
 import importlib.util
 import json
 import logging
@@ -13,6 +14,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from types import FrameType
 
+import httptools
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -43,6 +45,7 @@ def serve(app: FastAPI, settings: Settings) -> int:
         access_log=False,
         server_header=False,
         http=BoundedHttp,
+        ws="none",
         loop="asyncio",
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
     )
@@ -59,20 +62,50 @@ def serve(app: FastAPI, settings: Settings) -> int:
 
 class BoundedHttp(HttpToolsProtocol):
     """Ends a connection whose request brings neither the end of its head nor of its body, but more
-    and more bytes: the parser would keep them all."""
+    and more bytes: the parser would keep them all.
+
+    A wish to go on in another protocol, which some clients add to every request, is passed over:
+    the parser alone would take the body of such a request for the next one.
+    """
 
     _useless = 0  # bytes since the last useful ones, up to the size of one read
+    _part: bytes | memoryview = b""  # what the parser is given now
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
         self._useless += len(data)
-        super().data_received(data)
+        self._parts = collections.deque[bytes | memoryview]([memoryview(data)])
+        while self._parts and not self.transport.is_closing():
+            self._part = self._parts.popleft()
+            super().data_received(self._part)  # type: ignore[arg-type]
+        self._part = b""
         if self._useless <= HEAD_LIMIT or self.transport.is_closing():
             return
         if self.cycle is None or self.cycle.response_complete:
             self.send_400_response("The head of the request is too large.")
         else:
             self.transport.abort()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Called when the parser has stopped behind a head that asks for another protocol."""
+        stopped = sys.exception()
+        if not isinstance(stopped, httptools.HttpParserUpgrade):
+            raise TypeError("called without an upgrade")
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self.send_400_response("This server is no proxy.")
+            return
+        version = self.parser.get_http_version().encode()
+        head = [b"%b %b HTTP/%b\r\n" % (method, self.url, version)]
+        head += [b"%b: %b\r\n" % item for item in self.headers if item[0] != b"upgrade"]
+        self._parts.extendleft([self._part[stopped.args[0] :], b"".join(head) + b"\r\n"])
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser."""
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Called by the parser."""
@@ -81,8 +114,9 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
-        self._useless = 0
-        super().on_message_complete()
+        if not self.parser.should_upgrade():
+            self._useless = 0
+            super().on_message_complete()
 
 
 class _Server(uvicorn.Server):

@@ -131,6 +131,42 @@ async def test_large_bodies_and_many_requests_on_a_connection_are_no_large_head(
         writer.close()
 
 
+@pytest.mark.parametrize("cut", [0, 1, 40, 150, 400])
+async def test_a_request_that_offers_another_protocol_keeps_its_body(
+    houses: Houses, cut: int
+) -> None:
+    house = await houses.open()
+    body = HELLO.replace(b', "stream": true', b"")
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n"
+    asked = (head(len(body))[:-2] + offer + body) * 2
+    async with listening(house) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for part in (asked[:cut], asked[cut:]):
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0)
+        for _ in range(2):
+            answer = await within(reader.readuntil(b"\r\n\r\n"))
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            length = int(answer.lower().partition(b"content-length:")[2].split()[0])
+            await within(reader.readexactly(length))
+        writer.close()
+    assert len(house.engine.requests) == 2
+
+
+async def test_the_body_of_a_request_is_never_the_next_request(houses: Houses) -> None:
+    house = await houses.open()
+    hidden = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
+    offer = b"Connection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n"
+    async with listening(house) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head(len(hidden))[:-2] + offer + hidden)
+        answer = await within(reader.read())
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
 def endless(_: EngineRequest) -> Iterable[Step]:
     return itertools.repeat(encode_rendered("A red circle. " * 1000))
 
