@@ -253,6 +253,7 @@ class EngineSettings:
         "pictures are computed in pieces that keep to it. 0: any time; -1: 50 on CUDA, 200 on the "
         "CPU.",
         low=-1,
+        high=3_600_000,
     )
     max_num_encoder_tiles: int = knob(16, "Picture tiles encoded in one step.", low=1)
     encoder_chunk_tiles: int = knob(
