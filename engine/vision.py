@@ -20,8 +20,9 @@ from model import InternVL
 from wire.channel import Buffer
 from wire.messages import EngineRequest
 
-# Tiles per pass of the encoder: enough to fill the machine, few enough to bound the activations.
-_CHUNK = {"cpu": 1, "cuda": 16}
+# Tiles per pass of the encoder: enough to fill the machine, few enough to bound the activations. On
+# the CPU one fills our own operations.
+_CHUNK = {"cpu": 4, "cuda": 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,9 @@ class EncoderOutputs:
         self._model = model
         self._graphs = graphs
         self._side = model.config.geometry.tile_size
-        self.chunk = chunk or _CHUNK.get(model.device.type, 4)
+        self.chunk = chunk or (
+            1 if model.ops.name == "native" else _CHUNK.get(model.device.type, 4)
+        )
         self._tiles: dict[bytes, Tensor] = {}
         self._users: dict[bytes, int] = {}  # requests per picture
         self._shown: dict[str, set[bytes]] = {}  # pictures of each request

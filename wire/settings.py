@@ -257,7 +257,9 @@ class EngineSettings:
     )
     max_num_encoder_tiles: int = knob(16, "Picture tiles encoded in one step.", low=1)
     encoder_chunk_tiles: int = knob(
-        0, "Picture tiles in one pass of the encoder; 0: 16 on CUDA, 4 on the CPU.", low=0
+        0,
+        "Picture tiles in one pass of the encoder; 0: 16 on CUDA; on the CPU 1 in bfloat16, or 4.",
+        low=0,
     )
     encoder_cache_bytes: int = knob(
         256 << 20, "Memory for encoded pictures that wait for their prefill.", low=1
