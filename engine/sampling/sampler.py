@@ -116,8 +116,9 @@ def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
     if logits.device.type != "cpu":
         best, places = logits.max(dim=-1)
         return best, places
-    # On the CPU six times as fast as torch's maximum with its place.
-    return logits.amax(-1), torch.from_numpy(logits.numpy().argmax(-1))
+    # On the CPU much faster than torch's maximum with its place; the first NaN counts as highest.
+    places = torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.gather(-1, places[:, None])[:, 0], places
 
 
 def _checked(tokens: Tensor, best: Tensor) -> Tensor:
