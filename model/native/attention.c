@@ -125,7 +125,7 @@ static void store(const bf16 *key, const bf16 *value, int head, long size, long 
   for (int i = 0; i < head; i++) pairs[i / LANES * LANES * size + i % LANES * 2] = value[i];
 }
 
-struct rows *scratch(void) {
+static struct rows *scratch(void) {
   static __thread struct rows *mine;
   if (!mine) mine = aligned_alloc(64, (sizeof *mine + 63) / 64 * 64);
   return mine;

@@ -3,11 +3,6 @@
 #include <string.h>
 #include <unistd.h>
 
-static float wide(bf16 x) {
-  union { uint32_t bits; float value; } u = {(uint32_t)x << 16};
-  return u.value;
-}
-
 static void portable(const bf16 *a, long lda, int rows, const bf16 *b, long stride, int panels,
                      int inputs, float *c, long ldc, int more) {
   for (int row = 0; row < rows; row++)

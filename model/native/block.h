@@ -12,6 +12,11 @@
 
 typedef uint16_t bf16;
 
+static inline float wide(bf16 x) {
+  union { uint32_t bits; float value; } u = {(uint32_t)x << 16};
+  return u.value;
+}
+
 enum {
   LANES = 16,        /* outputs of a panel */
   STEP = 32,         /* inputs are padded to a multiple of this */

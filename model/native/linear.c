@@ -206,11 +206,6 @@ void internvl_pack(const bf16 *from, long outputs, long inputs, bf16 *to, long g
   pool_run(pack_panel, &p, (outputs + LANES - 1) / LANES);
 }
 
-static float wide(bf16 x) {
-  union { uint32_t bits; float value; } u = {(uint32_t)x << 16};
-  return u.value;
-}
-
 static void pack_panel8(void *context, long panel) {
   const struct pack *p = context;
   int8_t *to = p->to8 + panel * p->inputs * LANES;

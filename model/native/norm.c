@@ -21,25 +21,16 @@ CLONES static void one(const struct norm *n, long row) {
   const bf16 *delta = n->delta ? n->delta + row * n->ldd : NULL;
   floats sum = all(0), squares = all(0);
   for (long i = 0; i < n->size; i += LANES) {
-    floats x = get_bf16(hidden + i);
-    if (delta) {
-      put_bf16(hidden + i, x + get_bf16(delta + i));
-      x = get_bf16(hidden + i);
-    }
-    sum += x;
-    squares += x * x;
+    if (delta) put_bf16(hidden + i, get_bf16(hidden + i) + get_bf16(delta + i));
+    sum += get_bf16(hidden + i);
   }
   float mean = n->centred ? total(sum) / n->size : 0;
-  float variance = total(squares) / n->size;
-  if (n->centred) {
-    /* Not the mean of squares less the square of the mean: that loses what is small beside it. */
-    squares = all(0);
-    for (long i = 0; i < n->size; i += LANES) {
-      floats x = get_bf16(hidden + i) - mean;
-      squares += x * x;
-    }
-    variance = total(squares) / n->size;
+  /* Not the mean of squares less the square of the mean: that loses what is small beside it. */
+  for (long i = 0; i < n->size; i += LANES) {
+    floats x = get_bf16(hidden + i) - mean;
+    squares += x * x;
   }
+  float variance = total(squares) / n->size;
   float scale = 1 / sqrtf(variance + n->eps);
   for (long i = 0; i < n->size; i += LANES) {
     floats x = (get_bf16(hidden + i) - mean) * scale * get(n->weight + i);
