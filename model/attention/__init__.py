@@ -40,7 +40,8 @@ def choose(
         backend = BACKENDS[candidate](config)
         reason = backend.supports(device, dtype, block_size)
         if reason is None:
-            logger.info("attention=%s (%s)", backend.name, "; ".join(reasons) or "asked for")
+            why = "; ".join(reasons) or ("the first choice" if name == "auto" else "asked for")
+            logger.info("attention=%s (%s)", backend.name, why)
             return backend
         reasons.append(f"{candidate}: {reason}")
     raise ValueError("no attention backend can be used: " + "; ".join(reasons))
