@@ -20,10 +20,6 @@ from model import InternVL
 from wire.channel import Buffer
 from wire.messages import EngineRequest
 
-# Tiles per pass of the encoder: enough to fill the machine, few enough to bound the activations. On
-# the CPU one fills our own operations.
-_CHUNK = {"cpu": 4, "cuda": 16}
-
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
@@ -44,16 +40,14 @@ class EncoderOutputs:
     """Encoded pictures by digest, ``[tokens, hidden]`` each, and the tiles still to encode.
 
     Tiles are kept once, however many requests show the same picture. ``chunk`` tiles go through
-    the encoder at once; 0 leaves it to the device. ``graphs`` takes the encoder's place.
+    the encoder at once; 0 leaves it to the operations. ``graphs`` takes the encoder's place.
     """
 
     def __init__(self, model: InternVL, chunk: int = 0, graphs: TileGraphs | None = None) -> None:
         self._model = model
         self._graphs = graphs
         self._side = model.config.geometry.tile_size
-        self.chunk = chunk or (
-            1 if model.ops.name == "native" else _CHUNK.get(model.device.type, 4)
-        )
+        self.chunk = chunk or model.ops.tiles_at_once(model.device)
         self._tiles: dict[bytes, Tensor] = {}
         self._users: dict[bytes, int] = {}  # requests per picture
         self._shown: dict[str, set[bytes]] = {}  # pictures of each request

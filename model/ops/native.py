@@ -86,6 +86,9 @@ class NativeOps(Ops):
         if isinstance(head, Embedding) and head.weight.shape[1] % STEP == 0:
             self._pack(head, None, gates=False)
 
+    def tiles_at_once(self, device: torch.device) -> int:
+        return 1  # the rows of one fill the cores, and more leave the caches
+
     def _pack(self, layer: Linear | Embedding, bias: Tensor | None, *, gates: bool) -> None:
         weight = layer.weight
         outputs, inputs = weight.shape
