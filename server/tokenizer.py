@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tokenizers import Tokenizer as RustTokenizer
 
 from wire.tokenizer_file import TokenizerError, read_tokenizer_json
@@ -39,7 +40,9 @@ class Tokenizer:
         decoders = _decoders(spec.get("decoder"))
         self._byte_level = "ByteLevel" in decoders
         self.strips_first_space = "Strip" in decoders
+        # Both have an entry per token of the vocabulary at most: what the engine names.
         self._bytes: dict[int, bytes] = {}
+        self._shown: dict[int, tuple[str, msgspec.Raw]] = {}
         self._share = self._shares()
 
     @classmethod
@@ -93,6 +96,15 @@ class Tokenizer:
         found = self._bytes.get(token)
         if found is None:
             found = self._bytes[token] = self._decode(token)
+        return found
+
+    def shown(self, token: int) -> tuple[str, msgspec.Raw]:
+        """``token`` as log-probabilities show it: its text, and its bytes as a JSON array."""
+        found = self._shown.get(token)
+        if found is None:
+            data = self.token_bytes(token)
+            text = data.decode("utf-8", "replace")
+            found = self._shown[token] = text, msgspec.Raw(msgspec.json.encode(list(data)))
         return found
 
     def _decode(self, token: int) -> bytes:

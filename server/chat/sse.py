@@ -5,7 +5,7 @@ client leaves."""
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+DONE = b"data: [DONE]\n\n"
 _COMMENT = b": keep-alive\n\n"
 
 
@@ -54,20 +55,31 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+def last_words(error: ServiceError) -> bytes:
+    """How a stream of OpenAI's form ends with an error."""
+    return b"data: " + envelope(error) + b"\n\n" + DONE
+
+
 class EventStream(StreamingResponse):
-    """Sends each item of ``events`` as one event, then ``[DONE]``; an error becomes an event, and
-    ``keep_alive`` seconds of silence a comment.
+    """Sends ``events``, each framed already; ``keep_alive`` seconds of silence become a comment,
+    and an error behind the first byte what ``on_error`` makes of it.
 
     Nothing is asked of ``events`` before the answer is called for, and from then on it is closed
     in every case: a stream that nobody ever sends has not begun to work.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], keep_alive: float) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        keep_alive: float,
+        on_error: Callable[[ServiceError], bytes] = last_words,
+    ) -> None:
         # A proxy that kept the answer until it has more of it would defeat the stream.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events = events
         self._keep_alive = keep_alive
+        self._on_error = on_error
         self._due = 0.0  # when a comment is, on the loop's clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,8 +104,17 @@ class EventStream(StreamingResponse):
         await send(start)
         clock = asyncio.get_running_loop().time
         comments = asyncio.create_task(self._comment(send))
+        begun = ended = False
         try:
-            async for event in _framed(first, self._events):
+            while not ended:
+                try:
+                    event = await (anext(self._events) if begun else first)
+                except StopAsyncIteration:
+                    break
+                except Exception as error:
+                    event = self._on_error(known(error))
+                    ended = True
+                begun = True
                 self._due = clock() + self._keep_alive
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         finally:
@@ -112,16 +133,9 @@ class EventStream(StreamingResponse):
             await send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
 
 
-async def _framed(
-    first: "asyncio.Future[bytes]", events: AsyncGenerator[bytes, None]
-) -> AsyncGenerator[bytes, None]:
-    try:
-        yield b"data: " + await first + b"\n\n"
-        async for event in events:
-            yield b"data: " + event + b"\n\n"
-    except Exception as error:
-        if not isinstance(error, ServiceError):
-            logger.exception("unexpected error in a stream")
-        failure = error if isinstance(error, ServiceError) else unexpected()
-        yield b"data: " + envelope(failure) + b"\n\n"
-    yield b"data: [DONE]\n\n"
+def known(error: Exception) -> ServiceError:
+    """What a client is told of an error in a stream; the log is told of one nobody expected."""
+    if isinstance(error, ServiceError):
+        return error
+    logger.error("unexpected error in a stream", exc_info=error)
+    return unexpected()

@@ -16,6 +16,7 @@ from server.backlog import Backlog
 from server.chat.choices import Choices
 from server.chat.detokenize import Detokenizer
 from server.chat.prepare import PreparedChat
+from server.chat.sse import DONE
 from server.chat.stops import StopMatcher
 from server.chat.tools import CallArguments, CallStart, Piece, ToolParser
 from server.chat.usage import Meter
@@ -41,9 +42,12 @@ from server.schemas.common import (
     Usage,
 )
 from wire.errors import EngineFailed, InvalidRequest
-from wire.messages import EngineOutput
+from wire.messages import EngineOutput, TokenLogprobs
 
 logger = logging.getLogger(__name__)
+
+# JSON has no infinity; OpenAI writes this number for it.
+LEAST = -9999.0
 
 
 class ChoiceState:
@@ -80,9 +84,7 @@ class ChoiceState:
                 break  # the last one
             if output.logprobs is not None:
                 likely = output.logprobs[index]
-                top = [self._likely(*entry) for entry in likely.top]
-                own = self._likely(token, likely.logprob)
-                self._logprobs.append(TokenLogprob(own.token, own.logprob, own.bytes, top))
+                self._logprobs.append(self._likely(token, likely))
             deltas += self._add(token)
             if self.finish_reason is not None:
                 break
@@ -114,10 +116,14 @@ class ChoiceState:
             self.finish_reason = self._called_reason if called else reason
         return deltas
 
-    def _likely(self, token: int, logprob: float) -> TopLogprob:
-        data = self._tokenizer.token_bytes(token)
-        # JSON has no infinity; OpenAI writes this number for it.
-        return TopLogprob(data.decode("utf-8", "replace"), max(logprob, -9999.0), list(data))
+    def _likely(self, token: int, found: TokenLogprobs) -> TokenLogprob:
+        shown = self._tokenizer.shown
+        top = []
+        for other, logprob in found.top:
+            text, data = shown(other)
+            top.append(TopLogprob(text, logprob if logprob > LEAST else LEAST, data))
+        text, data = shown(token)
+        return TokenLogprob(text, max(found.logprob, LEAST), data, top)
 
     def take_logprobs(self) -> Logprobs | None:
         """Those of the tokens since the last call; None if there are none."""
@@ -233,8 +239,8 @@ def _prompt_logprobs(
     tokenizer = chat.model.tokenizer
 
     def entry(token: int, logprob: float, rank: int) -> PromptLogprob:
-        text = tokenizer.token_bytes(token).decode("utf-8", "replace")
-        return PromptLogprob(max(logprob, -9999.0), rank, text)
+        text, _ = tokenizer.shown(token)
+        return PromptLogprob(max(logprob, LEAST), rank, text)
 
     entries: list[dict[str, PromptLogprob] | None] = [None]
     for token, found in zip(chat.engine.prompt[1:], output.prompt_logprobs or (), strict=True):
@@ -261,7 +267,7 @@ def _check(output: EngineOutput) -> None:
 async def events(
     source: AsyncGenerator[Chunk, None], *, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    """The chunks as JSON, in the two forms OpenAI knows: with usage everywhere, or nowhere.
+    """The chunks as events, in the two forms OpenAI knows: with usage everywhere, or nowhere.
     ``source`` is closed with it."""
     encoder = msgspec.json.Encoder()
     async with contextlib.aclosing(source):
@@ -271,7 +277,8 @@ async def events(
                     chunk.usage = None
             elif chunk.usage is not msgspec.UNSET:
                 continue
-            yield encoder.encode(chunk)
+            yield b"data: " + encoder.encode(chunk) + b"\n\n"
+    yield DONE
 
 
 async def fold(source: AsyncGenerator[Chunk, None]) -> Completion:

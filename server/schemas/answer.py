@@ -6,14 +6,14 @@ import msgspec
 from server.schemas.common import Logprobs, PromptLogprob, Usage
 
 
-class FunctionDelta(msgspec.Struct, omit_defaults=True):
+class FunctionDelta(msgspec.Struct, omit_defaults=True, gc=False):
     """More of a called function: its name, once, then the text of its arguments in pieces."""
 
     arguments: str
     name: str | msgspec.UnsetType = msgspec.UNSET
 
 
-class ToolCallDelta(msgspec.Struct, omit_defaults=True):
+class ToolCallDelta(msgspec.Struct, omit_defaults=True, gc=False):
     """More of one call; the first one of a call has everything but arguments."""
 
     index: int
@@ -22,7 +22,7 @@ class ToolCallDelta(msgspec.Struct, omit_defaults=True):
     type: str | msgspec.UnsetType = msgspec.UNSET
 
 
-class Box(msgspec.Struct):
+class Box(msgspec.Struct, gc=False):
     """A place that the answer names: ``box`` as it was written, ``box_px`` in its picture's pixels.
     ``index`` counts the boxes of an answer: by it the official client puts lists together that
     arrive in pieces."""
@@ -34,7 +34,7 @@ class Box(msgspec.Struct):
     image_index: int | None
 
 
-class Delta(msgspec.Struct, omit_defaults=True):
+class Delta(msgspec.Struct, omit_defaults=True, gc=False):
     """What a chunk adds to the message."""
 
     role: str | msgspec.UnsetType = msgspec.UNSET
@@ -43,7 +43,7 @@ class Delta(msgspec.Struct, omit_defaults=True):
     boxes: list[Box] | msgspec.UnsetType = msgspec.UNSET
 
 
-class ChunkChoice(msgspec.Struct):
+class ChunkChoice(msgspec.Struct, gc=False):
     """The one choice that a chunk is about."""
 
     delta: Delta
@@ -52,7 +52,7 @@ class ChunkChoice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class Chunk(msgspec.Struct):
+class Chunk(msgspec.Struct, gc=False):
     """One event of a stream."""
 
     id: str

@@ -66,28 +66,29 @@ class Usage(msgspec.Struct):
     internvl: MediaUsage | msgspec.UnsetType = msgspec.UNSET
 
 
-class TopLogprob(msgspec.Struct):
-    """A token that might have come; ``bytes`` is what it adds to the text."""
+class TopLogprob(msgspec.Struct, gc=False):
+    """A token that might have come; ``bytes`` is what it adds to the text, an array of integers
+    that was encoded once for all its appearances."""
 
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: msgspec.Raw
 
 
-class TokenLogprob(TopLogprob):
+class TokenLogprob(TopLogprob, gc=False):
     """A token of the answer, and the likeliest in its place."""
 
     top_logprobs: list[TopLogprob]
 
 
-class Logprobs(msgspec.Struct):
+class Logprobs(msgspec.Struct, gc=False):
     """Of each token of an answer, in order."""
 
     content: list[TokenLogprob]
     refusal: None = None
 
 
-class PromptLogprob(msgspec.Struct):
+class PromptLogprob(msgspec.Struct, gc=False):
     """A token at some place of the prompt; ``rank`` 1 is the likeliest."""
 
     logprob: float
