@@ -7,7 +7,8 @@ from typing import Any
 
 from server.chat import tools
 from server.chat.grounding import boxes_grammar
-from server.schemas.chat import BoxesFormat, ChatRequest, Tool
+from server.schemas.chat import ChatRequest, Tool
+from server.schemas.generation import BoxesFormat, Generation
 from server.tokenizer import Tokenizer
 from wire.errors import InvalidRequest
 from wire.sampling import Grammar
@@ -23,12 +24,14 @@ class Demand:
     parts: "tuple[Demand, ...]" = ()
 
 
-def demanded(request: ChatRequest, tokenizer: Tokenizer) -> Demand | None:
+def demanded(request: Generation, tokenizer: Tokenizer) -> Demand | None:
     """The grammar of a request, if it has one. Raises InvalidRequest if it has two."""
     try:
         demands = list(_demands(request, tokenizer))
-        if not demands:
-            return _strict_tools(request, tokenizer)
+        if isinstance(request, ChatRequest):
+            demands += _demanded_call(request, tokenizer)
+            if not demands:
+                demands += _strict_tools(request, tokenizer)
     except RecursionError:
         raise InvalidRequest("The request holds a JSON schema that is nested too deep.") from None
     if len(demands) > 1:
@@ -37,7 +40,7 @@ def demanded(request: ChatRequest, tokenizer: Tokenizer) -> Demand | None:
             f"{first} and {second} both say what the answer must be; send one of them.",
             param=second,
         )
-    return demands[0]
+    return demands[0] if demands else None
 
 
 def callable_tools(request: ChatRequest) -> list[Tool]:
@@ -62,7 +65,7 @@ def callable_tools(request: ChatRequest) -> list[Tool]:
     return [tool for tool in offered if tool.function.name in choice.names]
 
 
-def _demands(request: ChatRequest, tokenizer: Tokenizer) -> Iterator[Demand]:
+def _demands(request: Generation, tokenizer: Tokenizer) -> Iterator[Demand]:
     form = request.response_format
     if form is not None and form.type == "json_object":
         yield Demand("response_format", Grammar("json_object"))
@@ -100,6 +103,9 @@ def _demands(request: ChatRequest, tokenizer: Tokenizer) -> Iterator[Demand]:
         request.guided_choice,
         request.guided_grammar,
     )
+
+
+def _demanded_call(request: ChatRequest, tokenizer: Tokenizer) -> Iterator[Demand]:
     choice = request.tool_choice
     if choice is not None and choice.mode == "required":
         functions = [tool.function for tool in callable_tools(request)]
@@ -108,11 +114,12 @@ def _demands(request: ChatRequest, tokenizer: Tokenizer) -> Iterator[Demand]:
         yield Demand("tool_choice", Grammar("lark", text), _parts(request))
 
 
-def _strict_tools(request: ChatRequest, tokenizer: Tokenizer) -> Demand | None:
+def _strict_tools(request: ChatRequest, tokenizer: Tokenizer) -> Iterator[Demand]:
     """That calls keep to their schemas, if there are any."""
     functions = [tool.function for tool in callable_tools(request)]
     text = tools.free_grammar(functions, tokenizer)
-    return None if text is None else Demand("tools", Grammar("lark", text), _parts(request))
+    if text is not None:
+        yield Demand("tools", Grammar("lark", text), _parts(request))
 
 
 def _parts(request: ChatRequest) -> "tuple[Demand, ...]":

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from server.schemas.answer import Box
-from server.schemas.chat import MAX_LABEL_LENGTH
+from server.schemas.generation import MAX_LABEL_LENGTH
 from server.tokenizer import Tokenizer
 from wire.grammar import quote
 

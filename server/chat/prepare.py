@@ -24,10 +24,11 @@ from server.chat.showing import Canvas, Gallery, Media, Room, show
 from server.chat.usage import Shown, account
 from server.grammars import GrammarChecker
 from server.schemas.chat import ChatRequest
+from server.schemas.generation import Generation
 from server.tokenizer import Tokenizer
 from wire.channel import Buffer
 from wire.errors import InvalidRequest, NotFound
-from wire.messages import EngineRequest, Ready
+from wire.messages import EngineRequest, Ready, VisionItem
 from wire.sampling import Grammar, SamplingParams
 from wire.settings import MediaSettings, Settings
 
@@ -115,20 +116,7 @@ async def prepare(
 ) -> PreparedChat:
     """Check, fetch, tokenise; ``run`` does what takes longer for longer texts, ``room`` waits for
     room for tiles. Raises ClientErrors; when one picture fails, the others stop."""
-    check_model(request, model)
-    if request.priority and not model.has_priorities:
-        raise InvalidRequest(
-            "priority must be 0 or left out: this server does not schedule by priority.",
-            param="priority",
-        )
-    # Tokenising bad words takes longer than their number of bytes suggests.
-    sampling = await (asyncio.to_thread if request.bad_words else run)(
-        read_sampling, request, model.defaults, model.ready, model.tokenizer
-    )
-    demand = await run(demanded, request, model.tokenizer)
-    if demand is not None:
-        await _check_demand(demand, model, grammars, tenant)
-        sampling = _constrained(sampling, demand)
+    sampling = await settle(request, model, grammars, run, tenant)
     conversation, canvas = await read_prompt(request, model, limits, run, tenant)
     began = time.monotonic()
     gallery = await show(media, conversation, canvas, limits.decode_workers + 2, room)
@@ -142,17 +130,7 @@ async def prepare(
     options = request.stream_options
     named = request.tool_choice is not None and request.tool_choice.single
     return PreparedChat(
-        engine=EngineRequest(
-            id=identity,
-            prompt=prompt.ids,
-            sampling=sampling,
-            items=prompt.items,
-            # Fingerprints have one length: no two pairs of them and a client's salt are alike.
-            cache_salt=tenant.salt + (request.cache_salt or "").encode(),
-            priority=either(request.priority, 0),
-            tenant=tenant.id,
-            weight=tenant.weight,
-        ),
+        engine=engine_request(request, identity, prompt.ids, prompt.items, sampling, tenant),
         buffers=[picture.tiles for picture in prompt.buffers],
         n=either(request.n, 1),
         model=model,
@@ -172,7 +150,50 @@ async def prepare(
     )
 
 
-def check_model(request: ChatRequest, model: ServedModel) -> None:
+async def settle(
+    request: Generation, model: ServedModel, grammars: GrammarChecker, run: Run, tenant: Tenant
+) -> SamplingParams:
+    """All that does not depend on the prompt. Raises ClientErrors."""
+    check_model(request, model)
+    if request.priority and not model.has_priorities:
+        raise InvalidRequest(
+            "priority must be 0 or left out: this server does not schedule by priority.",
+            param="priority",
+        )
+    # Tokenising bad words takes longer than their number of bytes suggests.
+    sampling = await (asyncio.to_thread if request.bad_words else run)(
+        read_sampling, request, model.defaults, model.ready, model.tokenizer
+    )
+    demand = await run(demanded, request, model.tokenizer)
+    if demand is not None:
+        await _check_demand(demand, model, grammars, tenant)
+        sampling = _constrained(sampling, demand)
+    return sampling
+
+
+def engine_request(
+    request: Generation,
+    identity: str,
+    prompt: list[int],
+    items: list[VisionItem],
+    sampling: SamplingParams,
+    tenant: Tenant,
+) -> EngineRequest:
+    """What the engine is asked."""
+    return EngineRequest(
+        id=identity,
+        prompt=prompt,
+        sampling=sampling,
+        items=items,
+        # Fingerprints have one length: no two pairs of them and a client's salt are alike.
+        cache_salt=tenant.salt + (request.cache_salt or "").encode(),
+        priority=either(request.priority, 0),
+        tenant=tenant.id,
+        weight=tenant.weight,
+    )
+
+
+def check_model(request: Generation, model: ServedModel) -> None:
     """Raise NotFound for a request that asks another model."""
     if request.model is not None and request.model != model.name:
         raise NotFound(
@@ -193,7 +214,7 @@ async def read_prompt(
     viewing = Viewing(limits, model.ready.geometry, treatment, tenant.salt, allowance)
     conversation = await run(read_conversation, request.messages, viewing)
     segments = await run(_render, request, conversation, model, ending)
-    answer = either(request.max_completion_tokens, request.max_tokens)
+    _, answer = request.length
     return conversation, Canvas(model.prompts, segments, model.ready, request.visual_budget, answer)
 
 

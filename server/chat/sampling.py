@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from server.schemas.chat import MAX_PROMPT_LOGPROBS, ChatRequest
+from server.schemas.generation import MAX_PROMPT_LOGPROBS, Generation
 from server.tokenizer import Tokenizer
 from wire.errors import ContextTooLong, InvalidRequest
 from wire.messages import Ready
@@ -51,13 +51,11 @@ def either(value: _T | None, default: _T) -> _T:
 
 
 def read_sampling(
-    request: ChatRequest, defaults: Defaults, ready: Ready, tokenizer: Tokenizer
+    request: Generation, defaults: Defaults, ready: Ready, tokenizer: Tokenizer
 ) -> SamplingParams:
     """Everything but the length, which depends on the prompt. Raises InvalidRequest."""
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         _check_ids(name, getattr(request, name) or (), ready.vocab_size)
-    if request.top_logprobs and not request.logprobs:
-        raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
     eos = () if request.ignore_eos else ready.eos_token_ids
     sampling = SamplingParams(
         temperature=either(request.temperature, defaults.temperature),
@@ -72,8 +70,8 @@ def read_sampling(
         logit_bias=tuple((request.logit_bias or {}).items()),
         bad_words=_bad_words(request.bad_words or (), tokenizer),
         allowed_token_ids=tuple(request.allowed_token_ids or ()),
-        logprobs=either(request.top_logprobs, 0) if request.logprobs else -1,
-        prompt_logprobs=either(request.prompt_logprobs, -1),
+        logprobs=request.likeliest,
+        prompt_logprobs=request.prompt_likeliest,
     )
     sampling.check()
     return sampling
@@ -93,26 +91,25 @@ def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, .
 
 
 def fit_sampling(
-    sampling: SamplingParams, request: ChatRequest, length: int, context: int
+    sampling: SamplingParams, request: Generation, length: int, context: int
 ) -> SamplingParams:
     """For a prompt of ``length`` tokens: with as many tokens as were asked for, or else as many as
     fit in ``context``. Raises ContextTooLong, and InvalidRequest for what cannot be answered."""
     room = context - length
-    asked = request.max_completion_tokens or request.max_tokens
+    name, asked = request.length
     if room < 1:
         raise ContextTooLong(
             f"The prompt has {length} tokens; this model's context is {context} tokens, "
             "of which at least one must be left for the answer.",
-            param="messages",
+            param=request.prompt_field,
         )
     if asked is not None and asked > room:
-        name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
         raise ContextTooLong(
             f"The prompt has {length} tokens and {name} is {asked}; together they must "
             f"not be more than this model's context of {context} tokens.",
             param=name,
         )
-    most = room if asked is None else asked
+    most = min(room, request.usual_length or room) if asked is None else asked
     least = either(request.min_tokens, 0)
     if least > most:
         raise InvalidRequest(f"min_tokens must be at most {most} here.", param="min_tokens")

@@ -1,4 +1,5 @@
-"""What the routes that take a chat request share: reading its body."""
+"""What the routes that take a request for generated text share: reading its body, and preparing a
+chat for the engine."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,9 +7,12 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from server.chat.prepare import Run
+from server.auth import Tenant
+from server.chat.prepare import PreparedChat, Run, prepare
+from server.chat.showing import Room
 from server.errors import UnsupportedMediaType
 from server.lifecycle import Service
+from server.schemas.chat import ChatRequest
 
 # Larger bodies are read and tokenised in a thread; for smaller ones it costs more than it saves.
 THREAD_BYTES = 1 << 14
@@ -30,6 +34,31 @@ async def read_body(request: Request) -> bytes:
 def runner(body: bytes) -> Run:
     """Where the work on such a body is done: here, or in a thread."""
     return asyncio.to_thread if len(body) > THREAD_BYTES else _here
+
+
+async def prepare_chat(
+    service: Service, request: ChatRequest, identity: str, run: Run, tenant: Tenant, room: Room
+) -> PreparedChat:
+    """Make a chat ready for the engine; ``identity`` is the answer's id. Raises what ``prepare``
+    raises, and TooManyRequests."""
+    service.backlog.check(tenant.id, request.n or 1)
+    metrics = service.metrics
+    with metrics.counting_refusals():
+        chat = await prepare(
+            request,
+            identity,
+            service.served(),
+            service.media,
+            service.settings.media,
+            service.grammars,
+            run,
+            tenant,
+            room,
+        )
+    if chat.shown:
+        metrics.media_time.observe(chat.media_seconds)
+        metrics.observe_media([shown.facts for shown in chat.shown])
+    return chat
 
 
 async def _here(function: Callable[..., _T], /, *arguments: Any) -> _T:

@@ -8,13 +8,13 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server.auth import Tenant
-from server.chat.prepare import PreparedChat, prepare
 from server.chat.showing import Room
 from server.chat.sse import EventStream, unless_gone
 from server.chat.stream import chunks, events, fold
 from server.lifecycle import Service
-from server.routes.body import read_body, runner
-from server.schemas.validate import parse_chat_request
+from server.routes.body import prepare_chat, read_body, runner
+from server.schemas.chat import ChatRequest
+from server.schemas.validate import parse_request
 
 router = APIRouter()
 
@@ -34,34 +34,13 @@ async def _answer(
     service: Service, body: bytes, tenant: Tenant, room: Room, began: float
 ) -> Response:
     async with service.preparing():
-        chat = await _prepare(service, body, tenant, room)
+        run = runner(body)
+        request, _ = await run(parse_request, body, ChatRequest)
+        identity = f"chatcmpl-{uuid.uuid4().hex}"
+        chat = await prepare_chat(service, request, identity, run, tenant, room)
     source = chunks(chat, service.engine, service.backlog, service.metrics, began)
     if chat.stream:
         encoded = events(source, include_usage=chat.include_usage)
         return EventStream(encoded, service.settings.server.keep_alive_interval)
     answer = await fold(source)
     return Response(msgspec.json.encode(answer), media_type="application/json")
-
-
-async def _prepare(service: Service, body: bytes, tenant: Tenant, room: Room) -> PreparedChat:
-    run = runner(body)
-    request = await run(parse_chat_request, body)
-    service.backlog.check(tenant.id, request.n or 1)
-    identity = f"chatcmpl-{uuid.uuid4().hex}"
-    limits, metrics = service.settings.media, service.metrics
-    with metrics.counting_refusals():
-        chat = await prepare(
-            request,
-            identity,
-            service.served(),
-            service.media,
-            limits,
-            service.grammars,
-            run,
-            tenant,
-            room,
-        )
-    if chat.shown:
-        metrics.media_time.observe(chat.media_seconds)
-        metrics.observe_media([shown.facts for shown in chat.shown])
-    return chat

@@ -8,7 +8,8 @@ from server.chat.preview import preview
 from server.chat.sse import unless_gone
 from server.lifecycle import Service
 from server.routes.body import read_body, runner
-from server.schemas.validate import parse_chat_request
+from server.schemas.chat import ChatRequest
+from server.schemas.validate import parse_request
 
 router = APIRouter()
 
@@ -23,7 +24,7 @@ async def preview_chat_completion(request: Request) -> Response:
 
 async def _answer(service: Service, body: bytes, tenant: Tenant) -> Response:
     run = runner(body)
-    asked = await run(parse_chat_request, body)
+    asked, _ = await run(parse_request, body, ChatRequest)
     limits = service.settings.media
     with service.metrics.counting_refusals():
         async with service.preparing():

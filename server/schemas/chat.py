@@ -1,80 +1,16 @@
-"""The chat request, field by field. Every field of the OpenAI API is either in
-``ChatRequest``, in ``IGNORED`` or in ``REFUSED``; a test holds the three against the official
-client, and docs/api.md against the three. Incoming JSON is validated by pydantic, strictly.
-"""
+"""The chat request, field by field."""
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import msgspec
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
-from wire.sampling import MAX_LOGPROBS, MAX_SEED
+from server.schemas.form import Form, clip, wrong
+from server.schemas.generation import Generation
+from wire.sampling import MAX_LOGPROBS
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 1024
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 256
 MAX_TOOLS = 128
-MAX_CHOICES = 16
-MAX_TOKEN_IDS = 1024
-MAX_BAD_WORDS = 128
-MAX_BAD_WORD_LENGTH = 64
-MAX_LABELS = 64
-MAX_LABEL_LENGTH = 128
-MAX_BOXES = 100
-# Log-probabilities that one answer reports of its prompt: tokens times (1 + the likeliest of each).
-MAX_PROMPT_LOGPROBS = 32768
-
-# Fields that change neither the answer nor its form here: bookkeeping, hints, and knobs of
-# features that this model family does not have.
-IGNORED = frozenset(
-    {
-        "metadata",
-        "moderation",
-        "prediction",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "reasoning_effort",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-        "verbosity",
-    }
-)
-
-# Fields that would change the answer and are not implemented -> values that ask for nothing.
-# null always asks for nothing.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    # OpenAI
-    "audio": (),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "web_search_options": (),
-    # vLLM
-    "best_of": (1,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "documents": ([],),
-    "length_penalty": (1,),
-    "media_io_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-}
 
 PART_TYPES = {
     "system": ("text",),
@@ -85,30 +21,14 @@ PART_TYPES = {
 }
 
 
-class _Model(BaseModel):
-    # Unknown fields are ignored; values are taken as they are, "1" is no number.
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-
-
-def _wrong(message: str, field: str = "") -> PydanticCustomError:
-    """An error whose message is written for the client; ``field`` is appended to its path."""
-    return PydanticCustomError("client", "{message}", {"message": message, "field": field})
-
-
-def clip(value: object) -> str:
-    """A client's own value, short enough to be repeated in a message."""
-    text = str(value)
-    return repr(text if len(text) <= 60 else text[:60] + "…")
-
-
-class TextPart(_Model):
+class TextPart(Form):
     """Text."""
 
     type: Literal["text"]
     text: str
 
 
-class RefusalPart(_Model):
+class RefusalPart(Form):
     """Something an assistant declined to do; rendered as its text."""
 
     type: Literal["refusal"]
@@ -131,7 +51,7 @@ def _url_object(value: object) -> object:
     return value
 
 
-class _Bounds(_Model):
+class _Bounds(Form):
     """How much of the prompt a picture, or each frame of a video, may take."""
 
     min_tiles: int | None = Field(None, ge=1)
@@ -160,22 +80,22 @@ class VideoUrl(_Bounds):
     @model_validator(mode="after")
     def _one_source(self) -> "VideoUrl":
         if (self.url is None) == (self.frames is None):
-            raise _wrong("must have either 'url' or 'frames'")
+            raise wrong("must have either 'url' or 'frames'")
         if self.frames is not None and (self.fps, self.start, self.end) != (None, None, None):
-            raise _wrong("has 'frames', which have no time: leave out 'fps', 'start' and 'end'")
+            raise wrong("has 'frames', which have no time: leave out 'fps', 'start' and 'end'")
         if self.start is not None and self.end is not None and self.start >= self.end:
-            raise _wrong("must be less than 'end'", "start")
+            raise wrong("must be less than 'end'", "start")
         return self
 
 
-class ImagePart(_Model):
+class ImagePart(Form):
     """A picture."""
 
     type: Literal["image_url"]
     image_url: Annotated[ImageUrl, BeforeValidator(_url_object)]
 
 
-class VideoPart(_Model):
+class VideoPart(Form):
     """A video."""
 
     type: Literal["video_url"]
@@ -188,11 +108,11 @@ def _kind(value: object) -> str:
 
 def _check_part(value: object) -> object:
     if not isinstance(value, dict):
-        raise _wrong("must be an object with a 'type'")
+        raise wrong("must be an object with a 'type'")
     kind = value.get("type")
     if kind not in ("text", "image_url", "video_url", "refusal"):
         found = clip(kind) if "type" in value else "missing"
-        raise _wrong(f"is {found}; supported are 'text', 'image_url' and 'video_url'", "type")
+        raise wrong(f"is {found}; supported are 'text', 'image_url' and 'video_url'", "type")
     return value
 
 
@@ -212,20 +132,20 @@ def _parts(value: object) -> object:
         return [{"type": "text", "text": value}]
     if isinstance(value, list):
         return value
-    raise _wrong("must be a string or an array of parts")
+    raise wrong("must be a string or an array of parts")
 
 
 Content = Annotated[list[Part], Field(max_length=MAX_PARTS), BeforeValidator(_parts)]
 
 
-class FunctionCall(_Model):
+class FunctionCall(Form):
     """``arguments`` is the text of a JSON object."""
 
     name: str = Field(min_length=1, max_length=256)
     arguments: str = "{}"
 
 
-class ToolCallMessage(_Model):
+class ToolCallMessage(Form):
     """A call that the assistant made in an earlier turn."""
 
     id: str | None = None
@@ -233,7 +153,7 @@ class ToolCallMessage(_Model):
     function: FunctionCall
 
 
-class Message(_Model):
+class Message(Form):
     """One message of any role."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -244,7 +164,7 @@ class Message(_Model):
     audio: None = None
 
 
-class FunctionDefinition(_Model):
+class FunctionDefinition(Form):
     """A function the model may call; ``parameters`` is a JSON schema."""
 
     name: str = Field(min_length=1, max_length=256)
@@ -253,48 +173,17 @@ class FunctionDefinition(_Model):
     strict: bool | None = None
 
 
-class Tool(_Model):
+class Tool(Form):
     """A tool the model may use."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class StreamOptions(_Model):
-    """``include_usage`` adds a last chunk with the token counts."""
-
-    include_usage: bool | None = None
-
-
-def _stops(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_LENGTH)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TOKEN_IDS)]
-
-
-def _biases(value: object) -> object:
-    """JSON has no integer keys: token ids come as strings."""
-    if not isinstance(value, dict):
-        return value
-    for key in value:
-        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
-            raise _wrong(f"has the key {clip(key)}; keys must be token ids")
-    return {int(key): bias for key, bias in value.items()}
-
-
-Biases = Annotated[
-    dict[int, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]],
-    Field(max_length=MAX_TOKEN_IDS),
-]
-
-
 _MODES = ("auto", "none", "required")
 
 
-class ToolChoice(_Model):
+class ToolChoice(Form):
     """Whether tools may or must be called; ``names`` are those that may be, None for all. With
     ``single`` one function was named: it is called once."""
 
@@ -316,10 +205,10 @@ def _tool_choice(value: object) -> object:
         given = allowed if isinstance(allowed, dict) else {}
         mode, tools = given.get("mode"), given.get("tools")
         if not isinstance(tools, list) or mode not in ("auto", "required"):
-            raise _wrong("must have a 'mode', 'auto' or 'required', and 'tools'", "allowed_tools")
+            raise wrong("must have a 'mode', 'auto' or 'required', and 'tools'", "allowed_tools")
         names = [_function_name(tool) for tool in tools]
         return ToolChoice.model_validate({"mode": mode, "names": names})
-    raise _wrong(
+    raise wrong(
         f"is {clip(kind)}; supported are 'auto', 'none', 'required', and objects of the type "
         "'function' or 'allowed_tools'"
     )
@@ -329,7 +218,7 @@ def _function_name(value: object) -> str:
     function = value.get("function") if isinstance(value, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
-        raise _wrong("must name a function in 'function.name'")
+        raise wrong("must name a function in 'function.name'")
     return name
 
 
@@ -340,72 +229,7 @@ _Choice = Annotated[
 ]
 
 
-def _schema(value: object) -> object:
-    """A JSON schema, or the text of one."""
-    if isinstance(value, str):
-        try:
-            value = msgspec.json.decode(value)
-        except (msgspec.DecodeError, RecursionError):
-            raise _wrong("must be a JSON schema") from None
-    return value
-
-
-def _schema_name(value: object) -> object:
-    if isinstance(value, str) and not re.fullmatch("[a-zA-Z0-9_-]{1,64}", value):
-        raise _wrong("must be 1 to 64 letters, digits, '_' or '-'")
-    return value
-
-
-Schema = Annotated[dict[str, Any], BeforeValidator(_schema)]
-ChoiceTexts = list[str]
-
-
-class JsonSchemaFormat(_Model):
-    """With ``strict``, a schema that cannot be enforced whole is refused."""
-
-    name: Annotated[str, BeforeValidator(_schema_name)]
-    definition: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-def _label(value: object) -> object:
-    if isinstance(value, str) and value != value.strip():
-        raise _wrong("must not begin or end with a blank")
-    return value
-
-
-Label = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_LENGTH), BeforeValidator(_label)]
-
-
-class BoxesFormat(_Model):
-    """The labels that boxes may have, how many there may be, and which picture they are in."""
-
-    labels: Annotated[list[Label], Field(min_length=1, max_length=MAX_LABELS)] | None = None
-    max_boxes: int | None = Field(None, ge=1, le=MAX_BOXES)
-    image_index: int | None = Field(None, ge=0)
-
-
-class ResponseFormat(_Model):
-    """OpenAI's way to say what an answer must look like; boxes are our own extension."""
-
-    type: Literal["text", "json_object", "json_schema", "internvl_boxes"]
-    json_schema: JsonSchemaFormat | None = None
-    internvl_boxes: BoxesFormat | None = None
-
-
-class StructuredOutputs(_Model):
-    """vLLM's way: one of the five. What would change their meaning is refused."""
-
-    definition: Schema | None = Field(None, alias="json")
-    regex: str | None = None
-    choice: ChoiceTexts | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    structural_tag: None = None
-    whitespace_pattern: None = None
-
-
-class VisualBudget(_Model):
+class VisualBudget(Form):
     """What all pictures and videos of a request may take together: one of the two."""
 
     max_tiles: int | None = Field(None, ge=1, le=2**31 - 1)
@@ -414,57 +238,70 @@ class VisualBudget(_Model):
     @model_validator(mode="after")
     def _one_measure(self) -> "VisualBudget":
         if (self.max_tiles is None) == (self.max_tokens is None):
-            raise _wrong("must have either 'max_tiles' or 'max_tokens'")
+            raise wrong("must have either 'max_tiles' or 'max_tokens'")
         return self
 
 
-class ChatRequest(_Model):
+class ChatRequest(Generation):
     """POST /v1/chat/completions: the fields that have an effect."""
 
+    ignored = Generation.ignored | {
+        "metadata",
+        "moderation",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "verbosity",
+    }
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = Generation.refused | {
+        # OpenAI
+        "audio": (),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "web_search_options": (),
+        # vLLM
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "documents": ([],),
+        "media_io_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
+    }
+    prompt_field = "messages"
+
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    model: str | None = None
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
-    logit_bias: Annotated[Biases | None, BeforeValidator(_biases)] = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
-    stop: Annotated[
-        Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_stops)
-    ] = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: _Choice = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     # vLLM's extensions
-    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
-    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=10, allow_inf_nan=False)
-    stop_token_ids: TokenIds | None = None
-    include_stop_str_in_output: bool | None = None
-    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
-    ignore_eos: bool | None = None
-    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
-    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: Schema | None = None
-    guided_regex: str | None = None
-    guided_choice: ChoiceTexts | None = None
-    guided_grammar: str | None = None
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    echo: bool | None = None
-    cache_salt: str | None = Field(None, min_length=1, max_length=256)
-    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1)
-    skip_special_tokens: bool | None = None
     # Our own
     visual_budget: VisualBudget | None = None
     preprocess: Literal["normalized", "reference"] | None = None
+
+    @model_validator(mode="after")
+    def _likeliest_of_something(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise wrong("needs logprobs to be true", "top_logprobs")
+        return self
+
+    @property
+    def length(self) -> tuple[str, int | None]:
+        """See ``Generation``."""
+        if self.max_completion_tokens:
+            return "max_completion_tokens", self.max_completion_tokens
+        return super().length
+
+    @property
+    def likeliest(self) -> int:
+        """See ``Generation``."""
+        return (self.top_logprobs or 0) if self.logprobs else -1

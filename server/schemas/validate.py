@@ -1,20 +1,22 @@
-"""From a request body to a ``ChatRequest``, or to an error that names the field as a client would
-write it (``messages[0].content[1].image_url.url``) and what is allowed there. Nothing of the
-validator's own words, class names or values reaches the client."""
+"""From a request body to its form, or to an error that names the field as a client would write it
+(``messages[0].content[1].image_url.url``) and what is allowed there. Nothing of the validator's own
+words, class names or values reaches the client."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from pydantic import ValidationError
 
-from server.schemas.chat import REFUSED, ChatRequest, clip
+from server.schemas.form import Form, clip_name, take_unknown
 from wire.errors import BodyTooLarge, InvalidRequest
 
 # Commas and opening brackets in JSON that is read: each can cost an object, and no other thread
 # runs while they are made. A text that fits in a context has fewer.
 MAX_MARKS = 1 << 16
 _SLICE = 1 << 20
+
+F = TypeVar("F", bound=Form)
 
 _Sentence = Callable[[Mapping[str, Any]], str]
 
@@ -47,19 +49,30 @@ _SENTENCES: dict[str, _Sentence] = {
 }
 
 
-def parse_chat_request(body: bytes | bytearray) -> ChatRequest:
-    """Decode and check a body. Raises InvalidRequest."""
+def parse_request(
+    body: bytes | bytearray, form: type[F], *, strict: bool = False
+) -> tuple[F, list[str]]:
+    """Decode and check a body. Also gives the names of fields that nobody knows; where that is
+    ``strict``, they are refused. Raises InvalidRequest."""
     try:
         raw = decode(body)
     except ValueError:
         raise InvalidRequest("The request body is not valid JSON.", code="invalid_json") from None
     if not isinstance(raw, dict):
         raise InvalidRequest("The request body must be a JSON object.")
-    _check_refused(raw)
+    _check_refused(raw, form.refused)
     try:
-        return ChatRequest.model_validate(raw)
+        request = form.model_validate(raw)
     except ValidationError as error:
         raise _first(error) from None
+    unknown = list(take_unknown(request))
+    if strict and unknown:
+        raise InvalidRequest(
+            f"{unknown[0]} is unknown to this server; leave it out.",
+            param=unknown[0],
+            code="unknown_parameter",
+        )
+    return request, unknown
 
 
 def decode(text: bytes | bytearray | str) -> Any:
@@ -79,8 +92,8 @@ def decode(text: bytes | bytearray | str) -> Any:
         raise ValueError("not JSON") from None
 
 
-def _check_refused(raw: Mapping[str, Any]) -> None:
-    for name, neutral in REFUSED.items():
+def _check_refused(raw: Mapping[str, Any], refused: Mapping[str, tuple[Any, ...]]) -> None:
+    for name, neutral in refused.items():
         value = raw.get(name)
         if value is None or any(_same(value, allowed) for allowed in neutral):
             continue
@@ -114,8 +127,3 @@ def _first(error: ValidationError) -> InvalidRequest:
 
 def _not_allowed(_: Mapping[str, Any]) -> str:
     return "has a value that is not allowed"
-
-
-def clip_name(name: str) -> str:
-    """A field's name, short enough to be repeated."""
-    return name if len(name) <= 60 else clip(name)

@@ -15,7 +15,7 @@ from server.chat import prepare, sampling, tools
 from server.chat.prompt import PromptBuilder
 from server.routes import chat as routes
 from server.schemas import validate
-from server.schemas.chat import IGNORED, REFUSED, ChatRequest
+from server.schemas.chat import ChatRequest
 from tests.api.conftest import House, Houses
 from tests.fake_engine import EOS, say
 from tests.small_tokenizer import encode_rendered
@@ -204,18 +204,18 @@ NOT_NEUTRAL: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", sorted(ChatRequest.refused))
 async def test_a_refused_field_is_refused_by_name_unless_it_asks_for_nothing(
     house: House, name: str
 ) -> None:
     error = error_of(await house.ask(**{name: NOT_NEUTRAL.get(name, 7)}))
     assert error["param"] == name
     assert error["code"] == "unsupported_parameter"
-    for neutral in (None, *REFUSED[name]):
+    for neutral in (None, *ChatRequest.refused[name]):
         assert (await house.ask(**{name: neutral})).status_code == 200
 
 
-@pytest.mark.parametrize("name", [*sorted(IGNORED), "something_new"])
+@pytest.mark.parametrize("name", [*sorted(ChatRequest.ignored), "something_new"])
 async def test_an_ignored_field_changes_nothing(house: House, name: str) -> None:
     await house.ask()
     assert (await house.ask(**{name: {"anything": [1]}})).status_code == 200
@@ -343,7 +343,7 @@ async def test_the_work_on_long_tools_is_done_in_a_thread(
         return noted
 
     for owner, name in (
-        (routes, "parse_chat_request"),
+        (routes, "parse_request"),
         (prepare, "read_conversation"),
         (tools, "describe"),
         (PromptBuilder, "build"),
@@ -470,7 +470,15 @@ async def test_an_unexpected_exception_is_a_500_without_its_text(
     assert "secret" in caplog.text
 
 
-NAMES = [*ChatRequest.model_fields, *REFUSED, *IGNORED, "role", "content", "type", "text"]
+NAMES = [
+    *ChatRequest.model_fields,
+    *ChatRequest.refused,
+    *ChatRequest.ignored,
+    "role",
+    "content",
+    "type",
+    "text",
+]
 SCALARS = (
     st.none()
     | st.booleans()

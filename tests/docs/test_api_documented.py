@@ -10,16 +10,8 @@ from openai.types.chat import completion_create_params as official
 
 from server.auth import OPEN_PATHS
 from server.routes import chat, models, ops, preview
-from server.schemas.chat import (
-    IGNORED,
-    MAX_MESSAGES,
-    MAX_PARTS,
-    MAX_STOP_LENGTH,
-    MAX_STOPS,
-    MAX_TOOLS,
-    REFUSED,
-    ChatRequest,
-)
+from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, ChatRequest
+from server.schemas.generation import MAX_STOP_LENGTH, MAX_STOPS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 
@@ -33,8 +25,12 @@ def rows(heading: str) -> list[list[str]]:
 
 def test_every_field_has_exactly_the_row_that_the_code_gives_it() -> None:
     code = dict.fromkeys(ChatRequest.model_fields, "supported")
-    code |= dict.fromkeys(IGNORED, "ignored") | dict.fromkeys(REFUSED, "refused")
-    assert len(code) == len(ChatRequest.model_fields) + len(IGNORED) + len(REFUSED)
+    code |= dict.fromkeys(ChatRequest.ignored, "ignored") | dict.fromkeys(
+        ChatRequest.refused, "refused"
+    )
+    assert len(code) == len(ChatRequest.model_fields) + len(ChatRequest.ignored) + len(
+        ChatRequest.refused
+    )
     table = rows("Fields of a chat request")
     documented = {name.strip("`"): kind for name, kind, *_ in table}
     assert len(documented) == len(table)
@@ -42,7 +38,7 @@ def test_every_field_has_exactly_the_row_that_the_code_gives_it() -> None:
 
 
 def test_no_field_of_the_official_client_is_forgotten() -> None:
-    known = {*ChatRequest.model_fields, *IGNORED, *REFUSED}
+    known = {*ChatRequest.model_fields, *ChatRequest.ignored, *ChatRequest.refused}
     fields: set[str] = set()
     for params in typing.get_args(official.CompletionCreateParams):
         fields |= set(typing.get_type_hints(params))
@@ -77,5 +73,8 @@ def test_every_neutral_value_in_the_table_is_one() -> None:
     for name, kind, note in (row for row in rows("Fields of a chat request") if len(row) == 3):
         found = re.match(r"`?(.+?)`? is fine", note)
         if kind == "refused" and found:
-            values = [str(value).lower().replace("'", '"') for value in REFUSED[name.strip("`")]]
+            values = [
+                str(value).lower().replace("'", '"')
+                for value in ChatRequest.refused[name.strip("`")]
+            ]
             assert found[1] in values, name

@@ -135,9 +135,11 @@ async def test_the_example_is_a_shell_command_that_sends_valid_json(tmp_path: Pa
     done = subprocess.run(
         ["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    from server.schemas.validate import parse_chat_request
+    from server.schemas.chat import ChatRequest
+    from server.schemas.validate import parse_request
 
-    request = parse_chat_request(done.stdout.encode())
+    request, unknown = parse_request(done.stdout.encode(), ChatRequest)
+    assert not unknown
     assert request.model == NAME
     assert request.messages[0].content
 

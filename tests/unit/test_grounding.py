@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from server.chat.grounding import MARKS, BoxReader, boxes_grammar
 from server.schemas.answer import Box
-from server.schemas.chat import MAX_BOXES, MAX_LABEL_LENGTH, MAX_LABELS
+from server.schemas.generation import MAX_BOXES, MAX_LABEL_LENGTH, MAX_LABELS
 from server.tokenizer import Tokenizer
 from tests.small_tokenizer import encode_rendered, tokenizer_json
 from tests.unit.test_grammar import END, NAMES, SIZE, TOKENS, allowed, begin, viable
