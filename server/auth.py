@@ -47,16 +47,23 @@ class BearerAuth:
             scope.setdefault("state", {})["tenant"] = Tenant()
             await self._app(scope, receive, send)
             return
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        given = _fingerprint(key.strip())
+        key = _sent_key(Headers(scope=scope))
+        given = _fingerprint(key)
         matches = [hmac.compare_digest(given, tenant.id) for tenant in self._tenants]
-        if scheme.lower() == "bearer" and any(matches):
+        if key and any(matches):
             scope.setdefault("state", {})["tenant"] = self._tenants[matches.index(True)]
             await self._app(scope, receive, send)
             return
         what = "The API key is wrong." if key else "An API key is needed."
-        error = Unauthorized(f"{what} Send it as 'Authorization: Bearer KEY'.")
+        error = Unauthorized(f"{what} Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
         await error_response(error)(scope, receive, send)
+
+
+def _sent_key(headers: Headers) -> str:
+    """As OpenAI's clients send it, or as Anthropic's do; empty if there is none."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    bearer = key.strip() if scheme.lower() == "bearer" else ""
+    return bearer or headers.get("x-api-key", "").strip()
 
 
 def _fingerprint(key: str) -> bytes:

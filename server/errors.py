@@ -1,5 +1,6 @@
-"""From an error to the OpenAI envelope: inside a handler, inside a stream, and at the outermost
-edge for whatever nobody expected. Also gives every request its id and its line in the log."""
+"""From an error to the envelope of the API that was asked, OpenAI's or Anthropic's: inside a
+handler, inside a stream, and at the outermost edge for whatever nobody expected. Also gives every
+request its id and its line in the log."""
 
 import logging
 import re
@@ -13,7 +14,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.schemas.common import ErrorBody, ErrorDetail
+from server.schemas.common import (
+    AnthropicDetail,
+    AnthropicDetails,
+    AnthropicError,
+    ErrorBody,
+    ErrorDetail,
+)
 from wire.errors import ClientError, EngineFailed, NotFound, ServiceError
 from wire.logs import request_id
 
@@ -44,6 +51,47 @@ def envelope(error: ServiceError) -> bytes:
     return msgspec.json.encode(ErrorBody(detail))
 
 
+# Anthropic's types of errors; any other status is that of a wrong request or of a failed server.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_envelope(error: ServiceError) -> bytes:
+    """The JSON body for ``error`` as Anthropic's clients read it."""
+    usual = "invalid_request_error" if error.status < 500 else "api_error"
+    details = AnthropicDetails(error.code, error.param)
+    detail = AnthropicDetail(_ANTHROPIC_TYPES.get(error.status, usual), error.message, details)
+    return msgspec.json.encode(AnthropicError(detail, request_id.get()))
+
+
+def _is_anthropic(scope: Scope) -> bool:
+    """Whether a request is for a route of Anthropic's API."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+class ErrorResponse(Response):
+    """Tells of ``error`` in the envelope of the API that was asked."""
+
+    def __init__(self, error: ServiceError, headers: dict[str, str]) -> None:
+        super().__init__(envelope(error), error.status, headers, media_type="application/json")
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if _is_anthropic(scope):
+            self.body = anthropic_envelope(self._error)
+            self.headers["Content-Length"] = str(len(self.body))
+        await super().__call__(scope, receive, send)
+
+
 def error_response(error: ServiceError) -> Response:
     """The answer for ``error``, with the headers its status asks for."""
     headers = {}
@@ -53,7 +101,7 @@ def error_response(error: ServiceError) -> Response:
         headers["Connection"] = "close"  # the rest of the body may still come
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(envelope(error), error.status, headers, media_type="application/json")
+    return ErrorResponse(error, headers)
 
 
 async def on_service_error(_: Request, error: Exception) -> Response:
@@ -107,7 +155,10 @@ class Boundary:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = identity
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = identity
+                if _is_anthropic(scope):
+                    headers["Request-Id"] = identity
             await send(message)
 
         try:

@@ -206,8 +206,10 @@ class PromptBuilder:
                 # Results in a row share one user turn.
                 if not follows_result:
                     yield from (_Special(TURN), "user")
-                text = "".join(part for part in turn.content if isinstance(part, str))
-                yield "\n" + tools.render_result(text)
+                before, after = tools.RESULT
+                yield "\n" + before
+                yield from self._parts(turn, numbered)
+                yield after
                 if index + 1 < len(turns) and turns[index + 1].role == "tool":
                     continue
             else:
@@ -223,6 +225,11 @@ class PromptBuilder:
         # In an assistant turn made of calls alone, the first call follows the role directly.
         if turn.content or not turn.calls:
             yield "\n"
+        yield from self._parts(turn, numbered)
+        for name, arguments in turn.calls:
+            yield "\n" + tools.render_call(name, arguments)
+
+    def _parts(self, turn: Turn, numbered: bool) -> Iterator[Segment]:
         for part in turn.content:
             if isinstance(part, str | Video):
                 yield part
@@ -230,8 +237,6 @@ class PromptBuilder:
                 if numbered:
                     yield f"Image-{part + 1}: "
                 yield from (_Special(PICTURE), part, _Special(PICTURE_END), "\n")
-        for name, arguments in turn.calls:
-            yield "\n" + tools.render_call(name, arguments)
 
     def _with_system(
         self, turns: Sequence[Turn], offered: Sequence[dict[str, Any]]

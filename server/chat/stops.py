@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Cut a text before the first stop string, or behind it if it is to be shown. ``stopped`` says
-    whether one was found.
+    """Cut a text before the first stop string, or behind it if it is to be shown. ``found`` is the
+    one that was met.
 
     The stop string that is complete first wins, so that the answer does not depend on the sizes
     of the pieces in which the text arrives.
@@ -16,7 +16,12 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._show = show
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether one was met."""
+        return self.found is not None
 
     def push(self, text: str) -> str:
         """The text that is certainly before any stop string."""
@@ -27,9 +32,9 @@ class StopMatcher:
         text = self._held + text
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
             self._held = ""
             end, start = min(found)
+            self.found = text[start:end]
             return text[: end if self._show else start]
         keep = longest_beginning(text, self._stops)
         self._held = text[len(text) - keep :]

@@ -51,7 +51,8 @@ LEAST = -9999.0
 
 
 class ChoiceState:
-    """One answer on its way: ids in, deltas out. ``finish_reason`` is set when it is over."""
+    """One answer on its way: ids in, deltas out. ``finish_reason`` is set when it is over, and
+    ``stop_reason`` if it is the client's own stop string or token that ended it."""
 
     def __init__(self, chat: PreparedChat) -> None:
         self._detokenizer = Detokenizer(
@@ -69,7 +70,9 @@ class ChoiceState:
         self._calls = 0
         self._tokenizer = chat.model.tokenizer
         self._logprobs: list[TokenLogprob] = []
+        self._eos = chat.model.ready.eos_token_ids
         self.finish_reason: str | None = None
+        self.stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET
         self.completion_tokens = 0
         self.cached_tokens = 0
 
@@ -89,6 +92,8 @@ class ChoiceState:
             if self.finish_reason is not None:
                 break
         if output.finish_reason is not None and self.finish_reason is None:
+            if output.stop_token is not None and output.stop_token not in self._eos:
+                self.stop_reason = output.stop_token
             deltas += self._end(output.finish_reason)
         return deltas if len(deltas) < 2 else _joined(deltas)
 
@@ -106,8 +111,8 @@ class ChoiceState:
         text = ""
         if not self._stops.stopped:
             text = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
-        if self._stops.stopped:
-            reason = "stop"
+        if self._stops.found is not None:
+            reason, self.stop_reason = "stop", self._stops.found
         deltas = self._deltas(text)
         if self._tools is not None and self.finish_reason is None:
             deltas += self._show(self._tools.flush(complete=reason == "stop"))
@@ -181,9 +186,14 @@ async def chunks(
     meter = Meter(chat.engine.items, chat.shown)
     created = int(time.time())
 
-    def chunk(index: int, delta: Delta, finish_reason: str | None = None) -> Chunk:
+    def chunk(
+        index: int,
+        delta: Delta,
+        finish_reason: str | None = None,
+        stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET,
+    ) -> Chunk:
         logprobs = states[index].take_logprobs()
-        choice = ChunkChoice(delta, index, logprobs, finish_reason)
+        choice = ChunkChoice(delta, index, logprobs, finish_reason, stop_reason)
         return Chunk(chat.engine.id, created, chat.model.name, [choice])
 
     place = backlog.enter(chat.engine.tenant, chat.n, len(chat.engine.prompt))
@@ -212,7 +222,7 @@ async def chunks(
                     yield chunk(index, delta)
                 if state.finish_reason is not None:
                     await choices.end(index)
-                    yield chunk(index, Delta(), state.finish_reason)
+                    yield chunk(index, Delta(), state.finish_reason, state.stop_reason)
         if any(state.finish_reason is None for state in states):
             raise EngineFailed("The engine could not finish this request.")
         completion = sum(state.completion_tokens for state in states)
@@ -308,6 +318,7 @@ class _Answer:
         self._boxes: list[Box] = []
         self._logprobs: Logprobs | None = None
         self._finish_reason = ""
+        self._stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET
 
     def add(self, part: ChunkChoice) -> None:
         if isinstance(part.delta.content, str):
@@ -320,7 +331,8 @@ class _Answer:
         if part.logprobs is not None:
             self._logprobs = self._logprobs or Logprobs([])
             self._logprobs.content += part.logprobs.content
-        self._finish_reason = part.finish_reason or self._finish_reason
+        if part.finish_reason is not None:
+            self._finish_reason, self._stop_reason = part.finish_reason, part.stop_reason
 
     def choice(self, index: int) -> Choice:
         message = AnswerMessage(content="".join(self._texts) or (None if self._calls else ""))
@@ -328,4 +340,4 @@ class _Answer:
             message.tool_calls = self._calls
         if self._boxes:
             message.boxes = self._boxes
-        return Choice(message, self._finish_reason, index, self._logprobs)
+        return Choice(message, self._finish_reason, index, self._logprobs, self._stop_reason)

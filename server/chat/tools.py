@@ -15,6 +15,8 @@ from wire.grammar import json_rule, quote
 
 CALL = "<tool_call>"
 CALL_END = "</tool_call>"
+RESULT = ("<tool_response>\n", "\n</tool_response>")
+"""What stands around a tool's result in a user turn."""
 
 
 def describe(tools: Sequence[dict[str, Any]]) -> str:
@@ -33,11 +35,6 @@ def describe(tools: Sequence[dict[str, Any]]) -> str:
 def render_call(name: str, arguments: dict[str, Any]) -> str:
     """An earlier call in an assistant turn."""
     return f'{CALL}\n{{"name": {_dump(name)}, "arguments": {_dump(arguments)}}}\n{CALL_END}'
-
-
-def render_result(content: str) -> str:
-    """A tool's result in a user turn."""
-    return f"<tool_response>\n{content}\n</tool_response>"
 
 
 def _dump(value: object) -> str:

@@ -44,12 +44,14 @@ class Delta(msgspec.Struct, omit_defaults=True, gc=False):
 
 
 class ChunkChoice(msgspec.Struct, gc=False):
-    """The one choice that a chunk is about."""
+    """The one choice that a chunk is about. ``stop_reason`` is the client's own stop string or
+    token that ended it, as vLLM has it."""
 
     delta: Delta
     index: int = 0
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET
 
 
 class Chunk(msgspec.Struct, gc=False):
@@ -96,6 +98,7 @@ class Choice(msgspec.Struct):
     finish_reason: str
     index: int = 0
     logprobs: Logprobs | None = None
+    stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct):

@@ -17,7 +17,7 @@ PART_TYPES = {
     "developer": ("text",),
     "user": ("text", "image_url", "video_url"),
     "assistant": ("text", "refusal"),
-    "tool": ("text",),
+    "tool": ("text", "image_url"),
 }
 
 

@@ -111,6 +111,28 @@ class ErrorBody(msgspec.Struct):
     error: ErrorDetail
 
 
+class AnthropicDetails(msgspec.Struct):
+    """What the OpenAI envelope says more; Anthropic's client reads ``error_code``."""
+
+    error_code: str
+    param: str | None
+
+
+class AnthropicDetail(msgspec.Struct):
+    """What the Anthropic envelope holds."""
+
+    type: str
+    message: str
+    details: AnthropicDetails
+
+
+class AnthropicError(msgspec.Struct, tag="error"):
+    """The Anthropic error envelope."""
+
+    error: AnthropicDetail
+    request_id: str
+
+
 class Model(msgspec.Struct):
     """An entry of /v1/models."""
 

@@ -223,11 +223,12 @@ async def test_a_stop_string_ends_the_answer_and_the_engines_work(
     if stream:
         chunks = events(answer.text)
         text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-        reason = chunks[-1]["choices"][0]["finish_reason"]
+        choice = chunks[-1]["choices"][0]
     else:
         choice = answer.json()["choices"][0]
-        text, reason = choice["message"]["content"], choice["finish_reason"]
-    assert (text, reason) == ("A red ", "stop")
+        text = choice["message"]["content"]
+    assert (text, choice["finish_reason"]) == ("A red ", "stop")
+    assert choice["stop_reason"] == "cir"
     assert house.engine.aborted == [house.engine.requests[0].id]
 
 
@@ -240,6 +241,7 @@ async def test_what_stopped_the_answer_is_shown_when_asked_for(house: House) -> 
     ]
     answer = await house.ask(stop_token_ids=[dot], include_stop_str_in_output=True)
     assert content(answer) == "Yes."
+    assert answer.json()["choices"][0]["stop_reason"] == dot
 
 
 async def test_no_stop_string_counts_before_min_tokens(house: House) -> None:

@@ -371,9 +371,11 @@ async def test_a_body_that_is_too_large_is_413_announced_or_not(houses: Houses) 
 async def test_keys_guard_everything_but_the_probes(houses: Houses) -> None:
     house = await houses.open(api_key=("first", "second"))
     for key in ("first", "second"):
-        good = await house.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
-        assert good.status_code == 200
-    for headers in ({}, {"Authorization": "Bearer firs"}, {"Authorization": "Basic first"}):
+        for headers in ({"Authorization": f"Bearer {key}"}, {"X-Api-Key": key}):
+            good = await house.http.get("/v1/models", headers=headers)
+            assert good.status_code == 200
+    wrong = {"Authorization": "Bearer firs"}, {"Authorization": "Basic first"}, {"X-Api-Key": "fir"}
+    for headers in ({}, {"X-Api-Key": ""}, *wrong):
         for path in ("/v1/models", "/openapi.json", "/nowhere", "/v1/live", "/live/"):
             answer = await house.http.get(path, headers=headers)
             assert answer.status_code == 401
@@ -381,6 +383,27 @@ async def test_keys_guard_everything_but_the_probes(houses: Houses) -> None:
             assert error_of(answer)["code"] == "invalid_api_key"
     for path in ("/live", "/ready", "/health", "/version", "/metrics"):
         assert (await house.http.get(path)).status_code == 200
+
+
+async def test_errors_of_anthropics_routes_have_anthropics_envelope(houses: Houses) -> None:
+    house = await houses.open(api_key=("key",), max_request_bytes=2000)
+    sent = {"X-Api-Key": "key", "X-Request-Id": "abc-1"}
+    for path, headers, status, kind in (
+        ("/v1/messages", {"X-Request-Id": "abc-1"}, 401, "authentication_error"),
+        ("/v1/messages/nowhere", sent, 404, "not_found_error"),
+        ("/v1/messages", sent | {"Content-Length": "2001"}, 413, "request_too_large"),
+    ):
+        answer = await house.http.post(path, headers=headers)
+        assert answer.status_code == status
+        body = answer.json()
+        assert (body["type"], body["error"]["type"]) == ("error", kind)
+        assert body["request_id"] == answer.headers["request-id"] == "abc-1"
+        assert len(answer.content) == int(answer.headers["content-length"])
+    house.engine.state = "loading"
+    answer = await house.http.post("/v1/messages", headers=sent)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"]
+    assert answer.json()["error"]["type"] == "overloaded_error"
 
 
 async def test_request_ids_are_echoed_when_they_are_harmless(house: House) -> None:

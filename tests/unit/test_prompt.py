@@ -160,6 +160,16 @@ def test_tools_calls_and_results_stand_in_the_hermes_form(template: str) -> None
     )
 
 
+def test_a_tool_may_show_a_picture_in_its_result() -> None:
+    turns = [user("Look."), Turn("assistant", (), (("look", {}),)), Turn("tool", ("seen: ", 0))]
+    prompt = built(HF, turns, [Picture(b"a", 2)])
+    end = encode_rendered(
+        f"<tool_response>\nseen: {context(2)}\n\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert prompt.ids[-len(end) + 1 :] == end[1:]  # the first token has the line break before it
+
+
 NAMES = [*SPECIAL, *PLAIN, "<image>", "<video>", "<tools>"]
 
 
