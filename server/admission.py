@@ -1,7 +1,7 @@
-"""How much work is let in: a permit per running request, a cap on the bytes of a body, and how
-long a client may take to send its body and to read its answer. A permit is held until the last
-byte of the answer is sent, streams included, and so is whatever a route enters into the exit stack
-that it finds in its scope as "held"."""
+"""How much work is let in: a permit per running request, what its API key may use, a cap on the
+bytes of a body, and how long a client may take to send its body and to read its answer. A permit is
+held until the last byte of the answer is sent, streams included, and so is whatever a route enters
+into the exit stack that it finds in its scope as "held"."""
 
 import asyncio
 import collections
@@ -9,10 +9,12 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.auth import Tenant
 from server.errors import error_response
+from server.limits import Account
 from server.metrics import Metrics
 from wire.errors import BodyTooLarge, BodyTooSlow, ServiceError, TooManyRequests
 from wire.settings import ServerSettings
@@ -108,6 +110,19 @@ async def _watched(send: Send, patience: float) -> AsyncIterator[Send]:
         timer.cancel()
 
 
+def _telling(send: Send, account: Account) -> Send:
+    """``send`` that adds what is left of the key's limits to the head of an answer."""
+    if not account.is_limited:
+        return send
+
+    async def telling(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(account.headers())
+        await send(message)
+
+    return telling
+
+
 class Admission:
     """ASGI layer in front of every POST. ``refusal`` says why no work is taken at all now."""
 
@@ -128,6 +143,8 @@ class Admission:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        tenant: Tenant = scope["state"]["tenant"]
+        send = _telling(send, tenant.account)
         try:
             # The size first: it is wrong whatever state the server is in.
             announced = Headers(scope=scope).get("content-length", "")
@@ -137,7 +154,8 @@ class Admission:
             if refusal is not None:
                 raise refusal
             async with contextlib.AsyncExitStack() as held:
-                held.enter_context(self._gate.permit(scope["state"]["tenant"].id))
+                held.enter_context(self._gate.permit(tenant.id))
+                held.enter_context(tenant.account.request())
                 scope["held"] = held
                 async with _watched(send, self._settings.send_timeout) as watched:
                     await self._app(scope, self._limited(receive), watched)

@@ -2,6 +2,7 @@
 signals; tests run it as it is."""
 
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,21 +11,25 @@ from starlette.requests import ClientDisconnect
 
 from engine.client import EngineClient
 from server.admission import Admission
-from server.auth import BearerAuth
+from server.auth import PROBES, KeyAuth
 from server.chat.showing import Media
 from server.chat.sse import ClientGone, on_client_gone
 from server.errors import Boundary, on_no_route, on_service_error, on_wrong_method
 from server.lifecycle import Service
+from server.limits import Clock
 from server.routes import chat, models, ops, preview
 from server.schemas.chat import ChatRequest
 from wire.errors import ServiceError
 from wire.settings import Settings
 
 
-def create_app(settings: Settings, engine: EngineClient, media: Media) -> FastAPI:
+def create_app(
+    settings: Settings, engine: EngineClient, media: Media, clock: Clock = time.monotonic
+) -> FastAPI:
     """The application, with its ``Service`` as ``app.state.service``. The lifespan starts and
-    ends ``engine`` and ``media``; it does not wait for the model."""
-    service = Service(settings, engine, media)
+    ends ``engine`` and ``media``; it does not wait for the model. ``clock`` is that of the keys'
+    limits. Raises SettingError."""
+    service = Service(settings, engine, media, clock)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -60,7 +65,11 @@ def create_app(settings: Settings, engine: EngineClient, media: Media) -> FastAP
         settings=settings.server,
     )
     requests = service.metrics.requests
-    app.add_middleware(BearerAuth, settings=settings.server)
+    app.add_middleware(
+        KeyAuth,
+        find=service.keys.find if service.keys.needed else None,
+        open_paths=PROBES | ({"/metrics"} if settings.server.open_metrics else set()),
+    )
     app.add_middleware(Boundary, observe=lambda status: requests.labels(str(status)).inc())
     describe = app.openapi
     app.openapi = lambda: _with_chat_schema(describe())  # type: ignore[method-assign]

@@ -1,57 +1,62 @@
-"""Bearer keys. Everything needs one, except probes, metrics and the version; without configured
-keys the server is open. Comparison takes the same time for every wrong key."""
+"""API keys at the door. Everything needs one, except probes; without configured keys the server is
+open. Which keys there are is known to server.keys."""
 
 import dataclasses
-import hashlib
-import hmac
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import error_response
+from server.limits import Account
 from wire.errors import Unauthorized
-from wire.settings import ServerSettings
 
-OPEN_PATHS = frozenset({"/live", "/ready", "/health", "/version", "/metrics"})
+PROBES = frozenset({"/live", "/ready", "/health"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Tenant:
     """Whose a request is: the owner of an API key, or whoever asks a server without keys.
 
-    ``id`` is the key's fingerprint, ``weight`` its part of the engine under the fair policy.
+    ``id`` tells tenants apart, ``weight`` is its part of the engine under the fair policy, and
+    ``priority`` the best that it may ask for under the priority policy (None: any).
     What is cached for one tenant is found only by those with the same ``salt``.
     """
 
     id: bytes = b""
     weight: float = 1.0
     salt: bytes = b""
+    priority: int | None = None
+    account: Account = dataclasses.field(default_factory=Account)
 
 
-class BearerAuth:
+ANYBODY = Tenant()
+
+
+class KeyAuth:
     """ASGI layer that lets only requests with a known key through, with their ``Tenant`` as
-    ``request.state.tenant``."""
+    ``request.state.tenant``. ``find`` says whose a key is; None: no key is needed. To the paths of
+    ``open_paths`` none is."""
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        find: Callable[[str], Tenant | None] | None,
+        open_paths: frozenset[str] = PROBES,
+    ) -> None:
         self._app = app
-        weights = settings.api_key_weights or (1.0,) * len(settings.api_key)
-        self._tenants = []
-        for key, weight in zip(settings.api_key, weights, strict=True):
-            identity = _fingerprint(key)
-            salt = identity if settings.cache_per_key else b""
-            self._tenants.append(Tenant(identity, weight, salt))
+        self._find = find
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
-        if scope["type"] != "http" or not self._tenants or scope["path"] in OPEN_PATHS:
-            scope.setdefault("state", {})["tenant"] = Tenant()
-            await self._app(scope, receive, send)
-            return
-        key = _sent_key(Headers(scope=scope))
-        given = _fingerprint(key)
-        matches = [hmac.compare_digest(given, tenant.id) for tenant in self._tenants]
-        if key and any(matches):
-            scope.setdefault("state", {})["tenant"] = self._tenants[matches.index(True)]
+        tenant: Tenant | None = ANYBODY
+        key = ""
+        if scope["type"] == "http" and self._find and scope["path"] not in self._open_paths:
+            key = _given(Headers(scope=scope))
+            tenant = self._find(key) if key else None
+        if tenant is not None:
+            scope.setdefault("state", {})["tenant"] = tenant
             await self._app(scope, receive, send)
             return
         what = "The API key is wrong." if key else "An API key is needed."
@@ -59,12 +64,8 @@ class BearerAuth:
         await error_response(error)(scope, receive, send)
 
 
-def _sent_key(headers: Headers) -> str:
-    """As OpenAI's clients send it, or as Anthropic's do; empty if there is none."""
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    bearer = key.strip() if scheme.lower() == "bearer" else ""
+def _given(headers: Headers) -> str:
+    """The key of a request: a bearer token, or ``x-api-key`` as Anthropic's clients send it."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    bearer = token.strip() if scheme.lower() == "bearer" else ""
     return bearer or headers.get("x-api-key", "").strip()
-
-
-def _fingerprint(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable
 
+from server.limits import Spending
 from server.metrics import Metrics
 from wire.errors import TooManyRequests
 from wire.settings import ServerSettings
@@ -66,9 +67,15 @@ class Backlog:
                 retry_after=self._time_to_drain(kind, over),
             )
 
-    def enter(self, tenant: bytes, requests: int, tokens: int) -> "Place":
-        """Count a chat request: so many choices with one prompt. Raises TooManyRequests."""
+    def enter(
+        self, tenant: bytes, requests: int, tokens: int, spending: Spending | None = None
+    ) -> "Place":
+        """Count a request, so many choices with one prompt, and begin its ``spending``, which
+        whoever enters must end. Raises TooManyRequests, and InvalidRequest where the key's limits
+        are too small for it."""
         self.check(tenant, requests, tokens)
+        if spending is not None:
+            spending.begin()
         self._count(tenant, requests, tokens)
         return Place(self, tenant, requests, tokens)
 

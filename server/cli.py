@@ -25,6 +25,7 @@ An OpenAI-compatible inference server for InternVL3.
   internvl serve --model /models/InternVL3-2B --host 0.0.0.0 --port 9000
   INTERNVL_API_KEY=secret internvl serve  clients must send this key
   internvl serve --config server.toml     the same settings from a file
+  internvl key alice >> keys.toml         make a key for --api-keys-file
 
 Every setting can be given as a flag, as an environment variable (INTERNVL_ and its name in
 capitals) or in a TOML file; the flag wins, then the variable. `internvl serve --help` lists them.
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     if options.command == "version":
         return _version()
+    if options.command == "key":
+        return _key(options.name)
     if options.command == "settings":
         print(settings_page(), end="")
         return 0
@@ -59,6 +62,9 @@ def _serve(options: argparse.Namespace) -> int:
         print(f"internvl serve: {error}", file=sys.stderr)
         return EXIT_USAGE
     logs.setup(settings.server.log_level, "api")
+    for _, field, _ in each_setting():
+        if field.metadata["secret"]:  # no process that is started needs to know it
+            os.environ.pop(ENV_PREFIX + field.name.upper(), None)
     # Imported late: `internvl --help` should not wait for a web framework.
     from engine.client import ProcessEngine
     from preprocessing import MediaPipeline
@@ -66,8 +72,25 @@ def _serve(options: argparse.Namespace) -> int:
     from server.run import serve
 
     engine = ProcessEngine(settings.engine, log_level=settings.server.log_level)
-    app = create_app(settings, engine, MediaPipeline(settings.media))
+    try:
+        app = create_app(settings, engine, MediaPipeline(settings.media))
+    except SettingError as error:
+        print(f"internvl serve: {error}", file=sys.stderr)
+        return EXIT_USAGE
     return serve(app, settings)
+
+
+def _key(name: str) -> int:
+    from server.keys import new_key
+
+    try:
+        key, entry = new_key(name)
+    except SettingError as error:
+        print(f"internvl key: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    print(f"The key, shown only now: {key}", file=sys.stderr)
+    print(entry)
+    return 0
 
 
 def _version() -> int:
@@ -120,6 +143,13 @@ def _parser() -> argparse.ArgumentParser:
     groups = {name: serve.add_argument_group(title) for name, title in _GROUPS.items()}
     for group, field, kind in each_setting():
         _add_flag(groups[group], field, kind)
+    key = commands.add_parser(
+        "key",
+        help="make an API key",
+        description="Make an API key: the key itself goes to standard error, its entry for "
+        "--api-keys-file to standard output.",
+    )
+    key.add_argument("name", metavar="NAME", help="whose it is: up to 64 of A-Z a-z 0-9 _ -")
     commands.add_parser("settings", help="print all settings as Markdown")
     commands.add_parser("version", help="print the version")
     return parser

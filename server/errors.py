@@ -173,6 +173,9 @@ class Boundary:
             spent = (time.monotonic() - began) * 1000
             # repr: a path is the client's text and must not be able to forge a log line
             path = repr(scope["path"][:200])
-            logger.log(level, "%s %s status=%d ms=%.0f", scope["method"], path, status, spent)
+            tenant = scope.get("state", {}).get("tenant")
+            key = f" key={tenant.account.name}" if tenant and tenant.account.name else ""
+            line = "%s %s status=%d ms=%.0f%s"
+            logger.log(level, line, scope["method"], path, status, spent, key)
             self._observe(status)
             request_id.reset(token)

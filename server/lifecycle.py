@@ -16,6 +16,8 @@ from server.backlog import Backlog
 from server.chat.prepare import ServedModel
 from server.chat.showing import Media
 from server.grammars import GrammarChecker
+from server.keys import Keys
+from server.limits import Clock
 from server.metrics import Metrics
 from wire.errors import ServiceError, TooManyRequests, Unavailable
 from wire.settings import Settings
@@ -29,15 +31,24 @@ TOO_MANY_PICTURES = "too_many_pictures"
 
 
 class Service:
-    """Starts with ``start``, which returns at once; ``settled`` is set when the model is ready or
+    """Raises SettingError where the file of keys cannot be used.
+
+    Starts with ``start``, which returns at once; ``settled`` is set when the model is ready or
     cannot be, ``failed`` when the server can never serve (again); ``stop`` ends everything."""
 
-    def __init__(self, settings: Settings, engine: EngineClient, media: Media) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engine: EngineClient,
+        media: Media,
+        clock: Clock = time.monotonic,
+    ) -> None:
         self.settings = settings
         self.engine = engine
         self.media = media
         self.grammars = GrammarChecker()
-        self.metrics = Metrics(engine, lambda: media.stats)
+        self.keys = Keys.of(settings.server, clock)
+        self.metrics = Metrics(engine, lambda: media.stats, self.keys)
         fair = settings.engine.scheduling_policy == "fair"
         self.gate = Gate(settings.server.max_concurrent_requests, self.metrics, fair=fair)
         self.backlog = Backlog(settings.server, self.metrics, fair=fair)

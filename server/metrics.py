@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from engine.client import EngineClient
 from preprocessing.pool import PoolStats
+from server.keys import Keys
 from server.schemas.common import PartUsage
 from wire.errors import MediaRefused
 
@@ -50,12 +51,20 @@ _DECODERS = {
     "timeouts": ("decode_worker_timeouts", True, "Decode workers ended for taking too long."),
     "replaced": ("decode_workers_replaced", True, "Decode workers that got a successor."),
 }
+# field of server.limits.Usage -> (metric, help)
+_KEYS = {
+    "requests": ("requests", "Requests of an API key that were let in."),
+    "refused": ("requests_refused", "Requests beyond the limits of their API key."),
+    "prompt_tokens": ("prompt_tokens", "Tokens in prompts, of an API key."),
+    "completion_tokens": ("generated_tokens", "Tokens generated for an API key."),
+    "visual_tokens": ("visual_tokens", "Tokens of pictures in prompts, of an API key."),
+}
 
 
 class Metrics:
     """Counters and histograms of the front end; attribute names are metric names."""
 
-    def __init__(self, engine: EngineClient, decoders: Callable[[], PoolStats]) -> None:
+    def __init__(self, engine: EngineClient, decoders: Callable[[], PoolStats], keys: Keys) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "internvl_requests", "Answered HTTP requests.", ["status"], registry=self.registry
@@ -125,6 +134,7 @@ class Metrics:
         )
         self.registry.register(_EngineCollector(engine))
         self.registry.register(_DecoderCollector(decoders))
+        self.registry.register(_KeyCollector(keys))
 
     def _seconds(self, name: str, help: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
         return Histogram(f"internvl_{name}_seconds", help, buckets=buckets, registry=self.registry)
@@ -180,6 +190,28 @@ class _DecoderCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         return _families(_DECODERS, self._stats())
+
+
+class _KeyCollector(Collector):
+    """One label per key in force: there are server.keys.MAX_KEYS at most."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+
+    def collect(self) -> Iterator[Metric]:
+        running = GaugeMetricFamily(
+            "internvl_key_requests_running", "Requests of an API key.", labels=["key"]
+        )
+        families = {
+            field: CounterMetricFamily(f"internvl_key_{name}", help, labels=["key"])
+            for field, (name, help) in _KEYS.items()
+        }
+        for name, account in self._keys.accounts.items():
+            running.add_metric([name], account.running)
+            for field, family in families.items():
+                family.add_metric([name], getattr(account.usage, field))
+        yield running
+        yield from families.values()
 
 
 def _families(table: dict[str, tuple[str, bool, str]], stats: object) -> Iterator[Metric]:

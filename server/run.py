@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Coroutine
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.lifecycle import Service
+from server.reload import Reloader
 from wire.heap import return_what_is_freed
 from wire.messages import Progress
 from wire.settings import Settings
@@ -128,6 +130,10 @@ class _Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._signals = 0
+        self._reloaders: list[Reloader] = []
+        keys = service.keys
+        if keys.file is not None:
+            self._reloaders.append(Reloader("the file of keys", [keys.file], keys.load))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -137,6 +143,17 @@ class _Server(uvicorn.Server):
             port = self.servers[0].sockets[0].getsockname()[1]
             self._spawn(announce(self.service, self.config.host, port))
             self._spawn(self._end_on_failure())
+            self._reload_on_change()
+
+    def _reload_on_change(self) -> None:
+        for reloader in self._reloaders:
+            self._spawn(reloader.watch())
+        if self._reloaders and threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+
+    def _reload(self) -> None:
+        for reloader in self._reloaders:
+            reloader.reload()
 
     def _bound_unread_data(self) -> None:
         """Have the kernel end connections, which inherit this, whose client reads nothing.
@@ -210,7 +227,7 @@ def example(address: str, service: Service) -> str:
     # Escaped for printf, then for the single quotes around it.
     form = json.dumps(body).replace("\\", "\\\\").replace("%", "%%").replace("'", "'\\''")
     form = form.replace("base64,PICTURE", "base64,%s")
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if service.settings.server.api_key else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if service.keys.needed else ""
     data = "" if picture is None else f" \"$(base64 < '{picture}' | tr -d '\\n')\""
     return (
         f"printf '{form}'{data} |\n"

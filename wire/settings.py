@@ -50,6 +50,14 @@ class ServerSettings:
     api_key: tuple[str, ...] = knob(
         (), "Key a client must send as bearer token; comma-separated for several.", secret=True
     )
+    api_keys_file: str = knob(
+        "",
+        "TOML file of further API keys: name, hash and limits of each. `internvl key NAME` makes "
+        "an entry. It is read again when it changes, and at SIGHUP.",
+    )
+    open_metrics: bool = knob(
+        False, "Answer /metrics without an API key, where others need one. It names the keys."
+    )
     api_key_weights: tuple[float, ...] = knob(
         (),
         "Under the fair scheduling policy, the part of the engine that each API key gets when all "

@@ -23,6 +23,7 @@ from server.chat.sampling import Defaults, either, fit_sampling, read_sampling
 from server.chat.showing import Canvas, Gallery, Media, Room, show
 from server.chat.usage import Shown, account
 from server.grammars import GrammarChecker
+from server.limits import Spending
 from server.schemas.chat import ChatRequest
 from server.schemas.generation import Generation
 from server.tokenizer import Tokenizer
@@ -101,6 +102,7 @@ class PreparedChat:
     include_usage: bool
     shown: list[Shown]
     media_seconds: float
+    spending: Spending
 
 
 async def prepare(
@@ -147,7 +149,23 @@ async def prepare(
         include_usage=bool(options is not None and options.include_usage),
         shown=account(gallery, conversation, canvas.segments, model.ready.geometry.tokens_per_tile),
         media_seconds=media_seconds,
+        spending=spending(request, len(prompt.ids), prompt.items, tenant),
     )
+
+
+def spending(request: Generation, prompt: int, items: list[VisionItem], tenant: Tenant) -> Spending:
+    """What the limits of the key count of a request whose prompt has so many tokens."""
+    field, longest = request.length
+    answer = None if longest is None else longest * either(request.n, 1)
+    visual = sum(item.length for item in items)
+    return Spending(tenant.account, prompt, visual, answer, field)
+
+
+def _priority(request: Generation, tenant: Tenant) -> int:
+    """What the request asks for, but nothing better than its key has."""
+    if tenant.priority is None:
+        return either(request.priority, 0)
+    return max(tenant.priority, either(request.priority, tenant.priority))
 
 
 async def settle(
@@ -187,7 +205,7 @@ def engine_request(
         items=items,
         # Fingerprints have one length: no two pairs of them and a client's salt are alike.
         cache_salt=tenant.salt + (request.cache_salt or "").encode(),
-        priority=either(request.priority, 0),
+        priority=_priority(request, tenant),
         tenant=tenant.id,
         weight=tenant.weight,
     )

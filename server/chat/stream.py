@@ -196,7 +196,7 @@ async def chunks(
         choice = ChunkChoice(delta, index, logprobs, finish_reason, stop_reason)
         return Chunk(chat.engine.id, created, chat.model.name, [choice])
 
-    place = backlog.enter(chat.engine.tenant, chat.n, len(chat.engine.prompt))
+    place = backlog.enter(chat.engine.tenant, chat.n, len(chat.engine.prompt), chat.spending)
     metrics.prompt_tokens.inc(len(chat.engine.prompt))
     begun = False
     try:
@@ -233,7 +233,9 @@ async def chunks(
         # it counts objects, not the megabytes in them.
         chat.buffers.clear()
         place.leave()
-        metrics.generated_tokens.inc(sum(state.completion_tokens for state in states))
+        generated = sum(state.completion_tokens for state in states)
+        chat.spending.end(generated)
+        metrics.generated_tokens.inc(generated)
         for state in states:
             metrics.finished.labels(state.finish_reason or "abort").inc()
         if chat.shown:

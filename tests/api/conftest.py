@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from openai import AsyncOpenAI
 
 from server.app import create_app
 from server.lifecycle import Service
+from server.limits import Clock
 from server.run import BoundedHttp
 from tests import small_tokenizer
 from tests.fake_engine import FakeEngine, FakeMedia
@@ -57,6 +59,7 @@ class Houses:
         wait: bool = True,
         policy: str = "fcfs",
         request_tile_bytes: int = 1 << 20,
+        clock: Clock = time.monotonic,
         **server: Any,
     ) -> House:
         settings = Settings(
@@ -70,7 +73,7 @@ class Houses:
         )
         engine = engine or FakeEngine()
         media = FakeMedia()
-        app = create_app(settings, engine, media)
+        app = create_app(settings, engine, media, clock)
         house = House(
             app,
             engine,

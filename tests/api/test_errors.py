@@ -376,13 +376,17 @@ async def test_keys_guard_everything_but_the_probes(houses: Houses) -> None:
             assert good.status_code == 200
     wrong = {"Authorization": "Bearer firs"}, {"Authorization": "Basic first"}, {"X-Api-Key": "fir"}
     for headers in ({}, {"X-Api-Key": ""}, *wrong):
-        for path in ("/v1/models", "/openapi.json", "/nowhere", "/v1/live", "/live/"):
+        for path in ("/v1/models", "/openapi.json", "/version", "/nowhere", "/v1/live", "/live/"):
             answer = await house.http.get(path, headers=headers)
             assert answer.status_code == 401
             assert answer.headers["www-authenticate"] == "Bearer"
             assert error_of(answer)["code"] == "invalid_api_key"
-    for path in ("/live", "/ready", "/health", "/version", "/metrics"):
+    for path in ("/live", "/ready", "/health"):
         assert (await house.http.get(path)).status_code == 200
+    assert (await house.http.get("/metrics")).status_code == 401
+    house = await houses.open(api_key=("first",), open_metrics=True)
+    assert (await house.http.get("/metrics")).status_code == 200
+    assert (await house.http.get("/version")).status_code == 401
 
 
 async def test_errors_of_anthropics_routes_have_anthropics_envelope(houses: Houses) -> None:

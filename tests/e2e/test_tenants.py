@@ -12,6 +12,7 @@ TEXT = "What is in this picture? " * 8
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags = ["--api-key", "one,two", "--api-key-weights", "1,3", "--scheduling-policy", "fair"]
+    flags += ["--open-metrics"]
     server = Server(tmp_path_factory.mktemp("server") / "log.txt", flags)
     yield server
     server.close()

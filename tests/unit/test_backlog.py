@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from preprocessing.pool import PoolStats
 from server.backlog import UNKNOWN, WINDOW, Backlog, Place
+from server.keys import Keys
 from server.metrics import Metrics
 from tests.fake_engine import FakeEngine
 from wire.errors import TooManyRequests
@@ -27,7 +28,9 @@ def backlog(
     requests: int = 10, tokens: int = 1000, *, fair: bool = False, clock: Clock | None = None
 ) -> Backlog:
     settings = ServerSettings(max_num_queued_reqs=requests, max_num_queued_tokens=tokens)
-    return Backlog(settings, Metrics(FakeEngine(), PoolStats), fair=fair, clock=clock or Clock())
+    return Backlog(
+        settings, Metrics(FakeEngine(), PoolStats, Keys("")), fair=fair, clock=clock or Clock()
+    )
 
 
 def refusal(queue: Backlog, tenant: bytes, requests: int, tokens: int) -> TooManyRequests:
