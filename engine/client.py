@@ -96,14 +96,14 @@ class BaseEngine(abc.ABC):
     which must neither block nor fail.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_unread: int = 1 << 15) -> None:
         self.state = "starting"
         self.progress: Progress | None = None
         self.ready: Ready | None = None
         self.stats = EngineStats()
         self.restarts = 0
         self.faults = dict.fromkeys(FAULTS, 0)
-        self._streams = Streams(self._send)
+        self._streams = Streams(self._send, max_unread=max_unread)
         self._settled = asyncio.Event()  # the state is not "starting"
         self._task: asyncio.Task[None] | None = None
 
@@ -187,7 +187,8 @@ class ProcessEngine(BaseEngine):
     a row. ``failure`` then says why, for the operator; it may name files and must not be sent to
     a client.
 
-    ``command`` is what is started, with the socket's file descriptor as one more argument.
+    ``command`` is what is started, with the socket's file descriptor as one more argument; for
+    ``max_unread`` see engine.streams.
     """
 
     def __init__(
@@ -199,8 +200,9 @@ class ProcessEngine(BaseEngine):
         max_failed_starts: int = 5,
         delay: float = 1.0,
         stop_timeout: float = 5.0,
+        max_unread: int = 1 << 15,
     ) -> None:
-        super().__init__()
+        super().__init__(max_unread=max_unread)
         self.failure: str | None = None
         self._settings = settings
         self._log_level = log_level

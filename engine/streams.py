@@ -12,13 +12,14 @@ A successor may have less room; a request that has grown beyond it ends with "le
 """
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 
 import msgspec
 
 from wire.channel import Buffer
-from wire.errors import EngineFailed, ServiceError
+from wire.errors import ClientTooSlow, EngineFailed, ServiceError
 from wire.messages import Abort, EngineOutput, EngineRequest, StepReport
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ Send = Callable[[EngineRequest | Abort, Sequence[Buffer]], None]
 _LONGER = 8
 # Tokens after which all suspicion is forgotten.
 _CLEARED = 256
+# Outputs that wait for a reader before they are joined: one is kept in far less memory.
+_JOINED = 64
 
 
 class _Stream:
@@ -44,6 +47,15 @@ class _Stream:
         self.outputs: list[EngineOutput] = []
         self.error: ServiceError | None = None
         self.arrived = asyncio.Event()
+
+    def add(self, output: EngineOutput) -> bool:
+        """Keep ``output`` for the reader; whether there were many and have been joined."""
+        self.outputs.append(output)
+        self.arrived.set()
+        joined = len(self.outputs) >= _JOINED
+        if joined:
+            self.outputs = _merged(self.outputs)
+        return joined
 
     def fail(self, error: ServiceError) -> None:
         """End with an error, after the outputs already dealt."""
@@ -63,7 +75,7 @@ def _merged(outputs: list[EngineOutput]) -> list[EngineOutput]:
     seconds = [output.encode_seconds for output in outputs if output.encode_seconds is not None]
     whole = EngineOutput(
         last.id,
-        [token for output in outputs for token in output.token_ids],
+        list(itertools.chain.from_iterable(output.token_ids for output in outputs)),
         last.finish_reason,
         last.stop_token,
         max(output.cached_tokens for output in outputs),
@@ -74,17 +86,24 @@ def _merged(outputs: list[EngineOutput]) -> list[EngineOutput]:
     return [whole]
 
 
+def _size(output: EngineOutput) -> int:
+    """Tokens and log-probabilities."""
+    return len(output.token_ids) + sum(1 + len(entry.top) for entry in output.logprobs or ())
+
+
 class Streams:
     """Deals out reports, one wake-up per request and step.
 
     A reader that is slow finds all its outputs as one; no token is dropped and nobody else waits
-    for it. ``send`` must neither block nor fail; it is called only between ``connect`` and
-    ``disconnect``. ``trial`` is how many tokens end a first trial well.
+    for it. One that leaves more than ``max_unread`` tokens and log-probabilities unread gets an
+    error behind them. ``send`` must neither block nor fail; it is called only between ``connect``
+    and ``disconnect``. ``trial`` is how many tokens end a first trial well.
     """
 
-    def __init__(self, send: Send, *, trial: int = 8) -> None:
+    def __init__(self, send: Send, *, trial: int = 8, max_unread: int = 1 << 15) -> None:
         self._send = send
         self._trial_length = trial
+        self._max_unread = max_unread
         self._connected = False
         # Both in order of arrival; what has ended for the engine is in neither.
         self._open: dict[str, _Stream] = {}
@@ -149,8 +168,7 @@ class Streams:
         if stream is None:
             return
         stream.token_ids += output.token_ids
-        stream.outputs.append(output)
-        stream.arrived.set()
+        joined = stream.add(output)
         if output.finish_reason is not None:
             del self._open[output.id]
             self._unsent.pop(output.id, None)
@@ -163,6 +181,15 @@ class Streams:
             self._pass(stream)
         if made >= _CLEARED:
             stream.deaths = 0
+        if joined and _size(stream.outputs[0]) > self._max_unread:
+            self._give_up(stream)
+
+    def _give_up(self, stream: _Stream) -> None:
+        """Its reader reads too slowly."""
+        logger.info("request=%s is ended: what it has generated is not read", stream.request.id)
+        del self._open[stream.request.id]
+        self._leave(stream)
+        stream.fail(ClientTooSlow("The answer was read too slowly; the request has been ended."))
 
     def _pass(self, stream: _Stream) -> None:
         """It has stood its trial; it makes room for that of the next, which must be alone too.

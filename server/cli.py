@@ -71,7 +71,11 @@ def _serve(options: argparse.Namespace) -> int:
     from server.app import create_app
     from server.run import serve
 
-    engine = ProcessEngine(settings.engine, log_level=settings.server.log_level)
+    engine = ProcessEngine(
+        settings.engine,
+        log_level=settings.server.log_level,
+        max_unread=settings.server.max_unread_tokens,
+    )
     try:
         app = create_app(settings, engine, MediaPipeline(settings.media))
     except SettingError as error:

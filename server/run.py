@@ -3,6 +3,7 @@ before the model is loaded, so that probes are answered from the first second.""
 
 import asyncio
 import collections
+import functools
 import importlib.util
 import json
 import logging
@@ -14,11 +15,12 @@ import threading
 from collections.abc import Coroutine
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import httptools
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.lifecycle import Service
 from server.reload import Reloader
@@ -32,6 +34,9 @@ LARGE = 128 << 10
 REFRESH = 0.2
 # Bytes of a request's head, and of what else is no body: chunks' headers, and trailers.
 HEAD_LIMIT = 64 << 10
+# Bytes of an answer that wait in this process for their client, and in the kernel before they are
+# sent at all. What is not written yet can still be joined into fewer and larger pieces.
+UNSENT = 16 << 10
 # After the drain's own deadline; what still runs then is cancelled.
 SHUTDOWN_TIMEOUT = 2
 
@@ -46,7 +51,7 @@ def serve(app: FastAPI, settings: Settings) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
-        http=BoundedHttp,
+        http=functools.partial(BoundedHttp, head_timeout=settings.server.head_timeout),  # type: ignore[arg-type]
         ws="none",
         loop="asyncio",
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
@@ -64,7 +69,8 @@ def serve(app: FastAPI, settings: Settings) -> int:
 
 class BoundedHttp(HttpToolsProtocol):
     """Ends a connection whose request brings neither the end of its head nor of its body, but more
-    and more bytes: the parser would keep them all.
+    and more bytes: the parser would keep them all. One whose head does not arrive within
+    ``head_timeout`` seconds is ended too.
 
     A wish to go on in another protocol, which some clients add to every request, is passed over:
     the parser alone would take the body of such a request for the next one.
@@ -72,10 +78,51 @@ class BoundedHttp(HttpToolsProtocol):
 
     _useless = 0  # bytes since the last useful ones, up to the size of one read
     _part: bytes | memoryview = b""  # what the parser is given now
+    _running: RequestResponseCycle | None = None  # what is being answered; ``cycle`` came last
+    _head_due: asyncio.TimerHandle | None = None
+
+    def __init__(self, *args: Any, head_timeout: float = 30.0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._head_timeout = head_timeout
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Called by the event loop."""
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(UNSENT)
+        sock = transport.get_extra_info("socket")
+        if hasattr(socket, "TCP_NOTSENT_LOWAT") and sock.family != socket.AF_UNIX:  # Linux, macOS
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the event loop."""
+        self._head_arrived()
+        # Requests that came before the last one have lost their client too.
+        for cycle in (self._running, *(queued for queued, _ in self.pipeline)):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _await_head(self) -> None:
+        """Until a head is complete, however many bytes of it come."""
+        if self._head_due is None:
+            self._head_due = self.loop.call_later(self._head_timeout, self.transport.close)
+
+    def _head_arrived(self) -> None:
+        if self._head_due is not None:
+            self._head_due.cancel()
+            self._head_due = None
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
         self._useless += len(data)
+        if self._running is None or self._running.response_complete:
+            self._await_head()
         self._parts = collections.deque[bytes | memoryview]([memoryview(data)])
         while self._parts and not self.transport.is_closing():
             self._part = self._parts.popleft()
@@ -106,8 +153,13 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Called by the parser."""
-        if not self.parser.should_upgrade():
-            super().on_headers_complete()
+        if self.parser.should_upgrade():
+            return
+        self._head_arrived()
+        super().on_headers_complete()
+        if len(self.pipeline) == 1:
+            # One request ahead of its turn is no reason to be deaf for the end of the connection.
+            self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
         """Called by the parser."""

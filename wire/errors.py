@@ -8,6 +8,7 @@
     │   ├── Unauthorized       401
     │   ├── NotFound           404
     │   ├── BodyTooSlow        408
+    │   ├── ClientTooSlow      408, in a stream
     │   ├── BodyTooLarge       413
     │   └── TooManyRequests    429, with Retry-After
     └── ServerError            the caller cannot (5xx)
@@ -88,6 +89,13 @@ class BodyTooSlow(ClientError):
 
     status = 408
     code = "request_timeout"
+
+
+class ClientTooSlow(ClientError):
+    """The answer is read more slowly than it is written. Comes inside a stream."""
+
+    status = 408
+    code = "client_too_slow"
 
 
 class BodyTooLarge(ClientError):

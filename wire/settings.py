@@ -79,6 +79,18 @@ class ServerSettings:
         "Seconds a client may leave its answer unread; then the request ends.",
         low=0.1,
     )
+    max_unread_tokens: int = knob(
+        1 << 15,
+        "Tokens, and log-probabilities, that are kept for a client that reads its answer more "
+        "slowly than it is written; with more the request ends.",
+        low=64,
+    )
+    head_timeout: float = knob(
+        30.0,
+        "Seconds in which the head of a request must arrive, from its first byte or the opening "
+        "of the connection; slower connections are closed.",
+        low=0.1,
+    )
     max_concurrent_requests: int = knob(
         256, "Requests in the server at once; more get 429 with Retry-After.", low=1
     )

@@ -23,7 +23,8 @@ class Choices:
     def __init__(self, chat: PreparedChat, engine: EngineClient) -> None:
         self._chat = chat
         self._engine = engine
-        self._arrived: asyncio.Queue[tuple[int, EngineOutput | Exception]] = asyncio.Queue()
+        # The engine client joins what waits; a queue of any length would keep it apart.
+        self._arrived: asyncio.Queue[tuple[int, EngineOutput | Exception]] = asyncio.Queue(1)
         self._readers: dict[int, asyncio.Task[None]] = {}
         self._only: AsyncGenerator[EngineOutput] | None = None
         self._open = set(range(chat.n))
@@ -71,12 +72,12 @@ class Choices:
         try:
             async with contextlib.aclosing(self._submit(index)) as outputs:
                 async for output in outputs:
-                    self._arrived.put_nowait((index, output))
+                    await self._arrived.put((index, output))
         except Exception as error:
-            self._arrived.put_nowait((index, error))
+            await self._arrived.put((index, error))
         else:
             ending = EngineFailed("The engine could not finish this request.")
-            self._arrived.put_nowait((index, ending))
+            await self._arrived.put((index, ending))
 
     def _submit(self, index: int) -> AsyncGenerator[EngineOutput]:
         return self._engine.submit(self._request(index), self._chat.buffers)

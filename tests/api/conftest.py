@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -103,7 +104,13 @@ class Houses:
 async def listening(house: House) -> AsyncIterator[int]:
     """The application behind a real socket, as the server serves it; yields the port."""
     config = uvicorn.Config(
-        house.app, http=BoundedHttp, lifespan="off", log_config=None, timeout_graceful_shutdown=1
+        house.app,
+        http=functools.partial(
+            BoundedHttp, head_timeout=house.service.settings.server.head_timeout
+        ),  # type: ignore[arg-type]
+        lifespan="off",
+        log_config=None,
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as door:

@@ -131,6 +131,83 @@ async def test_large_bodies_and_many_requests_on_a_connection_are_no_large_head(
         writer.close()
 
 
+@pytest.mark.parametrize("before", [b"", b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"])
+@pytest.mark.parametrize(
+    ("begin", "drip"),
+    [
+        (b"", b"\r\n"),
+        (b"GET /live HTTP/1.1\r\nX-Mo", b""),
+        (b"GET /live HTTP/1.1\r\nX-Mo", b"o"),
+        (b"GET /live HTTP/1.1\r\nX: y\r\n", b"X: y\r\n"),
+    ],
+)
+async def test_a_connection_without_a_whole_head_is_closed(
+    houses: Houses, before: bytes, begin: bytes, drip: bytes
+) -> None:
+    house = await houses.open(head_timeout=0.2)
+    async with listening(house) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        if before:
+            writer.write(before)
+            assert (await within(reader.readuntil(b"}"))).startswith(b"HTTP/1.1 200 ")
+        writer.write(begin)
+        ended = asyncio.ensure_future(reader.read())
+        async with asyncio.timeout(10):  # one that was kept alive and says nothing has 5 seconds
+            while not ended.done():
+                writer.write(drip)
+                await asyncio.sleep(0.01)
+        with contextlib.suppress(ConnectionError):
+            ended.result()
+        writer.close()
+
+
+async def test_a_head_in_time_is_followed_by_what_takes_long(houses: Houses) -> None:
+    house = await houses.open(head_timeout=0.1, keep_alive_interval=0.1)
+    go_on = asyncio.Event()
+    house.engine.script = lambda _: [encode_rendered("Yes"), go_on]
+    async with listening(house) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head(len(HELLO)))
+        await asyncio.sleep(0.2)
+        writer.write(HELLO)
+        for _ in range(3):
+            await within(reader.readuntil(b": keep-alive"))
+        writer.close()
+        await within(house.engine.abort_seen.wait())
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 40])
+async def test_requests_sent_ahead_do_not_hide_that_the_client_has_left(
+    houses: Houses, ahead: int
+) -> None:
+    # With more than one the connection is not read; then it is a comment that finds nobody there.
+    house = await houses.open(keep_alive_interval=60 if ahead == 1 else 0.1)
+    house.engine.script = lambda _: [encode_rendered("Yes"), asyncio.Event()]
+    async with listening(house) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head(len(HELLO)) + HELLO)
+        await within(reader.readuntil(b"Yes"))
+        writer.write((head(len(HELLO)) + HELLO) * ahead)
+        await writer.drain()
+        writer.close()
+        await within(house.engine.abort_seen.wait())
+        await within(house.service.gate.idle.wait())
+    assert len(house.engine.requests) == 1
+
+
+async def test_requests_sent_ahead_are_answered_in_their_order(houses: Houses) -> None:
+    house = await houses.open()
+    asked = [b"GET /live HTTP/1.1\r\nX-Request-Id: %d\r\n\r\n" % number for number in range(30)]
+    asked[3] = head(len(HELLO)).replace(b"Host", b"X-Request-Id: 3\r\nHost") + HELLO
+    async with listening(house) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"".join(asked))
+        for number in range(30):
+            line = await within(reader.readuntil(b"x-request-id: %d\r\n" % number))
+            assert line.count(b"HTTP/1.1 200 ") == 1
+        writer.close()
+
+
 @pytest.mark.parametrize("cut", [0, 1, 40, 150, 400])
 async def test_a_request_that_offers_another_protocol_keeps_its_body(
     houses: Houses, cut: int
@@ -182,6 +259,28 @@ async def test_a_stream_nobody_reads_is_aborted_and_its_permit_is_free_again(
             await within(house.service.gate.idle.wait())
     assert house.engine.aborted == [house.engine.requests[0].id]
     assert "unexpected error" not in caplog.text
+
+
+async def test_several_choices_nobody_reads_do_not_pile_up(houses: Houses) -> None:
+    house = await houses.open(send_timeout=0.5)
+    made = 0
+
+    def count(_: EngineRequest) -> Iterable[Step]:
+        nonlocal made
+        while True:
+            made += 1
+            yield encode_rendered("A red circle. ")
+
+    house.engine.script = count
+    body = HELLO.replace(b"{", b'{"n": 4, ', 1)
+    async with listening(house) as port:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.sendall(head(len(body)) + body)
+            await asyncio.wait_for(house.engine.abort_seen.wait(), 30)
+            await within(house.service.gate.idle.wait())
+    # What was on its way: the rest had stayed with the engine client, which joins it.
+    assert made < 2000
 
 
 async def test_an_answer_that_is_cut_before_its_first_byte_ends_its_source() -> None:

@@ -15,7 +15,7 @@ from engine.inproc import InprocEngine
 from engine.plan import StepPlan
 from engine.streams import Streams
 from tests.fake_runner import FakeRunner, alone, request
-from wire.errors import EngineFailed, Unavailable
+from wire.errors import ClientTooSlow, EngineFailed, Unavailable
 from wire.messages import (
     Abort,
     EngineOutput,
@@ -112,6 +112,37 @@ async def test_a_slow_reader_finds_all_its_outputs_as_one() -> None:
     house.report(EngineOutput("a", [3], "stop", 3, 3, None, likely[2:], None, None))
     whole = EngineOutput("a", [1, 2, 3], "stop", 3, 3, None, likely, prompt, [0.75, 1.0])
     assert await reading == whole
+
+
+async def test_what_waits_for_a_reader_is_joined_before_it_comes() -> None:
+    house = House()
+    (reader,) = await house.ask("a")
+    for token in range(10_000):
+        house.say("a", token)
+    assert len(house.streams._open["a"].outputs) < 100
+    house.say("a", 0, end="length")
+    assert await result(reader) == [*range(10_000), 0]
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+async def test_a_reader_that_leaves_too_much_unread_gets_an_error_behind_it(logprobs: bool) -> None:
+    house = House()
+    house.streams = Streams(lambda message, _: house.sent.append(message), max_unread=1000)
+    house.streams.connect()
+    reader = house.streams.read(*request("a", 3))
+    reading = asyncio.create_task(first(reader))
+    await house.wait_sent()
+    likely = [TokenLogprobs(-1.0, [(1, -1.0)] * 9)] if logprobs else None
+    for token in range(2000):
+        house.report(EngineOutput("a", [token], logprobs=likely))
+    kept = (await reading).token_ids
+    assert kept == list(range(len(kept)))
+    each = 11 if logprobs else 1  # a token and its log-probabilities
+    assert 1000 < len(kept) * each <= 1000 + 64 * each  # looked at once in so many outputs
+    with pytest.raises(ClientTooSlow):
+        await first(reader)
+    assert house.take_sent() == ["a", "-a"]
+    assert not house.streams.at_work
 
 
 @pytest.mark.parametrize("end", ["error", "stuck"])
