@@ -17,10 +17,18 @@ from server.chat.sse import ClientGone, on_client_gone
 from server.errors import Boundary, on_no_route, on_service_error, on_wrong_method
 from server.lifecycle import Service
 from server.limits import Clock
-from server.routes import chat, models, ops, preview
+from server.routes import chat, completions, models, ops, preview
 from server.schemas.chat import ChatRequest
+from server.schemas.completion import CompletionRequest
+from server.schemas.form import Form
 from wire.errors import ServiceError
 from wire.settings import Settings
+
+FORMS: dict[str, type[Form]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/internvl/preview": ChatRequest,
+}
 
 
 def create_app(
@@ -55,7 +63,7 @@ def create_app(
         },
     )
     app.state.service = service
-    for routes in (chat, preview, models, ops):
+    for routes in (chat, completions, preview, models, ops):
         app.include_router(routes.router)
     # The last one added is the outermost.
     app.add_middleware(
@@ -72,16 +80,17 @@ def create_app(
     )
     app.add_middleware(Boundary, observe=lambda status: requests.labels(str(status)).inc())
     describe = app.openapi
-    app.openapi = lambda: _with_chat_schema(describe())  # type: ignore[method-assign]
+    app.openapi = lambda: _with_bodies(describe())  # type: ignore[method-assign]
     return app
 
 
-def _with_chat_schema(page: dict[str, Any]) -> dict[str, Any]:
-    """Describe the body of a chat request, which is validated by hand, not by FastAPI."""
-    schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+def _with_bodies(page: dict[str, Any]) -> dict[str, Any]:
+    """Describe the bodies of requests, which are validated by hand, not by FastAPI."""
     schemas = page.setdefault("components", {}).setdefault("schemas", {})
-    schemas |= schema.pop("$defs", {}) | {"ChatRequest": schema}
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}
-    for path in ("/v1/chat/completions", "/v1/internvl/preview"):
-        page["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+    for path, form in FORMS.items():
+        schema = form.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {}) | {form.__name__: schema}
+        reference = {"$ref": f"#/components/schemas/{form.__name__}"}
+        body = {"required": True, "content": {"application/json": {"schema": reference}}}
+        page["paths"][path]["post"]["requestBody"] = body
     return page

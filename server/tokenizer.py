@@ -7,6 +7,8 @@ bytes one by one, so that a stream can be decoded in constant time per token.
 
 import collections
 import json
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,27 @@ class Tokenizer:
         """Ids of ``text``, in which every token name is plain text."""
         # As a batch of one: only then does the library let other threads run meanwhile.
         return list(self._plain.encode_batch([text], add_special_tokens=False)[0].ids)
+
+    def naming(self, names: Iterable[str]) -> Callable[[str], list[int]]:
+        """An ``encode`` in which those of ``names`` that are tokens stand for themselves."""
+        found = {name: self.token_id(name) for name in names}
+        known = {name: token for name, token in found.items() if token is not None}
+        if not known:
+            return self.encode
+        # Of two that begin alike the longer one is meant.
+        longest_first = sorted(known, key=len, reverse=True)
+        split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
+
+        def encode(text: str) -> list[int]:
+            ids: list[int] = []
+            for part in split(text):
+                if part in known:
+                    ids.append(known[part])
+                elif part:
+                    ids += self.encode(part)
+            return ids
+
+        return encode
 
     def least(self, text: str, enough: int) -> int:
         """How many tokens ``text`` has at the very least. Far quicker than to encode it; the

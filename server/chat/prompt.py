@@ -5,13 +5,12 @@ the ids equal to those of the whole rendered text wherever a client typed no tok
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from server.chat import tools
 from server.tokenizer import Tokenizer
-from wire.errors import ContextTooLong
+from wire.errors import ContextTooLong, InvalidRequest
 from wire.geometry import PromptFormat
 from wire.messages import VisionItem
 from wire.tokenizer_file import TokenizerError
@@ -22,7 +21,6 @@ ALLOWED = (
     *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"),
     *(tools.CALL, tools.CALL_END),
 )
-_ALLOWED = re.compile("(" + "|".join(map(re.escape, ALLOWED)) + ")")
 
 TURN, TURN_END = "<|im_start|>", "<|im_end|>"
 PICTURE, PICTURE_END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -100,8 +98,8 @@ class PromptBuilder:
             token: self._required(token)
             for token in (TURN, TURN_END, PICTURE, PICTURE_END, CONTEXT)
         }
-        found = {token: tokenizer.token_id(token) for token in ALLOWED}
-        self._allowed = {token: id for token, id in found.items() if id is not None}
+        self._encode = tokenizer.naming(ALLOWED)
+        self._encode_special = tokenizer.naming(set(tokenizer.added.values()) - {CONTEXT})
 
     def _required(self, token: str) -> int:
         found = self._tokenizer.token_id(token)
@@ -134,14 +132,41 @@ class PromptBuilder:
         """
         segments = list(self._segments(turns, pictures, offered, ending))
         text = "".join(segment for segment in segments if isinstance(segment, str))
+        self._check_length(text, "messages")
+        return segments
+
+    def read(self, text: str, param: str, *, special: bool, bos: bool) -> list[int]:
+        """Ids of a text that is a whole prompt. Where ``special`` tokens may be named, all but the
+        one that stands for pixels are. Raises ContextTooLong as ``render`` does."""
+        self._check_length(text, param)
+        encode = self._encode_special if special else self._tokenizer.encode
+        return [*(self._tokenizer.bos if bos else ()), *encode(text)]
+
+    def check_ids(self, ids: Sequence[int], param: str, vocab_size: int) -> None:
+        """Raise InvalidRequest where these cannot be a prompt."""
+        pixels = self._ids[CONTEXT]
+        if max(ids) < vocab_size and pixels not in ids:
+            return
+        for number, token in enumerate(ids):
+            where = f"{param}[{number}]"
+            if token == pixels:
+                raise InvalidRequest(
+                    f"{where} stands for a part of a picture; pictures are shown in a chat only.",
+                    param=where,
+                )
+            if token >= vocab_size:
+                raise InvalidRequest(
+                    f"{where}: token ids must be less than {vocab_size}.", param=where
+                )
+
+    def _check_length(self, text: str, param: str) -> None:
         most = self._max_model_len
         # No token is shorter than a byte, so that few prompts need the second question.
         if len(text) > most and self._tokenizer.least(text, most + 1) > most:
             raise ContextTooLong(
                 f"The prompt has more tokens than fit in this model's context of {most} tokens.",
-                param="messages",
+                param=param,
             )
-        return segments
 
     def build(
         self,
@@ -180,16 +205,6 @@ class PromptBuilder:
             ids += [self._ids[CONTEXT]] * length
         ids += self._encode("".join(run))
         return Prompt(ids, items, sources)
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for part in _ALLOWED.split(text):
-            token = self._allowed.get(part)
-            if token is not None:
-                ids.append(token)
-            elif part:
-                ids += self._tokenizer.encode(part)
-        return ids
 
     def _segments(
         self,

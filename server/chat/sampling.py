@@ -109,7 +109,7 @@ def fit_sampling(
             f"not be more than this model's context of {context} tokens.",
             param=name,
         )
-    most = min(room, request.usual_length or room) if asked is None else asked
+    most = min(room, request.usual_length or room) if asked is None else max(asked, 1)
     least = either(request.min_tokens, 0)
     if least > most:
         raise InvalidRequest(f"min_tokens must be at most {most} here.", param="min_tokens")

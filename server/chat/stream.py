@@ -8,6 +8,7 @@ import copy
 import logging
 import time
 from collections.abc import AsyncGenerator
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -45,6 +46,8 @@ from wire.errors import EngineFailed, InvalidRequest
 from wire.messages import EngineOutput, TokenLogprobs
 
 logger = logging.getLogger(__name__)
+
+C = TypeVar("C", bound="HasUsage")
 
 # JSON has no infinity; OpenAI writes this number for it.
 LEAST = -9999.0
@@ -276,8 +279,14 @@ def _check(output: EngineOutput) -> None:
         raise EngineFailed("The engine could not finish this request.")
 
 
+class HasUsage(Protocol):
+    """A chunk of any dialect that can hold usage."""
+
+    usage: Usage | msgspec.UnsetType | None
+
+
 async def events(
-    source: AsyncGenerator[Chunk, None], *, include_usage: bool
+    source: AsyncGenerator[C, None], *, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     """The chunks as events, in the two forms OpenAI knows: with usage everywhere, or nowhere.
     ``source`` is closed with it."""

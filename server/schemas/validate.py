@@ -119,7 +119,8 @@ def _first(error: ValidationError) -> InvalidRequest:
         if isinstance(step, int):
             path += f"[{step}]"
         elif step and not step.startswith("<"):
-            path += f".{clip_name(step)}" if path else clip_name(step)
+            joint = "." if path and not step.startswith("[") else ""
+            path += joint + clip_name(step)
     sentence = _SENTENCES.get(details["type"], _not_allowed)
     code = "missing_required_parameter" if details["type"] == "missing" else None
     return InvalidRequest(f"{path} {sentence(context)}.", param=path, code=code)

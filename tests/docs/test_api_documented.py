@@ -5,13 +5,17 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import pytest
 from fastapi.routing import APIRoute
-from openai.types.chat import completion_create_params as official
+from openai.types import completion_create_params as official_completions
+from openai.types.chat import completion_create_params as official_chat
 
 from server.auth import PROBES
-from server.routes import chat, models, ops, preview
+from server.routes import chat, completions, models, ops, preview
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, ChatRequest
-from server.schemas.generation import MAX_STOP_LENGTH, MAX_STOPS
+from server.schemas.completion import MAX_TEXTS, CompletionRequest
+from server.schemas.generation import MAX_STOP_LENGTH, MAX_STOPS, Generation
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 
@@ -23,33 +27,43 @@ def rows(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
 
 
+FORMS: dict[str, type[Generation]] = {"chat": ChatRequest, "completions": CompletionRequest}
+
+
+def fields(dialect: str) -> dict[str, str]:
+    form = FORMS[dialect]
+    code = dict.fromkeys(form.model_fields, "supported")
+    code |= dict.fromkeys(form.ignored, "ignored") | dict.fromkeys(form.refused, "refused")
+    assert len(code) == len(form.model_fields) + len(form.ignored) + len(form.refused)
+    return code
+
+
 def test_every_field_has_exactly_the_row_that_the_code_gives_it() -> None:
-    code = dict.fromkeys(ChatRequest.model_fields, "supported")
-    code |= dict.fromkeys(ChatRequest.ignored, "ignored") | dict.fromkeys(
-        ChatRequest.refused, "refused"
-    )
-    assert len(code) == len(ChatRequest.model_fields) + len(ChatRequest.ignored) + len(
-        ChatRequest.refused
-    )
-    table = rows("Fields of a chat request")
-    documented = {name.strip("`"): kind for name, kind, *_ in table}
+    chat, completions = fields("chat"), fields("completions")
+    table = rows("Fields of a request")
+    documented = {name.strip("`"): (chat, completions) for name, chat, completions, *_ in table}
     assert len(documented) == len(table)
-    assert documented == code
+    assert documented == {
+        name: (chat.get(name, "–"), completions.get(name, "–")) for name in {**chat, **completions}
+    }
 
 
-def test_no_field_of_the_official_client_is_forgotten() -> None:
-    known = {*ChatRequest.model_fields, *ChatRequest.ignored, *ChatRequest.refused}
-    fields: set[str] = set()
+@pytest.mark.parametrize(
+    ("dialect", "official"),
+    [("chat", official_chat), ("completions", official_completions)],
+)
+def test_no_field_of_the_official_client_is_forgotten(dialect: str, official: Any) -> None:
+    found: set[str] = set()
     for params in typing.get_args(official.CompletionCreateParams):
-        fields |= set(typing.get_type_hints(params))
-    assert len(fields) > 30
-    assert fields <= known
+        found |= set(typing.get_type_hints(params))
+    assert len(found) > 15
+    assert found <= set(fields(dialect))
 
 
 def test_every_route_is_documented_with_its_need_of_a_key() -> None:
     documented = {route.strip("`"): key.split(",")[0] for route, _, key in rows("API")}
     served: dict[str, str] = {"GET /openapi.json": "yes"}
-    for module in (chat, preview, models, ops):
+    for module in (chat, completions, preview, models, ops):
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             for method in route.methods:
@@ -64,17 +78,16 @@ def test_the_limits_in_the_text_are_those_of_the_code() -> None:
         f"{MAX_MESSAGES} messages, {MAX_PARTS} parts",
         f"up to {MAX_STOPS} strings of up to {MAX_STOP_LENGTH} characters",
         f"up to {MAX_TOOLS} functions",
+        f"array of up to {MAX_TEXTS} of either",
     ]
     for fact in facts:
         assert fact in text
 
 
 def test_every_neutral_value_in_the_table_is_one() -> None:
-    for name, kind, note in (row for row in rows("Fields of a chat request") if len(row) == 3):
+    neutral = ChatRequest.refused | CompletionRequest.refused
+    for name, *kinds, note in (row for row in rows("Fields of a request") if len(row) == 4):
         found = re.match(r"`?(.+?)`? is fine", note)
-        if kind == "refused" and found:
-            values = [
-                str(value).lower().replace("'", '"')
-                for value in ChatRequest.refused[name.strip("`")]
-            ]
+        if "refused" in kinds and found:
+            values = [msgspec.json.encode(value).decode() for value in neutral[name.strip("`")]]
             assert found[1] in values, name

@@ -1,0 +1,49 @@
+"""/v1/completions."""
+
+import time
+import uuid
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from server.auth import Tenant
+from server.chat.sse import EventStream, unless_gone
+from server.chat.stream import chunks, events
+from server.completions.answer import fold_text, text_chunks
+from server.completions.prepare import prepare_texts
+from server.lifecycle import Service
+from server.routes.body import read_body, runner
+from server.schemas.completion import CompletionRequest
+from server.schemas.validate import parse_request
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def create_completion(request: Request) -> Response:
+    """Go on with one or more texts, whole or as a stream of server-sent events."""
+    began = time.monotonic()
+    service: Service = request.app.state.service
+    body = await read_body(request)
+    return await unless_gone(request.receive, _answer(service, body, request.state.tenant, began))
+
+
+async def _answer(service: Service, body: bytes, tenant: Tenant, began: float) -> Response:
+    run = runner(body)
+    identity = f"cmpl-{uuid.uuid4().hex}"
+    async with service.preparing():
+        request, _ = await run(parse_request, body, CompletionRequest)
+        service.backlog.check(tenant.id, len(request.prompt) * (request.n or 1))
+        with service.metrics.counting_refusals():
+            model, grammars = service.served(), service.grammars
+            chats = await prepare_texts(request, identity, model, grammars, run, tenant)
+    source = text_chunks(
+        request,
+        identity,
+        chats,
+        lambda chat: chunks(chat, service.engine, service.backlog, service.metrics, began),
+    )
+    if chats[0].stream:
+        encoded = events(source, include_usage=chats[0].include_usage)
+        return EventStream(encoded, service.settings.server.keep_alive_interval)
+    return Response(msgspec.json.encode(await fold_text(source)), media_type="application/json")
