@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from engine.client import EngineClient
@@ -14,7 +16,15 @@ from server.admission import Admission
 from server.auth import PROBES, KeyAuth
 from server.chat.showing import Media
 from server.chat.sse import ClientGone, on_client_gone
-from server.errors import Boundary, on_no_route, on_service_error, on_wrong_method
+from server.cors import Cors
+from server.errors import (
+    Boundary,
+    on_http_error,
+    on_no_route,
+    on_service_error,
+    on_wrong_method,
+    on_wrong_parameter,
+)
 from server.lifecycle import Service
 from server.limits import Clock
 from server.routes import chat, completions, models, ops, preview
@@ -54,10 +64,14 @@ def create_app(
         docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        # As a client sees it. FastAPI's own root_path would be taken off the path once more.
+        servers=[{"url": root_path}] if (root_path := settings.server.root_path) else None,
         exception_handlers={
             ServiceError: on_service_error,
             ClientGone: on_client_gone,
             ClientDisconnect: on_client_gone,
+            RequestValidationError: on_wrong_parameter,
+            HTTPException: on_http_error,
             404: on_no_route,
             405: on_wrong_method,
         },
@@ -78,7 +92,19 @@ def create_app(
         find=service.keys.find if service.keys.needed else None,
         open_paths=PROBES | ({"/metrics"} if settings.server.open_metrics else set()),
     )
-    app.add_middleware(Boundary, observe=lambda status: requests.labels(str(status)).inc())
+    if settings.server.cors_origins:
+        app.add_middleware(
+            Cors,
+            allow_origins=settings.server.cors_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=("*",),
+        )
+    app.add_middleware(
+        Boundary,
+        observe=lambda status: requests.labels(str(status)).inc(),
+        root_path=settings.server.root_path,
+    )
     describe = app.openapi
     app.openapi = lambda: _with_bodies(describe())  # type: ignore[method-assign]
     return app

@@ -77,11 +77,10 @@ def _serve(options: argparse.Namespace) -> int:
         max_unread=settings.server.max_unread_tokens,
     )
     try:
-        app = create_app(settings, engine, MediaPipeline(settings.media))
+        return serve(create_app(settings, engine, MediaPipeline(settings.media)), settings)
     except SettingError as error:
         print(f"internvl serve: {error}", file=sys.stderr)
         return EXIT_USAGE
-    return serve(app, settings)
 
 
 def _key(name: str) -> int:

@@ -9,7 +9,9 @@ import uuid
 from collections.abc import Callable
 
 import msgspec
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,7 +23,7 @@ from server.schemas.common import (
     ErrorBody,
     ErrorDetail,
 )
-from wire.errors import ClientError, EngineFailed, NotFound, ServiceError
+from wire.errors import ClientError, EngineFailed, InvalidRequest, NotFound, ServiceError
 from wire.logs import request_id
 
 logger = logging.getLogger(__name__)
@@ -125,6 +127,23 @@ async def on_wrong_method(request: Request, error: Exception) -> Response:
     return response
 
 
+async def on_wrong_parameter(_: Request, error: Exception) -> Response:
+    """Handler for what FastAPI finds wrong with a path or a query."""
+    if not isinstance(error, RequestValidationError):
+        raise error
+    name = str(error.errors()[0]["loc"][-1])
+    return error_response(InvalidRequest(f"{name} has a value that is not allowed.", param=name))
+
+
+async def on_http_error(_: Request, error: Exception) -> Response:
+    """Handler for what a library refuses."""
+    failure = InvalidRequest("The request cannot be answered as it is.", code="invalid_request")
+    if not isinstance(error, HTTPException) or error.status_code >= 500:
+        raise error
+    failure.status = error.status_code
+    return error_response(failure)
+
+
 def unexpected() -> ServiceError:
     """What a client is told of an exception nobody expected."""
     return EngineFailed("The server failed to answer this request.", code="internal_error")
@@ -133,18 +152,22 @@ def unexpected() -> ServiceError:
 class Boundary:
     """Outermost layer: request id in and out, one log line, and a 500 for what escapes.
 
-    ``observe`` is called with the status of every finished HTTP request.
+    ``observe`` is called with the status of every finished HTTP request. ``root_path`` is taken off
+    the paths that begin with it.
     """
 
-    def __init__(self, app: ASGIApp, observe: Callable[[int], None]) -> None:
+    def __init__(self, app: ASGIApp, observe: Callable[[int], None], root_path: str = "") -> None:
         self._app = app
         self._observe = observe
+        self._root = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._root and scope["path"].startswith(self._root + "/"):
+            scope["path"] = scope["path"].removeprefix(self._root)
         given = Headers(scope=scope).get("x-request-id", "")
         identity = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         token = request_id.set(identity)

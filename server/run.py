@@ -22,8 +22,11 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from server.errors import envelope
 from server.lifecycle import Service
 from server.reload import Reloader
+from server.tls import Certificate
+from wire.errors import InvalidRequest
 from wire.heap import return_what_is_freed
 from wire.messages import Progress
 from wire.settings import Settings
@@ -42,7 +45,8 @@ SHUTDOWN_TIMEOUT = 2
 
 
 def serve(app: FastAPI, settings: Settings) -> int:
-    """Serve until a signal or a failure; the exit status."""
+    """Serve until a signal or a failure; the exit status. Raises SettingError."""
+    certificate = Certificate.of(settings.server)
     return_what_is_freed(LARGE, arenas=1)
     config = uvicorn.Config(
         app,
@@ -56,10 +60,13 @@ def serve(app: FastAPI, settings: Settings) -> int:
         loop="asyncio",
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
     )
+    if certificate is not None:
+        config.load()
+        config.ssl = certificate.context
     if settings.server.log_level != "debug":
         # What it says about a start that goes well, ``announce`` says for this server.
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    server = _Server(config, app.state.service)
+    server = _Server(config, app.state.service, certificate)
     try:
         server.run()
     except SystemExit as error:  # uvicorn's way to say that the port is taken
@@ -135,6 +142,16 @@ class BoundedHttp(HttpToolsProtocol):
         else:
             self.transport.abort()
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, and end the connection."""
+        body = envelope(InvalidRequest(msg, code="invalid_http"))
+        head = (
+            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head % len(body) + body)
+        self.transport.close()
+
     def _unsupported_upgrade_warning(self) -> None:
         """Called when the parser has stopped behind a head that asks for another protocol."""
         stopped = sys.exception()
@@ -176,7 +193,9 @@ class BoundedHttp(HttpToolsProtocol):
 class _Server(uvicorn.Server):
     """A first signal drains, a second one ends at once."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, certificate: Certificate | None
+    ) -> None:
         super().__init__(config)
         self.service = service
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -186,6 +205,9 @@ class _Server(uvicorn.Server):
         keys = service.keys
         if keys.file is not None:
             self._reloaders.append(Reloader("the file of keys", [keys.file], keys.load))
+        if certificate is not None:
+            files = certificate.files
+            self._reloaders.append(Reloader("the TLS certificate", files, certificate.load))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -193,7 +215,8 @@ class _Server(uvicorn.Server):
         if not self.should_exit:
             self._bound_unread_data()
             port = self.servers[0].sockets[0].getsockname()[1]
-            self._spawn(announce(self.service, self.config.host, port))
+            scheme = "https" if self.config.ssl else "http"
+            self._spawn(announce(self.service, self.config.host, port, scheme))
             self._spawn(self._end_on_failure())
             self._reload_on_change()
 
@@ -245,9 +268,9 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-async def announce(service: Service, host: str, port: int) -> None:
+async def announce(service: Service, host: str, port: int, scheme: str = "http") -> None:
     """Tell the operator how loading goes, and then what to do with the server."""
-    address = f"http://{_reachable(host)}:{port}"
+    address = f"{scheme}://{_reachable(host)}:{port}"
     say(f"listening on {address}, loading {service.name}")
     shown = ""
     while not service.settled.is_set():

@@ -5,10 +5,11 @@ import io
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,20 @@ def free_port() -> int:
 class Server:
     """``python -m server`` with some flags; ready when the constructor returns.
 
-    ``module`` is run in its place.
+    ``module`` is run in its place. ``trust`` is what to check its certificate with, if it has one.
     """
 
-    def __init__(self, log: Path, flags: Sequence[str] = (), module: str = "server") -> None:
+    def __init__(
+        self,
+        log: Path,
+        flags: Sequence[str] = (),
+        module: str = "server",
+        environment: Mapping[str, str] | None = None,
+        trust: ssl.SSLContext | None = None,
+    ) -> None:
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'http' if trust is None else 'https'}://127.0.0.1:{self.port}"
+        self.trust: ssl.SSLContext | bool = trust or True
         self.log = log
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
@@ -45,7 +54,7 @@ class Server:
                 cwd=ROOT,
                 stdout=sink,
                 stderr=sink,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
             )
         try:
             self.wait_for_status("/ready", 200)
@@ -59,7 +68,7 @@ class Server:
         end = time.monotonic() + deadline
         while time.monotonic() < end:
             try:
-                last = httpx.get(self.url + path, timeout=5).status_code
+                last = httpx.get(self.url + path, timeout=5, verify=self.trust).status_code
             except httpx.TransportError as error:
                 last = error
             if last == status:
@@ -80,7 +89,8 @@ class Server:
 
     def metric(self, name: str) -> float | None:
         """Its value, or that of the first with this name; a name may hold its labels."""
-        for line in httpx.get(self.url + "/metrics", timeout=5).text.splitlines():
+        page = httpx.get(self.url + "/metrics", timeout=5, verify=self.trust).text
+        for line in page.splitlines():
             if name in (line.rsplit(" ", 1)[0], line.split("{")[0].split(" ")[0]):
                 return float(line.rsplit(" ", 1)[1])
         return None

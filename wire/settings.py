@@ -10,6 +10,7 @@ be parsed is fatal wherever it came from.
 import dataclasses
 import math
 import os
+import re
 import tomllib
 import types
 import typing
@@ -46,6 +47,22 @@ class ServerSettings:
 
     host: str = knob("127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces.")
     port: int = knob(8000, "TCP port to listen on; 0 picks a free one.", low=0, high=65535)
+    root_path: str = knob(
+        "",
+        "Path under which a proxy offers the server, for example /vision. It is taken off a "
+        "request's path where it stands there; a proxy may also have done so.",
+    )
+    tls_certificate: str = knob(
+        "",
+        "PEM file with the certificate, and those between it and the root, to serve HTTPS with. "
+        "It is read again when it changes, and at SIGHUP.",
+    )
+    tls_key: str = knob("", "PEM file with the certificate's key; default: it is in the same file.")
+    cors_origins: tuple[str, ...] = knob(
+        (),
+        "Origins whose web pages may use the API, such as https://chat.example.org; "
+        "comma-separated, * for all; default: none.",
+    )
     served_model_name: str = knob("", "Model name in the API; default: the checkpoint's name.")
     api_key: tuple[str, ...] = knob(
         (), "Key a client must send as bearer token; comma-separated for several.", secret=True
@@ -369,6 +386,8 @@ def load(cli: Mapping[str, str], env: Mapping[str, str], file: Path | None = Non
         given[group][field.name] = _parse(source, raw, kind, field.metadata)
     server = ServerSettings(**given["server"])
     _check_weights(server)
+    if server.root_path and not re.fullmatch("(/[A-Za-z0-9._~-]+)+", server.root_path):
+        raise SettingError("root_path must begin with a slash, and not end with one")
     return Settings(server, MediaSettings(**given["media"]), EngineSettings(**given["engine"]))
 
 

@@ -20,11 +20,17 @@ THREAD_BYTES = 1 << 14
 _T = TypeVar("_T")
 
 
+# What a client sends that says nothing about its body, and what curl says of it by default.
+_UNSAID = ("", "application/x-www-form-urlencoded")
+
+
 async def read_body(request: Request) -> bytes:
-    """The bytes of a body that says it is JSON. Raises UnsupportedMediaType, and Unavailable when
-    the server stops meanwhile."""
+    """The bytes of a body that says it is JSON, or says nothing. Raises UnsupportedMediaType, and
+    Unavailable when the server stops meanwhile."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    # A browser sends forms and untyped bodies for any page without asking us first; for JSON it
+    # asks. So pages, which have an origin, must say that it is JSON.
+    if kind != "application/json" and (kind not in _UNSAID or "origin" in request.headers):
         raise UnsupportedMediaType("Content-Type must be application/json.")
     service: Service = request.app.state.service
     async with service.preparing():

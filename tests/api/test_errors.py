@@ -23,6 +23,7 @@ from wire.errors import EngineFailed
 
 HELLO: Any = [{"role": "user", "content": "Hello!"}]
 JSON = {"Content-Type": "application/json"}
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 
 async def check_refusal(house: House, body: dict[str, Any], param: str, says: str) -> None:
@@ -235,7 +236,11 @@ async def test_a_null_is_as_good_as_a_missing_field(house: House) -> None:
         ("GET", "/v1/models/other", {}, b"", 404, "model_not_found"),
         ("GET", "/v1/chat/completions", {}, b"", 405, "method_not_allowed"),
         ("POST", "/v1/models", {}, b"", 405, "method_not_allowed"),
-        ("POST", "/v1/chat/completions", {}, b"{}", 415, "unsupported_media_type"),
+        ("POST", "/v1/chat/completions", {}, b"{}", 400, "missing_required_parameter"),
+        ("POST", "/v1/chat/completions", {"Origin": "null"}, b"{}", 415, "unsupported_media_type"),
+        ("POST", "/v1/chat/completions", FORM, b"{}", 400, "missing_required_parameter"),
+        ("POST", "/v1/chat/completions", FORM | {"Origin": "http://evil"}, b"{}", 415, None),
+        ("POST", "/v1/chat/completions", {"Content-Type": "multipart/form-data"}, b"{}", 415, None),
         ("POST", "/v1/chat/completions", {"Content-Type": "text/plain"}, b"{}", 415, None),
         ("POST", "/v1/chat/completions", JSON, b"", 400, "invalid_json"),
         ("POST", "/v1/chat/completions", JSON, b'{"messages": [', 400, "invalid_json"),

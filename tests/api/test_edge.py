@@ -1,0 +1,114 @@
+"""What stands around the API: other origins, proxies' paths, and what is no HTTP."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from tests.api.conftest import House, Houses, listening
+from tests.api.test_errors import error_of
+
+PAGE = "https://chat.example.org"
+ASKING = {
+    "Origin": PAGE,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+}
+
+
+async def test_pages_of_other_origins_are_told_nothing_by_default(houses: Houses) -> None:
+    house = await houses.open(api_key=("key",))
+    for headers in ({"Origin": PAGE}, ASKING, ASKING | {"Authorization": "Bearer key"}):
+        for method in ("GET", "OPTIONS"):
+            answer = await house.http.request(method, "/v1/models", headers=headers)
+            assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+async def test_a_page_that_may_asks_without_a_key_and_then_needs_one(houses: Houses) -> None:
+    house = await houses.open(api_key=("key",), cors_origins=(PAGE,))
+    asked = await house.http.options("/v1/chat/completions", headers=ASKING)
+    assert asked.status_code == 200
+    assert asked.headers["access-control-allow-origin"] == PAGE
+    assert "authorization" in asked.headers["access-control-allow-headers"]
+    assert "access-control-allow-credentials" not in asked.headers
+    assert "Origin" in asked.headers["vary"]
+    for key, status in (("key", 200), ("wrong", 401)):
+        headers = {"Origin": PAGE, "Authorization": f"Bearer {key}"}
+        answer = await house.http.get("/v1/models", headers=headers)
+        assert answer.status_code == status  # the page may read of either
+        assert answer.headers["access-control-allow-origin"] == PAGE
+        assert answer.headers["access-control-expose-headers"] == "*"
+    # No question, no answer.
+    assert (await house.http.options("/v1/models", headers={"Origin": PAGE})).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "other", [{"Origin": "https://evil.example"}, {"Access-Control-Request-Method": "PUT"}]
+)
+async def test_a_page_that_may_not_gets_our_error(houses: Houses, other: dict[str, str]) -> None:
+    house = await houses.open(api_key=("key",), cors_origins=(PAGE,))
+    answer = await house.http.options("/v1/models", headers=ASKING | other)
+    assert answer.status_code == 403
+    assert error_of(answer)["code"] == "origin_not_allowed"
+    assert "access-control-allow-origin" not in answer.headers
+    plain = await house.http.get(
+        "/v1/models", headers={"Authorization": "Bearer key", "Origin": "https://evil.example"}
+    )
+    assert "access-control-allow-origin" not in plain.headers
+
+
+async def test_a_proxy_may_take_its_path_off_or_not(houses: Houses) -> None:
+    house = await houses.open(api_key=("key",), root_path="/apps/vision")
+    key = {"Authorization": "Bearer key"}
+    for path, status in (
+        ("/apps/vision/live", 200),
+        ("/live", 200),
+        ("/apps/vision/v1/models/tiny", 401),
+        ("/apps/visionary/live", 401),
+    ):
+        assert (await house.http.get(path)).status_code == status
+    for path in ("/v1/models/tiny", "/apps/vision/v1/models/tiny"):
+        assert (await house.http.get(path, headers=key)).status_code == 200
+    assert (await house.http.get("/apps/vision/apps/vision/live", headers=key)).status_code == 404
+    page = (await house.http.get("/apps/vision/openapi.json", headers=key)).json()
+    assert page["servers"] == [{"url": "/apps/vision"}]
+    assert "/v1/models" in page["paths"]
+
+
+async def test_a_path_like_a_route_of_ours_can_be_the_proxys(houses: Houses) -> None:
+    house = await houses.open(root_path="/v1")
+    assert (await house.http.get("/v1/v1/models")).status_code == 200
+
+
+async def sent(house: House, data: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of what comes back for some bytes."""
+    async with listening(house) as port, asyncio.timeout(5):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(data)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+        body = await reader.readexactly(int(headers["content-length"]))
+        writer.close()
+    return int(head[0].split(" ")[1]), headers, body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 70_000,
+        b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+    ],
+    ids=["garbage", "length", "head", "proxy", "tls"],
+)
+async def test_what_is_no_http_gets_the_envelope_too(house: House, data: bytes) -> None:
+    status, headers, body = await sent(house, data)
+    assert status == 400
+    assert headers["content-type"] == "application/json"
+    assert headers["connection"] == "close"
+    error: dict[str, Any] = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == "invalid_http"

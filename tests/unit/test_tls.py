@@ -1,0 +1,70 @@
+"""The certificate: what cannot be used is said without a path, and changes nothing."""
+
+import ssl
+from pathlib import Path
+
+import pytest
+import trustme
+
+from server import cli
+from server.tls import Certificate
+from wire.settings import ServerSettings, SettingError
+
+
+def write(folder: Path, *, key_of: trustme.LeafCert | None = None) -> trustme.LeafCert:
+    issued = trustme.CA().issue_cert("server.example")
+    issued.cert_chain_pems[0].write_to_path(folder / "tls.crt")
+    (key_of or issued).private_key_pem.write_to_path(folder / "tls.key")
+    return issued
+
+
+def test_a_pair_that_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    first = write(tmp_path)
+    certificate = Certificate(tmp_path / "tls.crt", tmp_path / "tls.key")
+    assert certificate.context.minimum_version >= ssl.TLSVersion.TLSv1_2
+    write(tmp_path, key_of=first)
+    for content in (None, "nothing", ""):
+        if content is not None:
+            (tmp_path / "tls.key").write_text(content)
+        with pytest.raises(SettingError, match=r"its key: [a-z]") as refused:
+            certificate.load()
+        assert str(tmp_path) not in str(refused.value)
+    (tmp_path / "tls.key").unlink()
+    with pytest.raises(SettingError, match="No such file"):
+        certificate.load()
+    write(tmp_path)
+    certificate.load()
+
+
+def test_an_encrypted_key_is_refused_and_asks_nobody(tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives.serialization import (
+        BestAvailableEncryption,
+        Encoding,
+        PrivateFormat,
+        load_pem_private_key,
+    )
+
+    issued = write(tmp_path)
+    key = load_pem_private_key(issued.private_key_pem.bytes(), None)
+    form = PrivateFormat.PKCS8
+    locked = key.private_bytes(Encoding.PEM, form, BestAvailableEncryption(b"secret"))
+    (tmp_path / "tls.key").write_bytes(locked)
+    with pytest.raises(SettingError):
+        Certificate(tmp_path / "tls.crt", tmp_path / "tls.key")
+
+
+def test_one_file_may_hold_both_and_a_key_alone_is_none(tmp_path: Path) -> None:
+    issued = write(tmp_path)
+    file = tmp_path / "both.pem"
+    issued.private_key_and_cert_chain_pem.write_to_path(file)
+    assert Certificate.of(ServerSettings(tls_certificate=str(file))) is not None
+    assert Certificate.of(ServerSettings()) is None
+    with pytest.raises(SettingError):
+        Certificate.of(ServerSettings(tls_key=str(file)))
+
+
+def test_a_server_does_not_start_with_a_certificate_it_cannot_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", "--tls-certificate", str(tmp_path / "none")]) == cli.EXIT_USAGE
+    assert "TLS certificate" in capsys.readouterr().err
