@@ -140,6 +140,11 @@ class ServerSettings:
         "format.",
         choices=("auto", "always", "never"),
     )
+    strict_fields: bool = knob(
+        False,
+        "Refuse requests with fields that this server does not know; otherwise a header of the "
+        "answer, X-InternVL-Ignored-Fields, names them.",
+    )
     log_level: str = knob(
         "info", "Least severe level logged.", choices=("debug", "info", "warning", "error")
     )

@@ -127,7 +127,7 @@ async def prepare(
     prompt = await run(model.prompts.build, canvas.segments, gallery.pictures, frames)
     sampling = fit_sampling(sampling, request, len(prompt.ids), model.ready.max_model_len)
     boxes = _box_reader(request, gallery, model)
-    if request.continue_final_message:
+    if request.continues:
         await run(boxes.skip, model.prompts.last_turn(prompt.ids))
     options = request.stream_options
     named = request.tool_choice is not None and request.tool_choice.single
@@ -144,7 +144,7 @@ async def prepare(
         called_reason="stop" if named else "tool_calls",  # as OpenAI has it
         skip_special_tokens=request.skip_special_tokens is not False,
         echo=_echo(request, conversation),
-        continues=bool(request.continue_final_message),
+        continues=request.continues,
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
         shown=account(gallery, conversation, canvas.segments, model.ready.geometry.tokens_per_tile),
@@ -294,9 +294,9 @@ def _offers_tools(request: ChatRequest) -> bool:
 
 def _ending(request: ChatRequest) -> Ending:
     """How the prompt shall end. Raises InvalidRequest."""
-    if not request.continue_final_message:
-        return "close" if request.add_generation_prompt is False else "ask"
-    if request.add_generation_prompt:
+    if not request.continues:
+        return "close" if request.asks is False else "ask"
+    if request.asks:
         raise InvalidRequest(
             "continue_final_message and add_generation_prompt cannot both be true.",
             param="continue_final_message",

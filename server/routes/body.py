@@ -2,10 +2,11 @@
 chat for the engine."""
 
 import asyncio
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
 
 from server.auth import Tenant
 from server.chat.prepare import PreparedChat, Run, prepare
@@ -13,9 +14,14 @@ from server.chat.showing import Room
 from server.errors import UnsupportedMediaType
 from server.lifecycle import Service
 from server.schemas.chat import ChatRequest
+from server.schemas.validate import F, parse_request
 
 # Larger bodies are read and tokenised in a thread; for smaller ones it costs more than it saves.
 THREAD_BYTES = 1 << 14
+
+# Fields that a header names at most.
+MAX_TOLD = 16
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.$\[\]-]")
 
 _T = TypeVar("_T")
 
@@ -35,6 +41,20 @@ async def read_body(request: Request) -> bytes:
     service: Service = request.app.state.service
     async with service.preparing():
         return await request.body()
+
+
+async def read_form(service: Service, body: bytes, form: type[F], run: Run) -> tuple[F, list[str]]:
+    """What a body asks for, and the fields in it that nobody knows. Raises InvalidRequest."""
+    return await run(parse_request, body, form, service.settings.server.strict_fields)
+
+
+def told(response: Response, unknown: Sequence[str]) -> Response:
+    """``response``, with a header that names such fields: some of them, if there are many."""
+    if unknown:
+        safe = [_UNSAFE.sub("?", name) for name in unknown[:MAX_TOLD]]
+        more = ["..."] if len(unknown) > MAX_TOLD else []
+        response.headers["X-InternVL-Ignored-Fields"] = ", ".join(safe + more)
+    return response
 
 
 def runner(body: bytes) -> Run:

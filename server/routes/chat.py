@@ -12,9 +12,8 @@ from server.chat.showing import Room
 from server.chat.sse import EventStream, unless_gone
 from server.chat.stream import chunks, events, fold
 from server.lifecycle import Service
-from server.routes.body import prepare_chat, read_body, runner
+from server.routes.body import prepare_chat, read_body, read_form, runner, told
 from server.schemas.chat import ChatRequest
-from server.schemas.validate import parse_request
 
 router = APIRouter()
 
@@ -35,12 +34,14 @@ async def _answer(
 ) -> Response:
     async with service.preparing():
         run = runner(body)
-        request, _ = await run(parse_request, body, ChatRequest)
+        request, unknown = await read_form(service, body, ChatRequest, run)
         identity = f"chatcmpl-{uuid.uuid4().hex}"
         chat = await prepare_chat(service, request, identity, run, tenant, room)
     source = chunks(chat, service.engine, service.backlog, service.metrics, began)
     if chat.stream:
         encoded = events(source, include_usage=chat.include_usage)
-        return EventStream(encoded, service.settings.server.keep_alive_interval)
+        stream = EventStream(encoded, service.settings.server.keep_alive_interval)
+        return told(stream, unknown)
     answer = await fold(source)
-    return Response(msgspec.json.encode(answer), media_type="application/json")
+    whole = Response(msgspec.json.encode(answer), media_type="application/json")
+    return told(whole, unknown)

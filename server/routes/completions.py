@@ -12,9 +12,8 @@ from server.chat.stream import chunks, events
 from server.completions.answer import fold_text, text_chunks
 from server.completions.prepare import prepare_texts
 from server.lifecycle import Service
-from server.routes.body import read_body, runner
+from server.routes.body import read_body, read_form, runner, told
 from server.schemas.completion import CompletionRequest
-from server.schemas.validate import parse_request
 
 router = APIRouter()
 
@@ -32,7 +31,7 @@ async def _answer(service: Service, body: bytes, tenant: Tenant, began: float) -
     run = runner(body)
     identity = f"cmpl-{uuid.uuid4().hex}"
     async with service.preparing():
-        request, _ = await run(parse_request, body, CompletionRequest)
+        request, unknown = await read_form(service, body, CompletionRequest, run)
         service.backlog.check(tenant.id, len(request.prompt) * (request.n or 1))
         with service.metrics.counting_refusals():
             model, grammars = service.served(), service.grammars
@@ -45,5 +44,7 @@ async def _answer(service: Service, body: bytes, tenant: Tenant, began: float) -
     )
     if chats[0].stream:
         encoded = events(source, include_usage=chats[0].include_usage)
-        return EventStream(encoded, service.settings.server.keep_alive_interval)
-    return Response(msgspec.json.encode(await fold_text(source)), media_type="application/json")
+        stream = EventStream(encoded, service.settings.server.keep_alive_interval)
+        return told(stream, unknown)
+    answer = msgspec.json.encode(await fold_text(source))
+    return told(Response(answer, media_type="application/json"), unknown)

@@ -7,9 +7,8 @@ from server.auth import Tenant
 from server.chat.preview import preview
 from server.chat.sse import unless_gone
 from server.lifecycle import Service
-from server.routes.body import read_body, runner
+from server.routes.body import read_body, read_form, runner, told
 from server.schemas.chat import ChatRequest
-from server.schemas.validate import parse_request
 
 router = APIRouter()
 
@@ -24,9 +23,9 @@ async def preview_chat_completion(request: Request) -> Response:
 
 async def _answer(service: Service, body: bytes, tenant: Tenant) -> Response:
     run = runner(body)
-    asked, _ = await run(parse_request, body, ChatRequest)
+    asked, unknown = await read_form(service, body, ChatRequest, run)
     limits = service.settings.media
     with service.metrics.counting_refusals():
         async with service.preparing():
             found = await preview(asked, service.served(), service.media, limits, run, tenant)
-    return Response(msgspec.json.encode(found), media_type="application/json")
+    return told(Response(msgspec.json.encode(found), media_type="application/json"), unknown)

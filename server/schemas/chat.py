@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
-from server.schemas.form import Form, clip, wrong
+from server.schemas.form import Form, clip, clip_name, wrong
 from server.schemas.generation import Generation
 from wire.sampling import MAX_LOGPROBS
 
@@ -21,14 +21,20 @@ PART_TYPES = {
 }
 
 
-class TextPart(Form):
+class _Part(Form):
+    """Hints to caches and ids of media mean nothing: what is cached is known by its content."""
+
+    ignored = frozenset({"cache_control", "prompt_cache_breakpoint", "uuid"})
+
+
+class TextPart(_Part):
     """Text."""
 
     type: Literal["text"]
     text: str
 
 
-class RefusalPart(Form):
+class RefusalPart(_Part):
     """Something an assistant declined to do; rendered as its text."""
 
     type: Literal["refusal"]
@@ -88,14 +94,14 @@ class VideoUrl(_Bounds):
         return self
 
 
-class ImagePart(Form):
+class ImagePart(_Part):
     """A picture."""
 
     type: Literal["image_url"]
     image_url: Annotated[ImageUrl, BeforeValidator(_url_object)]
 
 
-class VideoPart(Form):
+class VideoPart(_Part):
     """A video."""
 
     type: Literal["video_url"]
@@ -148,6 +154,8 @@ class FunctionCall(Form):
 class ToolCallMessage(Form):
     """A call that the assistant made in an earlier turn."""
 
+    ignored = frozenset({"index"})
+
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -155,6 +163,14 @@ class ToolCallMessage(Form):
 
 class Message(Form):
     """One message of any role."""
+
+    # Names and numbers, and what answers hold that come back as messages.
+    ignored = frozenset(
+        {
+            *("name", "tool_call_id", "refusal", "annotations", "boxes"),
+            *("reasoning", "reasoning_content"),
+        }
+    )
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
@@ -242,6 +258,36 @@ class VisualBudget(Form):
         return self
 
 
+_TEMPLATE = ("add_generation_prompt", "continue_final_message", "enable_thinking", "thinking")
+
+
+def _template_kwargs(value: object) -> object:
+    """There is no template that could know others."""
+    for name in value if isinstance(value, dict) else ():
+        if name not in _TEMPLATE:
+            raise wrong("is not supported; leave it out", f"{clip_name(str(name))}")
+    return value
+
+
+def _no_thinking(value: object) -> object:
+    if value is True:
+        raise wrong("must be false: the model has no such mode")
+    return value
+
+
+NoThinking = Annotated[bool | None, BeforeValidator(_no_thinking)]
+
+
+class TemplateKwargs(Form):
+    """What other servers hand to a chat template, as far as a prompt has it here. Fields of the
+    request itself win."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    enable_thinking: NoThinking = None
+    thinking: NoThinking = None
+
+
 class ChatRequest(Generation):
     """POST /v1/chat/completions: the fields that have an effect."""
 
@@ -257,6 +303,11 @@ class ChatRequest(Generation):
         "service_tier",
         "store",
         "verbosity",
+        # vLLM and SGLang: the model has no thoughts of its own to show or to limit
+        "include_reasoning",
+        "separate_reasoning",
+        "stream_reasoning",
+        "thinking_token_budget",
     }
     refused: ClassVar[dict[str, tuple[Any, ...]]] = Generation.refused | {
         # OpenAI
@@ -266,11 +317,17 @@ class ChatRequest(Generation):
         "modalities": (["text"],),
         "web_search_options": (),
         # vLLM
+        "add_special_tokens": (False,),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
         "documents": ([],),
         "media_io_kwargs": ({},),
         "mm_processor_kwargs": ({},),
+        # SGLang and LMDeploy
+        "enable_thinking": (False,),
+        "images_config": ({},),
+        "max_dynamic_patch": (),
+        "min_dynamic_patch": (),
+        "video_config": ({},),
     }
     prompt_field = "messages"
 
@@ -284,6 +341,7 @@ class ChatRequest(Generation):
     # vLLM's extensions
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: Annotated[TemplateKwargs | None, BeforeValidator(_template_kwargs)] = None
     # Our own
     visual_budget: VisualBudget | None = None
     preprocess: Literal["normalized", "reference"] | None = None
@@ -293,6 +351,20 @@ class ChatRequest(Generation):
         if self.top_logprobs and not self.logprobs:
             raise wrong("needs logprobs to be true", "top_logprobs")
         return self
+
+    @property
+    def asks(self) -> bool | None:
+        """Whether the prompt shall end with the beginning of an answer."""
+        return self._of_template("add_generation_prompt")
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer goes on in the last message."""
+        return bool(self._of_template("continue_final_message"))
+
+    def _of_template(self, name: str) -> bool | None:
+        own: bool | None = getattr(self, name)
+        return getattr(self.chat_template_kwargs, name, None) if own is None else own
 
     @property
     def length(self) -> tuple[str, int | None]:

@@ -28,6 +28,8 @@ MAX_PROMPT_LOGPROBS = 32768
 class StreamOptions(Form):
     """``include_usage`` adds a last chunk with the token counts."""
 
+    ignored = frozenset({"include_obfuscation"})
+
     include_usage: bool | None = None
 
 
@@ -79,6 +81,8 @@ ChoiceTexts = list[str]
 class JsonSchemaFormat(Form):
     """With ``strict``, a schema that cannot be enforced whole is refused."""
 
+    ignored = frozenset({"description"})
+
     name: Annotated[str, BeforeValidator(_schema_name)]
     definition: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
@@ -112,6 +116,8 @@ class ResponseFormat(Form):
 class StructuredOutputs(Form):
     """vLLM's way: one of the five. What would change their meaning is refused."""
 
+    ignored = frozenset({"disable_any_whitespace", "disable_fallback"})
+
     definition: Schema | None = Field(None, alias="json")
     regex: str | None = None
     choice: ChoiceTexts | None = None
@@ -119,17 +125,50 @@ class StructuredOutputs(Form):
     json_object: bool | None = None
     structural_tag: None = None
     whitespace_pattern: None = None
+    disable_additional_properties: None = None
 
 
 class Generation(Form):
     """A request for generated text: the fields that all dialects have."""
 
-    ignored = frozenset({"user"})
+    ignored = frozenset(
+        {
+            "user",
+            # vLLM and SGLang
+            "request_id",
+            "rid",
+            "session_id",
+            "spaces_between_special_tokens",
+            "stream_interval",
+            "truncation_side",
+        }
+    )
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
+        # vLLM
         "best_of": (1,),
+        "ec_transfer_params": ({},),
+        "kv_transfer_params": ({},),
         "length_penalty": (1,),
+        "logits_processors": ([],),
+        "logprob_token_ids": ([],),
+        "repetition_detection": (),
+        "return_token_ids": (False,),
+        "return_tokens_as_token_ids": (False,),
         "truncate_prompt_tokens": (),
         "use_beam_search": (False,),
+        "vllm_xargs": ({},),
+        # SGLang, LMDeploy and llama.cpp
+        "custom_logit_processor": (),
+        "custom_params": ({},),
+        "ebnf": (),
+        "grammar": ("",),
+        "json_schema": (),
+        "lora_path": (),
+        "min_new_tokens": (0,),
+        "no_stop_trim": (False,),
+        "regex": (),
+        "return_hidden_states": (False,),
+        "stop_regex": (),
     }
 
     prompt_field: ClassVar[str]

@@ -50,7 +50,7 @@ _SENTENCES: dict[str, _Sentence] = {
 
 
 def parse_request(
-    body: bytes | bytearray, form: type[F], *, strict: bool = False
+    body: bytes | bytearray, form: type[F], strict: bool = False
 ) -> tuple[F, list[str]]:
     """Decode and check a body. Also gives the names of fields that nobody knows; where that is
     ``strict``, they are refused. Raises InvalidRequest."""

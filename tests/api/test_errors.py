@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from server.chat import prepare, sampling, tools
 from server.chat.prompt import PromptBuilder
-from server.routes import chat as routes
+from server.routes import body as routes
 from server.schemas import validate
 from server.schemas.chat import ChatRequest
 from tests.api.conftest import House, Houses
