@@ -4,7 +4,6 @@ signals; tests run it as it is."""
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -27,18 +26,10 @@ from server.errors import (
 )
 from server.lifecycle import Service
 from server.limits import Clock
-from server.routes import chat, completions, models, ops, preview
-from server.schemas.chat import ChatRequest
-from server.schemas.completion import CompletionRequest
-from server.schemas.form import Form
+from server.openapi import describe
+from server.routes import chat, completions, models, ops, preview, tokenize
 from wire.errors import ServiceError
 from wire.settings import Settings
-
-FORMS: dict[str, type[Form]] = {
-    "/v1/chat/completions": ChatRequest,
-    "/v1/completions": CompletionRequest,
-    "/v1/internvl/preview": ChatRequest,
-}
 
 
 def create_app(
@@ -77,7 +68,7 @@ def create_app(
         },
     )
     app.state.service = service
-    for routes in (chat, completions, preview, models, ops):
+    for routes in (chat, completions, preview, tokenize, models, ops):
         app.include_router(routes.router)
     # The last one added is the outermost.
     app.add_middleware(
@@ -105,18 +96,5 @@ def create_app(
         observe=lambda status: requests.labels(str(status)).inc(),
         root_path=settings.server.root_path,
     )
-    describe = app.openapi
-    app.openapi = lambda: _with_bodies(describe())  # type: ignore[method-assign]
+    describe(app)
     return app
-
-
-def _with_bodies(page: dict[str, Any]) -> dict[str, Any]:
-    """Describe the bodies of requests, which are validated by hand, not by FastAPI."""
-    schemas = page.setdefault("components", {}).setdefault("schemas", {})
-    for path, form in FORMS.items():
-        schema = form.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas |= schema.pop("$defs", {}) | {form.__name__: schema}
-        reference = {"$ref": f"#/components/schemas/{form.__name__}"}
-        body = {"required": True, "content": {"application/json": {"schema": reference}}}
-        page["paths"][path]["post"]["requestBody"] = body
-    return page

@@ -114,6 +114,11 @@ class Tokenizer:
         found: int | None = self._plain.token_to_id(token)
         return found
 
+    def name(self, token: int) -> str:
+        """The vocabulary's own entry for ``token``; empty for ids the tokenizer does not know."""
+        found: str | None = self._plain.id_to_token(token)
+        return found or ""
+
     def token_bytes(self, token: int) -> bytes:
         """What ``token`` adds to the text; empty for ids the tokenizer does not know."""
         found = self._bytes.get(token)

@@ -172,7 +172,7 @@ async def settle(
     request: Generation, model: ServedModel, grammars: GrammarChecker, run: Run, tenant: Tenant
 ) -> SamplingParams:
     """All that does not depend on the prompt. Raises ClientErrors."""
-    check_model(request, model)
+    check_model(request.model, model)
     if request.priority and not model.has_priorities:
         raise InvalidRequest(
             "priority must be 0 or left out: this server does not schedule by priority.",
@@ -211,9 +211,9 @@ def engine_request(
     )
 
 
-def check_model(request: Generation, model: ServedModel) -> None:
+def check_model(name: str | None, model: ServedModel) -> None:
     """Raise NotFound for a request that asks another model."""
-    if request.model is not None and request.model != model.name:
+    if name is not None and name != model.name:
         raise NotFound(
             f"This server does not serve that model; it serves {model.name!r}.",
             param="model",

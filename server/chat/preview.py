@@ -1,7 +1,7 @@
 """What a chat request would cost, without decoding a pixel: its pictures and videos are fetched and
 their headers read. It counts with the functions that the request itself would be counted with."""
 
-import asyncio
+import dataclasses
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -19,17 +19,40 @@ from wire.geometry import VisionGeometry
 from wire.settings import MediaSettings
 
 
-async def preview(
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """A chat request as far as its headers tell it: what each of its parts, all pictures and then
+    all videos, is, and what they stand in."""
+
+    model: ServedModel
+    canvas: Canvas
+    parts: Sequence[MediaPart]
+    facts: Sequence[Sequence[Facts]]
+
+    def fitter(self) -> Fitter:
+        """What settles how the parts are shown."""
+        return Fitter(self.parts, self.facts, self.canvas.limits(self.parts))
+
+    def part(self, at: int, view: View) -> PartPreview:
+        """What is told of a part that is shown so."""
+        return _part(view, self.parts[at], self.facts[at], self.model.ready.geometry)
+
+    def fits(self, prompt: int) -> bool:
+        """Whether so many tokens leave room for the answer that is asked for."""
+        return prompt + (self.canvas.answer_tokens or 1) <= self.model.ready.max_model_len
+
+
+async def sketch(
     request: ChatRequest,
     model: ServedModel,
     media: Media,
     limits: MediaSettings,
     run: Run,
     tenant: Tenant,
-) -> Preview:
-    """Raises what the request itself would be refused with because of its messages or its budget,
-    except for what does not fit."""
-    check_model(request, model)
+) -> Sketch:
+    """Raises what the request itself would be refused with because of its messages, except for what
+    does not fit."""
+    check_model(request.model, model)
     conversation, canvas = await read_prompt(request, model, limits, run, tenant)
     parts = conversation.parts
     async with media.hold(parts) as held:
@@ -37,29 +60,29 @@ async def preview(
         opened = await open_all(media, parts, held, limits.decode_workers + 2)
         facts = [one.facts for one in opened]
         del opened
-    return await asyncio.to_thread(_preview, model, canvas, parts, facts)
+    return Sketch(model, canvas, parts, facts)
 
 
-def _preview(
-    model: ServedModel, canvas: Canvas, parts: Sequence[MediaPart], facts: Sequence[Sequence[Facts]]
-) -> Preview:
+def preview(sketch: Sketch) -> Preview:
+    """What it would cost. Slow: call it in a thread. Raises InvalidRequest for a budget that is too
+    small."""
+    model, canvas = sketch.model, sketch.canvas
     geometry, context = model.ready.geometry, model.ready.max_model_len
-    fitter = Fitter(parts, facts, canvas.limits(parts))
+    fitter = sketch.fitter()
     views = fitter.asked()
     with suppress(ContextTooLong):
         views = fitter.fitted()
-    answer = canvas.answer_tokens or 1
 
     def setting(views: Sequence[View] | None) -> Setting | None:
         if not views:
             return None
         prompt = canvas.length(views)
         tiles = sum(view.tiles for view in views)
-        return Setting({"max_tiles": tiles}, prompt, prompt + answer <= context)
+        return Setting({"max_tiles": tiles}, prompt, sketch.fits(prompt))
 
     prompt = canvas.length(views)
     visual = sum(view.tiles for view in views) * geometry.tokens_per_tile
-    fits = prompt + answer <= context
+    fits = sketch.fits(prompt)
     return Preview(
         model=model.name,
         fits=fits,
@@ -67,7 +90,7 @@ def _preview(
         text_tokens=prompt - visual,
         visual_tokens=visual,
         max_model_len=context,
-        parts=[_part(views[at], parts[at], facts[at], geometry) for at in canvas.order],
+        parts=[sketch.part(at, views[at]) for at in canvas.order],
         cheapest=setting(fitter.smallest()),
         largest=None if fits else setting(fitter.largest_that_fits()),
     )

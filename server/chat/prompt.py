@@ -98,7 +98,7 @@ class PromptBuilder:
             token: self._required(token)
             for token in (TURN, TURN_END, PICTURE, PICTURE_END, CONTEXT)
         }
-        self._encode = tokenizer.naming(ALLOWED)
+        self._encode_turn = tokenizer.naming(ALLOWED)
         self._encode_special = tokenizer.naming(set(tokenizer.added.values()) - {CONTEXT})
 
     def _required(self, token: str) -> int:
@@ -139,6 +139,10 @@ class PromptBuilder:
         """Ids of a text that is a whole prompt. Where ``special`` tokens may be named, all but the
         one that stands for pixels are. Raises ContextTooLong as ``render`` does."""
         self._check_length(text, param)
+        return self.encode(text, special=special, bos=bos)
+
+    def encode(self, text: str, *, special: bool, bos: bool) -> list[int]:
+        """The same for a text of any length."""
         encode = self._encode_special if special else self._tokenizer.encode
         return [*(self._tokenizer.bos if bos else ()), *encode(text)]
 
@@ -184,7 +188,7 @@ class PromptBuilder:
             if isinstance(segment, str):
                 run.append(segment)
                 continue
-            ids += self._encode("".join(run))
+            ids += self._encode_turn("".join(run))
             run.clear()
             if isinstance(segment, _Special):
                 ids.append(self._ids[segment.token])
@@ -203,7 +207,7 @@ class PromptBuilder:
                 )
             )
             ids += [self._ids[CONTEXT]] * length
-        ids += self._encode("".join(run))
+        ids += self._encode_turn("".join(run))
         return Prompt(ids, items, sources)
 
     def _segments(

@@ -55,7 +55,7 @@ def read_sampling(
 ) -> SamplingParams:
     """Everything but the length, which depends on the prompt. Raises InvalidRequest."""
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-        _check_ids(name, getattr(request, name) or (), ready.vocab_size)
+        check_ids(name, getattr(request, name) or (), ready.vocab_size)
     eos = () if request.ignore_eos else ready.eos_token_ids
     sampling = SamplingParams(
         temperature=either(request.temperature, defaults.temperature),
@@ -77,7 +77,8 @@ def read_sampling(
     return sampling
 
 
-def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Raise InvalidRequest for an entry of the field ``name`` that is no token's id."""
     for number, token in enumerate(ids):
         if token >= vocab_size:
             where = f"{name}[{token if name == 'logit_bias' else number}]"

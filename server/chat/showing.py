@@ -17,7 +17,7 @@ from preprocessing.pool import PoolStats
 from preprocessing.turns import few_at_a_time
 from server.chat import visual
 from server.chat.conversation import Conversation
-from server.chat.prompt import PromptBuilder, Segment, Video
+from server.chat.prompt import Prompt, PromptBuilder, Segment, Video
 from server.schemas.chat import VisualBudget
 from wire.errors import ContextTooLong
 from wire.geometry import VisionGeometry
@@ -115,6 +115,13 @@ class Canvas:
         tiles = sum(view.tiles for view in views)
         text = self._text(len(views) - len(frames), frames)
         return text + tiles * self.ready.geometry.tokens_per_tile
+
+    def prompt(self, views: Sequence[visual.View]) -> Prompt[_Unseen]:
+        """The prompt, with each part as in ``views``."""
+        shots = [[_Unseen(tiles) for tiles in view.shots] for view in views]
+        pictures = sum(view.part.kind == "image" for view in views)
+        shown = [picture for (picture,) in shots[:pictures]]
+        return self.prompts.build(self.segments, shown, shots[pictures:])
 
     def _text(self, pictures: int, frames: Sequence[int]) -> int:
         """Tokens of the prompt that stand for no tile, with so many frames of each video."""

@@ -1,4 +1,5 @@
-"""What a preview answers: what the pictures and videos of a request would cost."""
+"""What a preview answers, what the pictures and videos of a request would cost; and what a
+rendering answers, where they are in its prompt."""
 
 import msgspec
 
@@ -51,3 +52,22 @@ class Preview(msgspec.Struct):
     cheapest: Setting | None
     largest: Setting | None
     object: str = "internvl.preview"
+
+
+class PartRender(PartPreview, omit_defaults=True, kw_only=True):
+    """A picture or video in a prompt: offset and length in tokens of what stands for its pixels,
+    one pair for a picture and for each frame of a video."""
+
+    spans: list[tuple[int, int]]
+
+
+class Render(msgspec.Struct):
+    """A prompt as the engine would get it; ``parts`` stand in its order."""
+
+    model: str
+    prompt: str
+    token_ids: list[int]
+    prompt_tokens: int
+    max_model_len: int
+    parts: list[PartRender]
+    object: str = "internvl.render"

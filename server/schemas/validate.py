@@ -54,12 +54,22 @@ def parse_request(
 ) -> tuple[F, list[str]]:
     """Decode and check a body. Also gives the names of fields that nobody knows; where that is
     ``strict``, they are refused. Raises InvalidRequest."""
+    return read_object(decode_object(body), form, strict)
+
+
+def decode_object(body: bytes | bytearray) -> dict[str, Any]:
+    """The object that a body is. Raises InvalidRequest."""
     try:
         raw = decode(body)
     except ValueError:
         raise InvalidRequest("The request body is not valid JSON.", code="invalid_json") from None
     if not isinstance(raw, dict):
         raise InvalidRequest("The request body must be a JSON object.")
+    return raw
+
+
+def read_object(raw: dict[str, Any], form: type[F], strict: bool) -> tuple[F, list[str]]:
+    """The second half of ``parse_request``."""
     _check_refused(raw, form.refused)
     try:
         request = form.model_validate(raw)

@@ -1,21 +1,28 @@
 """docs/api.md says what the code does, and no field of the official client is forgotten."""
 
+import json
 import re
 import typing
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import msgspec
 import pytest
 from fastapi.routing import APIRoute
 from openai.types import completion_create_params as official_completions
 from openai.types.chat import completion_create_params as official_chat
 
+from server.app import create_app
 from server.auth import PROBES
-from server.routes import chat, completions, models, ops, preview
+from server.openapi import ROUTES
+from server.routes import chat, completions, models, ops, preview, tokenize
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, ChatRequest
 from server.schemas.completion import MAX_TEXTS, CompletionRequest
 from server.schemas.generation import MAX_STOP_LENGTH, MAX_STOPS, Generation
+from server.schemas.tokenize import MAX_CHARACTERS
+from tests.fake_engine import FakeEngine, FakeMedia
+from wire.settings import Settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 
@@ -63,7 +70,7 @@ def test_no_field_of_the_official_client_is_forgotten(dialect: str, official: An
 def test_every_route_is_documented_with_its_need_of_a_key() -> None:
     documented = {route.strip("`"): key.split(",")[0] for route, _, key in rows("API")}
     served: dict[str, str] = {"GET /openapi.json": "yes"}
-    for module in (chat, completions, preview, models, ops):
+    for module in (chat, completions, preview, tokenize, models, ops):
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             for method in route.methods:
@@ -79,6 +86,7 @@ def test_the_limits_in_the_text_are_those_of_the_code() -> None:
         f"up to {MAX_STOPS} strings of up to {MAX_STOP_LENGTH} characters",
         f"up to {MAX_TOOLS} functions",
         f"array of up to {MAX_TEXTS} of either",
+        f"up to {MAX_CHARACTERS} characters",
     ]
     for fact in facts:
         assert fact in text
@@ -91,3 +99,23 @@ def test_every_neutral_value_in_the_table_is_one() -> None:
         if "refused" in kinds and found:
             values = [msgspec.json.encode(value).decode() for value in neutral[name.strip("`")]]
             assert found[1] in values, name
+
+
+def test_every_route_says_what_it_takes_and_answers() -> None:
+    app = create_app(Settings(), FakeEngine(), FakeMedia())
+    page = app.openapi()
+    described = {
+        f"{method.upper()} {path}"
+        for path, methods in page["paths"].items()
+        for method, operation in methods.items()
+        if "$ref" in str(operation["responses"]["200"]["content"])
+    }
+    routes = {f"{method.upper()} {path}" for path, ms in page["paths"].items() for method in ms}
+    assert described == set(ROUTES)
+    # What is left is for probes and browsers.
+    assert {route for route in routes - described if not route.startswith("GET ")} == set()
+    references = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(page)))
+    assert references <= set(page["components"]["schemas"])
+    for name, schema in page["components"]["schemas"].items():
+        jsonschema.Draft202012Validator.check_schema(schema)
+        assert "server." not in json.dumps(schema), name

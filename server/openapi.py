@@ -1,0 +1,89 @@
+"""What /openapi.json says of bodies, which are validated and written by hand, not by FastAPI."""
+
+import dataclasses
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+
+from server.schemas.answer import Chunk, Completion
+from server.schemas.chat import ChatRequest
+from server.schemas.common import ErrorBody, Model, ModelList
+from server.schemas.completion import CompletionRequest, TextCompletion
+from server.schemas.form import Form
+from server.schemas.preview import Preview, Render
+from server.schemas.tokenize import DetokenizeRequest, Text, TokenizeChat, TokenizeText, Tokens
+
+_REF = "#/components/schemas/{}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """The forms that a route's body may have, what it answers, and the events of its stream."""
+
+    answer: type[msgspec.Struct]
+    forms: tuple[type[Form], ...] = ()
+    event: type[msgspec.Struct] | None = None
+
+
+ROUTES: dict[str, Described] = {
+    "POST /v1/chat/completions": Described(Completion, (ChatRequest,), Chunk),
+    "POST /v1/completions": Described(TextCompletion, (CompletionRequest,), TextCompletion),
+    "POST /v1/internvl/preview": Described(Preview, (ChatRequest,)),
+    "POST /v1/chat/completions/render": Described(Render, (ChatRequest,)),
+    "POST /tokenize": Described(Tokens, (TokenizeText, TokenizeChat)),
+    "POST /detokenize": Described(Text, (DetokenizeRequest,)),
+    "GET /v1/models": Described(ModelList),
+    "GET /v1/models/{model}": Described(Model),
+}
+
+
+def describe(app: FastAPI) -> None:
+    """Let ``app`` say so."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _with_bodies(plain())
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _with_bodies(page: dict[str, Any]) -> dict[str, Any]:
+    structs = {d.answer for d in ROUTES.values()} | {d.event for d in ROUTES.values() if d.event}
+    _, schemas = msgspec.json.schema_components(
+        [*sorted(structs, key=lambda struct: struct.__name__), ErrorBody],
+        ref_template=_REF.format("{name}"),
+    )
+    for described in ROUTES.values():
+        for form in described.forms:
+            schema = form.model_json_schema(ref_template=_REF.format("{model}"))
+            schemas |= schema.pop("$defs", {}) | {form.__name__: schema}
+    page.setdefault("components", {})["schemas"] = schemas
+    for path, methods in page["paths"].items():
+        for method, operation in methods.items():
+            found = ROUTES.get(f"{method.upper()} {path}")
+            answers = operation["responses"]
+            answers.pop("422", None)  # FastAPI's own, which is never sent
+            if found is not None:
+                answers["200"]["content"] = _content(found)
+                if found.forms:
+                    body = {"application/json": {"schema": _any_of(found.forms)}}
+                    operation["requestBody"] = {"required": True, "content": body}
+            error = {"application/json": {"schema": _any_of((ErrorBody,))}}
+            answers["default"] = {"description": "Refused, or failed", "content": error}
+    return page
+
+
+def _content(described: Described) -> dict[str, Any]:
+    content: dict[str, Any] = {"application/json": {"schema": _any_of((described.answer,))}}
+    if described.event is not None:
+        # Of each event but the last, which is [DONE].
+        content["text/event-stream"] = {"schema": _any_of((described.event,))}
+    return content
+
+
+def _any_of(types: tuple[type, ...]) -> dict[str, Any]:
+    references = [{"$ref": _REF.format(each.__name__)} for each in types]
+    return references[0] if len(references) == 1 else {"anyOf": references}
