@@ -11,24 +11,27 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
 from engine.streams import Streams
 from wire.channel import AsyncChannel, Buffer, ChannelClosed
-from wire.errors import EngineFailed, Unavailable
+from wire.errors import EngineFailed, ServiceError, Unavailable
 from wire.logs import LEVEL_VARIABLE
 from wire.messages import (
-    Abort,
+    Control,
     EngineOutput,
     EngineRequest,
     EngineStats,
     Fault,
+    Flush,
     FromEngine,
+    LogLevel,
     Progress,
     Ready,
     StepReport,
+    ToEngine,
 )
 from wire.settings import EngineSettings
 
@@ -85,6 +88,15 @@ class EngineClient(Protocol):
         engine is gone for good the iterator raises EngineFailed; nothing waits for ever.
         """
 
+    def abort_all(self, make_error: Callable[[], ServiceError]) -> int:
+        """End every open request, each with an error of its own; how many there were."""
+
+    def flush(self) -> None:
+        """Let no later request find what the engine has cached until now."""
+
+    def set_log_level(self, level: str) -> None:
+        """Log what is that severe, or more, from now on; see the setting ``log_level``."""
+
     async def stop(self) -> None:
         """End the engine and everything it runs. Idempotent."""
 
@@ -139,6 +151,22 @@ class BaseEngine(abc.ABC):
             async for output in outputs:
                 yield output
 
+    def abort_all(self, make_error: Callable[[], ServiceError]) -> int:
+        """End every open request, each with an error of its own; how many there were."""
+        return self._streams.abort_all(make_error)
+
+    def flush(self) -> None:
+        """Let no later request find what the engine has cached until now."""
+        self._tell(Flush())
+
+    def set_log_level(self, level: str) -> None:
+        """Log what is that severe, or more, from now on; see the setting ``log_level``."""
+        self._tell(LogLevel(level))
+
+    def _tell(self, message: Control) -> None:
+        if self.state == "ready":  # the next one has nothing cached
+            self._send(message, ())
+
     async def stop(self) -> None:
         """End the engine. Idempotent."""
         self._enter("stopped")
@@ -164,7 +192,7 @@ class BaseEngine(abc.ABC):
         self._streams.connect(ready.max_model_len)
 
     @abc.abstractmethod
-    def _send(self, message: EngineRequest | Abort, buffers: Sequence[Buffer]) -> None: ...
+    def _send(self, message: ToEngine, buffers: Sequence[Buffer]) -> None: ...
 
     @abc.abstractmethod
     async def _run(self) -> None: ...
@@ -229,7 +257,12 @@ class ProcessEngine(BaseEngine):
         if self._process is not None:
             await self._reap(self._process)  # again, if it was the reaping that was cut short
 
-    def _send(self, message: EngineRequest | Abort, buffers: Sequence[Buffer]) -> None:
+    def set_log_level(self, level: str) -> None:
+        """See EngineClient."""
+        self._log_level = level
+        super().set_log_level(level)
+
+    def _send(self, message: ToEngine, buffers: Sequence[Buffer]) -> None:
         self._outbox.put_nowait((message, buffers))
 
     async def _run(self) -> None:

@@ -23,9 +23,11 @@ from wire.messages import (
     EngineOutput,
     EngineRequest,
     EngineStats,
+    Flush,
     Progress,
     Ready,
     StepReport,
+    ToEngine,
 )
 from wire.settings import EngineSettings
 
@@ -88,12 +90,16 @@ class EngineCore:
         self.suspects: list[str] = []
         """Requests being computed at this moment; an exception is likely due to one of them."""
 
-    def take(self, message: EngineRequest | Abort, buffers: Sequence[Buffer]) -> None:
-        """Add or abort, as a message from the front end says."""
-        if isinstance(message, Abort):
-            self.abort(message.ids)
-        else:
+    def take(self, message: ToEngine, buffers: Sequence[Buffer]) -> None:
+        """Do what a message from the front end says."""
+        if isinstance(message, EngineRequest):
             self.add(message, buffers)
+        elif isinstance(message, Abort):
+            self.abort(message.ids)
+        elif isinstance(message, Flush):
+            self._scheduler.flush()
+        else:
+            logging.getLogger().setLevel(message.level.upper())
 
     def add(self, request: EngineRequest, buffers: Sequence[Buffer] = ()) -> None:
         """Take a request over. One that can never be computed ends with reason "error"."""

@@ -13,12 +13,12 @@ from engine.client import BaseEngine
 from engine.core import EngineCore, MakeRunner
 from wire.channel import Buffer
 from wire.errors import EngineFailed
-from wire.messages import Abort, EngineRequest, Progress, Ready, StepReport
+from wire.messages import Progress, Ready, StepReport, ToEngine
 from wire.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 
-Message = tuple[EngineRequest | Abort, Sequence[Buffer]]
+Message = tuple[ToEngine, Sequence[Buffer]]
 
 
 class InprocEngine(BaseEngine):
@@ -37,7 +37,7 @@ class InprocEngine(BaseEngine):
         await super().stop()
         await asyncio.to_thread(self._thread.shutdown)
 
-    def _send(self, message: EngineRequest | Abort, buffers: Sequence[Buffer]) -> None:
+    def _send(self, message: ToEngine, buffers: Sequence[Buffer]) -> None:
         self._inbox.append((message, buffers))
         self._arrived.set()
 

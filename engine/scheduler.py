@@ -128,6 +128,11 @@ class Scheduler:
         if sequence is not None:
             self._end(sequence)
 
+    def flush(self) -> None:
+        """Let no later request find what was cached until now."""
+        self._pool.forget(range(self._pool.total))
+        self._vision.flush()
+
     def plan(self, cost: CostModel | None = None) -> StepPlan | None:
         """The next step, or None if there is nothing to do before a commit.
 

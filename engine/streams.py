@@ -239,6 +239,16 @@ class Streams:
         for stream in streams.values():
             stream.fail(make_error())
 
+    def abort_all(self, make_error: Callable[[], ServiceError]) -> int:
+        """End every open request, each with an error of its own; how many there were."""
+        sent = [name for name in self._open if name not in self._unsent]
+        streams, self._open, self._unsent, self._trial = self._open, {}, {}, None
+        if sent:
+            self._send(Abort(sent), ())
+        for stream in streams.values():
+            stream.fail(make_error())
+        return len(streams)
+
     def _convict(self, stream: _Stream) -> None:
         logger.error("request=%s is given up: engines die of it", stream.request.id)
         self.convicted += 1

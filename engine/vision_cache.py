@@ -32,6 +32,7 @@ class VisionCache:
         self._pinned = 0  # bytes of referenced entries
         self._entries: dict[bytes, EncoderEntry] = {}
         self._idle: dict[bytes, None] = {}  # unreferenced digests, released longest ago first
+        self._stale: set[bytes] = set()  # to be dropped when they are released
         self._dropped: list[bytes] = []
 
     def acquire(self, digest: bytes) -> bool:
@@ -74,7 +75,15 @@ class VisionCache:
         if entry.references == 0:
             self._idle[digest] = None
             self._pinned -= entry.size
+            if digest in self._stale:
+                self._drop(digest)
             self._evict(0)
+
+    def flush(self) -> None:
+        """Drop what nobody references now, and what is referenced as soon as nobody does."""
+        self._stale = set(self._entries)
+        for digest in list(self._idle):
+            self._drop(digest)
 
     def take_dropped(self) -> list[bytes]:
         """Digests evicted since the last call; the plan must tell the runner to drop them."""
@@ -93,10 +102,13 @@ class VisionCache:
 
     def _evict(self, size: int) -> None:
         while self._idle and self.used + size > self.budget:
-            digest = next(iter(self._idle))
-            del self._idle[digest]
-            self.used -= self._entries.pop(digest).size
-            self._dropped.append(digest)
+            self._drop(next(iter(self._idle)))
+
+    def _drop(self, digest: bytes) -> None:
+        del self._idle[digest]
+        self._stale.discard(digest)
+        self.used -= self._entries.pop(digest).size
+        self._dropped.append(digest)
 
     def check(self) -> None:
         """Raise AssertionError where the cache contradicts itself."""
@@ -104,5 +116,6 @@ class VisionCache:
         assert self.used == sum(entry.size for entry in entries.values())
         assert self._pinned == sum(e.size for e in entries.values() if e.references)
         assert set(self._idle) == {d for d, e in entries.items() if e.references == 0}
+        assert self._stale <= {d for d, e in entries.items() if e.references}
         assert all(entry.references >= 0 for entry in entries.values())
         assert self.used <= self.budget or len(entries) == 1, "the vision budget is exceeded"

@@ -247,6 +247,10 @@ class MediaPipeline:
         spent = time.monotonic() - began
         return dataclasses.replace(found, fetch_seconds=fetched, decode_seconds=spent)
 
+    def forget(self) -> None:
+        """Keep no tiles of earlier pictures."""
+        self._cache.clear()
+
     async def close(self) -> None:
         """End the workers and give up all connections, for good. Idempotent."""
         self._geometry = None

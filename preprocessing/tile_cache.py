@@ -20,6 +20,11 @@ class TileCache:
             self._pictures.move_to_end(digest)
         return found
 
+    def clear(self) -> None:
+        """Forget all."""
+        self._pictures.clear()
+        self._used = 0
+
     def put(self, picture: Loaded) -> None:
         """Keep a picture that is not there; one larger than the whole budget is not kept."""
         size = picture.size

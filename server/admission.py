@@ -38,6 +38,11 @@ class Gate:
         self.idle = asyncio.Event()
         self.idle.set()
 
+    @property
+    def running(self) -> int:
+        """Requests that hold a permit."""
+        return self._running
+
     @contextlib.contextmanager
     def permit(self, tenant: bytes) -> Iterator[None]:
         """Hold a permit. Raises TooManyRequests if there is none."""

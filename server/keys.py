@@ -162,6 +162,13 @@ class Keys:
             clock=clock,
         )
 
+    @classmethod
+    def of_operators(cls, settings: ServerSettings) -> "Keys":
+        """Those of the operators' port. Raises SettingError."""
+        if not settings.admin_key_file:
+            raise SettingError("admin_port needs admin_key_file")
+        return cls(settings.admin_key_file)
+
     @property
     def needed(self) -> bool:
         """Whether a request needs one."""

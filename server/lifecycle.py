@@ -59,6 +59,7 @@ class Service:
         self.settled = asyncio.Event()
         self.failed = asyncio.Event()
         self._draining = False
+        self._paused = False
         self._preparing: set[asyncio.Timeout] = set()
         self._created = int(time.time())
         self._task: asyncio.Task[None] | None = None
@@ -91,10 +92,10 @@ class Service:
 
     @property
     def state(self) -> str:
-        """One of "starting", "ready", "draining", "failed"."""
+        """One of "starting", "ready", "draining" (whether to end or not), "failed"."""
         if self.failed.is_set():
             return "failed"
-        if self._draining:
+        if self._draining or self._paused:
             return "draining"
         # A successor of an engine that died may have less room: its facts count, or none.
         known = self.model is not None and self.model.ready == self.engine.ready
@@ -105,7 +106,9 @@ class Service:
         """Why the state is not "ready", for clients and probes."""
         if self.state == "starting":
             return "loading the model" if self.model is None else "the engine is starting again"
-        return {"draining": "the server is shutting down"}.get(self.state, "the engine failed")
+        if self.state == "draining":
+            return "the server is shutting down" if self._draining else "an operator drains it"
+        return "the engine failed"
 
     def refusal(self) -> ServiceError | None:
         """Why no new work is taken now, or None."""
@@ -148,9 +151,35 @@ class Service:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise Unavailable("The server is shutting down.", retry_after=RETRY_AFTER) from None
+            raise self._ended() from None
         finally:
             self._preparing.discard(limit)
+
+    def _ended(self) -> Unavailable:
+        if self._draining:
+            return Unavailable("The server is shutting down.", retry_after=RETRY_AFTER)
+        return Unavailable("An operator has ended this request.", code="aborted_by_operator")
+
+    def pause(self) -> None:
+        """Take no new work until ``resume``; what is running goes on."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Take work again."""
+        self._paused = False
+
+    def abort_all(self) -> int:
+        """End all requests, each with an error of its own; how many were preparing or running. One
+        with several choices counts for each."""
+        preparing = len(self._preparing)
+        for limit in self._preparing:
+            limit.reschedule(0)
+        return preparing + self.engine.abort_all(self._ended)
+
+    def flush(self) -> None:
+        """Forget tiles, encoded pictures and prefixes of earlier requests."""
+        self.media.forget()
+        self.engine.flush()
 
     async def drain(self) -> None:
         """Take no new work; return when the running work is done or its time is over."""

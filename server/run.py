@@ -5,6 +5,7 @@ import asyncio
 import collections
 import functools
 import importlib.util
+import ipaddress
 import json
 import logging
 import os
@@ -20,16 +21,19 @@ from typing import Any
 import httptools
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from server.admin import Admin
 from server.errors import envelope
+from server.keys import Keys
 from server.lifecycle import Service
 from server.reload import Reloader
 from server.tls import Certificate
 from wire.errors import InvalidRequest
 from wire.heap import return_what_is_freed
 from wire.messages import Progress
-from wire.settings import Settings
+from wire.settings import ServerSettings, SettingError, Settings
 
 EXIT_FAILED = 1
 # What glibc starts with; a tile of a picture has more, and bodies that hold pictures.
@@ -48,30 +52,41 @@ def serve(app: FastAPI, settings: Settings) -> int:
     """Serve until a signal or a failure; the exit status. Raises SettingError."""
     certificate = Certificate.of(settings.server)
     return_what_is_freed(LARGE, arenas=1)
-    config = uvicorn.Config(
-        app,
-        host=settings.server.host,
-        port=settings.server.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        http=functools.partial(BoundedHttp, head_timeout=settings.server.head_timeout),  # type: ignore[arg-type]
-        ws="none",
-        loop="asyncio",
-        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
-    )
-    if certificate is not None:
-        config.load()
-        config.ssl = certificate.context
+    config = _config(app, settings.server, certificate)
+    operators = None
+    if settings.server.admin_port:
+        operators = _Operators(app.state.service, settings.server, certificate)
     if settings.server.log_level != "debug":
         # What it says about a start that goes well, ``announce`` says for this server.
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    server = _Server(config, app.state.service, certificate)
+    server = _Server(config, app.state.service, certificate, operators)
     try:
         server.run()
     except SystemExit as error:  # uvicorn's way to say that the port is taken
         return EXIT_FAILED if error.code else 0
     return EXIT_FAILED if server.service.failed.is_set() else 0
+
+
+def _config(
+    app: ASGIApp, settings: ServerSettings, certificate: Certificate | None, **options: Any
+) -> uvicorn.Config:
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        http=functools.partial(BoundedHttp, head_timeout=settings.head_timeout),  # type: ignore[arg-type]
+        ws="none",
+        loop="asyncio",
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
+        **options,
+    )
+    if certificate is not None:
+        config.load()
+        config.ssl = certificate.context
+    return config
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -190,21 +205,64 @@ class BoundedHttp(HttpToolsProtocol):
             super().on_message_complete()
 
 
+class _Operators:
+    """The port of operators, open as long as the other one is. It has the certificate too, but on
+    the loopback interface, where nobody else listens, and a name would not fit."""
+
+    def __init__(
+        self, service: Service, settings: ServerSettings, certificate: Certificate | None
+    ) -> None:
+        """Takes the port. Raises SettingError."""
+        self.keys = Keys.of_operators(settings)
+        host = settings.admin_host
+        try:
+            family, *_, address = socket.getaddrinfo(
+                host, settings.admin_port, type=socket.SOCK_STREAM
+            )[0]
+            self._door = socket.create_server(address[:2], family=family)
+        except OSError as error:
+            raise SettingError(f"admin_port: {error.strerror}") from None
+        if ipaddress.ip_address(address[0]).is_loopback:
+            certificate = None
+        app = Admin(service, self.keys).app
+        self._server = uvicorn.Server(_config(app, settings, certificate, lifespan="off"))
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Serve, in a task."""
+        self._task = asyncio.create_task(self._server._serve([self._door]))
+
+    async def stop(self) -> None:
+        """Close the port."""
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+        self._door.close()
+
+
 class _Server(uvicorn.Server):
     """A first signal drains, a second one ends at once."""
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, certificate: Certificate | None
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        certificate: Certificate | None,
+        operators: _Operators | None,
     ) -> None:
         super().__init__(config)
         self.service = service
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._signals = 0
+        self._operators = operators
         self._reloaders: list[Reloader] = []
         keys = service.keys
         if keys.file is not None:
             self._reloaders.append(Reloader("the file of keys", [keys.file], keys.load))
+        if operators is not None and operators.keys.file is not None:
+            keys = operators.keys
+            self._reloaders.append(Reloader("operators' keys", [operators.keys.file], keys.load))
         if certificate is not None:
             files = certificate.files
             self._reloaders.append(Reloader("the TLS certificate", files, certificate.load))
@@ -219,6 +277,13 @@ class _Server(uvicorn.Server):
             self._spawn(announce(self.service, self.config.host, port, scheme))
             self._spawn(self._end_on_failure())
             self._reload_on_change()
+            if self._operators is not None:
+                self._operators.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._operators is not None:
+            await self._operators.stop()
+        await super().shutdown(sockets)
 
     def _reload_on_change(self) -> None:
         for reloader in self._reloaders:

@@ -20,7 +20,7 @@ from preprocessing.media import (
 from preprocessing.pool import PoolStats
 from tests.small_tokenizer import encode_rendered, reference
 from wire.channel import Buffer
-from wire.errors import MediaRefused, Unavailable
+from wire.errors import MediaRefused, ServiceError, Unavailable
 from wire.geometry import PromptFormat, VisionGeometry
 from wire.messages import EngineOutput, EngineRequest, EngineStats, Progress, Ready
 
@@ -86,7 +86,11 @@ class FakeEngine:
         self.load = asyncio.Event()  # a test that clears it decides when loading ends
         self.load.set()
         self.fails_to_load = False
+        self.flushed = 0
+        self.level = ""
+        self._open: set[str] = set()
         self._stopping = asyncio.Event()
+        self._ending: Callable[[], ServiceError] = lambda: Unavailable("the server is stopping")
         self._facts = ready or make_ready()
 
     async def start(self) -> None:
@@ -106,6 +110,7 @@ class FakeEngine:
         self.requests.append(request)
         self.buffers.append(list(buffers))
         finished = False
+        self._open.add(request.id)
         try:
             for step in self.script(request):
                 if isinstance(step, asyncio.Event):
@@ -119,19 +124,33 @@ class FakeEngine:
                 yield output
                 await asyncio.sleep(0)
         finally:
+            self._open.discard(request.id)
             if not finished:
                 self.aborted.append(request.id)
                 self.abort_seen.set()
 
     async def _wait(self, step: asyncio.Event) -> None:
-        waits = [asyncio.ensure_future(event.wait()) for event in (step, self._stopping)]
+        stopping = self._stopping
+        waits = [asyncio.ensure_future(event.wait()) for event in (step, stopping)]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
-        if self._stopping.is_set():
-            raise Unavailable("the server is stopping")
+        if stopping.is_set():
+            raise self._ending()
+
+    def abort_all(self, make_error: Callable[[], ServiceError]) -> int:
+        count, self._ending = len(self._open), make_error
+        self._stopping.set()
+        self._stopping = asyncio.Event()
+        return count
+
+    def flush(self) -> None:
+        self.flushed += 1
+
+    def set_log_level(self, level: str) -> None:
+        self.level = level
 
     async def stop(self) -> None:
         self.state = "stopped"
@@ -144,7 +163,7 @@ class FakeMedia:
 
     def __init__(self) -> None:
         self.parts: list[MediaPart] = []
-        self.cancelled = self.tiled = 0
+        self.cancelled = self.tiled = self.forgotten = 0
         self.gate = asyncio.Event()
         self.gate.set()
         self.geometry: VisionGeometry | None = None
@@ -208,6 +227,9 @@ class FakeMedia:
         digest = hashlib.sha256(f"{part.url} {count} {frame}".encode()).digest()
         tiles = bytes(count * self.geometry.tile_bytes)
         return TiledMedia(digest, tiles, count, count, 1, 8, 4, *self.times)
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
     async def close(self) -> None:
         self.closed = True

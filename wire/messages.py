@@ -53,7 +53,19 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     ids: list[str]
 
 
-ToEngine = EngineRequest | Abort
+class Flush(msgspec.Struct, frozen=True, tag="flush"):
+    """Let nobody find what was cached until now: keys and values of prefixes, and encoded pictures.
+    What running requests use they keep."""
+
+
+class LogLevel(msgspec.Struct, frozen=True, tag="log_level"):
+    """The least severe level to log from now on, as the setting ``log_level``."""
+
+    level: str
+
+
+Control = Abort | Flush | LogLevel
+ToEngine = EngineRequest | Control
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -72,6 +72,17 @@ class ServerSettings:
         "TOML file of further API keys: name, hash and limits of each. `internvl key NAME` makes "
         "an entry. It is read again when it changes, and at SIGHUP.",
     )
+    admin_port: int = knob(
+        0,
+        "TCP port for operators: drain, abort, flush, log level, profile, use of keys; 0: none. "
+        "Needs admin_key_file.",
+        low=0,
+        high=65535,
+    )
+    admin_host: str = knob("127.0.0.1", "Address to listen on for operators.")
+    admin_key_file: str = knob(
+        "", "TOML file of the keys that operators send, in the form of api_keys_file."
+    )
     open_metrics: bool = knob(
         False, "Answer /metrics without an API key, where others need one. It names the keys."
     )

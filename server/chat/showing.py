@@ -63,6 +63,9 @@ class Media(Protocol):
     async def tile(self, part: MediaPart, opened: Opened) -> Loaded:
         """Tiles of what was opened, within the bounds that ``part`` has now."""
 
+    def forget(self) -> None:
+        """Keep no tiles of earlier pictures."""
+
     async def close(self) -> None:
         """Free everything."""
 

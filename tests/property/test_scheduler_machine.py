@@ -187,6 +187,14 @@ class Traffic(RuleBasedStateMachine):
         self.engine.core.abort([self.pick(data)])
         self.engine.take(StepReport(scheduler.commit(result), scheduler.stats))
 
+    @rule()
+    def flush(self) -> None:
+        scheduler = self.engine.scheduler
+        scheduler.flush()
+        scheduler.check()
+        assert not scheduler._pool._found
+        assert len(scheduler._vision._entries) == scheduler._vision.num_referenced
+
     def pick(self, data: st.DataObject) -> str:
         name = data.draw(st.sampled_from(sorted(self.requests)))
         if name not in self.engine.ends:

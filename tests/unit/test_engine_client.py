@@ -197,6 +197,35 @@ async def test_a_request_that_had_its_last_output_does_not_fail_nor_come_again(e
     assert house.take_sent() == ["a"]
 
 
+async def test_all_requests_are_ended_at_once_and_the_engine_is_told_of_those_it_has() -> None:
+    house = House()
+    a, b = await house.ask("a", "b")
+    house.say("a", 1)
+    house.take_sent()
+    assert house.streams.abort_all(lambda: Unavailable("ended")) == 2
+    (abort,) = house.sent
+    assert isinstance(abort, Abort)
+    assert sorted(abort.ids) == ["a", "b"]
+    for task in (a, b):
+        with pytest.raises(Unavailable, match="ended"):
+            await result(task)
+    assert len(house.sent) == 1  # they do not abort once more
+    house.take_sent()
+    (again,) = await house.ask("a")
+    house.say("a", 7, end="stop")
+    assert await result(again) == [7]
+
+
+async def test_requests_that_wait_for_an_engine_are_ended_without_it() -> None:
+    house = House(connected=False)
+    (a,) = await house.ask("a")
+    assert house.streams.abort_all(lambda: Unavailable("ended")) == 1
+    with pytest.raises(Unavailable):
+        await result(a)
+    house.streams.connect()
+    assert not house.sent
+
+
 async def test_an_id_cannot_be_open_twice() -> None:
     house = House()
     (reader,) = await house.ask("a")

@@ -1,5 +1,6 @@
 """What the scheduler plans, step by step, with a runner that checks every plan."""
 
+import logging
 import threading
 from concurrent.futures import Future
 
@@ -8,7 +9,7 @@ import pytest
 
 from engine.plan import StepPlan
 from tests.fake_runner import EOS, GEOMETRY, TOKEN_BYTES, Engine, alone, picture, request
-from wire.messages import EngineRequest, StepReport, VisionItem
+from wire.messages import EngineRequest, Flush, LogLevel, StepReport, VisionItem
 from wire.sampling import SamplingParams
 
 TILE_BYTES = GEOMETRY.tokens_per_tile * TOKEN_BYTES
@@ -506,6 +507,42 @@ def test_blocks_freed_by_an_abort_are_used_only_after_the_runner_let_go() -> Non
     assert plan.removed == ["a"]
     assert list(work(plan)) == ["b"]
     engine.finish()
+
+
+# Flush
+
+
+def test_after_a_flush_nothing_earlier_is_found_and_answers_stay_the_same() -> None:
+    engine = Engine()
+    parts = (20, (1, 2), 30)
+    engine.add("before", *parts, max_tokens=3)
+    engine.finish()
+    engine.add("found", *parts, max_tokens=3)
+    engine.step()
+    found = engine.scheduler.stats.cached_tokens
+    assert found > 0
+    engine.core.take(Flush(), ())  # while one runs that uses what was found
+    engine.finish()
+    assert engine.scheduler.stats.vision_bytes == 0
+    engine.add("after", *parts, max_tokens=3)
+    engine.finish()
+    assert engine.scheduler.stats.cached_tokens == found
+    encoded = [item.request_id for plan in engine.runner.plans for item in plan.encode]
+    assert encoded.count("after") == encoded.count("before")
+    assert engine.tokens["before"] == engine.tokens["found"] == engine.tokens["after"]
+    engine.add("again", *parts, max_tokens=3)
+    engine.finish()
+    assert engine.scheduler.stats.cached_tokens > found
+
+
+def test_the_engine_logs_at_the_level_it_is_told() -> None:
+    before = logging.getLogger().level
+    try:
+        for level in ("error", "debug"):
+            Engine().core.take(LogLevel(level), ())
+            assert logging.getLevelName(logging.getLogger().level) == level.upper()
+    finally:
+        logging.getLogger().setLevel(before)
 
 
 # Bookkeeping

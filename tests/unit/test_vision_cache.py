@@ -57,3 +57,21 @@ def test_an_entry_over_the_whole_budget_is_admitted_alone_and_dropped_at_once() 
     cache.release(b"huge")
     assert cache.take_dropped() == [b"huge"]
     assert cache.used == 0
+
+
+def test_a_flush_drops_what_is_idle_now_and_the_rest_when_it_is_released() -> None:
+    cache = VisionCache(10)
+    for digest in (b"a", b"b"):
+        cache.reserve(digest, 3)
+    cache.release(b"a")
+    cache.flush()
+    cache.check()
+    assert cache.take_dropped() == [b"a"]
+    assert not cache.acquire(b"a")
+    cache.release(b"b")
+    assert cache.take_dropped() == [b"b"]
+    # What came later is kept as ever.
+    cache.reserve(b"b", 3)
+    cache.release(b"b")
+    assert cache.acquire(b"b")
+    cache.check()

@@ -19,7 +19,9 @@ from wire.messages import (
     EngineRequest,
     EngineStats,
     Fault,
+    Flush,
     FromEngine,
+    LogLevel,
     Progress,
     Ready,
     StepReport,
@@ -54,6 +56,8 @@ SAMPLES: dict[object, list[msgspec.Struct]] = {
             [6, 7],
         ),
         Abort(["a", "b"]),
+        Flush(),
+        LogLevel("debug"),
     ],
     FromEngine: [
         StepReport([EngineOutput("id", [5], "stop", 5)], EngineStats(running=3, preemptions=1)),

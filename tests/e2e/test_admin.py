@@ -1,0 +1,96 @@
+"""The operators' port of a real server with the demo model."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from server.keys import fingerprint
+from tests.servers import Server, draw, free_port
+
+LONG: Any = {"max_tokens": 1500, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    file = folder / "admin.toml"
+    file.write_text(f'[keys.ops]\nsha256 = "{fingerprint("admin").hex()}"\n')
+    flags = ["--admin-port", str(free_port()), "--admin-key-file", str(file)]
+    server = Server(folder / "log.txt", flags)
+    server.admin = f"http://127.0.0.1:{flags[1]}"  # type: ignore[attr-defined]
+    yield server
+    server.close()
+    assert server.process.returncode == 0
+
+
+def act(server: Server, method: str, path: str, key: str = "admin") -> httpx.Response:
+    address = server.admin + path  # type: ignore[attr-defined]
+    return httpx.request(method, address, headers={"Authorization": f"Bearer {key}"}, timeout=30)
+
+
+def test_a_stream_that_is_ended_says_so_and_its_memory_is_free(server: Server) -> None:
+    assert act(server, "GET", "/state", "wrong").status_code == 401
+    begun = threading.Event()
+    ends: list[openai.APIError] = []
+
+    def read() -> None:
+        hello: Any = [{"role": "user", "content": "Hello!"}]
+        with server.client() as client:
+            create = client.chat.completions.create
+            try:
+                for _ in create(model="internvl-demo", messages=hello, stream=True, **LONG):
+                    begun.set()
+            except openai.APIError as error:
+                ends.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(60)
+    assert act(server, "GET", "/state").json()["requests_in_flight"] == 1
+    assert act(server, "POST", "/drain").json()["state"] == "draining"
+    with pytest.raises(openai.InternalServerError):
+        server.ask("Hello!")
+    assert act(server, "POST", "/abort").json() == {"aborted": 1}
+    reader.join(60)
+    (end,) = ends
+    assert end.code == "aborted_by_operator"
+    server.wait_for_metric("internvl_kv_blocks_used", 0)
+    server.wait_for_metric("internvl_requests_in_flight", 0)
+    assert act(server, "POST", "/resume").json()["state"] == "ready"
+    server.wait_for_status("/ready", 200)
+
+
+def test_after_a_flush_a_picture_is_computed_again_with_the_same_answer(server: Server) -> None:
+    def ask() -> tuple[str, int, float | None]:
+        text = server.ask(draw("red", "circle"), "What is in this picture? " * 8)
+        cached = server.metric("internvl_prefix_cache_hit_tokens_total")
+        assert cached is not None
+        return text, int(cached), server.metric("internvl_encoded_tiles_total")
+
+    first, _, encoded = ask()
+    again, cached, same = ask()
+    assert (again, same) == (first, encoded)
+    assert cached > 0
+    assert act(server, "POST", "/cache/flush").status_code == 200
+    after, still, more = ask()
+    assert after == first
+    assert still == cached
+    assert more is not None
+    assert encoded is not None
+    assert more > encoded
+    assert ask()[1] > cached
+
+
+def test_the_log_level_and_a_profile(server: Server) -> None:
+    assert "DEBUG" not in server.log.read_text()
+    assert act(server, "POST", "/log-level?level=debug").status_code == 200
+    httpx.get(server.url + "/live")
+    assert "DEBUG   api" in server.log.read_text()
+    assert act(server, "POST", "/log-level?level=info").json()["log_level"] == "info"
+    page = act(server, "POST", "/profile?seconds=0.2").text
+    assert "function calls" in page
+    assert "key=ops" in server.log.read_text()
