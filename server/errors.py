@@ -75,7 +75,7 @@ def anthropic_envelope(error: ServiceError) -> bytes:
 
 def _is_anthropic(scope: Scope) -> bool:
     """Whether a request is for a route of Anthropic's API."""
-    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    path: str = scope["path"]
     return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 

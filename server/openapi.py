@@ -8,9 +8,11 @@ from fastapi import FastAPI
 
 from server.schemas.answer import Chunk, Completion
 from server.schemas.chat import ChatRequest
-from server.schemas.common import ErrorBody, Model, ModelList
+from server.schemas.common import AnthropicError, ErrorBody, Model, ModelList
 from server.schemas.completion import CompletionRequest, TextCompletion
 from server.schemas.form import Form
+from server.schemas.message import AnthropicMessage, Event, TokenCount
+from server.schemas.messages import CountRequest, MessagesRequest
 from server.schemas.preview import Preview, Render
 from server.schemas.tokenize import DetokenizeRequest, Text, TokenizeChat, TokenizeText, Tokens
 
@@ -23,12 +25,17 @@ class Described:
 
     answer: type[msgspec.Struct]
     forms: tuple[type[Form], ...] = ()
-    event: type[msgspec.Struct] | None = None
+    events: tuple[type[msgspec.Struct], ...] = ()
+    error: type[msgspec.Struct] = ErrorBody
 
 
 ROUTES: dict[str, Described] = {
-    "POST /v1/chat/completions": Described(Completion, (ChatRequest,), Chunk),
-    "POST /v1/completions": Described(TextCompletion, (CompletionRequest,), TextCompletion),
+    "POST /v1/chat/completions": Described(Completion, (ChatRequest,), (Chunk,)),
+    "POST /v1/completions": Described(TextCompletion, (CompletionRequest,), (TextCompletion,)),
+    "POST /v1/messages": Described(
+        AnthropicMessage, (MessagesRequest,), Event.__args__, AnthropicError
+    ),
+    "POST /v1/messages/count_tokens": Described(TokenCount, (CountRequest,), error=AnthropicError),
     "POST /v1/internvl/preview": Described(Preview, (ChatRequest,)),
     "POST /v1/chat/completions/render": Described(Render, (ChatRequest,)),
     "POST /tokenize": Described(Tokens, (TokenizeText, TokenizeChat)),
@@ -51,9 +58,9 @@ def describe(app: FastAPI) -> None:
 
 
 def _with_bodies(page: dict[str, Any]) -> dict[str, Any]:
-    structs = {d.answer for d in ROUTES.values()} | {d.event for d in ROUTES.values() if d.event}
+    structs = {each for d in ROUTES.values() for each in (d.answer, d.error, *d.events)}
     _, schemas = msgspec.json.schema_components(
-        [*sorted(structs, key=lambda struct: struct.__name__), ErrorBody],
+        sorted(structs, key=lambda struct: struct.__name__),
         ref_template=_REF.format("{name}"),
     )
     for described in ROUTES.values():
@@ -71,16 +78,18 @@ def _with_bodies(page: dict[str, Any]) -> dict[str, Any]:
                 if found.forms:
                     body = {"application/json": {"schema": _any_of(found.forms)}}
                     operation["requestBody"] = {"required": True, "content": body}
-            error = {"application/json": {"schema": _any_of((ErrorBody,))}}
+            error = {
+                "application/json": {"schema": _any_of((found.error if found else ErrorBody,))}
+            }
             answers["default"] = {"description": "Refused, or failed", "content": error}
     return page
 
 
 def _content(described: Described) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _any_of((described.answer,))}}
-    if described.event is not None:
-        # Of each event but the last, which is [DONE].
-        content["text/event-stream"] = {"schema": _any_of((described.event,))}
+    if described.events:
+        # Of each event but [DONE], which is OpenAI's last.
+        content["text/event-stream"] = {"schema": _any_of(described.events)}
     return content
 
 

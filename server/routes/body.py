@@ -10,6 +10,7 @@ from fastapi import Request, Response
 
 from server.auth import Tenant
 from server.chat.prepare import PreparedChat, Run, prepare
+from server.chat.preview import preview, sketch
 from server.chat.showing import Room
 from server.errors import UnsupportedMediaType
 from server.lifecycle import Service
@@ -85,6 +86,15 @@ async def prepare_chat(
         metrics.media_time.observe(chat.media_seconds)
         metrics.observe_media([shown.facts for shown in chat.shown])
     return chat
+
+
+async def count_prompt(service: Service, request: ChatRequest, run: Run, tenant: Tenant) -> int:
+    """The tokens that the prompt of a chat would have. Raises what ``sketch`` raises."""
+    limits = service.settings.media
+    with service.metrics.counting_refusals():
+        async with service.preparing():
+            drawn = await sketch(request, service.served(), service.media, limits, run, tenant)
+        return (await asyncio.to_thread(preview, drawn)).prompt_tokens
 
 
 async def _here(function: Callable[..., _T], /, *arguments: Any) -> _T:

@@ -57,7 +57,7 @@ def _url_object(value: object) -> object:
     return value
 
 
-class _Bounds(Form):
+class Bounds(Form):
     """How much of the prompt a picture, or each frame of a video, may take."""
 
     min_tiles: int | None = Field(None, ge=1)
@@ -66,14 +66,14 @@ class _Bounds(Form):
     preprocess: Literal["normalized", "reference"] | None = None
 
 
-class ImageUrl(_Bounds):
+class ImageUrl(Bounds):
     """A data:, http:, https: or file: URL. ``detail`` "low" means one tile."""
 
     url: str = Field(min_length=1)
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class VideoUrl(_Bounds):
+class VideoUrl(Bounds):
     """A URL, or the URLs of pictures; ``start`` and ``end`` in seconds."""
 
     url: str | None = Field(None, min_length=1)

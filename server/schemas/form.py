@@ -1,7 +1,7 @@
 """What every request body is made of: fields that are taken as they are, errors whose message is
 written for the client, and the names of fields that have no meaning here."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -47,6 +47,28 @@ def take_unknown(form: Form, path: str = "") -> Iterator[str]:
 def wrong(message: str, field: str = "") -> PydanticCustomError:
     """An error whose message is written for the client; ``field`` is appended to its path."""
     return PydanticCustomError("client", "{message}", {"message": message, "field": field})
+
+
+def one_of(*kinds: str) -> Callable[[object], object]:
+    """A check, before anything else, that a value is an object with one of these types."""
+    supported = f"{', '.join(map(repr, kinds[:-1]))} and {kinds[-1]!r}" if kinds[1:] else kinds[0]
+
+    def check(value: object) -> object:
+        if not isinstance(value, dict):
+            raise wrong("must be an object with a 'type'")
+        kind = value.get("type")
+        if kind not in kinds:
+            found = clip(kind) if "type" in value else "missing"
+            raise wrong(f"is {found}; supported are {supported}", "type")
+        return value
+
+    return check
+
+
+def tag_of(value: object) -> str:
+    """What tells the forms of a union apart. In angle brackets, so that it can be told from field
+    names in an error's path."""
+    return f"<{value['type']}>" if isinstance(value, dict) else ""
 
 
 def clip(value: object) -> str:

@@ -71,10 +71,7 @@ def decode_object(body: bytes | bytearray) -> dict[str, Any]:
 def read_object(raw: dict[str, Any], form: type[F], strict: bool) -> tuple[F, list[str]]:
     """The second half of ``parse_request``."""
     _check_refused(raw, form.refused)
-    try:
-        request = form.model_validate(raw)
-    except ValidationError as error:
-        raise _first(error) from None
+    request = validated(form, raw)
     unknown = list(take_unknown(request))
     if strict and unknown:
         raise InvalidRequest(
@@ -83,6 +80,14 @@ def read_object(raw: dict[str, Any], form: type[F], strict: bool) -> tuple[F, li
             code="unknown_parameter",
         )
     return request, unknown
+
+
+def validated(form: type[F], raw: Mapping[str, Any]) -> F:
+    """``raw`` as ``form``. Raises InvalidRequest."""
+    try:
+        return form.model_validate(raw)
+    except ValidationError as error:
+        raise _first(error) from None
 
 
 def decode(text: bytes | bytearray | str) -> Any:

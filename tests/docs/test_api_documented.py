@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import msgspec
 import pytest
+from anthropic.types import message_create_params as official_messages
 from fastapi.routing import APIRoute
 from openai.types import completion_create_params as official_completions
 from openai.types.chat import completion_create_params as official_chat
@@ -16,10 +17,11 @@ from openai.types.chat import completion_create_params as official_chat
 from server.app import create_app
 from server.auth import PROBES
 from server.openapi import ROUTES
-from server.routes import chat, completions, models, ops, preview, tokenize
+from server.routes import chat, completions, messages, models, ops, preview, tokenize
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, ChatRequest
 from server.schemas.completion import MAX_TEXTS, CompletionRequest
 from server.schemas.generation import MAX_STOP_LENGTH, MAX_STOPS, Generation
+from server.schemas.messages import MessagesRequest
 from server.schemas.tokenize import MAX_CHARACTERS
 from tests.fake_engine import FakeEngine, FakeMedia
 from wire.settings import Settings
@@ -34,14 +36,20 @@ def rows(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
 
 
-FORMS: dict[str, type[Generation]] = {"chat": ChatRequest, "completions": CompletionRequest}
+FORMS: dict[str, type[Generation]] = {
+    "chat": ChatRequest,
+    "completions": CompletionRequest,
+    "Anthropic's messages": MessagesRequest,
+}
 
 
 def fields(dialect: str) -> dict[str, str]:
     form = FORMS[dialect]
-    code = dict.fromkeys(form.model_fields, "supported")
+    # A dialect may refuse what others have.
+    taken = form.model_fields.keys() - form.refused.keys()
+    code = dict.fromkeys(taken, "supported")
     code |= dict.fromkeys(form.ignored, "ignored") | dict.fromkeys(form.refused, "refused")
-    assert len(code) == len(form.model_fields) + len(form.ignored) + len(form.refused)
+    assert len(code) == len(taken) + len(form.ignored) + len(form.refused)
     return code
 
 
@@ -53,6 +61,21 @@ def test_every_field_has_exactly_the_row_that_the_code_gives_it() -> None:
     assert documented == {
         name: (chat.get(name, "–"), completions.get(name, "–")) for name in {**chat, **completions}
     }
+
+
+@pytest.mark.parametrize("dialect", ["Anthropic's messages"])
+def test_what_another_api_has_of_its_own_has_its_row(dialect: str) -> None:
+    known = dict.fromkeys(Generation.model_fields, "supported")
+    known |= dict.fromkeys(Generation.ignored, "ignored")
+    known |= dict.fromkeys(Generation.refused, "refused")
+    own = {name: kind for name, kind in fields(dialect).items() if known.get(name) != kind}
+    assert {name.strip("`"): kind for name, kind, *_ in rows(dialect)} == own
+
+
+def test_no_field_of_anthropics_client_is_forgotten() -> None:
+    hints = typing.get_type_hints(official_messages.MessageCreateParamsStreaming)
+    assert len(hints) > 15
+    assert set(hints) <= set(fields("Anthropic's messages"))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +93,7 @@ def test_no_field_of_the_official_client_is_forgotten(dialect: str, official: An
 def test_every_route_is_documented_with_its_need_of_a_key() -> None:
     documented = {route.strip("`"): key.split(",")[0] for route, _, key in rows("API")}
     served: dict[str, str] = {"GET /openapi.json": "yes"}
-    for module in (chat, completions, preview, tokenize, models, ops):
+    for module in (chat, completions, messages, preview, tokenize, models, ops):
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             for method in route.methods:
