@@ -10,7 +10,7 @@ import logging
 from preprocessing.allowance import Allowance
 from preprocessing.budget import Share
 from preprocessing.media import NOUNS, Kind, too_many
-from wire.errors import MediaRefused
+from wire.errors import Code, MediaRefused
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Incoming:
         """Everything that was added; without a copy, as a BytesIO lends its own buffer."""
         return self._body.getvalue()
 
-    def refused(self, message: str, code: str = "invalid_media") -> MediaRefused:
+    def refused(self, message: str, code: Code = "invalid_media") -> MediaRefused:
         """The error for a message in which ``{What}`` stands for what the part is."""
         return MediaRefused(message.format(What=NOUNS[self.kind]), param=self._param, code=code)
 

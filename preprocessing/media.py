@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from preprocessing.allowance import Allowance
-from wire.errors import MediaRefused, Unavailable
+from wire.errors import Code, MediaRefused, Unavailable
 from wire.geometry import VisionGeometry
 
 Kind = Literal["image", "video"]
@@ -123,7 +123,7 @@ _FORMATS: dict[Kind, str] = {
 }
 
 # Reason -> (code of the error, what the client reads; {What} is a noun)
-REASONS = {
+REASONS: dict[Reason, tuple[Code, str]] = {
     Reason.UNSUPPORTED: (
         "unsupported_media",
         "{What} is in no format this server reads ({formats}).",

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from server.limits import Spending
 from server.metrics import Metrics
-from wire.errors import TooManyRequests
+from wire.errors import Code, TooManyRequests
 from wire.settings import ServerSettings
 
 # Seconds of the past from which the drain rate is known, and the longest that anybody is sent away.
@@ -58,7 +58,7 @@ class Backlog:
                 continue
             if self._fair and self._has_part(tenant, kind, more):
                 continue
-            code = f"queue_full_{kind}"
+            code: Code = "queue_full_tokens" if kind == "tokens" else "queue_full_requests"
             self._metrics.refused.labels(code).inc()
             raise TooManyRequests(
                 f"{self._all[kind]} {kind} are waiting for the model, and at most "

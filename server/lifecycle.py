@@ -19,7 +19,7 @@ from server.grammars import GrammarChecker
 from server.keys import Keys
 from server.limits import Clock
 from server.metrics import Metrics
-from wire.errors import ServiceError, TooManyRequests, Unavailable
+from wire.errors import Code, ServiceError, TooManyRequests, Unavailable
 from wire.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 WATCH_INTERVAL = 0.5
 RETRY_AFTER = 5
 TILE_TIMEOUT = 30.0
-TOO_MANY_PICTURES = "too_many_pictures"
+TOO_MANY_PICTURES: Code = "too_many_pictures"
 
 
 class Service:

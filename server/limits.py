@@ -161,29 +161,30 @@ class Account:
 
 class Spending:
     """The tokens of one request: ``prompt``, ``visual`` ones of pictures among them, and at most
-    ``answer`` if that was asked for, in ``field``."""
+    ``answer``. ``fields`` of the request say what the prompt and how long the answer is; None: that
+    is a guess."""
 
     def __init__(
         self,
         account: Account,
         prompt: int,
         visual: int,
-        answer: int | None,
-        field: str = "max_tokens",
+        answer: int,
+        fields: tuple[str, str | None],
     ) -> None:
         self._account = account
         self._prompt = prompt
         self._visual = visual
         self._answer = answer
-        self._field = field
+        self._prompt_field, self._field = fields
         self._taken: dict[str, int] = {}
         self._open = False
 
     def begin(self) -> None:
         """Take the tokens. Raises RateLimited, and InvalidRequest where they never fit."""
         buckets = self._account._buckets
-        tokens = self._prompt + (GUESS if self._answer is None else self._answer)
-        if self._answer is None and "tokens" in buckets:
+        tokens = self._prompt + self._answer
+        if self._field is None and "tokens" in buckets:
             tokens = max(self._prompt + 1, min(tokens, buckets["tokens"].limit))
         needs = {"tokens": tokens, "visual-tokens": self._visual}
         for kind, bucket in buckets.items():
@@ -214,13 +215,13 @@ class Spending:
         self._account.usage.refused += 1
         parts = f"{self._prompt} of the prompt, {self._visual} of these for pictures"
         if kind == "tokens":
-            answer = "" if self._answer is None else f" and {self._answer} for the answer"
+            answer = f" and {self._answer} for the answer" if self._field else ""
             text = f"This request needs {amount} tokens ({parts}{answer})"
         else:
             text = f"The pictures of this request take {amount} visual tokens"
         return InvalidRequest(
             f"{text}, and this API key may use {limit} a minute: it can never be answered.",
-            param="messages" if kind != "tokens" or self._prompt >= limit else self._field,
+            param=self._field if kind == "tokens" and self._prompt < limit else self._prompt_field,
             code="request_exceeds_rate_limit",
         )
 

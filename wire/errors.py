@@ -19,20 +19,64 @@ Messages are written for the client: they name the field and what is allowed, an
 path, an address or the text of somebody else's exception.
 """
 
+from typing import Literal
+
+Code = Literal[
+    "aborted_by_operator",
+    "client_too_slow",
+    "context_length_exceeded",
+    "engine_error",
+    "internal_error",
+    "invalid_api_key",
+    "invalid_http",
+    "invalid_json",
+    "invalid_media",
+    "invalid_request",
+    "invalid_value",
+    "media_forbidden",
+    "media_timeout",
+    "media_too_large",
+    "media_unreachable",
+    "method_not_allowed",
+    "missing_required_parameter",
+    "model_not_found",
+    "no_token_left",
+    "not_found",
+    "origin_not_allowed",
+    "profile_running",
+    "queue_full_requests",
+    "queue_full_tokens",
+    "rate_limit_exceeded",
+    "request_exceeds_rate_limit",
+    "request_timeout",
+    "request_too_large",
+    "too_many_frames",
+    "too_many_images",
+    "too_many_pictures",
+    "too_many_requests",
+    "too_many_videos",
+    "unavailable",
+    "unknown_parameter",
+    "unsupported_media",
+    "unsupported_media_type",
+    "unsupported_parameter",
+]
+"""What a program may decide by; docs/api.md says when each comes. None is renamed or reused."""
+
 
 class ServiceError(Exception):
     """An error with a place in the OpenAI envelope ``{"error": {message, type, param, code}}``."""
 
     status: int = 500
     type: str = "server_error"
-    code: str = "internal_error"
+    code: Code = "internal_error"
 
     def __init__(
         self,
         message: str,
         *,
         param: str | None = None,
-        code: str | None = None,
+        code: Code | None = None,
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
@@ -48,7 +92,7 @@ class ClientError(ServiceError):
 
     status = 400
     type = "invalid_request_error"
-    code = "invalid_request"
+    code: Code = "invalid_request"
 
 
 class InvalidRequest(ClientError):
@@ -110,7 +154,7 @@ class TooManyRequests(ClientError):
 
     status = 429
     type = "rate_limit_error"
-    code = "too_many_requests"
+    code: Code = "too_many_requests"
 
 
 class ServerError(ServiceError):

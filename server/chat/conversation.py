@@ -19,7 +19,7 @@ from server.schemas.chat import (
     VideoUrl,
 )
 from server.schemas.validate import decode
-from wire.errors import InvalidRequest
+from wire.errors import Code, InvalidRequest
 from wire.geometry import VisionGeometry
 from wire.settings import MediaSettings
 
@@ -92,7 +92,7 @@ def read_conversation(messages: Sequence[Message], viewing: Viewing) -> Conversa
     return Conversation(turns, pictures, videos)
 
 
-def _check_number(what: str, found: int, most: int, code: str) -> None:
+def _check_number(what: str, found: int, most: int, code: Code) -> None:
     if found > most:
         raise InvalidRequest(
             f"The request has {found} {what}; at most {most} are allowed.",

@@ -23,7 +23,7 @@ from server.chat.sampling import Defaults, either, fit_sampling, read_sampling
 from server.chat.showing import Canvas, Gallery, Media, Room, show
 from server.chat.usage import Shown, account
 from server.grammars import GrammarChecker
-from server.limits import Spending
+from server.limits import GUESS, Spending
 from server.schemas.chat import ChatRequest
 from server.schemas.generation import Generation
 from server.tokenizer import Tokenizer
@@ -125,7 +125,9 @@ async def prepare(
     media_seconds = time.monotonic() - began
     frames = [video.frames for video in gallery.videos]
     prompt = await run(model.prompts.build, canvas.segments, gallery.pictures, frames)
-    sampling = fit_sampling(sampling, request, len(prompt.ids), model.ready.max_model_len)
+    shown = account(gallery, conversation, canvas.segments, model.ready.geometry.tokens_per_tile)
+    visual = [one.facts.tokens for one in shown]
+    sampling = fit_sampling(sampling, request, len(prompt.ids), model.ready.max_model_len, visual)
     boxes = _box_reader(request, gallery, model)
     if request.continues:
         await run(boxes.skip, model.prompts.last_turn(prompt.ids))
@@ -147,7 +149,7 @@ async def prepare(
         continues=request.continues,
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
-        shown=account(gallery, conversation, canvas.segments, model.ready.geometry.tokens_per_tile),
+        shown=shown,
         media_seconds=media_seconds,
         spending=spending(request, len(prompt.ids), prompt.items, tenant),
     )
@@ -156,9 +158,10 @@ async def prepare(
 def spending(request: Generation, prompt: int, items: list[VisionItem], tenant: Tenant) -> Spending:
     """What the limits of the key count of a request whose prompt has so many tokens."""
     field, longest = request.length
-    answer = None if longest is None else longest * either(request.n, 1)
+    answer = min(request.usual_length or GUESS, GUESS) if longest is None else longest
+    fields = request.prompt_field, None if longest is None else field
     visual = sum(item.length for item in items)
-    return Spending(tenant.account, prompt, visual, answer, field)
+    return Spending(tenant.account, prompt, visual, answer * either(request.n, 1), fields)
 
 
 def _priority(request: Generation, tenant: Tenant) -> int:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
+from server.chat.visual import listed
 from server.schemas.generation import MAX_PROMPT_LOGPROBS, Generation
 from server.tokenizer import Tokenizer
 from wire.errors import ContextTooLong, InvalidRequest
@@ -92,22 +93,28 @@ def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, .
 
 
 def fit_sampling(
-    sampling: SamplingParams, request: Generation, length: int, context: int
+    sampling: SamplingParams,
+    request: Generation,
+    length: int,
+    context: int,
+    visual: Sequence[int] = (),
 ) -> SamplingParams:
-    """For a prompt of ``length`` tokens: with as many tokens as were asked for, or else as many as
-    fit in ``context``. Raises ContextTooLong, and InvalidRequest for what cannot be answered."""
+    """For a prompt of ``length`` tokens, ``visual`` of them for each picture and video: with as
+    many tokens as were asked for, or else as many as fit in ``context``. Raises ContextTooLong,
+    and InvalidRequest for what cannot be answered."""
     room = context - length
+    shown = f", {listed(visual)} of them for pictures and videos," if visual else ""
     name, asked = request.length
     if room < 1:
         raise ContextTooLong(
-            f"The prompt has {length} tokens; this model's context is {context} tokens, "
-            "of which at least one must be left for the answer.",
+            f"The prompt has {length} tokens{shown}; this model's context is {context} tokens, "
+            f"of which at least one must be left for the answer: {1 - room} too many.",
             param=request.prompt_field,
         )
     if asked is not None and asked > room:
         raise ContextTooLong(
-            f"The prompt has {length} tokens and {name} is {asked}; together they must "
-            f"not be more than this model's context of {context} tokens.",
+            f"The prompt has {length} tokens{shown} and {name} is {asked}; together they must not "
+            f"be more than this model's context of {context} tokens: {name} can be {room} here.",
             param=name,
         )
     most = min(room, request.usual_length or room) if asked is None else max(asked, 1)

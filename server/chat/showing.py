@@ -252,7 +252,8 @@ async def load_all(
         if tiles * ready.geometry.tokens_per_tile >= ready.max_model_len:
             raise ContextTooLong(
                 f"The pictures and videos have {tiles * ready.geometry.tokens_per_tile} tokens or "
-                f"more; this model's context is {ready.max_model_len} tokens.",
+                f"more; this model's context is {ready.max_model_len} tokens. With 'fit' in each "
+                "part, or a visual_budget, they are shown smaller.",
                 param="messages",
             )
 

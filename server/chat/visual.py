@@ -9,7 +9,7 @@ it asks for. A video gives frames first, and tiles of each frame when one frame 
 import bisect
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -20,6 +20,18 @@ from preprocessing.media import Facts, FrameChoice, Reason, TileSettings, VideoF
 from server.schemas.chat import VisualBudget
 from wire.errors import ContextTooLong, InvalidRequest
 from wire.geometry import VisionGeometry
+
+# Parts that a message names one by one.
+_NAMED = 8
+
+
+def listed(numbers: Iterable[int]) -> str:
+    """Their sum, and what it is of: "60 (48 + 12)"."""
+    each = list(numbers)
+    if len(each) < 2:
+        return str(sum(each))
+    more = " + …" if len(each) > _NAMED else ""
+    return f"{sum(each)} ({' + '.join(map(str, each[:_NAMED]))}{more})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,15 +223,22 @@ class Fitter:
         """The same, made to fit where the parts allow it. Raises InvalidRequest,
         MediaRefused and ContextTooLong."""
         limits = self._limits
-        ladders = self._ladders([view.part for view in self.asked()], all_give=False)
+        asked = self.asked()
+        ladders = self._ladders([view.part for view in asked], all_give=False)
         for room in (limits.room, limits.most_room):
             views = share(ladders, room, self._in_prompt)
             if views is not None:
                 return views
         left = max(limits.most_room, 0)
+        largest = self.largest_that_fits()
+        advice = "They do not fit however small they are shown."
+        if largest is not None:
+            tiles = sum(view.tiles for view in largest)
+            advice = f"With a visual_budget of {tiles} max_tiles they would fit."
         raise ContextTooLong(
-            f"The pictures and videos do not fit: {left} of the {limits.context} tokens of this "
-            "model's context are left for them.",
+            f"The pictures and videos do not fit: they need "
+            f"{listed(map(self._in_prompt.of, asked))} tokens, and {left} of the {limits.context} "
+            f"tokens of this model's context are left for them. {advice}",
             param="messages",
         )
 

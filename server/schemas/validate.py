@@ -9,7 +9,7 @@ import msgspec
 from pydantic import ValidationError
 
 from server.schemas.form import Form, clip_name, take_unknown
-from wire.errors import BodyTooLarge, InvalidRequest
+from wire.errors import BodyTooLarge, Code, InvalidRequest
 
 # Commas and opening brackets in JSON that is read: each can cost an object, and no other thread
 # runs while they are made. A text that fits in a context has fewer.
@@ -137,7 +137,7 @@ def _first(error: ValidationError) -> InvalidRequest:
             joint = "." if path and not step.startswith("[") else ""
             path += joint + clip_name(step)
     sentence = _SENTENCES.get(details["type"], _not_allowed)
-    code = "missing_required_parameter" if details["type"] == "missing" else None
+    code: Code | None = "missing_required_parameter" if details["type"] == "missing" else None
     return InvalidRequest(f"{path} {sentence(context)}.", param=path, code=code)
 
 

@@ -283,6 +283,25 @@ async def test_what_cannot_fit_is_told_with_the_numbers(house: House) -> None:
     error = error_of(await house.ask(max_tokens=510))
     assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
     assert "510" in error["message"]
+    most = int(error["message"].split("can be ")[1].split(" ")[0])
+    assert error_of(await house.ask(max_tokens=most + 1))["param"] == "max_tokens"
+    assert (await house.ask(max_tokens=most)).status_code == 200
+
+
+async def test_what_does_not_fit_names_the_share_of_each_picture(house: House) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:x"}}
+    small = {"type": "image_url", "image_url": {"url": "data:y", "detail": "low"}}
+    content = [picture, small, {"type": "text", "text": "x"}]
+    asked = [{"role": "user", "content": content}]
+    error = error_of(await house.ask(messages=asked, max_tokens=500))
+    assert error["code"] == "context_length_exceeded"
+    assert "9 (6 + 3) of them for pictures and videos" in error["message"]
+    content[-1] = {"type": "text", "text": "word " * 250}
+    error = error_of(await house.ask(messages=asked))
+    assert "9 (6 + 3) of them" in error["message"]
+    too_many = int(error["message"].split("for the answer: ")[1].split(" ")[0])
+    length = int(error["message"].split("has ")[1].split(" ")[0])
+    assert length + 1 - too_many == 512
 
 
 async def test_a_hopeless_text_is_refused_without_being_tokenised(house: House) -> None:

@@ -216,6 +216,13 @@ async def test_a_video_gives_up_frames_to_fit_and_says_so(houses: Houses) -> Non
     assert len(longer["internvl"]["videos"][0]["frames"]) > len(film["frames"])
     error = await refused(house, video(fit=False), "What moves?")
     assert error["code"] == "context_length_exceeded"
+    largest = int(error["message"].split("visual_budget of ")[1].split(" ")[0])
+    budget = {"max_tiles": largest}
+    used = await usage(house, video(fit=False), "What moves?", visual_budget=budget, max_tokens=1)
+    assert used["internvl"]["videos"][0]["tiles"] <= largest
+    budget = {"max_tiles": largest + 1}
+    error = await refused(house, video(fit=False), "What moves?", visual_budget=budget)
+    assert error["code"] == "context_length_exceeded"
 
 
 async def test_a_picture_gives_up_tiles_only_if_it_may(houses: Houses) -> None:

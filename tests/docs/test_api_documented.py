@@ -3,6 +3,7 @@
 import json
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastapi.routing import APIRoute
 from openai.types import completion_create_params as official_completions
 from openai.types.chat import completion_create_params as official_chat
 
+from server.admin import ProfileRunning  # noqa: F401  (an error that the tree has then)
 from server.app import create_app
 from server.auth import PROBES
 from server.openapi import ROUTES
@@ -24,6 +26,7 @@ from server.schemas.generation import MAX_STOP_LENGTH, MAX_STOPS, Generation
 from server.schemas.messages import MessagesRequest
 from server.schemas.tokenize import MAX_CHARACTERS
 from tests.fake_engine import FakeEngine, FakeMedia
+from wire.errors import Code, ServiceError
 from wire.settings import Settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
@@ -100,6 +103,37 @@ def test_every_route_is_documented_with_its_need_of_a_key() -> None:
                 path = route.path.replace(":path", "")
                 served[f"{method} {path}"] = "no" if path in PROBES else "yes"
     assert documented == served
+
+
+def _errors(kind: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]:
+    for below in kind.__subclasses__():
+        yield below
+        yield from _errors(below)
+
+
+def test_every_code_of_an_error_is_documented_with_its_status() -> None:
+    documented = [
+        (int(status), code) for status, codes, _ in rows("Errors") for code in codes.split(", ")
+    ]
+    codes = [code.strip("`") for _, code in documented]
+    assert len(set(codes)) == len(codes)
+    assert sorted(codes) == sorted(typing.get_args(Code))
+    types = set(
+        re.findall("`([a-z_]+)`", PAGE.split("`type` is one of", 1)[1].split("codes", 1)[0])
+    )
+    for kind in _errors():
+        if kind.__module__.startswith(("server.", "wire.", "preprocessing.")):
+            assert kind.type in types | {"tokens"}, kind
+            if "code" in vars(kind):
+                assert (kind.status, f"`{kind.code}`") in documented, kind
+
+
+def test_every_code_is_used() -> None:
+    root = Path(__file__).parents[2]
+    files = [p for name in ("server", "preprocessing", "wire") for p in (root / name).rglob("*.py")]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    for code in typing.get_args(Code):
+        assert text.count(f'"{code}"') > 1, code
 
 
 def test_the_limits_in_the_text_are_those_of_the_code() -> None:

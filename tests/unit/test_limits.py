@@ -31,7 +31,8 @@ def refusal(of: Account) -> RateLimited:
 
 
 def spend(of: Account, prompt: int, answer: int | None = 0, visual: int = 0) -> Spending:
-    spending = Spending(of, prompt, visual, answer)
+    fields = "messages", None if answer is None else "max_tokens"
+    spending = Spending(of, prompt, visual, GUESS if answer is None else answer, fields)
     spending.begin()
     return spending
 
