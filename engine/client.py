@@ -97,6 +97,9 @@ class EngineClient(Protocol):
     def set_log_level(self, level: str) -> None:
         """Log what is that severe, or more, from now on; see the setting ``log_level``."""
 
+    def abort(self, identity: str, error: ServiceError) -> bool:
+        """End an open request now; its iterator raises ``error``. Whether there was one."""
+
     async def stop(self) -> None:
         """End the engine and everything it runs. Idempotent."""
 
@@ -166,6 +169,10 @@ class BaseEngine(abc.ABC):
     def _tell(self, message: Control) -> None:
         if self.state == "ready":  # the next one has nothing cached
             self._send(message, ())
+
+    def abort(self, identity: str, error: ServiceError) -> bool:
+        """End an open request now; its iterator raises ``error``. Whether there was one."""
+        return self._streams.abort(identity, error)
 
     async def stop(self) -> None:
         """End the engine. Idempotent."""

@@ -147,6 +147,17 @@ class Streams:
             if self._open.pop(request.id, None) is not None:
                 self._leave(stream)
 
+    def abort(self, name: str, error: ServiceError) -> bool:
+        """End an open request now, whether its reader comes or not: it reads ``error`` next. False
+        if there is none of this name."""
+        stream = self._open.pop(name, None)
+        if stream is None:
+            return False
+        self._leave(stream)
+        stream.outputs.clear()
+        stream.fail(error)
+        return True
+
     def _leave(self, stream: _Stream) -> None:
         name = stream.request.id
         if self._unsent.pop(name, None) is None:

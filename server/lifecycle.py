@@ -16,6 +16,7 @@ from server.backlog import Backlog
 from server.chat.prepare import ServedModel
 from server.chat.showing import Media
 from server.grammars import GrammarChecker
+from server.handles import Handles
 from server.keys import Keys
 from server.limits import Clock
 from server.metrics import Metrics
@@ -46,6 +47,7 @@ class Service:
         self.settings = settings
         self.engine = engine
         self.media = media
+        self.handles = Handles(engine)
         self.grammars = GrammarChecker()
         self.keys = Keys.of(settings.server, clock)
         self.metrics = Metrics(engine, lambda: media.stats, self.keys)

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 
 from server.schemas.answer import Chunk, Completion
 from server.schemas.chat import ChatRequest
-from server.schemas.common import AnthropicError, ErrorBody, Model, ModelList
+from server.schemas.common import Aborted, AnthropicError, ErrorBody, Model, ModelList
 from server.schemas.completion import CompletionRequest, TextCompletion
 from server.schemas.form import Form
 from server.schemas.message import AnthropicMessage, Event, TokenCount
@@ -40,6 +40,7 @@ ROUTES: dict[str, Described] = {
     "POST /v1/chat/completions/render": Described(Render, (ChatRequest,)),
     "POST /tokenize": Described(Tokens, (TokenizeText, TokenizeChat)),
     "POST /detokenize": Described(Text, (DetokenizeRequest,)),
+    "DELETE /v1/requests/{name}": Described(Aborted),
     "GET /v1/models": Described(ModelList),
     "GET /v1/models/{model}": Described(Model),
 }

@@ -89,6 +89,8 @@ class FakeEngine:
         self.flushed = 0
         self.level = ""
         self._open: set[str] = set()
+        self._ended: dict[str, ServiceError] = {}
+        self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._ending: Callable[[], ServiceError] = lambda: Unavailable("the server is stopping")
         self._facts = ready or make_ready()
@@ -113,8 +115,11 @@ class FakeEngine:
         self._open.add(request.id)
         try:
             for step in self.script(request):
-                if isinstance(step, asyncio.Event):
+                self._check(request.id)
+                while isinstance(step, asyncio.Event) and not step.is_set():
                     await self._wait(step)
+                    self._check(request.id)
+                if isinstance(step, asyncio.Event):
                     continue
                 if isinstance(step, Exception):
                     finished = True
@@ -129,9 +134,14 @@ class FakeEngine:
                 self.aborted.append(request.id)
                 self.abort_seen.set()
 
+    def _check(self, identity: str) -> None:
+        if identity in self._ended:
+            raise self._ended[identity]
+
     async def _wait(self, step: asyncio.Event) -> None:
         stopping = self._stopping
-        waits = [asyncio.ensure_future(event.wait()) for event in (step, stopping)]
+        events = (step, stopping, self._wake)
+        waits = [asyncio.ensure_future(event.wait()) for event in events]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -139,6 +149,14 @@ class FakeEngine:
                 wait.cancel()
         if stopping.is_set():
             raise self._ending()
+
+    def abort(self, identity: str, error: ServiceError) -> bool:
+        known = identity in self._open
+        if known:
+            self._ended[identity] = error
+            wake, self._wake = self._wake, asyncio.Event()
+            wake.set()
+        return known
 
     def abort_all(self, make_error: Callable[[], ServiceError]) -> int:
         count, self._ending = len(self._open), make_error

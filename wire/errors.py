@@ -8,6 +8,7 @@
     │   ├── Unauthorized       401
     │   ├── NotFound           404
     │   ├── BodyTooSlow        408
+    │   ├── RequestAborted     499
     │   ├── ClientTooSlow      408, in a stream
     │   ├── BodyTooLarge       413
     │   └── TooManyRequests    429, with Retry-After
@@ -47,7 +48,9 @@ Code = Literal[
     "queue_full_requests",
     "queue_full_tokens",
     "rate_limit_exceeded",
+    "request_aborted",
     "request_exceeds_rate_limit",
+    "request_not_found",
     "request_timeout",
     "request_too_large",
     "too_many_frames",
@@ -140,6 +143,13 @@ class ClientTooSlow(ClientError):
 
     status = 408
     code = "client_too_slow"
+
+
+class RequestAborted(ClientError):
+    """Its owner ended the request while it was being answered."""
+
+    status = 499
+    code = "request_aborted"
 
 
 class BodyTooLarge(ClientError):

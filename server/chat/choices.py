@@ -14,7 +14,8 @@ from wire.sampling import MAX_SEED
 
 
 class Choices:
-    """Runs ``chat.n`` requests. ``outputs`` yields (index, output) until all are over.
+    """Runs ``chat.n`` requests. ``outputs`` yields (index, output) until all are over, or
+    ``chat.handle`` ends them.
 
     The first one starts alone; the others follow its first output, when the prompt they share is
     in the prefix cache. Choice k draws with seed + k, as a request of its own with that seed would.
@@ -80,7 +81,9 @@ class Choices:
             await self._arrived.put((index, ending))
 
     def _submit(self, index: int) -> AsyncGenerator[EngineOutput]:
-        return self._engine.submit(self._request(index), self._chat.buffers)
+        request = self._request(index)
+        self._chat.handle.submit(request.id)
+        return self._engine.submit(request, self._chat.buffers)
 
     def _request(self, index: int) -> EngineRequest:
         request = self._chat.engine

@@ -23,6 +23,7 @@ from server.chat.sampling import Defaults, either, fit_sampling, read_sampling
 from server.chat.showing import Canvas, Gallery, Media, Room, show
 from server.chat.usage import Shown, account
 from server.grammars import GrammarChecker
+from server.handles import Handle
 from server.limits import GUESS, Spending
 from server.schemas.chat import ChatRequest
 from server.schemas.generation import Generation
@@ -103,6 +104,7 @@ class PreparedChat:
     shown: list[Shown]
     media_seconds: float
     spending: Spending
+    handle: Handle = dataclasses.field(default_factory=Handle)
 
 
 async def prepare(

@@ -1,5 +1,6 @@
 """From a completions request to one prepared chat for each of its prompts."""
 
+import dataclasses
 import secrets
 
 import msgspec
@@ -16,6 +17,7 @@ from server.chat.prepare import (
 )
 from server.chat.sampling import either, fit_sampling
 from server.grammars import GrammarChecker
+from server.handles import Handle
 from server.schemas.completion import MAX_TEXTS, CompletionRequest, TextPrompt
 from wire.errors import InvalidRequest
 from wire.sampling import MAX_SEED, SamplingParams
@@ -28,6 +30,7 @@ async def prepare_texts(
     grammars: GrammarChecker,
     run: Run,
     tenant: Tenant,
+    handle: Handle,
 ) -> list[PreparedChat]:
     """Check and tokenise. Raises ClientErrors."""
     number = len(request.prompt)
@@ -43,7 +46,8 @@ async def prepare_texts(
         if request.seed is None:
             # Two equal prompts want two answers.
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbelow(MAX_SEED))
-        chats.append(_chat(request, f"{identity}-{index}", ids, sampling, model, tenant))
+        chat = _chat(request, f"{identity}-{index}", ids, sampling, model, tenant)
+        chats.append(dataclasses.replace(chat, handle=handle))
     return chats
 
 

@@ -2,6 +2,7 @@
 chat for the engine."""
 
 import asyncio
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from server.errors import UnsupportedMediaType
 from server.lifecycle import Service
 from server.schemas.chat import ChatRequest
 from server.schemas.validate import F, parse_request
+from wire.logs import request_id
 
 # Larger bodies are read and tokenised in a thread; for smaller ones it costs more than it saves.
 THREAD_BYTES = 1 << 14
@@ -67,25 +69,27 @@ async def prepare_chat(
     service: Service, request: ChatRequest, identity: str, run: Run, tenant: Tenant, room: Room
 ) -> PreparedChat:
     """Make a chat ready for the engine; ``identity`` is the answer's id. Raises what ``prepare``
-    raises, and TooManyRequests."""
+    raises, TooManyRequests, and RequestAborted."""
     service.backlog.check(tenant.id, request.n or 1)
     metrics = service.metrics
-    with metrics.counting_refusals():
-        chat = await prepare(
-            request,
-            identity,
-            service.served(),
-            service.media,
-            service.settings.media,
-            service.grammars,
-            run,
-            tenant,
-            room,
-        )
+    handle = service.handles.open(tenant.id, identity, request_id.get())
+    async with handle.preparing():
+        with metrics.counting_refusals():
+            chat = await prepare(
+                request,
+                identity,
+                service.served(),
+                service.media,
+                service.settings.media,
+                service.grammars,
+                run,
+                tenant,
+                room,
+            )
     if chat.shown:
         metrics.media_time.observe(chat.media_seconds)
         metrics.observe_media([shown.facts for shown in chat.shown])
-    return chat
+    return dataclasses.replace(chat, handle=handle)
 
 
 async def count_prompt(service: Service, request: ChatRequest, run: Run, tenant: Tenant) -> int:

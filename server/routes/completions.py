@@ -14,6 +14,7 @@ from server.completions.prepare import prepare_texts
 from server.lifecycle import Service
 from server.routes.body import read_body, read_form, runner, told
 from server.schemas.completion import CompletionRequest
+from wire.logs import request_id
 
 router = APIRouter()
 
@@ -33,9 +34,10 @@ async def _answer(service: Service, body: bytes, tenant: Tenant, began: float) -
     async with service.preparing():
         request, unknown = await read_form(service, body, CompletionRequest, run)
         service.backlog.check(tenant.id, len(request.prompt) * (request.n or 1))
-        with service.metrics.counting_refusals():
-            model, grammars = service.served(), service.grammars
-            chats = await prepare_texts(request, identity, model, grammars, run, tenant)
+        handle = service.handles.open(tenant.id, identity, request_id.get())
+        model, grammars = service.served(), service.grammars
+        async with handle.preparing():
+            chats = await prepare_texts(request, identity, model, grammars, run, tenant, handle)
     source = text_chunks(
         request,
         identity,

@@ -133,6 +133,14 @@ class AnthropicError(msgspec.Struct, tag="error"):
     request_id: str
 
 
+class Aborted(msgspec.Struct):
+    """DELETE /v1/requests/{name}."""
+
+    id: str
+    object: str = "request"
+    aborted: bool = True
+
+
 class Model(msgspec.Struct):
     """An entry of /v1/models."""
 

@@ -1,7 +1,9 @@
 """Two API keys at one server."""
 
+import json
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
 from tests.servers import Server, draw, part
@@ -42,3 +44,23 @@ def test_a_key_finds_what_it_has_sent_itself_and_nothing_of_another(shared: Serv
     assert ask(shared, "two") == (text, 0)
     assert shared.metric("internvl_encoded_tiles_total") == 2 * tiles
     assert ask(shared, "two")[1] > 0
+
+
+def test_a_request_is_ended_by_its_own_key_alone_and_leaves_nothing(shared: Server) -> None:
+    mine = {"Authorization": "Bearer one", "X-Request-Id": "mine"}
+    body = {"prompt": [TEXT, "Hello"], "n": 2, "max_tokens": 2000, "ignore_eos": True}
+    url = f"{shared.url}/v1/completions"
+    with httpx.stream(
+        "POST", url, json=body | {"stream": True}, headers=mine, timeout=60
+    ) as stream:
+        lines = (line for line in stream.iter_lines() if line)
+        name = json.loads(next(lines).removeprefix("data: "))["id"]
+        for which, key, status in (("mine", "two", 404), (name, "two", 404), (name, "one", 200)):
+            answer = httpx.delete(
+                f"{shared.url}/v1/requests/{which}", headers={"Authorization": f"Bearer {key}"}
+            )
+            assert answer.status_code == status
+        *_, error, done = lines
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "request_aborted"
+    assert done == "data: [DONE]"
+    shared.wait_for_metric("internvl_kv_blocks_used", 0)

@@ -216,6 +216,21 @@ async def test_all_requests_are_ended_at_once_and_the_engine_is_told_of_those_it
     assert await result(again) == [7]
 
 
+async def test_one_request_is_ended_by_its_id_whether_the_engine_has_it_or_not() -> None:
+    for connected in (True, False):
+        house = House(connected=connected)
+        a, b = await house.ask("a", "b")
+        house.take_sent()
+        assert house.streams.abort("a", Unavailable("ended"))
+        assert not house.streams.abort("a", Unavailable("ended twice"))
+        with pytest.raises(Unavailable, match=r"ended$"):
+            await result(a)
+        assert house.take_sent() == (["-a"] if connected else [])
+        house.streams.connect()
+        house.say("b", 7, end="stop")
+        assert await result(b) == [7]
+
+
 async def test_requests_that_wait_for_an_engine_are_ended_without_it() -> None:
     house = House(connected=False)
     (a,) = await house.ask("a")
