@@ -140,7 +140,7 @@ class Streams:
                     yield output
                     if output.finish_reason is not None:
                         return
-                if stream.error is not None:
+                if stream.error is not None and not stream.outputs:
                     raise stream.error
         finally:
             # Absent if it has ended or failed, in which case nobody is there to be told.

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Gate:
-    """Counts running requests. ``idle`` is set while there is none.
+    """Counts running requests. ``idle`` is set while there is none and nothing waits to be read.
 
     Under the fair policy a tenant gets a permit too while it has none, or less than an equal part
     of them, as server.backlog does with the queue.
@@ -33,7 +33,7 @@ class Gate:
         self._limit = limit
         self._metrics = metrics
         self._fair = fair
-        self._running = 0
+        self._running = self._unread = 0
         self._tenants = collections.Counter[bytes]()
         self.idle = asyncio.Event()
         self.idle.set()
@@ -60,13 +60,27 @@ class Gate:
         finally:
             self._count(tenant, -1)
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Not to be idle, without a permit: an answer is over, but not read."""
+        self._unread += 1
+        self._settle()
+        try:
+            yield
+        finally:
+            self._unread -= 1
+            self._settle()
+
     def _count(self, tenant: bytes, change: int) -> None:
         self._running += change
         self._tenants[tenant] += change
         if not self._tenants[tenant]:
             del self._tenants[tenant]
         self._metrics.in_flight.set(self._running)
-        if self._running:
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._running or self._unread:
             self.idle.clear()
         else:
             self.idle.set()
@@ -129,7 +143,8 @@ def _telling(send: Send, account: Account) -> Send:
 
 
 class Admission:
-    """ASGI layer in front of every POST. ``refusal`` says why no work is taken at all now."""
+    """ASGI layer in front of the routes, that counts POSTs only. ``refusal`` says why no work is
+    taken at all now."""
 
     def __init__(
         self,
@@ -145,9 +160,19 @@ class Admission:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        try:
+            if scope["method"] == "POST":
+                await self._work(scope, receive, send)
+            else:
+                async with _watched(send, self._settings.send_timeout) as watched:
+                    await self._app(scope, receive, watched)
+        except _Unread:
+            logger.info("the client does not read its answer; its connection has ended")
+
+    async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         tenant: Tenant = scope["state"]["tenant"]
         send = _telling(send, tenant.account)
         try:
@@ -166,8 +191,6 @@ class Admission:
                     await self._app(scope, self._limited(receive), watched)
         except ServiceError as error:
             await error_response(error)(scope, receive, send)
-        except _Unread:
-            logger.info("the client does not read its answer; its request has ended")
 
     def _limited(self, receive: Receive) -> Receive:
         """``receive`` that refuses a body which grows too large without having said so, and one

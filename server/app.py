@@ -27,7 +27,17 @@ from server.errors import (
 from server.lifecycle import Service
 from server.limits import Clock
 from server.openapi import describe
-from server.routes import chat, completions, messages, models, ops, preview, running, tokenize
+from server.routes import (
+    chat,
+    completions,
+    messages,
+    models,
+    ops,
+    preview,
+    running,
+    streams,
+    tokenize,
+)
 from wire.errors import ServiceError
 from wire.settings import Settings
 
@@ -68,7 +78,7 @@ def create_app(
         },
     )
     app.state.service = service
-    for routes in (chat, completions, messages, preview, tokenize, running, models, ops):
+    for routes in (chat, completions, messages, preview, streams, tokenize, running, models, ops):
         app.include_router(routes.router)
     # The last one added is the outermost.
     app.add_middleware(

@@ -14,6 +14,7 @@ from preprocessing.budget import Budget, Share
 from server.admission import Gate
 from server.backlog import Backlog
 from server.chat.prepare import ServedModel
+from server.chat.recording import Recordings
 from server.chat.showing import Media
 from server.grammars import GrammarChecker
 from server.handles import Handles
@@ -54,6 +55,7 @@ class Service:
         fair = settings.engine.scheduling_policy == "fair"
         self.gate = Gate(settings.server.max_concurrent_requests, self.metrics, fair=fair)
         self.backlog = Backlog(settings.server, self.metrics, fair=fair)
+        self.recordings = Recordings(settings.server, self.gate, self.metrics)
         self._tiles = Budget(settings.engine.request_tile_bytes)
         self.metrics.tile_bytes.set_function(lambda: self._tiles.used)
         self.name = settings.server.served_model_name or Path(settings.engine.model).name
@@ -201,6 +203,7 @@ class Service:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        await self.recordings.close()
         await self.engine.stop()
         await self.media.close()
         await self.grammars.close()

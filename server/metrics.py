@@ -93,6 +93,15 @@ class Metrics:
             "Tiles of the requests being answered.",
             registry=self.registry,
         )
+        self.resumable_streams = Gauge(
+            "internvl_resumable_streams", "Streams that can be resumed.", registry=self.registry
+        )
+        self.resumable_bytes = Gauge(
+            "internvl_resumable_bytes", "Events kept of these.", registry=self.registry
+        )
+        self.resumed = Counter(
+            "internvl_streams_resumed", "Times that a client came back.", registry=self.registry
+        )
         self.finished = Counter(
             "internvl_completions",
             "Finished completions.",

@@ -21,9 +21,10 @@ _REF = "#/components/schemas/{}"
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """The forms that a route's body may have, what it answers, and the events of its stream."""
+    """The forms that a route's body may have, what it answers, and the events of its stream;
+    ``answer`` is None where there is no other answer."""
 
-    answer: type[msgspec.Struct]
+    answer: type[msgspec.Struct] | None
     forms: tuple[type[Form], ...] = ()
     events: tuple[type[msgspec.Struct], ...] = ()
     error: type[msgspec.Struct] = ErrorBody
@@ -41,6 +42,8 @@ ROUTES: dict[str, Described] = {
     "POST /tokenize": Described(Tokens, (TokenizeText, TokenizeChat)),
     "POST /detokenize": Described(Text, (DetokenizeRequest,)),
     "DELETE /v1/requests/{name}": Described(Aborted),
+    "GET /v1/chat/completions/{name}/events": Described(None, events=(Chunk,)),
+    "GET /v1/completions/{name}/events": Described(None, events=(TextCompletion,)),
     "GET /v1/models": Described(ModelList),
     "GET /v1/models/{model}": Described(Model),
 }
@@ -59,7 +62,7 @@ def describe(app: FastAPI) -> None:
 
 
 def _with_bodies(page: dict[str, Any]) -> dict[str, Any]:
-    structs = {each for d in ROUTES.values() for each in (d.answer, d.error, *d.events)}
+    structs = {s for d in ROUTES.values() for s in (d.answer, d.error, *d.events) if s is not None}
     _, schemas = msgspec.json.schema_components(
         sorted(structs, key=lambda struct: struct.__name__),
         ref_template=_REF.format("{name}"),
@@ -87,7 +90,9 @@ def _with_bodies(page: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(described: Described) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": _any_of((described.answer,))}}
+    content: dict[str, Any] = {}
+    if described.answer is not None:
+        content["application/json"] = {"schema": _any_of((described.answer,))}
     if described.events:
         # Of each event but [DONE], which is OpenAI's last.
         content["text/event-stream"] = {"schema": _any_of(described.events)}

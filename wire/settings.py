@@ -134,6 +134,18 @@ class ServerSettings:
         "with Retry-After.",
         low=1,
     )
+    resume_grace: float = knob(
+        30.0,
+        "Seconds that a resumable stream goes on, or holds up a drain, while nobody reads it.",
+        low=0,
+    )
+    resume_ttl: float = knob(
+        120.0, "Seconds for which a resumable stream can be read when it is over.", low=0
+    )
+    resume_bytes: int = knob(
+        64 << 20, "Bytes that are kept of all resumable streams together.", low=1 << 20
+    )
+    resume_key_bytes: int = knob(32 << 20, "The same of the streams of one API key.", low=1 << 20)
     drain_timeout: float = knob(
         30.0, "Seconds that running requests may finish in after SIGTERM.", low=0
     )

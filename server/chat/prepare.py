@@ -101,6 +101,7 @@ class PreparedChat:
     continues: bool
     stream: bool
     include_usage: bool
+    resumable: bool
     shown: list[Shown]
     media_seconds: float
     spending: Spending
@@ -151,6 +152,7 @@ async def prepare(
         continues=request.continues,
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
+        resumable=bool(options is not None and options.resumable),
         shown=shown,
         media_seconds=media_seconds,
         spending=spending(request, len(prompt.ids), prompt.items, tenant),

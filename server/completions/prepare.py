@@ -93,6 +93,7 @@ def _chat(
         continues=True,
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
+        resumable=bool(options is not None and options.resumable),
         shown=[],
         media_seconds=0.0,
         spending=spending(request, len(ids), [], tenant),

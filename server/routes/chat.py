@@ -1,5 +1,6 @@
 """/v1/chat/completions."""
 
+import contextlib
 import functools
 import time
 import uuid
@@ -8,11 +9,11 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server.auth import Tenant
-from server.chat.showing import Room
-from server.chat.sse import EventStream, unless_gone
+from server.chat.sse import unless_gone
 from server.chat.stream import chunks, events, fold
 from server.lifecycle import Service
 from server.routes.body import prepare_chat, read_body, read_form, runner, told
+from server.routes.streams import answer_stream
 from server.schemas.chat import ChatRequest
 
 router = APIRouter()
@@ -25,13 +26,14 @@ async def create_chat_completion(request: Request) -> Response:
     service: Service = request.app.state.service
     body = await read_body(request)
     tenant: Tenant = request.state.tenant
-    room = functools.partial(service.tile_room, request.scope["held"])
-    return await unless_gone(request.receive, _answer(service, body, tenant, room, began))
+    held: contextlib.AsyncExitStack = request.scope["held"]
+    return await unless_gone(request.receive, _answer(service, body, tenant, held, began))
 
 
 async def _answer(
-    service: Service, body: bytes, tenant: Tenant, room: Room, began: float
+    service: Service, body: bytes, tenant: Tenant, held: contextlib.AsyncExitStack, began: float
 ) -> Response:
+    room = functools.partial(service.tile_room, held)
     async with service.preparing():
         run = runner(body)
         request, unknown = await read_form(service, body, ChatRequest, run)
@@ -40,7 +42,7 @@ async def _answer(
     source = chunks(chat, service.engine, service.backlog, service.metrics, began)
     if chat.stream:
         encoded = events(source, include_usage=chat.include_usage)
-        stream = EventStream(encoded, service.settings.server.keep_alive_interval)
+        stream = answer_stream(service, chat, identity, tenant, encoded, held)
         return told(stream, unknown)
     answer = await fold(source)
     whole = Response(msgspec.json.encode(answer), media_type="application/json")

@@ -1,5 +1,6 @@
 """/v1/completions."""
 
+import contextlib
 import time
 import uuid
 
@@ -7,12 +8,13 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server.auth import Tenant
-from server.chat.sse import EventStream, unless_gone
+from server.chat.sse import unless_gone
 from server.chat.stream import chunks, events
 from server.completions.answer import fold_text, text_chunks
 from server.completions.prepare import prepare_texts
 from server.lifecycle import Service
 from server.routes.body import read_body, read_form, runner, told
+from server.routes.streams import answer_stream
 from server.schemas.completion import CompletionRequest
 from wire.logs import request_id
 
@@ -25,10 +27,14 @@ async def create_completion(request: Request) -> Response:
     began = time.monotonic()
     service: Service = request.app.state.service
     body = await read_body(request)
-    return await unless_gone(request.receive, _answer(service, body, request.state.tenant, began))
+    tenant: Tenant = request.state.tenant
+    held: contextlib.AsyncExitStack = request.scope["held"]
+    return await unless_gone(request.receive, _answer(service, body, tenant, held, began))
 
 
-async def _answer(service: Service, body: bytes, tenant: Tenant, began: float) -> Response:
+async def _answer(
+    service: Service, body: bytes, tenant: Tenant, held: contextlib.AsyncExitStack, began: float
+) -> Response:
     run = runner(body)
     identity = f"cmpl-{uuid.uuid4().hex}"
     async with service.preparing():
@@ -46,7 +52,7 @@ async def _answer(service: Service, body: bytes, tenant: Tenant, began: float) -
     )
     if chats[0].stream:
         encoded = events(source, include_usage=chats[0].include_usage)
-        stream = EventStream(encoded, service.settings.server.keep_alive_interval)
+        stream = answer_stream(service, chats[0], identity, tenant, encoded, held)
         return told(stream, unknown)
     answer = msgspec.json.encode(await fold_text(source))
     return told(Response(answer, media_type="application/json"), unknown)

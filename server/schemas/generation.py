@@ -26,11 +26,13 @@ MAX_PROMPT_LOGPROBS = 32768
 
 
 class StreamOptions(Form):
-    """``include_usage`` adds a last chunk with the token counts."""
+    """``include_usage`` adds a last chunk with the token counts. A ``resumable`` stream has
+    numbered events, and outlives its connection."""
 
     ignored = frozenset({"include_obfuscation"})
 
     include_usage: bool | None = None
+    resumable: bool | None = None
 
 
 def _stops(value: object) -> object:

@@ -183,6 +183,20 @@ async def test_a_failure_comes_after_the_outputs_that_arrived_and_needs_no_abort
     assert house.take_sent() == ["a"]
 
 
+async def test_what_arrived_while_a_reader_was_busy_comes_before_the_failure_too() -> None:
+    house = House()
+    reader = house.streams.read(*request("a", 3))
+    reading = asyncio.create_task(first(reader))
+    await house.wait_sent()
+    house.say("a", 1)
+    assert (await reading).token_ids == [1]
+    house.say("a", 2)
+    house.streams.fail(lambda: EngineFailed("gone"))
+    assert (await first(reader)).token_ids == [2]
+    with pytest.raises(EngineFailed):
+        await first(reader)
+
+
 @pytest.mark.parametrize("end", ["fail", "disconnect"])
 async def test_a_request_that_had_its_last_output_does_not_fail_nor_come_again(end: str) -> None:
     house = House()

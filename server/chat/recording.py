@@ -1,0 +1,308 @@
+"""Streams that can be resumed. What such an answer has said is kept, every event under a number, by
+a task of its own; whoever reads it, the request itself or a client that comes back, follows what is
+kept. A connection that breaks then ends nothing but the reading.
+
+An answer that nobody reads any more is given up after a grace period, and one that is over is
+forgotten after a while. What is kept is bounded for each tenant and in all: first what is over
+goes, the oldest before the others, then the older half of the longest.
+"""
+
+import asyncio
+import collections
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable
+
+from server.admission import Gate
+from server.chat.sse import EventStream, known, last_words
+from server.metrics import Metrics
+from wire.errors import ClientError, ClientTooSlow, InvalidRequest, NotFound, ServiceError
+from wire.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+# Readers of one answer at once. One that comes back may be earlier than the news that it had gone.
+READERS = 4
+# Bytes sent at once to a reader that is behind.
+PIECE = 64 << 10
+# Beside its own bytes, what an event takes.
+_OVERHEAD = 64
+
+
+class EventsForgotten(ClientError):
+    """The events that a client asks for are no longer kept."""
+
+    status = 410
+    code = "events_forgotten"
+
+
+class Recording:
+    """One answer. It begins to work when it is first followed, holds ``held`` (with its permit)
+    until it is over, and holds up a drain until somebody has read its end or nobody comes."""
+
+    def __init__(
+        self, tenant: bytes, events: AsyncGenerator[bytes, None], shelf: "Recordings", name: str
+    ) -> None:
+        self.tenant = tenant
+        self.name = name
+        self.over = False
+        self.size = 0  # bytes
+        self._events = events
+        self._shelf = shelf
+        self._kept: list[bytes] = []
+        self._first = 1  # number of the first that is kept
+        self._error: ServiceError | None = None  # instead of a first event
+        self._readers: list[asyncio.Event] = []  # the newest last
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._busy = contextlib.ExitStack()
+
+    @property
+    def last(self) -> int:
+        """Number of the last event so far."""
+        return self._first + len(self._kept) - 1
+
+    @property
+    def is_read(self) -> bool:
+        """Whether anybody follows."""
+        return bool(self._readers)
+
+    def check(self, after: int) -> None:
+        """Raises a ClientError if the events behind ``after`` cannot be given."""
+        if after > self.last:
+            raise InvalidRequest(
+                f"Last-Event-ID is {after}, but the last event has been {self.last}.",
+                param="Last-Event-ID",
+            )
+        if after + 1 < self._first:
+            raise EventsForgotten(
+                f"The events from {after + 1} to {self._first - 1} of this answer are no longer "
+                "kept.",
+                param="Last-Event-ID",
+            )
+
+    async def follow(
+        self, after: int, held: contextlib.AsyncExitStack | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """The events behind number ``after``, as they come. Raises what the answer failed with
+        before its first event, and ClientTooSlow where the reader falls behind what is kept.
+
+        What ``held`` holds is taken over by the first to follow.
+        """
+        if self._task is None:
+            # Taken now: until here the request that made it gives it back.
+            taken = held.pop_all() if held is not None else contextlib.AsyncExitStack()
+            self._shelf.add(self)
+            self._busy.enter_context(self._shelf.gate.reading())
+            self._task = asyncio.create_task(self._record(taken))
+        more = self._attach()
+        try:
+            while True:
+                while after < self.last:
+                    if after + 1 < self._first:
+                        raise ClientTooSlow(
+                            "The answer was read too slowly; what comes next is no longer kept."
+                        )
+                    piece, after = self._piece(after)
+                    yield piece
+                if self.over:
+                    self._busy.close()
+                    if self._error is not None:
+                        raise self._error
+                    return
+                await more.wait()
+                more.clear()
+                if more not in self._readers:
+                    raise ClientTooSlow("Others have begun to read this answer.", code="superseded")
+        finally:
+            if more in self._readers:
+                self._readers.remove(more)
+            if not self._readers:
+                self._await_reader()
+
+    def _attach(self) -> asyncio.Event:
+        if not self.over:
+            self.stop_timer()
+        if len(self._readers) == READERS:
+            self._readers.pop(0).set()
+        more = asyncio.Event()
+        self._readers.append(more)
+        return more
+
+    def _piece(self, after: int) -> tuple[bytes, int]:
+        """Some of what is behind ``after``, and the number it ends with."""
+        start = stop = after + 1 - self._first
+        size = 0
+        while stop < len(self._kept) and size < PIECE:
+            size += len(self._kept[stop])
+            stop += 1
+        piece = self._kept[start] if stop == start + 1 else b"".join(self._kept[start:stop])
+        return piece, after + stop - start
+
+    async def _record(self, held: contextlib.AsyncExitStack) -> None:
+        try:
+            async with held, contextlib.aclosing(self._events):
+                async for event in self._events:
+                    self._keep(event)
+        except Exception as error:
+            if self.last:
+                for event in last_words(known(error)).split(b"\n\n")[:-1]:
+                    self._keep(event + b"\n\n")
+            else:
+                self._error = known(error)
+        finally:
+            self._end()
+
+    def _keep(self, event: bytes) -> None:
+        numbered = b"id: %d\n%b" % (self.last + 1, event)
+        self._kept.append(numbered)
+        for more in self._readers:
+            more.set()
+        self._shelf.grow(self, len(numbered) + _OVERHEAD)
+
+    def _end(self) -> None:
+        self.over = True
+        for more in self._readers:
+            more.set()
+        self._shelf.settle(self)
+        if not self._readers:
+            self._await_reader()
+
+    def _await_reader(self) -> None:
+        """There is none now."""
+        if self.over:
+            asyncio.get_running_loop().call_later(self._shelf.grace, self._busy.close)
+        else:
+            self.start_timer(self._shelf.grace, self._give_up)
+
+    def _give_up(self) -> None:
+        logger.info("request=%s is ended: nobody has come back to read its answer", self.name)
+        self._shelf.forget(self)
+        self._busy.close()
+        if self._task is not None:
+            self._task.cancel()
+
+    def start_timer(self, seconds: float, call: Callable[[], None]) -> None:
+        """The only one: until somebody comes back, and later until it is forgotten."""
+        self.stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(seconds, call)
+
+    def stop_timer(self) -> None:
+        """Nothing happens by itself."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def shorten(self) -> int:
+        """Forget the older half; how many bytes that were."""
+        half = (len(self._kept) + 1) // 2
+        freed = sum(len(event) + _OVERHEAD for event in self._kept[:half])
+        del self._kept[:half]
+        self._first += half
+        self.size -= freed
+        return freed
+
+    async def close(self) -> None:
+        """End it, whatever state it is in. Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._busy.close()
+
+
+class Recordings:
+    """All answers that can be resumed, by their id."""
+
+    def __init__(self, settings: ServerSettings, gate: Gate, metrics: Metrics) -> None:
+        self.gate = gate
+        self._ttl = settings.resume_ttl
+        self.grace = settings.resume_grace
+        self._keep_alive = settings.keep_alive_interval
+        self._limit = settings.resume_bytes
+        self._tenant_limit = settings.resume_key_bytes
+        self._by_name: dict[str, Recording] = {}  # the oldest first
+        self._used = collections.Counter[bytes]()  # bytes, by tenant
+        self._total = 0
+        self._resumed = metrics.resumed
+        metrics.resumable_streams.set_function(lambda: len(self._by_name))
+        metrics.resumable_bytes.set_function(lambda: self._total)
+
+    def stream(
+        self,
+        name: str,
+        tenant: bytes,
+        events: AsyncGenerator[bytes, None],
+        held: contextlib.AsyncExitStack,
+    ) -> EventStream:
+        """The answer ``name`` of the request that has made ``events``. From when it is sent, what
+        ``held`` holds is the recording's."""
+        stream = EventStream(
+            Recording(tenant, events, self, name).follow(0, held), self._keep_alive
+        )
+        # Where to come back to, also if not even the first event arrives. Relative to the request.
+        stream.headers["Content-Location"] = f"completions/{name}/events"
+        return stream
+
+    def resume(self, name: str, tenant: bytes, after: int) -> EventStream | None:
+        """What ``tenant`` has missed of answer ``name`` behind event ``after``, and what comes;
+        None if nothing does. Raises NotFound, and what ``Recording.check`` raises."""
+        recording = self._by_name.get(name)
+        if recording is None or recording.tenant != tenant:
+            raise NotFound(
+                "There is no such stream: it was not asked to be resumable, or it is over for too "
+                "long, or nobody had read it for too long."
+            )
+        recording.check(after)
+        self._resumed.inc()
+        if recording.over and after == recording.last:
+            return None
+        return EventStream(recording.follow(after), self._keep_alive)
+
+    def grow(self, recording: Recording, size: int) -> None:
+        """``recording`` has become so much larger: others, or its own beginning, give way."""
+        recording.size += size
+        if self._by_name.get(recording.name) is not recording:
+            return  # forgotten, but read to its end
+        self._count(recording.tenant, size)
+        while self._used[recording.tenant] > self._tenant_limit:
+            self._give_way(recording.tenant)
+        while self._total > self._limit:
+            self._give_way(max(self._used, key=self._used.__getitem__))
+
+    def _give_way(self, tenant: bytes) -> None:
+        own = [one for one in self._by_name.values() if one.tenant == tenant]
+        idle = next((one for one in own if one.over and not one.is_read), None)
+        if idle is not None:
+            self.forget(idle)
+        else:
+            self._count(tenant, -max(own, key=lambda one: one.size).shorten())
+
+    def _count(self, tenant: bytes, size: int) -> None:
+        self._total += size
+        self._used[tenant] += size
+        if not self._used[tenant]:
+            del self._used[tenant]
+
+    def add(self, recording: Recording) -> None:
+        """It has begun."""
+        self._by_name[recording.name] = recording
+
+    def settle(self, recording: Recording) -> None:
+        """It is over: forget it after a while, and at once if there is nothing in it."""
+        if not recording.size:
+            self.forget(recording)
+        elif self._by_name.get(recording.name) is recording:
+            recording.start_timer(self._ttl, lambda: self.forget(recording))
+
+    def forget(self, recording: Recording) -> None:
+        """Nobody can come back to it."""
+        if self._by_name.get(recording.name) is recording:
+            del self._by_name[recording.name]
+            self._count(recording.tenant, -recording.size)
+            recording.stop_timer()
+
+    async def close(self) -> None:
+        """End all."""
+        for recording in list(self._by_name.values()):
+            await recording.close()
+            self.forget(recording)

@@ -1,0 +1,63 @@
+"""Behind a proxy that keeps answers until it has more of them."""
+
+import asyncio
+import shutil
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.api.conftest import Houses, listening
+from tests.api.test_life import HELLO, stuck, within
+from tests.servers import free_port
+
+NGINX = """
+daemon off; error_log stderr; pid {folder}/pid; worker_processes 1;
+events {{ worker_connections 64; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
+    uwsgi_temp_path {folder}; scgi_temp_path {folder};
+    server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://127.0.0.1:{behind}; }} }}
+}}
+"""
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+async def test_events_arrive_one_by_one_through_nginx(houses: Houses, tmp_path: Path) -> None:
+    house = await houses.open()
+    go_on = stuck(house.engine)
+    port = free_port()
+    async with listening(house) as behind:
+        settings = tmp_path / "nginx.conf"
+        settings.write_text(NGINX.format(folder=tmp_path, port=port, behind=behind))
+        log = tmp_path / "log"
+        with log.open("wb") as sink:
+            proxy = subprocess.Popen(["nginx", "-p", tmp_path, "-c", settings], stderr=sink)
+        try:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                async with asyncio.timeout(20):
+                    while not await answers(client):
+                        assert proxy.poll() is None, log.read_text()
+                        await asyncio.sleep(0.05)
+                asked = client.stream("POST", "/v1/chat/completions", json=HELLO | {"stream": True})
+                async with asked as answer:
+                    data = ""
+                    pieces = answer.aiter_text()
+                    while "Yes" not in data:  # while the engine waits
+                        data += await within(anext(pieces))
+                    go_on.set()
+                    async for piece in pieces:
+                        data += piece
+                assert data.endswith("data: [DONE]\n\n")
+        finally:
+            proxy.terminate()
+            await asyncio.to_thread(proxy.wait)
+
+
+async def answers(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/live")).status_code == 200
+    except httpx.TransportError:
+        return False

@@ -1,0 +1,113 @@
+"""Many streams at once through real processes, clients that leave or do not read, and streams that
+are resumed while the engine dies."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.load import all_is_free, load, stall
+from tests.servers import Server
+
+ASK = {
+    "messages": [{"role": "user", "content": "Hello!"}],
+    "max_tokens": 120,
+    "ignore_eos": True,
+    "stream": True,
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(
+        tmp_path_factory.mktemp("server") / "log.txt",
+        ["--max-unread-tokens", "200", "--send-timeout", "60"],
+    )
+    yield server
+    server.close()
+
+
+def test_no_stream_of_many_is_lost(demo_server: Server) -> None:
+    report = asyncio.run(load(demo_server, 64, 40))
+    assert (report.whole, report.broken) == (64, [])
+    all_is_free(demo_server)
+
+
+def test_clients_that_leave_at_any_moment_free_what_they_held(demo_server: Server) -> None:
+    for seed in range(2):
+        report = asyncio.run(load(demo_server, 64, 40, leave=0.6, seed=seed))
+        assert not report.broken
+        assert report.left > 20
+        assert report.whole + report.left == 64
+        all_is_free(demo_server)
+
+
+def test_clients_that_read_nothing_are_ended_long_before_their_time_is_over(
+    server: Server,
+) -> None:
+    with contextlib.ExitStack() as held:
+        clients = [
+            held.enter_context(client)
+            for client in stall(server, 12, 1200, skip_special_tokens=False)
+        ]
+        end = time.monotonic() + 40
+        while server.log.read_text().count("what it has generated is not read") < len(clients):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        server.wait_for_metric("internvl_kv_blocks_used", 0)
+        # Whoever reads after all finds what was kept, and why there is no more.
+        answer = b"".join(iter(lambda: clients[0].recv(1 << 16), b""))
+    found = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith(b"data: {")]
+    assert found[-1]["error"]["code"] == "client_too_slow"
+    lengths = [len(chunk["choices"][0]["delta"].get("content", "")) for chunk in found[:-1]]
+    assert max(lengths) > 200, lengths
+    all_is_free(server)
+
+
+def test_a_stream_is_resumed_while_its_engine_is_replaced(server: Server) -> None:
+    plain = events(httpx.post(server.url + "/v1/chat/completions", json=ASK).content)
+    kept: list[tuple[int, str]] = []
+    resumable = ASK | {"stream_options": {"resumable": True}}
+    (engine,) = server.children("engine")
+    with httpx.stream("POST", server.url + "/v1/chat/completions", json=resumable) as answer:
+        place = answer.url.join(answer.headers["content-location"])
+        kept += events(read(answer, 3000))
+    os.kill(engine, signal.SIGKILL)
+    for most in (1, 400, 5000, 1 << 30):
+        headers = {"Last-Event-ID": str(kept[-1][0])}
+        with httpx.stream("GET", place, headers=headers, timeout=60) as answer:
+            kept += events(read(answer, most))
+    assert [number for number, _ in kept] == list(range(1, len(kept) + 1))
+    assert kept[-1][1] == "[DONE]"
+    assert text(kept) == text(plain)
+    server.wait_for_metric("internvl_engine_restarts_total", 1)
+
+
+def read(answer: httpx.Response, most: int) -> bytes:
+    data = b""
+    for piece in answer.iter_raw():
+        data += piece
+        if len(data) >= most:
+            break
+    return data[:most]
+
+
+def events(data: bytes) -> list[tuple[int, str]]:
+    """Number and data of each whole one."""
+    found = []
+    for event in data.decode().split("\n\n")[:-1]:
+        fields = dict(line.split(": ", 1) for line in event.split("\n") if line[0] != ":")
+        if fields:
+            found.append((int(fields.get("id", 0)), fields["data"]))
+    return found
+
+
+def text(kept: list[tuple[int, str]]) -> str:
+    chunks = [json.loads(data) for _, data in kept if data != "[DONE]"]
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
