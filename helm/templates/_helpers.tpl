@@ -54,6 +54,23 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{/* Secrets that are mounted as folders, so that their changes arrive: name of the folder, of the Secret. */}}
+{{- define "internvl.secretFiles" -}}
+{{- with .Values.apiKeys.fileSecret }}
+keys: {{ . }}
+{{- end }}
+{{- with .Values.tls.existingSecret }}
+tls: {{ . }}
+{{- end }}
+{{- with .Values.admin.existingSecret }}
+admin: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{- define "internvl.scheme" -}}
+{{- ternary "HTTPS" "HTTP" (ne .Values.tls.existingSecret "") -}}
+{{- end -}}
+
 {{- define "internvl.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 10001

@@ -22,7 +22,8 @@ SCHEMA = HELM / "values.schema.json"
 RELEASE, NAMESPACE = "demo", "vision"
 
 # The chart sets these itself, from other values.
-OWNED = {"host", "port", "model", "device", "api_key", "drain_timeout"}
+OWNED = {"host", "port", "model", "device", "api_key", "drain_timeout", "api_keys_file"}
+OWNED |= {"tls_certificate", "tls_key", "admin_host", "admin_port", "admin_key_file"}
 
 
 class Rendered(typing.NamedTuple):

@@ -47,6 +47,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "keys": {"apiKeys": {"values": ["first", "second"]}},
     "existing": {"apiKeys": {"existingSecret": "vault", "secretKey": "tokens"}},
+    "files": {
+        "apiKeys": {"fileSecret": "named-keys"},
+        "tls": {"existingSecret": "certificate"},
+        "admin": {"existingSecret": "operators"},
+        "serviceMonitor": {"enabled": True},
+    },
     "hpa": {"autoscaling": {"enabled": True, "minReplicas": 2}},
     "everything": {
         "fullnameOverride": "internvl",
@@ -97,6 +103,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "media_workers": {"settings": {"media_workers": -1}},
     "log_level": {"settings": {"log_level": "loud"}},
     "port": {"settings": {"port": 9000}},
+    "tls_key": {"settings": {"tls_key": "/x"}},
     "volume": {"model": {"volume": {"hostPath": {"path": "/"}}}},
     "tag": {"image": {"tag": "latest"}},
     "count": {"gpu": {"count": 2}},
@@ -200,6 +207,7 @@ def test_optional_parts_appear_only_when_asked_for(renders: dict[str, Rendered])
         "gpu": set(),
         "keys": {"Secret"},
         "existing": set(),
+        "files": {"ServiceMonitor"},
         "hpa": {"HorizontalPodAutoscaler"},
         "everything": {"HorizontalPodAutoscaler", "PodDisruptionBudget", "ServiceMonitor"},
     }
@@ -247,6 +255,36 @@ def test_values_reach_the_server_unchanged(renders: dict[str, Rendered]) -> None
         if entry["name"] == "INTERNVL_API_KEY"
     )
     assert entry["valueFrom"]["secretKeyRef"] == {"name": "vault", "key": "tokens"}
+
+
+def test_files_of_secrets_stand_where_the_settings_say(renders: dict[str, Rendered]) -> None:
+    one = renders["files"]
+    server = load({}, environment(one)).server
+    volumes = {volume["name"]: volume for volume in pod(one.manifests["Deployment"])["volumes"]}
+    folders = {
+        mount["mountPath"]: volumes[mount["name"]]["secret"]["secretName"]
+        for mount in container(one.manifests["Deployment"])["volumeMounts"]
+        if "secret" in volumes[mount["name"]]
+    }
+    for file, secret in (
+        (server.api_keys_file, "named-keys"),
+        (server.tls_certificate, "certificate"),
+        (server.tls_key, "certificate"),
+        (server.admin_key_file, "operators"),
+    ):
+        assert folders[file.rsplit("/", 1)[0]] == secret
+    assert server.admin_port == VALUES["admin"]["port"]
+    assert server.admin_host == "127.0.0.1"
+    assert server.open_metrics
+    assert not load({}, environment(renders["default"])).server.open_metrics
+    endpoint = one.manifests["ServiceMonitor"]["spec"]["endpoints"][0]
+    assert endpoint["scheme"] == "https"
+    probes = container(one.manifests["Deployment"])
+    for name in ("startup", "readiness", "liveness"):
+        assert probes[f"{name}Probe"]["httpGet"]["scheme"] == "HTTPS"
+    assert "No API keys" not in one.notes
+    names = {entry["name"] for entry in container(one.manifests["Pod"])["env"]}
+    assert names == {"SERVER_HOST", "SERVER_PORT", "SERVER_TLS", "NO_KEY_KNOWN"}
 
 
 def test_each_probe_has_its_own_path_and_budget(rendered: Rendered) -> None:
