@@ -34,6 +34,7 @@ from server.routes import (
     models,
     ops,
     preview,
+    responses,
     running,
     streams,
     tokenize,
@@ -78,7 +79,18 @@ def create_app(
         },
     )
     app.state.service = service
-    for routes in (chat, completions, messages, preview, streams, tokenize, running, models, ops):
+    for routes in (
+        chat,
+        completions,
+        messages,
+        preview,
+        responses,
+        streams,
+        tokenize,
+        running,
+        models,
+        ops,
+    ):
         app.include_router(routes.router)
     # The last one added is the outermost.
     app.add_middleware(

@@ -16,6 +16,7 @@ from server.backlog import Backlog
 from server.chat.prepare import ServedModel
 from server.chat.recording import Recordings
 from server.chat.showing import Media
+from server.dialects.store import ResponseStore
 from server.grammars import GrammarChecker
 from server.handles import Handles
 from server.keys import Keys
@@ -56,6 +57,9 @@ class Service:
         self.gate = Gate(settings.server.max_concurrent_requests, self.metrics, fair=fair)
         self.backlog = Backlog(settings.server, self.metrics, fair=fair)
         self.recordings = Recordings(settings.server, self.gate, self.metrics)
+        self.responses = ResponseStore(
+            settings.server.response_store_bytes, settings.server.response_store_ttl
+        )
         self._tiles = Budget(settings.engine.request_tile_bytes)
         self.metrics.tile_bytes.set_function(lambda: self._tiles.used)
         self.name = settings.server.served_model_name or Path(settings.engine.model).name

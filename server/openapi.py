@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 
+from server.schemas import response
 from server.schemas.answer import Chunk, Completion
 from server.schemas.chat import ChatRequest
 from server.schemas.common import Aborted, AnthropicError, ErrorBody, Model, ModelList
@@ -14,6 +15,8 @@ from server.schemas.form import Form
 from server.schemas.message import AnthropicMessage, Event, TokenCount
 from server.schemas.messages import CountRequest, MessagesRequest
 from server.schemas.preview import Preview, Render
+from server.schemas.response import InputTokens, ResponseDeleted, ResponseObject
+from server.schemas.responses import ResponsesRequest
 from server.schemas.tokenize import DetokenizeRequest, Text, TokenizeChat, TokenizeText, Tokens
 
 _REF = "#/components/schemas/{}"
@@ -37,6 +40,10 @@ ROUTES: dict[str, Described] = {
         AnthropicMessage, (MessagesRequest,), Event.__args__, AnthropicError
     ),
     "POST /v1/messages/count_tokens": Described(TokenCount, (CountRequest,), error=AnthropicError),
+    "POST /v1/responses": Described(ResponseObject, (ResponsesRequest,), response.Event.__args__),
+    "POST /v1/responses/input_tokens": Described(InputTokens, (ResponsesRequest,)),
+    "GET /v1/responses/{response_id}": Described(ResponseObject),
+    "DELETE /v1/responses/{response_id}": Described(ResponseDeleted),
     "POST /v1/internvl/preview": Described(Preview, (ChatRequest,)),
     "POST /v1/chat/completions/render": Described(Render, (ChatRequest,)),
     "POST /tokenize": Described(Tokens, (TokenizeText, TokenizeChat)),

@@ -45,6 +45,7 @@ Code = Literal[
     "no_token_left",
     "not_found",
     "origin_not_allowed",
+    "previous_response_not_found",
     "profile_running",
     "queue_full_requests",
     "queue_full_tokens",

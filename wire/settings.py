@@ -152,6 +152,15 @@ class ServerSettings:
     keep_alive_interval: float = knob(
         15.0, "Seconds of silence after which a stream gets an SSE comment.", low=0.1
     )
+    response_store_bytes: int = knob(
+        128 << 20,
+        "Memory for the answers of /v1/responses and their conversations, pictures in requests "
+        "included, which can be asked for or gone on from; 0 keeps none.",
+        low=0,
+    )
+    response_store_ttl: float = knob(
+        3600.0, "Seconds that such an answer is kept for at most.", low=1
+    )
     system_prompt: str = knob(
         "auto",
         "System sentence used when the client sends none: 'auto' (the checkpoint's), 'none', "

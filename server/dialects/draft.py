@@ -59,7 +59,7 @@ class Draft:
 
     def __init__(self, request: Generation, names: Mapping[str, str]) -> None:
         """What all APIs have in common is taken from ``request`` as it is."""
-        common = request.model_fields_set & Generation.model_fields.keys()
+        common = request.model_fields_set & Generation.model_fields.keys() - request.ignored
         self.fields: dict[str, Any] = {name: getattr(request, name) for name in common}
         if request.logit_bias:  # whose keys were the text of numbers
             self.fields["logit_bias"] = {str(k): v for k, v in request.logit_bias.items()}

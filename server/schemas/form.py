@@ -66,9 +66,9 @@ def one_of(*kinds: str) -> Callable[[object], object]:
 
 
 def tag_of(value: object) -> str:
-    """What tells the forms of a union apart. In angle brackets, so that it can be told from field
-    names in an error's path."""
-    return f"<{value['type']}>" if isinstance(value, dict) else ""
+    """What tells the forms of a union apart, sent or read. In angle brackets, so that it can be
+    told from field names in an error's path."""
+    return f"<{value['type'] if isinstance(value, dict) else getattr(value, 'type', '')}>"
 
 
 def clip(value: object) -> str:

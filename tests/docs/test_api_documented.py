@@ -10,10 +10,13 @@ from typing import Any
 import jsonschema
 import msgspec
 import pytest
+from anthropic.types import message_count_tokens_params as official_counts
 from anthropic.types import message_create_params as official_messages
 from fastapi.routing import APIRoute
 from openai.types import completion_create_params as official_completions
 from openai.types.chat import completion_create_params as official_chat
+from openai.types.responses import input_token_count_params as official_inputs
+from openai.types.responses import response_create_params as official_responses
 
 from server.admin import ProfileRunning  # noqa: F401  (an error that the tree has then)
 from server.app import create_app
@@ -26,6 +29,7 @@ from server.routes import (
     models,
     ops,
     preview,
+    responses,
     running,
     streams,
     tokenize,
@@ -34,6 +38,7 @@ from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, ChatRequest
 from server.schemas.completion import MAX_TEXTS, CompletionRequest
 from server.schemas.generation import MAX_STOP_LENGTH, MAX_STOPS, Generation
 from server.schemas.messages import MessagesRequest
+from server.schemas.responses import ResponsesRequest
 from server.schemas.tokenize import MAX_CHARACTERS
 from tests.fake_engine import FakeEngine, FakeMedia
 from wire.errors import Code, ServiceError
@@ -53,13 +58,14 @@ FORMS: dict[str, type[Generation]] = {
     "chat": ChatRequest,
     "completions": CompletionRequest,
     "Anthropic's messages": MessagesRequest,
+    "Responses": ResponsesRequest,
 }
 
 
 def fields(dialect: str) -> dict[str, str]:
     form = FORMS[dialect]
-    # A dialect may refuse what others have.
-    taken = form.model_fields.keys() - form.refused.keys()
+    # A dialect may refuse or ignore what others have.
+    taken = form.model_fields.keys() - form.refused.keys() - form.ignored
     code = dict.fromkeys(taken, "supported")
     code |= dict.fromkeys(form.ignored, "ignored") | dict.fromkeys(form.refused, "refused")
     assert len(code) == len(taken) + len(form.ignored) + len(form.refused)
@@ -76,7 +82,7 @@ def test_every_field_has_exactly_the_row_that_the_code_gives_it() -> None:
     }
 
 
-@pytest.mark.parametrize("dialect", ["Anthropic's messages"])
+@pytest.mark.parametrize("dialect", ["Anthropic's messages", "Responses"])
 def test_what_another_api_has_of_its_own_has_its_row(dialect: str) -> None:
     known = dict.fromkeys(Generation.model_fields, "supported")
     known |= dict.fromkeys(Generation.ignored, "ignored")
@@ -85,10 +91,19 @@ def test_what_another_api_has_of_its_own_has_its_row(dialect: str) -> None:
     assert {name.strip("`"): kind for name, kind, *_ in rows(dialect)} == own
 
 
-def test_no_field_of_anthropics_client_is_forgotten() -> None:
-    hints = typing.get_type_hints(official_messages.MessageCreateParamsStreaming)
-    assert len(hints) > 15
-    assert set(hints) <= set(fields("Anthropic's messages"))
+@pytest.mark.parametrize(
+    ("dialect", "official"),
+    [
+        ("Anthropic's messages", official_messages.MessageCreateParamsStreaming),
+        ("Anthropic's messages", official_counts.MessageCountTokensParams),
+        ("Responses", official_responses.ResponseCreateParamsStreaming),
+        ("Responses", official_inputs.InputTokenCountParams),
+    ],
+)
+def test_no_field_of_another_apis_client_is_forgotten(dialect: str, official: Any) -> None:
+    hints = typing.get_type_hints(official)
+    assert len(hints) > 8
+    assert set(hints) <= set(fields(dialect))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +121,18 @@ def test_no_field_of_the_official_client_is_forgotten(dialect: str, official: An
 def test_every_route_is_documented_with_its_need_of_a_key() -> None:
     documented = {route.strip("`"): key.split(",")[0] for route, _, key in rows("API")}
     served: dict[str, str] = {"GET /openapi.json": "yes"}
-    for module in (chat, completions, messages, preview, streams, tokenize, running, models, ops):
+    for module in (
+        chat,
+        completions,
+        messages,
+        preview,
+        responses,
+        streams,
+        tokenize,
+        running,
+        models,
+        ops,
+    ):
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             for method in route.methods:

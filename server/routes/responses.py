@@ -1,0 +1,139 @@
+"""/v1/responses."""
+
+import functools
+import time
+import uuid
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from server.auth import Tenant
+from server.chat.showing import Room
+from server.chat.sse import EventStream, unless_gone
+from server.chat.stream import chunks
+from server.dialects.responses import (
+    as_chat,
+    begun,
+    items_of,
+    last_words,
+    response_events,
+    response_of,
+    stream_of,
+)
+from server.dialects.store import Stored
+from server.lifecycle import Service
+from server.routes.body import (
+    count_prompt,
+    prepare_chat,
+    read_body,
+    read_form,
+    runner,
+    told,
+)
+from server.schemas.response import InputTokens, ResponseDeleted, ResponseObject
+from server.schemas.responses import ResponsesRequest
+from wire.errors import InvalidRequest, NotFound
+
+router = APIRouter()
+
+
+@router.post("/v1/responses")
+async def create_response(request: Request) -> Response:
+    """Answer a conversation, whole or as a stream of server-sent events."""
+    began = time.monotonic()
+    service: Service = request.app.state.service
+    body = await read_body(request)
+    tenant: Tenant = request.state.tenant
+    room = functools.partial(service.tile_room, request.scope["held"])
+    return await unless_gone(request.receive, _answer(service, body, tenant, room, began))
+
+
+async def _answer(
+    service: Service, body: bytes, tenant: Tenant, room: Room, began: float
+) -> Response:
+    async with service.preparing():
+        run = runner(body)
+        request, unknown = await read_form(service, body, ResponsesRequest, run)
+        before = _before(service, request, tenant)
+        asked, origins = await run(as_chat, request, before)
+        with origins.named():
+            identity = f"resp_{uuid.uuid4().hex}"
+            chat = await prepare_chat(service, asked, identity, run, tenant, room)
+        items = await run(items_of, request) if request.store is not False else ()
+    response = begun(chat, request)
+
+    def keep(response: ResponseObject) -> None:
+        if response.store:
+            output = tuple(map(msgspec.json.encode, response.output))
+            entry = Stored(msgspec.json.encode(response), (*before, *items, *output))
+            response.store = service.responses.put(tenant.id, response.id, entry)
+
+    source = chunks(chat, service.engine, service.backlog, service.metrics, began)
+    events = response_events(response, source, keep)
+    if chat.stream:
+        interval = service.settings.server.keep_alive_interval
+        stream = stream_of(response, events, origins)
+        return told(EventStream(stream, interval, last_words), unknown)
+    with origins.named():
+        await response_of(events)
+    return told(_json(response), unknown)
+
+
+def _before(service: Service, request: ResponsesRequest, tenant: Tenant) -> tuple[bytes, ...]:
+    if request.previous_response_id is None:
+        return ()
+    found = service.responses.get(tenant.id, request.previous_response_id)
+    if found is None:
+        raise NotFound(
+            "previous_response_id: there is no such response (any more).",
+            param="previous_response_id",
+            code="previous_response_not_found",
+        )
+    return found.items
+
+
+@router.post("/v1/responses/input_tokens")
+async def count_input_tokens(request: Request) -> Response:
+    """The tokens that a response would have as its input, without generating any."""
+    service: Service = request.app.state.service
+    body = await read_body(request)
+    return await unless_gone(request.receive, _count(service, body, request.state.tenant))
+
+
+async def _count(service: Service, body: bytes, tenant: Tenant) -> Response:
+    run = runner(body)
+    request, unknown = await read_form(service, body, ResponsesRequest, run)
+    asked, origins = await run(as_chat, request, _before(service, request, tenant))
+    with origins.named():
+        count = InputTokens(await count_prompt(service, asked, run, tenant))
+    return told(_json(count), unknown)
+
+
+@router.get("/v1/responses/{response_id}")
+async def retrieve_response(response_id: str, request: Request) -> Response:
+    """A response that is kept."""
+    if request.query_params.get("stream") == "true":
+        raise InvalidRequest("stream: a response that is over is not streamed.", param="stream")
+    service: Service = request.app.state.service
+    found = service.responses.get(request.state.tenant.id, response_id)
+    if found is None:
+        raise _no_response()
+    return Response(found.body, media_type="application/json")
+
+
+@router.delete("/v1/responses/{response_id}")
+async def delete_response(response_id: str, request: Request) -> Response:
+    """Forget a response."""
+    service: Service = request.app.state.service
+    if not service.responses.delete(request.state.tenant.id, response_id):
+        raise _no_response()
+    return _json(ResponseDeleted(response_id))
+
+
+def _no_response() -> NotFound:
+    return NotFound("There is no such response (any more).", param="response_id")
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -1,0 +1,393 @@
+"""OpenAI's Responses API through the official client and as bytes."""
+
+import asyncio
+import contextlib
+import json
+from typing import Any
+
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from server.dialects.responses import as_chat
+from server.schemas.responses import ResponsesRequest
+from server.schemas.validate import parse_request
+from tests.api.conftest import House, Houses, listening
+from tests.fake_engine import FakeEngine, say
+from tests.small_tokenizer import encode_rendered
+from wire.errors import ClientError, EngineFailed, InvalidRequest
+from wire.messages import EngineOutput, TokenLogprobs
+
+PICTURE: Any = {"type": "input_image", "image_url": "data:image/png;base64,good"}
+LOOK: Any = {"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": False}
+CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "a \\"cup\\""}}\n</tool_call>'
+OFFICIAL: Any = TypeAdapter(ResponseStreamEvent)
+
+
+async def ask(house: House, **body: Any) -> Any:
+    return await house.http.post("/v1/responses", json={"input": "Hello!"} | body)
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """The JSON of every event; checks names and numbers."""
+    *parts, end = text.split("\n\n")
+    assert end == ""
+    found = []
+    for number, part in enumerate(parts):
+        name, data = part.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        assert event["sequence_number"] == number
+        found.append(event)
+    return found
+
+
+def without_ids(response: dict[str, Any]) -> dict[str, Any]:
+    text = json.dumps(response, sort_keys=True)
+    for item in response["output"]:
+        for name in ("id", "call_id"):
+            if name in item:
+                text = text.replace(item[name], name)
+    found: dict[str, Any] = json.loads(text.replace(response["id"], "id"))
+    return found | {"created_at": 0, "completed_at": 0}
+
+
+@pytest.mark.parametrize("text", ["A red circle.", CALL, f"I look.\n{CALL}\n{CALL}", ""])
+@pytest.mark.parametrize("finish", ["stop", "length"])
+async def test_every_event_is_one_of_the_official_ones_and_the_last_is_the_whole_answer(
+    houses: Houses, text: str, finish: str
+) -> None:
+    house = await houses.open(FakeEngine(script=say(text, finish=finish, cached=2)))
+    asked: Any = {"tools": [LOOK], "metadata": {"a": "b"}, "instructions": "Be short."}
+    found = events((await ask(house, stream=True, **asked)).text)
+    for event in found:
+        OFFICIAL.validate_python(event, strict=True)
+    kinds = [event["type"].removeprefix("response.") for event in found]
+    status = "completed" if finish == "stop" else "incomplete"
+    assert (kinds[:2], kinds[-1]) == (["created", "in_progress"], status)
+    last = found[-1]["response"]
+    expected = []
+    for index, item in enumerate(last["output"]):
+        own = [event for event in found if event.get("output_index") == index]
+        assert {event["item_id"] for event in own[1:-1]} == {item["id"]}
+        names = [event["type"].removeprefix("response.") for event in own]
+        assert own[0]["item"]["status"] == "in_progress"
+        if item["type"] == "message":
+            middle = [name for name in names if name != "output_text.delta"]
+            form = ["content_part.added", "output_text.done", "content_part.done"]
+            deltas = "".join(e["delta"] for e in own if e["type"].endswith("text.delta"))
+            assert deltas == item["content"][0]["text"] == own[-3]["text"]
+        else:
+            middle = [name for name in names if name != "function_call_arguments.delta"]
+            form = ["function_call_arguments.done"]
+            deltas = "".join(e["delta"] for e in own if e["type"].endswith("arguments.delta"))
+            assert deltas == item["arguments"] == own[-2]["arguments"]
+        assert middle == ["output_item.added", *form, "output_item.done"]
+        assert own[-1]["item"] == item
+        expected += own
+    assert found[2:-1] == expected  # one item after the other
+    whole = (await ask(house, **asked)).json()
+    Response.model_validate(whole, strict=True)
+    assert set(whole) - set(Response.model_fields) == {"store"}
+    assert without_ids(whole) == without_ids(last)
+    assert whole["status"] == status
+    assert whole["usage"]["input_tokens_details"]["cached_tokens"] == 2
+    if finish == "length":
+        assert whole["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+async def test_the_official_client_reads_it_and_gets_it_again(house: House) -> None:
+    sdk = house.sdk
+    answer = await sdk.responses.create(model="tiny", input="Hello!", instructions="Be short.")
+    assert answer.output_text == "A red circle."
+    assert house.engine.requests[0].prompt == encode_rendered(
+        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHello!<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert await sdk.responses.retrieve(answer.id) == answer
+    async with sdk.responses.stream(model="tiny", input="Hello!") as stream:
+        texts = [e.delta async for e in stream if e.type == "response.output_text.delta"]
+        final = await stream.get_final_response()
+    assert "".join(texts) == final.output_text == answer.output_text
+    await sdk.responses.delete(answer.id)
+    for gone in (sdk.responses.retrieve(answer.id), sdk.responses.delete(answer.id)):
+        with pytest.raises(openai.NotFoundError):
+            await gone
+
+
+async def test_a_conversation_goes_on_from_a_response(house: House) -> None:
+    async def post(**body: Any) -> Any:
+        return (await ask(house, tools=[LOOK], **body)).json()
+
+    house.engine.script = say(f"I look.\n{CALL}\n{CALL}")
+    first = await post(input=[{"role": "user", "content": [PICTURE]}], instructions="Be short.")
+    calls = [item["call_id"] for item in first["output"] if item["type"] == "function_call"]
+    house.engine.script = say("Yes.")
+    outputs = [
+        {"type": "function_call_output", "call_id": calls[1], "output": "two"},
+        {"type": "function_call_output", "call_id": calls[0], "output": [PICTURE]},
+    ]
+    second = await post(input=outputs, previous_response_id=first["id"])
+    third = await post(input="And?", previous_response_id=second["id"], store=False)
+    shown = "<img>" + "<IMG_CONTEXT>" * 6 + "</img>\n"
+    called = '<tool_call>\n{"name": "look", "arguments": {"at": "a \\"cup\\""}}\n</tool_call>'
+    end = encode_rendered(
+        f"<|im_start|>user\n{shown}<|im_end|>\n"
+        f"<|im_start|>assistant\nI look.\n{called}\n{called}<|im_end|>\n"
+        f"<|im_start|>user\n<tool_response>\n{shown}\n</tool_response>\n"
+        "<tool_response>\ntwo\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\nYes.<|im_end|>\n"
+        "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    prompt = house.engine.requests[-1].prompt
+    assert prompt[-len(end) :] == end
+    assert encode_rendered("Be short.")[0] not in prompt[: -len(end)]  # instructions are not kept
+    assert third["previous_response_id"] == second["id"]
+    assert not third["store"]
+    assert (await house.http.get(f"/v1/responses/{third['id']}")).status_code == 404
+    again = await ask(house, previous_response_id=third["id"])
+    assert again.status_code == 404
+    assert again.json()["error"]["param"] == "previous_response_id"
+
+
+async def test_nobody_finds_the_responses_of_another_key(houses: Houses) -> None:
+    house = await houses.open(api_key=("one", "two"))
+    mine, other = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
+    answer = await house.http.post("/v1/responses", headers=mine, json={"input": "Hello!"})
+    identity = answer.json()["id"]
+    for headers, status in ((other, 404), (mine, 200)):
+        path = f"/v1/responses/{identity}"
+        assert (await house.http.get(path, headers=headers)).status_code == status
+        goes_on = {"input": "x", "previous_response_id": identity}
+        answer = await house.http.post("/v1/responses", headers=headers, json=goes_on)
+        assert answer.status_code == status
+    assert (await house.http.delete(path, headers=other)).status_code == 404
+    assert (await house.http.delete(path, headers=mine)).status_code == 200
+
+
+async def test_a_response_that_has_no_room_says_that_it_is_not_kept(houses: Houses) -> None:
+    house = await houses.open(response_store_bytes=0)
+    answer = (await ask(house)).json()
+    assert answer["store"] is False
+    assert (await house.http.get(f"/v1/responses/{answer['id']}")).status_code == 404
+
+
+async def test_what_a_request_may_say_reaches_the_engine_and_is_told(house: House) -> None:
+    answer = await ask(
+        house,
+        temperature=0.5,
+        top_p=0.9,
+        max_output_tokens=5,
+        top_logprobs=3,
+        stop=["never"],
+        seed=3,
+        reasoning={"effort": "low"},
+        text={"format": {"type": "json_object"}, "verbosity": "low"},
+        tools=[LOOK],
+        tool_choice={"type": "allowed_tools", "mode": "auto", "tools": [
+            {"type": "function", "name": "look"}
+        ]},
+        parallel_tool_calls=False,
+    )  # fmt: skip
+    sampling = house.engine.requests[0].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.5, 0.9, 5)
+    assert (sampling.logprobs, sampling.seed) == (3, 3)
+    assert sampling.grammar is not None
+    assert sampling.grammar.kind == "json_object"
+    told = answer.json()
+    assert (told["temperature"], told["top_p"], told["max_output_tokens"]) == (0.5, 0.9, 5)
+    assert told["text"] == {"format": {"type": "json_object"}}
+    assert told["tool_choice"]["tools"] == [{"type": "function", "name": "look"}]
+    assert told["tools"] == [LOOK | {"description": None}]
+    assert told["parallel_tool_calls"] is False
+    assert "X-InternVL-Ignored-Fields" not in answer.headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_every_token_of_a_text_has_its_log_probability(house: House, stream: bool) -> None:
+    tokens = encode_rendered("A red circle.")
+    house.engine.script = lambda request: [
+        *(
+            EngineOutput(request.id, [token], logprobs=[TokenLogprobs(-0.5, ((token, -0.5),))])
+            for token in tokens
+        ),
+        EngineOutput(request.id, [], "length"),
+    ]
+    answer = await ask(house, include=["message.output_text.logprobs"], stream=stream)
+    if stream:
+        found = events(answer.text)
+        entries = [e for event in found if "delta" in event for e in event["logprobs"]]
+    else:
+        entries = answer.json()["output"][0]["content"][0]["logprobs"]
+    assert "".join(entry["token"] for entry in entries) == "A red circle."
+    assert {entry["logprob"] for entry in entries} == {-0.5}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": None}, "input"),
+        ({"input": []}, "input"),
+        ({"input": ["x"]}, "input[0]"),
+        ({"input": "x" * 5000}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]},
+         "input[0].content[0].type"),
+        ({"input": [{"role": "system", "content": [PICTURE]}]}, "input[0].content[0].type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
+         "input[0].content[0].image_url"),
+        ({"input": [{"role": "user", "content": [PICTURE | {"image_url": "http://x/bad"}]}]},
+         "input[0].content[0].image_url"),
+        ({"input": [{"role": "user", "content": [PICTURE | {"max_tiles": 999}]}]},
+         "input[0].content[0].max_tiles"),
+        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]},
+         "input[0].call_id"),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "["}]},
+         "input[0].arguments"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": 4000}, "max_output_tokens"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"background": True}, "background"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"conversation": "c"}, "conversation"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [LOOK], "tool_choice": {"type": "mcp"}}, "tool_choice.type"),
+        ({"tools": [LOOK], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tools"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "x"}}}},
+         "text.format.schema"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+    ],
+)  # fmt: skip
+async def test_what_is_wrong_is_named_as_the_client_wrote_it(
+    house: House, body: Any, param: str
+) -> None:
+    asked: Any = {"input": "Hello!"} | body
+    with pytest.raises(openai.BadRequestError) as caught:
+        await house.sdk.post("/responses", body=asked, cast_to=object)
+    assert caught.value.param == param
+    for ours in ("messages", "response_format", "max_completion_tokens", "function.p"):
+        assert ours not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (EngineFailed("The engine failed."), "server_error"),
+        (InvalidRequest("messages[0] is wrong.", param="messages[0]"), "invalid_prompt"),
+        (RuntimeError("/secret/path"), "server_error"),
+    ],
+)
+async def test_an_error_behind_the_first_byte_is_a_failed_response(
+    house: House, failure: Exception, code: str
+) -> None:
+    house.engine.script = lambda request: [encode_rendered("A red"), failure]
+    last = events((await ask(house, stream=True)).text)[-1]
+    OFFICIAL.validate_python(last, strict=True)
+    assert last["type"] == "response.failed"
+    assert last["response"]["status"] == "failed"
+    error = last["response"]["error"]
+    assert error["code"] == code
+    assert "secret" not in error["message"]
+    assert "messages" not in error["message"]
+    identity = last["response"]["id"]
+    assert (await house.http.get(f"/v1/responses/{identity}")).status_code == 404
+    answer = await ask(house)
+    assert answer.status_code == (400 if code == "invalid_prompt" else 500)
+
+
+async def test_tokens_are_counted_as_the_response_itself_would_be(house: House) -> None:
+    before = await house.sdk.responses.create(model="tiny", input="Hello!")
+    asked: Any = {"input": "And?", "tools": [LOOK], "previous_response_id": before.id}
+    count = await house.sdk.responses.input_tokens.count(model="tiny", **asked)
+    await house.sdk.responses.create(model="tiny", **asked)
+    assert count.input_tokens == len(house.engine.requests[-1].prompt)
+
+
+async def test_leaving_ends_the_work_and_keeps_nothing(house: House) -> None:
+    house.engine.script = lambda request: [encode_rendered("A red"), asyncio.Event()]
+    async with (
+        listening(house) as port,
+        openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="key") as sdk,
+    ):
+        stream = await sdk.responses.create(model="tiny", input="Hello!", stream=True)
+        async for event in stream:
+            if event.type == "response.output_text.delta":
+                break
+        await stream.close()
+        await asyncio.wait_for(house.engine.abort_seen.wait(), 10)
+    assert house.service.responses.used == 0
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["type", "text", "content", "role", "output", "name", "format", "mode"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+PART = st.fixed_dictionaries(
+    {"type": st.sampled_from(["input_text", "input_image", "output_text", "refusal", {}])},
+    optional={"text": st.text(max_size=3) | JSON, "image_url": st.just("u") | JSON, "detail": JSON},
+)
+ITEM = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(
+            ["message", "function_call", "function_call_output", "reasoning", "x", None, []]
+        ),
+        "role": st.sampled_from(["user", "assistant", "system", "developer", "tool", None, []]),
+        "content": st.text(max_size=3) | st.lists(PART, max_size=3) | JSON,
+        "call_id": st.just("c") | JSON,
+        "name": st.just("f") | JSON,
+        "arguments": st.just("{}") | JSON,
+        "output": st.text(max_size=3) | st.lists(PART, max_size=3) | JSON,
+    },
+)
+BODY = st.fixed_dictionaries(
+    {"input": st.lists(ITEM | JSON, max_size=4) | JSON},
+    optional=dict.fromkeys(sorted(ResponsesRequest.model_fields.keys() - {"input"}), JSON),
+)
+
+
+@given(BODY)
+def test_whatever_is_sent_is_a_request_or_refused(body: Any) -> None:
+    with contextlib.suppress(ClientError):
+        as_chat(parse_request(json.dumps(body).encode(), ResponsesRequest)[0], ())
+
+
+@pytest.mark.parametrize("depth", [30, 60, 120, 200, 400, 490, 5000])
+async def test_deep_values_are_answered_or_refused(house: House, depth: int) -> None:
+    deep = '{"a": [' * depth + "1" + "]}" * depth
+    tool = f'"tools": [{{"type": "function", "name": "look", "parameters": {deep}}}]'
+    schema = f'{{"type": "json_schema", "name": "a", "schema": {deep}}}'
+    for fields in (
+        f'"input": {deep}',
+        f'"input": [{{"role": "user", "content": {deep}}}]',
+        f'"input": [{{"role": "user", "content": "x", "id": {deep}}}]',
+        f'"input": "x", {tool}',
+        f'"input": "x", {tool}, "tool_choice": "required"',
+        f'"input": "x", "text": {{"format": {schema}}}',
+        f'"input": "x", "metadata": {deep}',
+    ):
+        answer = await house.http.post(
+            "/v1/responses",
+            headers={"Content-Type": "application/json"},
+            content="{" + fields + "}",
+        )
+        assert answer.status_code in (200, 400), answer.text
