@@ -24,21 +24,11 @@ from server.errors import (
     on_wrong_method,
     on_wrong_parameter,
 )
+from server.info import installed_version
 from server.lifecycle import Service
 from server.limits import Clock
 from server.openapi import describe
-from server.routes import (
-    chat,
-    completions,
-    messages,
-    models,
-    ops,
-    preview,
-    responses,
-    running,
-    streams,
-    tokenize,
-)
+from server.routes import MODULES
 from wire.errors import ServiceError
 from wire.settings import Settings
 
@@ -61,7 +51,7 @@ def create_app(
 
     app = FastAPI(
         title="InternVL Server",
-        version=ops.installed_version(),
+        version=installed_version(),
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,
@@ -79,18 +69,7 @@ def create_app(
         },
     )
     app.state.service = service
-    for routes in (
-        chat,
-        completions,
-        messages,
-        preview,
-        responses,
-        streams,
-        tokenize,
-        running,
-        models,
-        ops,
-    ):
+    for routes in MODULES:
         app.include_router(routes.router)
     # The last one added is the outermost.
     app.add_middleware(

@@ -97,7 +97,7 @@ def _key(name: str) -> int:
 
 
 def _version() -> int:
-    from server.routes.ops import installed_version
+    from server.info import installed_version
 
     print(installed_version())
     return 0

@@ -9,15 +9,16 @@ from fastapi import FastAPI
 from server.schemas import response
 from server.schemas.answer import Chunk, Completion
 from server.schemas.chat import ChatRequest
-from server.schemas.common import Aborted, AnthropicError, ErrorBody, Model, ModelList
+from server.schemas.common import Aborted, AnthropicError, ErrorBody, Model, ModelList, Version
 from server.schemas.completion import CompletionRequest, TextCompletion
 from server.schemas.form import Form
+from server.schemas.info import ServerInfo
 from server.schemas.message import AnthropicMessage, Event, TokenCount
 from server.schemas.messages import CountRequest, MessagesRequest
 from server.schemas.preview import Preview, Render
 from server.schemas.response import InputTokens, ResponseDeleted, ResponseObject
 from server.schemas.responses import ResponsesRequest
-from server.schemas.tokenize import DetokenizeRequest, Text, TokenizeChat, TokenizeText, Tokens
+from server.schemas.tokens import DetokenizeRequest, Text, TokenizeChat, TokenizeText, Tokens
 
 _REF = "#/components/schemas/{}"
 
@@ -51,6 +52,8 @@ ROUTES: dict[str, Described] = {
     "DELETE /v1/requests/{name}": Described(Aborted),
     "GET /v1/chat/completions/{name}/events": Described(None, events=(Chunk,)),
     "GET /v1/completions/{name}/events": Described(None, events=(TextCompletion,)),
+    "GET /server_info": Described(ServerInfo),
+    "GET /version": Described(Version),
     "GET /v1/models": Described(ModelList),
     "GET /v1/models/{model}": Described(Model),
 }

@@ -1,1 +1,29 @@
 """One module per group of routes; a handler only calls into the rest of the server."""
+
+from server.routes import (
+    chat,
+    completions,
+    info,
+    messages,
+    models,
+    ops,
+    preview,
+    responses,
+    running,
+    streams,
+    tokens,
+)
+
+MODULES = (
+    chat,
+    completions,
+    messages,
+    preview,
+    responses,
+    streams,
+    tokens,
+    running,
+    models,
+    info,
+    ops,
+)

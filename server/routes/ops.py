@@ -1,6 +1,5 @@
-"""Probes, metrics and the version: what operators and orchestrators ask. No key is needed."""
+"""Probes and metrics: what orchestrators ask."""
 
-import importlib.metadata
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -42,17 +41,3 @@ async def metrics(request: Request) -> Response:
     """Everything measured, for Prometheus."""
     service: Service = request.app.state.service
     return Response(service.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
-
-
-@router.get("/version")
-async def version() -> dict[str, str]:
-    """The version of this server."""
-    return {"version": installed_version()}
-
-
-def installed_version() -> str:
-    """From the installed distribution; "unknown" when run from a folder alone."""
-    try:
-        return importlib.metadata.version("internvl-server")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -133,6 +133,12 @@ class AnthropicError(msgspec.Struct, tag="error"):
     request_id: str
 
 
+class Version(msgspec.Struct):
+    """/version."""
+
+    version: str
+
+
 class Aborted(msgspec.Struct):
     """DELETE /v1/requests/{name}."""
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from server.schemas.tokenize import MAX_CHARACTERS
+from server.schemas.tokens import MAX_CHARACTERS
 from tests.api.conftest import House, Houses
 from tests.api.test_errors import error_of
 from tests.fake_engine import FakeEngine, make_ready

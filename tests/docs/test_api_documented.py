@@ -22,24 +22,13 @@ from server.admin import ProfileRunning  # noqa: F401  (an error that the tree h
 from server.app import create_app
 from server.auth import PROBES
 from server.openapi import ROUTES
-from server.routes import (
-    chat,
-    completions,
-    messages,
-    models,
-    ops,
-    preview,
-    responses,
-    running,
-    streams,
-    tokenize,
-)
+from server.routes import MODULES
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, ChatRequest
 from server.schemas.completion import MAX_TEXTS, CompletionRequest
 from server.schemas.generation import MAX_STOP_LENGTH, MAX_STOPS, Generation
 from server.schemas.messages import MessagesRequest
 from server.schemas.responses import ResponsesRequest
-from server.schemas.tokenize import MAX_CHARACTERS
+from server.schemas.tokens import MAX_CHARACTERS
 from tests.fake_engine import FakeEngine, FakeMedia
 from wire.errors import Code, ServiceError
 from wire.settings import Settings
@@ -121,18 +110,7 @@ def test_no_field_of_the_official_client_is_forgotten(dialect: str, official: An
 def test_every_route_is_documented_with_its_need_of_a_key() -> None:
     documented = {route.strip("`"): key.split(",")[0] for route, _, key in rows("API")}
     served: dict[str, str] = {"GET /openapi.json": "yes"}
-    for module in (
-        chat,
-        completions,
-        messages,
-        preview,
-        responses,
-        streams,
-        tokenize,
-        running,
-        models,
-        ops,
-    ):
+    for module in MODULES:
         for route in module.router.routes:
             assert isinstance(route, APIRoute)
             for method in route.methods:

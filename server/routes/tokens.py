@@ -13,7 +13,7 @@ from server.chat.sampling import check_ids
 from server.chat.sse import unless_gone
 from server.lifecycle import Service
 from server.routes.body import read_body, read_form, runner, told
-from server.schemas.tokenize import DetokenizeRequest, Text, TokenizeChat, TokenizeText, Tokens
+from server.schemas.tokens import DetokenizeRequest, Text, TokenizeChat, TokenizeText, Tokens
 from server.schemas.validate import decode_object, read_object
 
 router = APIRouter()
