@@ -10,7 +10,7 @@ too, so that a bucket can owe something.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -180,8 +180,31 @@ class Spending:
         self._taken: dict[str, int] = {}
         self._open = False
 
+    @classmethod
+    def of_all(cls, parts: Sequence["Spending"]) -> "Spending":
+        """That of a request which takes the tokens of several, at least one."""
+        return cls(
+            parts[0]._account,
+            sum(part._prompt for part in parts),
+            sum(part._visual for part in parts),
+            sum(part._answer for part in parts),
+            (parts[0]._prompt_field, parts[0]._field),
+        )
+
     def begin(self) -> None:
         """Take the tokens. Raises RateLimited, and InvalidRequest where they never fit."""
+        needs = self.check()
+        buckets = self._account._buckets
+        self._taken = {kind: needs[kind] for kind in buckets if kind in needs}
+        for kind, amount in self._taken.items():
+            buckets[kind].take(amount)
+        usage = self._account.usage
+        usage.prompt_tokens += self._prompt
+        usage.visual_tokens += self._visual
+        self._open = True
+
+    def check(self) -> dict[str, int]:
+        """What ``begin`` takes of each kind. Raises what it would."""
         buckets = self._account._buckets
         tokens = self._prompt + self._answer
         if self._field is None and "tokens" in buckets:
@@ -192,13 +215,7 @@ class Spending:
                 raise self._never(kind, needs[kind], bucket.limit)
         for kind, amount in needs.items():
             self._account._check(kind, amount)
-        self._taken = {kind: needs[kind] for kind in buckets if kind in needs}
-        for kind, amount in self._taken.items():
-            buckets[kind].take(amount)
-        usage = self._account.usage
-        usage.prompt_tokens += self._prompt
-        usage.visual_tokens += self._visual
-        self._open = True
+        return needs
 
     def end(self, completion: int) -> None:
         """The answer has had so many tokens, whether it is whole or not. Does nothing for a

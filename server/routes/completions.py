@@ -13,6 +13,7 @@ from server.chat.stream import chunks, events
 from server.completions.answer import fold_text, text_chunks
 from server.completions.prepare import prepare_texts
 from server.lifecycle import Service
+from server.limits import Spending
 from server.routes.body import read_body, read_form, runner, told
 from server.routes.streams import answer_stream
 from server.schemas.completion import CompletionRequest
@@ -44,6 +45,7 @@ async def _answer(
         model, grammars = service.served(), service.grammars
         async with handle.preparing():
             chats = await prepare_texts(request, identity, model, grammars, run, tenant, handle)
+    Spending.of_all([chat.spending for chat in chats]).check()
     source = text_chunks(
         request,
         identity,

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import anyio
+import httpx
 import httpx2
 import openai
 import pytest
@@ -264,3 +265,26 @@ async def test_a_client_that_leaves_pays_for_what_it_had(houses: Houses, tmp_pat
     await asyncio.gather(asked, return_exceptions=True)
     assert account.headers()["x-ratelimit-remaining-tokens"] == str(300 - length)
     assert account.running == 0
+
+
+async def test_several_texts_are_refused_together_before_one_is_begun(
+    houses: Houses, tmp_path: Path
+) -> None:
+    clock = Clock()
+    house = await open_with(houses, tmp_path, clock, alice="tokens_per_minute = 100")
+
+    async def complete(count: int, max_tokens: int) -> httpx.Response:
+        body = {"prompt": ["Hello!"] * count, "max_tokens": max_tokens}
+        return await house.http.post("/v1/completions", json=body, headers=as_("alice"))
+
+    never = await complete(4, 30)
+    assert never.status_code == 400
+    assert never.json()["error"]["code"] == "request_exceeds_rate_limit"
+    assert never.json()["error"]["param"] == "max_tokens"
+    assert (await complete(2, 30)).status_code == 200
+    asked = len(house.engine.requests)
+    later = await complete(3, 30)
+    assert later.status_code == 429
+    assert len(house.engine.requests) == asked
+    clock.now += int(later.headers["retry-after"])
+    assert (await complete(3, 30)).status_code == 200

@@ -1,5 +1,7 @@
 """The operators' port of a real server with the demo model."""
 
+import contextlib
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     file = folder / "admin.toml"
     file.write_text(f'[keys.ops]\nsha256 = "{fingerprint("admin").hex()}"\n')
     flags = ["--admin-port", str(free_port()), "--admin-key-file", str(file)]
+    flags += ["--drain-timeout", "600"]
     server = Server(folder / "log.txt", flags)
     server.admin = f"http://127.0.0.1:{flags[1]}"  # type: ignore[attr-defined]
     yield server
@@ -94,3 +97,32 @@ def test_the_log_level_and_a_profile(server: Server) -> None:
     page = act(server, "POST", "/profile?seconds=0.2").text
     assert "function calls" in page
     assert "key=ops" in server.log.read_text()
+
+
+def test_a_second_signal_ends_what_the_first_lets_finish(server: Server) -> None:
+    """The last of this file: it ends the server."""
+    begun = threading.Event()
+    lines: list[str] = []
+
+    def read() -> None:
+        body = {"messages": [{"role": "user", "content": "Hello!"}], "stream": True, "n": 8}
+        body |= {"max_tokens": 1500, "ignore_eos": True}
+        address = server.url + "/v1/chat/completions"
+        with (
+            contextlib.suppress(httpx.TransportError),
+            httpx.stream("POST", address, json=body, timeout=60) as answer,
+        ):
+            for line in answer.iter_lines():
+                lines.append(line)
+                begun.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(60)
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for_status("/ready", 503)
+    assert server.process.poll() is None
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0
+    reader.join(60)
+    assert "data: [DONE]" not in lines or "error" in "".join(lines)

@@ -1,5 +1,6 @@
 """The certificate: what cannot be used is said without a path, and changes nothing."""
 
+import contextlib
 import ssl
 from pathlib import Path
 
@@ -18,10 +19,25 @@ def write(folder: Path, *, key_of: trustme.LeafCert | None = None) -> trustme.Le
     return issued
 
 
+def shown(certificate: Certificate) -> bytes | None:
+    """What a client is shown, in a handshake without a socket."""
+    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trust.check_hostname, trust.verify_mode = False, ssl.CERT_NONE
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = trust.wrap_bio(back, there)
+    server = certificate.context.wrap_bio(there, back, server_side=True)
+    for side in (client, server, client, server):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    return client.getpeercert(binary_form=True)
+
+
 def test_a_pair_that_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     first = write(tmp_path)
     certificate = Certificate(tmp_path / "tls.crt", tmp_path / "tls.key")
     assert certificate.context.minimum_version >= ssl.TLSVersion.TLSv1_2
+    before = shown(certificate)
+    assert before
     write(tmp_path, key_of=first)
     for content in (None, "nothing", ""):
         if content is not None:
@@ -29,11 +45,13 @@ def test_a_pair_that_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path)
         with pytest.raises(SettingError, match=r"its key: [a-z]") as refused:
             certificate.load()
         assert str(tmp_path) not in str(refused.value)
+        assert shown(certificate) == before
     (tmp_path / "tls.key").unlink()
     with pytest.raises(SettingError, match="No such file"):
         certificate.load()
     write(tmp_path)
     certificate.load()
+    assert shown(certificate) not in (None, before)
 
 
 def test_an_encrypted_key_is_refused_and_asks_nobody(tmp_path: Path) -> None:
