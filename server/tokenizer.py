@@ -114,10 +114,9 @@ class Tokenizer:
         found: int | None = self._plain.token_to_id(token)
         return found
 
-    def name(self, token: int) -> str:
-        """The vocabulary's own entry for ``token``; empty for ids the tokenizer does not know."""
-        found: str | None = self._plain.id_to_token(token)
-        return found or ""
+    def names(self, tokens: Iterable[int]) -> list[str]:
+        """The vocabulary's own entries; empty for ids that the tokenizer does not know."""
+        return [self._plain.id_to_token(token) or "" for token in tokens]
 
     def token_bytes(self, token: int) -> bytes:
         """What ``token`` adds to the text; empty for ids the tokenizer does not know."""

@@ -97,6 +97,7 @@ class PreparedChat:
     max_calls: int | None
     called_reason: str
     skip_special_tokens: bool
+    token_ids: bool
     echo: str
     continues: bool
     stream: bool
@@ -148,6 +149,7 @@ async def prepare(
         max_calls=1 if named or request.parallel_tool_calls is False else None,
         called_reason="stop" if named else "tool_calls",  # as OpenAI has it
         skip_special_tokens=request.skip_special_tokens is not False,
+        token_ids=bool(request.return_token_ids),
         echo=_echo(request, conversation),
         continues=request.continues,
         stream=bool(request.stream),

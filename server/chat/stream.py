@@ -73,6 +73,7 @@ class ChoiceState:
         self._calls = 0
         self._tokenizer = chat.model.tokenizer
         self._logprobs: list[TokenLogprob] = []
+        self._token_ids: list[int] | None = [] if chat.token_ids else None
         self._eos = chat.model.ready.eos_token_ids
         self.finish_reason: str | None = None
         self.stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET
@@ -83,6 +84,7 @@ class ChoiceState:
         """What ``output`` adds to the answer. How tokens are spread over outputs makes no
         difference to the whole."""
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        before = self.completion_tokens
         deltas: list[Delta] = []
         for index, token in enumerate(output.token_ids):
             self.completion_tokens += 1
@@ -98,6 +100,8 @@ class ChoiceState:
             if output.stop_token is not None and output.stop_token not in self._eos:
                 self.stop_reason = output.stop_token
             deltas += self._end(output.finish_reason)
+        if self._token_ids is not None:
+            self._token_ids += output.token_ids[: self.completion_tokens - before]
         return deltas if len(deltas) < 2 else _joined(deltas)
 
     def _add(self, token: int) -> list[Delta]:
@@ -132,6 +136,13 @@ class ChoiceState:
             top.append(TopLogprob(text, logprob if logprob > LEAST else LEAST, data))
         text, data = shown(token)
         return TokenLogprob(text, max(found.logprob, LEAST), data, top)
+
+    def take_token_ids(self) -> list[int] | msgspec.UnsetType:
+        """Those since the last call, if they are wanted."""
+        if self._token_ids is None:
+            return msgspec.UNSET
+        taken, self._token_ids = self._token_ids, []
+        return taken
 
     def take_logprobs(self) -> Logprobs | None:
         """Those of the tokens since the last call; None if there are none."""
@@ -195,8 +206,8 @@ async def chunks(
         finish_reason: str | None = None,
         stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET,
     ) -> Chunk:
-        logprobs = states[index].take_logprobs()
-        choice = ChunkChoice(delta, index, logprobs, finish_reason, stop_reason)
+        logprobs, token_ids = states[index].take_logprobs(), states[index].take_token_ids()
+        choice = ChunkChoice(delta, index, logprobs, finish_reason, stop_reason, token_ids)
         return Chunk(chat.engine.id, created, chat.model.name, [choice])
 
     place = backlog.enter(chat.engine.tenant, chat.n, len(chat.engine.prompt), chat.spending)
@@ -214,10 +225,8 @@ async def chunks(
                 if not state.completion_tokens:
                     place.begin()
                     first = chunk(index, Delta(role="assistant", content=""))
-                    if output.prompt_logprobs is not None:
-                        # Thousands of entries: other streams go on meanwhile.
-                        found = await asyncio.to_thread(_prompt_logprobs, chat, output)
-                        first.prompt_logprobs = found
+                    if index == 0:
+                        await _tell_prompt(first, chat, output)
                     yield first
                     if chat.echo:
                         yield chunk(index, Delta(content=chat.echo))
@@ -244,6 +253,15 @@ async def chunks(
         if chat.shown:
             metrics.encode_time.observe(meter.encode_seconds)
         metrics.request_time.observe(time.monotonic() - began)
+
+
+async def _tell_prompt(first: Chunk, chat: PreparedChat, output: EngineOutput) -> None:
+    """Add what is wanted of the prompt to the chunk that stands before all others."""
+    if chat.token_ids:
+        first.prompt_token_ids = chat.engine.prompt
+    if output.prompt_logprobs is not None:
+        # Thousands of entries: other streams go on meanwhile.
+        first.prompt_logprobs = await asyncio.to_thread(_prompt_logprobs, chat, output)
 
 
 def _prompt_logprobs(
@@ -306,16 +324,20 @@ async def fold(source: AsyncGenerator[Chunk, None]) -> Completion:
     """The whole answer; ``source`` is closed."""
     answers: dict[int, _Answer] = collections.defaultdict(_Answer)
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     async with contextlib.aclosing(source):
         async for chunk in source:
             if chunk.prompt_logprobs is not msgspec.UNSET:
                 prompt_logprobs = chunk.prompt_logprobs
+            if chunk.prompt_token_ids is not msgspec.UNSET:
+                prompt_token_ids = chunk.prompt_token_ids
             for part in chunk.choices:
                 answers[part.index].add(part)
             if isinstance(chunk.usage, Usage):
                 choices = [answers[index].choice(index) for index in sorted(answers)]
                 whole = Completion(chunk.id, chunk.created, chunk.model, choices, chunk.usage)
                 whole.prompt_logprobs = prompt_logprobs
+                whole.prompt_token_ids = prompt_token_ids
                 return whole
     raise EngineFailed("The engine could not finish this request.")
 
@@ -328,6 +350,7 @@ class _Answer:
         self._calls: list[ToolCallAnswer] = []
         self._boxes: list[Box] = []
         self._logprobs: Logprobs | None = None
+        self._token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
         self._finish_reason = ""
         self._stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET
 
@@ -342,6 +365,9 @@ class _Answer:
         if part.logprobs is not None:
             self._logprobs = self._logprobs or Logprobs([])
             self._logprobs.content += part.logprobs.content
+        if part.token_ids is not msgspec.UNSET:
+            self._token_ids = self._token_ids or []
+            self._token_ids += part.token_ids
         if part.finish_reason is not None:
             self._finish_reason, self._stop_reason = part.finish_reason, part.stop_reason
 
@@ -351,4 +377,11 @@ class _Answer:
             message.tool_calls = self._calls
         if self._boxes:
             message.boxes = self._boxes
-        return Choice(message, self._finish_reason, index, self._logprobs, self._stop_reason)
+        return Choice(
+            message,
+            self._finish_reason,
+            index,
+            self._logprobs,
+            self._stop_reason,
+            self._token_ids,
+        )

@@ -69,9 +69,11 @@ def _whole(parts: Sequence[TextChoice]) -> TextChoice:
         for name in TextLogprobs.__struct_fields__:
             getattr(found, name).extend(getattr(more, name))
     first, last = parts[0], parts[-1]
-    return TextChoice(
-        text, first.index, found, last.finish_reason, last.stop_reason, first.prompt_logprobs
-    )
+    whole = msgspec.structs.replace(last, text=text, logprobs=found)
+    whole.prompt_logprobs, whole.prompt_token_ids = first.prompt_logprobs, first.prompt_token_ids
+    if first.token_ids is not msgspec.UNSET:
+        whole.token_ids = [token for part in parts for token in part.token_ids or ()]
+    return whole
 
 
 def _sum(usages: Sequence[Usage], *, silent: bool) -> Usage:
@@ -157,13 +159,14 @@ class _Prompt:
             return await self._begin(chunk, part)
         text = part.delta.content if isinstance(part.delta.content, str) else ""
         choice = TextChoice(text, self._first + part.index, finish_reason=part.finish_reason)
-        choice.stop_reason = part.stop_reason
+        choice.stop_reason, choice.token_ids = part.stop_reason, part.token_ids
         if part.logprobs is not None:
             choice.logprobs = self._logprobs(part.logprobs.content, self._offsets[part.index])
         if self._request.max_tokens == 0:  # one token was generated, because the engine must
             choice.text, choice.logprobs = "", None
             choice.finish_reason = choice.finish_reason and "length"
             choice.stop_reason = msgspec.UNSET
+            choice.token_ids = choice.token_ids and []
         shows = choice.text or choice.finish_reason or choice.logprobs
         return choice if shows else None
 
@@ -174,10 +177,12 @@ class _Prompt:
             self._echo = await asyncio.to_thread(self._repeat, chunk.prompt_logprobs or [None])
         self._offsets[part.index] = _Offsets(len(self._echo.text))
         choice = msgspec.structs.replace(self._echo, index=self._first + part.index)
+        if self._chat.token_ids:
+            choice.token_ids, choice.prompt_token_ids = [], self._chat.engine.prompt
         if part.index == 0 and self._request.prompt_logprobs is not None:
             choice.prompt_logprobs = chunk.prompt_logprobs or [None]
             return choice
-        return choice if self._request.echo else None
+        return choice if self._request.echo or self._chat.token_ids else None
 
     def _repeat(self, entries: Sequence[Mapping[str, PromptLogprob] | None]) -> TextChoice:
         """The prompt as the beginning of an answer."""

@@ -89,6 +89,7 @@ def _chat(
         max_calls=None,
         called_reason="stop",
         skip_special_tokens=request.skip_special_tokens is not False,
+        token_ids=bool(request.return_token_ids),
         echo="",
         continues=True,
         stream=bool(request.stream),

@@ -55,7 +55,7 @@ async def _tokens(service: Service, body: bytes, tenant: Tenant) -> Response:
         ids, named = await run(_of_text, model, text), text.return_token_strs
     found = Tokens(len(ids), model.ready.max_model_len, ids)
     if named:
-        found.token_strs = list(map(model.tokenizer.name, ids))
+        found.token_strs = await run(model.tokenizer.names, ids)
     return told(_json(found), unknown)
 
 

@@ -45,13 +45,15 @@ class Delta(msgspec.Struct, omit_defaults=True, gc=False):
 
 class ChunkChoice(msgspec.Struct, gc=False):
     """The one choice that a chunk is about. ``stop_reason`` is the client's own stop string or
-    token that ended it, as vLLM has it."""
+    token that ended it, ``token_ids`` what was generated since the last chunk of this choice, both
+    as vLLM has them."""
 
     delta: Delta
     index: int = 0
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Chunk(msgspec.Struct, gc=False):
@@ -64,6 +66,7 @@ class Chunk(msgspec.Struct, gc=False):
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     object: str = "chat.completion.chunk"
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class FunctionAnswer(msgspec.Struct):
@@ -99,6 +102,7 @@ class Choice(msgspec.Struct):
     index: int = 0
     logprobs: Logprobs | None = None
     stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct):
@@ -111,3 +115,4 @@ class Completion(msgspec.Struct):
     usage: Usage
     object: str = "chat.completion"
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET

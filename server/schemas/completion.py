@@ -109,14 +109,17 @@ class TextLogprobs(msgspec.Struct):
 
 class TextChoice(msgspec.Struct):
     """One answer, or more of it. ``stop_reason`` is the client's own stop string or token that
-    ended it, as vLLM has it."""
+    ended it, ``token_ids`` what was generated since the last event of this choice, both as vLLM has
+    them."""
 
     text: str
     index: int
     logprobs: TextLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class TextCompletion(msgspec.Struct):

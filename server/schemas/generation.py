@@ -29,7 +29,7 @@ class StreamOptions(Form):
     """``include_usage`` adds a last chunk with the token counts. A ``resumable`` stream has
     numbered events, and outlives its connection."""
 
-    ignored = frozenset({"include_obfuscation"})
+    ignored = frozenset({"continuous_usage_stats", "include_obfuscation"})
 
     include_usage: bool | None = None
     resumable: bool | None = None
@@ -154,7 +154,6 @@ class Generation(Form):
         "logits_processors": ([],),
         "logprob_token_ids": ([],),
         "repetition_detection": (),
-        "return_token_ids": (False,),
         "return_tokens_as_token_ids": (False,),
         "truncate_prompt_tokens": (),
         "use_beam_search": (False,),
@@ -209,6 +208,7 @@ class Generation(Form):
     guided_regex: str | None = None
     guided_choice: ChoiceTexts | None = None
     guided_grammar: str | None = None
+    return_token_ids: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)

@@ -247,6 +247,7 @@ class CountRequest(Generation):
         "echo": (False,),
         "n": (1,),
         "prompt_logprobs": (),
+        "return_token_ids": (False,),
         "response_format": (),
         "stop": ([],),
         "stream_options": (),

@@ -307,6 +307,7 @@ class ResponsesRequest(Generation):
         "max_tokens": (),
         "n": (1,),
         "prompt_logprobs": (),
+        "return_token_ids": (False,),
         "response_format": (),
     }
 

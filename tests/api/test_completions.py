@@ -271,6 +271,7 @@ async def test_no_tokens_are_generated_where_none_are_wanted(house: House) -> No
         {"logprobs": 1, "n": 2},
         {"logprobs": 0, "n": 3, "echo": True},
         {"echo": True, "logprobs": 2, "stop": ["cir"]},
+        {"return_token_ids": True, "n": 2, "stop": ["cir"]},
         {"prompt_logprobs": 1, "include_stop_str_in_output": True, "stop": "red"},
     ],
 )
@@ -286,11 +287,36 @@ async def test_a_stream_is_the_whole_answer_in_pieces(house: House, options: Any
         mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
         assert "".join(c["text"] for c in mine) == choice["text"]
         assert [c["finish_reason"] for c in mine if c["finish_reason"]] == [choice["finish_reason"]]
+        for name in ("token_ids", "prompt_token_ids"):
+            ids = [c[name] for c in mine if name in c]
+            assert list(itertools.chain(*ids)) == choice.get(name, [])
+            assert bool(ids) == ("return_token_ids" in options)
         for name in choice["logprobs"] or ():
             pieces = [c["logprobs"][name] for c in mine if c["logprobs"]]
             assert list(itertools.chain(*pieces)) == choice["logprobs"][name]
         prompts = [c["prompt_logprobs"] for c in mine if "prompt_logprobs" in c]
         assert prompts == [choice[name] for name in ("prompt_logprobs",) if name in choice]
+
+
+async def test_all_ids_are_told_those_of_the_end_too(house: House) -> None:
+    house.engine.script = scored("A red", " circle")
+    options = {"prompt": ["What", "is"], "return_token_ids": True}
+    said = [*encode_rendered("A red"), *encode_rendered(" circle")]
+    for choice, prompt in zip(
+        (await complete(house, **options)).json()["choices"], options["prompt"], strict=True
+    ):
+        assert choice["prompt_token_ids"] == encode_rendered(prompt)
+        assert choice["token_ids"] == [*said, EOS]
+    (choice,) = (await complete(house, return_token_ids=True, max_tokens=0)).json()["choices"]
+    assert choice["token_ids"] == []
+    whole = (await house.ask(return_token_ids=True)).json()
+    assert whole["prompt_token_ids"] == house.engine.requests[-1].prompt
+    assert whole["choices"][0]["token_ids"] == [*said, EOS]
+    chunks = events((await house.ask(return_token_ids=True, stream=True)).text)
+    assert chunks[0]["prompt_token_ids"] == whole["prompt_token_ids"]
+    told = [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]]
+    assert told == [*said, EOS]
+    assert sum("prompt_token_ids" in chunk for chunk in chunks) == 1
 
 
 async def test_equal_prompts_draw_on_their_own_unless_they_have_a_seed(house: House) -> None:
