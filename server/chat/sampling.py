@@ -111,13 +111,13 @@ def fit_sampling(
             f"of which at least one must be left for the answer: {1 - room} too many.",
             param=request.prompt_field,
         )
-    if asked is not None and asked > room:
+    if asked is not None and asked > room and not request.shortens:
         raise ContextTooLong(
             f"The prompt has {length} tokens{shown} and {name} is {asked}; together they must not "
             f"be more than this model's context of {context} tokens: {name} can be {room} here.",
             param=name,
         )
-    most = min(room, request.usual_length or room) if asked is None else max(asked, 1)
+    most = min(room, request.usual_length or room) if asked is None else max(min(asked, room), 1)
     least = either(request.min_tokens, 0)
     if least > most:
         raise InvalidRequest(f"min_tokens must be at most {most} here.", param="min_tokens")

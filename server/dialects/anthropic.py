@@ -12,7 +12,7 @@ from pydantic_core import from_json
 from server.chat.prepare import PreparedChat
 from server.dialects.draft import Draft, Origins
 from server.errors import anthropic_envelope
-from server.schemas.answer import Chunk, Delta
+from server.schemas.answer import Chunk, ChunkChoice, Delta
 from server.schemas.chat import ChatRequest
 from server.schemas.common import Usage
 from server.schemas.message import (
@@ -54,6 +54,11 @@ _NAMES = {
 }
 
 
+class _Chat(ChatRequest):
+    # max_tokens must be there: a limit rather than a wish.
+    shortens = True
+
+
 def as_chat(request: CountRequest) -> tuple[ChatRequest, Origins]:
     """The chat request that a request asks, and where its fields come from. Raises
     InvalidRequest."""
@@ -79,7 +84,7 @@ def as_chat(request: CountRequest) -> tuple[ChatRequest, Origins]:
     draft.fields["stop"] = request.stop_sequences
     draft.fields["visual_budget"] = request.visual_budget
     draft.fields["preprocess"] = request.preprocess
-    return draft.finish(), draft.origins
+    return draft.finish(_Chat), draft.origins
 
 
 def _user(draft: Draft, message: UserMessage, where: str) -> None:
@@ -203,7 +208,7 @@ async def message_events(
                 for event in blocks.add(choice.delta):
                     yield event
                 if choice.finish_reason is not None:
-                    stop = _stop(choice.finish_reason, choice.stop_reason, called=blocks.called)
+                    stop = _stop(chat, choice, called=blocks.called)
             if isinstance(chunk.usage, Usage):
                 for event in blocks.close():
                     yield event
@@ -211,11 +216,13 @@ async def message_events(
                 yield MessageStop()
 
 
-def _stop(finish: str, found: str | int | msgspec.UnsetType, *, called: bool) -> StopDelta:
-    if isinstance(found, str):
-        return StopDelta("stop_sequence", found)
-    if finish == "length":
-        return StopDelta("max_tokens", None)
+def _stop(chat: PreparedChat, choice: ChunkChoice, *, called: bool) -> StopDelta:
+    if isinstance(choice.stop_reason, str):
+        return StopDelta("stop_sequence", choice.stop_reason)
+    if choice.finish_reason == "length":
+        longest = len(chat.engine.prompt) + chat.engine.sampling.max_tokens
+        is_full = longest >= chat.model.ready.max_model_len
+        return StopDelta("model_context_window_exceeded" if is_full else "max_tokens", None)
     return StopDelta("tool_use" if called else "end_turn", None)
 
 

@@ -113,10 +113,10 @@ class Draft:
             )
         return self._calls[identity]
 
-    def finish(self) -> ChatRequest:
+    def finish(self, form: type[ChatRequest] = ChatRequest) -> ChatRequest:
         """The request. Raises InvalidRequest."""
         with self.origins.named():
-            return validated(ChatRequest, {**self.fields, "messages": self._messages})
+            return validated(form, {**self.fields, "messages": self._messages})
 
     def _part(self, part: dict[str, Any], where: str) -> str:
         content = self._messages[-1]["content"]

@@ -175,6 +175,9 @@ class Generation(Form):
     prompt_field: ClassVar[str]
     """The field that a prompt which is too long is blamed on."""
 
+    shortens: ClassVar[bool] = False
+    """Whether a length that does not fit becomes what fits, or is refused."""
+
     usual_length: ClassVar[int | None] = None
     """Tokens of an answer whose length was not asked for; None means all that fit."""
 

@@ -1,24 +1,19 @@
 """OpenAI's Responses API through the official client and as bytes."""
 
 import asyncio
-import contextlib
 import json
 from typing import Any
 
 import openai
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from server.dialects.responses import as_chat
-from server.schemas.responses import ResponsesRequest
-from server.schemas.validate import parse_request
 from tests.api.conftest import House, Houses, listening
 from tests.fake_engine import FakeEngine, say
+from tests.mutants import mutants
 from tests.small_tokenizer import encode_rendered
-from wire.errors import ClientError, EngineFailed, InvalidRequest
+from wire.errors import EngineFailed, InvalidRequest
 from wire.messages import EngineOutput, TokenLogprobs
 
 PICTURE: Any = {"type": "input_image", "image_url": "data:image/png;base64,good"}
@@ -208,7 +203,7 @@ async def test_what_a_request_may_say_reaches_the_engine_and_is_told(house: Hous
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_every_token_of_a_text_has_its_log_probability(house: House, stream: bool) -> None:
-    tokens = encode_rendered("A red circle.")
+    tokens = encode_rendered("A red circle.<ref>")  # the last one has no text
     house.engine.script = lambda request: [
         *(
             EngineOutput(request.id, [token], logprobs=[TokenLogprobs(-0.5, ((token, -0.5),))])
@@ -219,10 +214,13 @@ async def test_every_token_of_a_text_has_its_log_probability(house: House, strea
     answer = await ask(house, include=["message.output_text.logprobs"], stream=stream)
     if stream:
         found = events(answer.text)
-        entries = [e for event in found if "delta" in event for e in event["logprobs"]]
+        entries = found[-1]["response"]["output"][0]["content"][0]["logprobs"]
+        assert found[-4]["logprobs"] == entries  # of output_text.done
+        deltas = [e for event in found if "delta" in event for e in event["logprobs"]]
+        assert deltas == entries[:-1]
     else:
         entries = answer.json()["output"][0]["content"][0]["logprobs"]
-    assert "".join(entry["token"] for entry in entries) == "A red circle."
+    assert "".join(entry["token"] for entry in entries) == "A red circle.<ref>"
     assert {entry["logprob"] for entry in entries} == {-0.5}
 
 
@@ -327,48 +325,57 @@ async def test_leaving_ends_the_work_and_keeps_nothing(house: House) -> None:
     assert house.service.responses.used == 0
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                ["type", "text", "content", "role", "output", "name", "format", "mode"]
-            ),
-            inner,
-            max_size=4,
-        )
-    ),
-    max_leaves=8,
-)
-PART = st.fixed_dictionaries(
-    {"type": st.sampled_from(["input_text", "input_image", "output_text", "refusal", {}])},
-    optional={"text": st.text(max_size=3) | JSON, "image_url": st.just("u") | JSON, "detail": JSON},
-)
-ITEM = st.fixed_dictionaries(
-    {},
-    optional={
-        "type": st.sampled_from(
-            ["message", "function_call", "function_call_output", "reasoning", "x", None, []]
-        ),
-        "role": st.sampled_from(["user", "assistant", "system", "developer", "tool", None, []]),
-        "content": st.text(max_size=3) | st.lists(PART, max_size=3) | JSON,
-        "call_id": st.just("c") | JSON,
-        "name": st.just("f") | JSON,
-        "arguments": st.just("{}") | JSON,
-        "output": st.text(max_size=3) | st.lists(PART, max_size=3) | JSON,
+RIGHT: Any = {
+    "model": "tiny",
+    "instructions": "Be short.",
+    "input": [
+        {"role": "user", "content": [PICTURE, {"type": "input_text", "text": "Look."}]},
+        {"type": "reasoning", "id": "r", "summary": []},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "I do.", "annotations": []}],
+        },
+        {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": [PICTURE]},
+        {"role": "developer", "content": "Now."},
+    ],
+    "tools": [LOOK],
+    "tool_choice": {
+        "type": "allowed_tools",
+        "mode": "auto",
+        "tools": [{"type": "function", "name": "look"}],
     },
-)
-BODY = st.fixed_dictionaries(
-    {"input": st.lists(ITEM | JSON, max_size=4) | JSON},
-    optional=dict.fromkeys(sorted(ResponsesRequest.model_fields.keys() - {"input"}), JSON),
-)
+    "parallel_tool_calls": False,
+    "text": {"format": {"type": "text"}, "verbosity": "low"},
+    "max_output_tokens": 5,
+    "top_logprobs": None,
+    "include": ["message.output_text.logprobs"],
+    "metadata": {"a": "b"},
+    "reasoning": {"effort": "low"},
+    "stream_options": {"include_obfuscation": False},
+    "truncation": "disabled",
+    "background": False,
+    "store": False,
+    "previous_response_id": None,
+    "visual_budget": {"max_tiles": 4},
+}
 
 
-@given(BODY)
-def test_whatever_is_sent_is_a_request_or_refused(body: Any) -> None:
-    with contextlib.suppress(ClientError):
-        as_chat(parse_request(json.dumps(body).encode(), ResponsesRequest)[0], ())
+async def test_whatever_is_wrong_is_answered_or_refused(house: House) -> None:
+    assert (await ask(house, **RIGHT)).status_code == 200
+    seen = set()
+    for body in mutants(RIGHT):
+        for path in ("/v1/responses", "/v1/responses/input_tokens"):
+            answer = await house.http.post(path, json=body)
+            seen.add(answer.status_code)
+            assert answer.status_code in (200, 400, 404), (body, answer.text)
+            if answer.status_code == 400:
+                error = answer.json()["error"]
+                assert not str(error["param"]).startswith("messages"), (body, error)
+                for ours in ("messages", "image_url.", "Item", "response_format", "function.p"):
+                    assert ours not in error["message"], (body, error)
+    assert seen == {200, 400, 404}
 
 
 @pytest.mark.parametrize("depth", [30, 60, 120, 200, 400, 490, 5000])

@@ -31,8 +31,8 @@ def sdk(demo_server: Server) -> Iterator[Anthropic]:
         yield client
 
 
-def picture(colour: str, shape: str) -> Any:
-    data = base64.b64encode(encode(draw(colour, shape))).decode()
+def picture(colour: str, shape: str, size: tuple[int, int] = (112, 112)) -> Any:
+    data = base64.b64encode(encode(draw(colour, shape, size))).decode()
     return {
         "type": "image",
         "source": {"type": "base64", "media_type": "image/png", "data": data},
@@ -48,7 +48,7 @@ WHAT: Any = {"type": "text", "text": "What is in this picture?"}
 
 
 def test_it_sees_streams_the_same_and_counts_what_it_reads(sdk: Anthropic) -> None:
-    asked = asking(picture("green", "square"), WHAT)
+    asked = asking(picture("green", "square", (119, 117)), WHAT)  # nobody else's, so not cached
     counted = sdk.messages.count_tokens(model=DEMO, messages=asked["messages"])
     whole = sdk.messages.create(**asked)
     with sdk.messages.stream(**asked) as stream:
@@ -138,7 +138,7 @@ def test_errors_are_the_clients_own_classes(sdk: Anthropic, demo_server: Server)
     with pytest.raises(anthropic.NotFoundError):
         sdk.messages.create(**asking(WHAT) | {"model": "claude"})
     with pytest.raises(anthropic.BadRequestError) as caught:
-        sdk.messages.create(**asking(WHAT) | {"max_tokens": 5000})
+        sdk.messages.create(**asking({"type": "text", "text": "word " * 5000}))
     assert caught.value.error_code == "context_length_exceeded"
     assert caught.value.request_id
     bad: Any = {"type": "image", "source": {"type": "url", "url": demo_server.url + "/live"}}

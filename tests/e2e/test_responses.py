@@ -36,8 +36,8 @@ def turn(*content: Any) -> Any:
     return {"role": "user", "content": list(content)}
 
 
-def picture(colour: str, shape: str) -> Any:
-    url = data_uri(encode(draw(colour, shape)))
+def picture(colour: str, shape: str, size: tuple[int, int] = (112, 112)) -> Any:
+    url = data_uri(encode(draw(colour, shape, size)))
     return {"type": "input_image", "detail": "auto", "image_url": url}
 
 
@@ -50,7 +50,8 @@ def asking(*items: Any, **options: Any) -> Any:
 
 
 def test_it_sees_streams_the_same_and_counts_what_it_reads(sdk: OpenAI) -> None:
-    asked = asking(turn(picture("green", "square"), text("What is in this picture?")))
+    unique = picture("green", "square", (121, 117))  # nobody else's, so not cached
+    asked = asking(turn(unique, text("What is in this picture?")))
     counted = sdk.responses.input_tokens.count(model=DEMO, input=asked["input"])
     whole = sdk.responses.create(**asked)
     with sdk.responses.stream(**asked) as stream:
