@@ -57,6 +57,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "usage": {"stream_options": {"include_usage": True}},
     "stops": {"stop": ["\n\n###", "Observation:", "</answer>", "circle circle"]},
     "logprobs": {"logprobs": True, "top_logprobs": 5},
+    "resumable": {"stream_options": {"resumable": True}},
     "whole": {"stream": False},
 }
 
@@ -109,13 +110,15 @@ def replay(sock: socket.socket, streams: int, offered: float, sent: Path) -> Non
 class Server:
     """``internvl serve`` in a child process, with the engine that replays."""
 
-    def __init__(self, streams: int, offered: float, folder: Path) -> None:
+    def __init__(
+        self, streams: int, offered: float, folder: Path, flags: Sequence[str] = ()
+    ) -> None:
         self.sent = folder / "sent.json"
         words = [sys.executable, "-m", "benchmarks.frontend", "--streams", str(streams)]
         words += ["--offered", str(offered), "--sent", str(self.sent)]
         log = folder / "log"
         with log.open("wb") as sink:
-            self._process = subprocess.Popen([*words, "--serve"], stderr=sink)
+            self._process = subprocess.Popen([*words, "--serve", "--", *flags], stderr=sink)
         self.pid = self._process.pid
         while "API at" not in log.read_text():
             assert self._process.poll() is None, log.read_text()
@@ -141,7 +144,7 @@ def serve(arguments: argparse.Namespace) -> int:
         engine.client.ProcessEngine, command=words
     )
     limits = ["--max-concurrent-requests", "4096", "--max-num-queued-reqs", "4096"]
-    return internvl(["serve", "--port", "0", "--media-workers", "1", *limits])
+    return internvl(["serve", "--port", "0", "--media-workers", "1", *limits, *arguments.flags])
 
 
 class Reader:
@@ -241,6 +244,7 @@ def main() -> int:
     parser.add_argument("--offered", type=float, nargs="+", default=[20000.0])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--engine", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--sent", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

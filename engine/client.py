@@ -118,7 +118,7 @@ class BaseEngine(abc.ABC):
         self.stats = EngineStats()
         self.restarts = 0
         self.faults = dict.fromkeys(FAULTS, 0)
-        self._streams = Streams(self._send, max_unread=max_unread)
+        self._streams = Streams(self._send, check=self._check, max_unread=max_unread)
         self._settled = asyncio.Event()  # the state is not "starting"
         self._task: asyncio.Task[None] | None = None
 
@@ -140,19 +140,19 @@ class BaseEngine(abc.ABC):
             raise Unavailable("the engine could not be started")
         return self.ready
 
-    async def submit(
+    def submit(
         self, request: EngineRequest, buffers: Sequence[Buffer] = ()
     ) -> AsyncGenerator[EngineOutput, None]:
         """Send a request and iterate over its outputs; see EngineClient.
 
-        Raises Unavailable if no engine has been ready yet, or none will be again. While one
-        starts again the request waits for it.
+        The iterator raises Unavailable if no engine has been ready yet, or none will be again.
+        While one starts again the request waits for it.
         """
+        return self._streams.read(request, buffers)
+
+    def _check(self) -> None:
         if self.ready is None or self.state not in ("ready", "starting"):
             raise Unavailable("the engine is not ready", retry_after=5)
-        async with contextlib.aclosing(self._streams.read(request, buffers)) as outputs:
-            async for output in outputs:
-                yield output
 
     def abort_all(self, make_error: Callable[[], ServiceError]) -> int:
         """End every open request, each with an error of its own; how many there were."""

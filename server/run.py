@@ -3,12 +3,14 @@ before the model is loaded, so that probes are answered from the first second.""
 
 import asyncio
 import collections
+import contextlib
 import functools
 import importlib.util
 import ipaddress
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -44,6 +46,7 @@ HEAD_LIMIT = 64 << 10
 # Bytes of an answer that wait in this process for their client, and in the kernel before they are
 # sent at all. What is not written yet can still be joined into fewer and larger pieces.
 UNSENT = 16 << 10
+CONNECTIONS = 1 << 16
 # After the drain's own deadline; what still runs then is cancelled.
 SHUTDOWN_TIMEOUT = 2
 
@@ -52,6 +55,7 @@ def serve(app: FastAPI, settings: Settings) -> int:
     """Serve until a signal or a failure; the exit status. Raises SettingError."""
     certificate = Certificate.of(settings.server)
     return_what_is_freed(LARGE, arenas=1)
+    _allow_connections()
     config = _config(app, settings.server, certificate)
     operators = None
     if settings.server.admin_port:
@@ -87,6 +91,15 @@ def _config(
         config.load()
         config.ssl = certificate.context
     return config
+
+
+def _allow_connections() -> None:
+    """Each needs a file descriptor, and 1,024 are a usual limit that every process may lift."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, CONNECTIONS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # a sandbox may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class BoundedHttp(HttpToolsProtocol):

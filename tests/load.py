@@ -63,13 +63,15 @@ async def load(
         asked = request(number, tokens)
         end = b""
         with contextlib.suppress(ConnectionError):
-            writer.write(asked if moment is None or moment > -400 else asked[: moment + 400])
-            while data := await reader.read(1 << 16 if moment is None else max(1, moment)):
+            writer.write(asked if moment is None or moment > -300 else asked[:moment])
+            await writer.drain()
+            while moment is None or moment > 0:
+                data = await reader.read(1 << 16 if moment is None else moment)
+                if not data:
+                    break
                 end = (end + data)[-2000:]
                 if moment is not None:
                     moment -= len(data)
-                    if moment <= 0:
-                        break
             if moment is not None:
                 report.left += 1
             elif b'"completion_tokens":%d' % tokens in end and end.endswith(

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -31,6 +32,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     )
     yield server
     server.close()
+
+
+def test_the_server_may_have_more_connections_than_a_shell_allows(server: Server) -> None:
+    soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+    assert soft == hard or soft >= 1 << 16
 
 
 def test_no_stream_of_many_is_lost(demo_server: Server) -> None:
