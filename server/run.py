@@ -54,12 +54,12 @@ SHUTDOWN_TIMEOUT = 2
 def serve(app: FastAPI, settings: Settings) -> int:
     """Serve until a signal or a failure; the exit status. Raises SettingError."""
     certificate = Certificate.of(settings.server)
-    return_what_is_freed(LARGE, arenas=1)
-    _allow_connections()
     config = _config(app, settings.server, certificate)
     operators = None
     if settings.server.admin_port:
         operators = _Operators(app.state.service, settings.server, certificate)
+    return_what_is_freed(LARGE, arenas=1)
+    _allow_connections()
     if settings.server.log_level != "debug":
         # What it says about a start that goes well, ``announce`` says for this server.
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

@@ -3,6 +3,7 @@ changes."""
 
 import logging
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from wire.settings import SettingError
 
 KEY = "sk-very-secret-key-of-alice"
 HASH = fingerprint(KEY).hex()
+
+
+@pytest.fixture(autouse=True)
+def own_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is told to start would take the tests' log over."""
+    monkeypatch.setattr("wire.logs.setup", lambda *_: None)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -181,3 +188,16 @@ def test_a_server_does_not_start_with_a_file_it_cannot_use(
 
 def test_a_fresh_key_is_never_the_same() -> None:
     assert len({new_key("a")[0] for _ in range(100)}) == 100
+
+
+def test_the_operators_port_needs_a_file_of_keys_and_a_free_port(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", "--admin-port", "9"]) == cli.EXIT_USAGE
+    assert "admin_port needs admin_key_file" in capsys.readouterr().err
+    file = write(tmp_path, entry("ops", KEY))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        flags = ["--admin-port", port, "--admin-key-file", str(file)]
+        assert cli.main(["serve", *flags]) == cli.EXIT_USAGE
+    assert "admin_port: Address already in use" in capsys.readouterr().err

@@ -1,7 +1,11 @@
 """The certificate: what cannot be used is said without a path, and changes nothing."""
 
 import contextlib
+import os
+import pty
 import ssl
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,12 @@ import trustme
 from server import cli
 from server.tls import Certificate
 from wire.settings import ServerSettings, SettingError
+
+
+@pytest.fixture(autouse=True)
+def own_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is told to start would take the tests' log over."""
+    monkeypatch.setattr("wire.logs.setup", lambda *_: None)
 
 
 def write(folder: Path, *, key_of: trustme.LeafCert | None = None) -> trustme.LeafCert:
@@ -69,6 +79,28 @@ def test_an_encrypted_key_is_refused_and_asks_nobody(tmp_path: Path) -> None:
     (tmp_path / "tls.key").write_bytes(locked)
     with pytest.raises(SettingError):
         Certificate(tmp_path / "tls.crt", tmp_path / "tls.key")
+    # With a terminal to ask on, nobody at it.
+    master, slave = pty.openpty()
+    code = (
+        "import os, sys; from pathlib import Path; from server.tls import Certificate\n"
+        "os.open(os.ttyname(0), os.O_RDWR)\n"  # becomes the session's terminal
+        "Certificate(Path(sys.argv[1], 'tls.crt'), Path(sys.argv[1], 'tls.key'))"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            cwd=Path(__file__).parents[2],
+            stdin=slave,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            start_new_session=True,
+            check=False,
+        )
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert "SettingError" in done.stderr
 
 
 def test_one_file_may_hold_both_and_a_key_alone_is_none(tmp_path: Path) -> None:
