@@ -74,9 +74,10 @@ def anthropic_envelope(error: ServiceError) -> bytes:
 
 
 def _is_anthropic(scope: Scope) -> bool:
-    """Whether a request is for a route of Anthropic's API."""
+    """Whether a request is for a route of Anthropic's API, or from a client of it."""
     path: str = scope["path"]
-    return path == "/v1/messages" or path.startswith("/v1/messages/")
+    is_route = path == "/v1/messages" or path.startswith("/v1/messages/")
+    return is_route or "anthropic-version" in Headers(scope=scope)
 
 
 class ErrorResponse(Response):

@@ -1,5 +1,7 @@
 """/v1/models."""
 
+import datetime
+
 import msgspec
 from fastapi import APIRouter, Request, Response
 
@@ -15,7 +17,8 @@ router = APIRouter()
 async def list_models(request: Request) -> Response:
     """The one model that is served."""
     service: Service = request.app.state.service
-    return _json(ModelList([_describe(service.served())]))
+    model = _describe(service.served())
+    return _json(ModelList([model], model.id, model.id))
 
 
 @router.get("/v1/models/{model:path}")
@@ -33,7 +36,9 @@ async def retrieve_model(model: str, request: Request) -> Response:
 
 
 def _describe(model: ServedModel) -> Model:
-    return Model(model.name, model.created, model.ready.max_model_len)
+    created = datetime.datetime.fromtimestamp(model.created, datetime.UTC)
+    length = model.ready.max_model_len
+    return Model(model.name, model.created, length, model.name, created.isoformat(), length)
 
 
 def _json(value: object) -> Response:

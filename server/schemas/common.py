@@ -148,17 +148,25 @@ class Aborted(msgspec.Struct):
 
 
 class Model(msgspec.Struct):
-    """An entry of /v1/models."""
+    """An entry of /v1/models: OpenAI's clients and Anthropic's each read their own fields."""
 
     id: str
     created: int
     max_model_len: int
+    display_name: str
+    created_at: str
+    max_input_tokens: int
     object: str = "model"
     owned_by: str = "internvl-server"
+    type: str = "model"
+    lifecycle: str = "active"
 
 
 class ModelList(msgspec.Struct):
-    """/v1/models."""
+    """/v1/models. There is one page."""
 
     data: list[Model]
+    first_id: str
+    last_id: str
+    has_more: bool = False
     object: str = "list"

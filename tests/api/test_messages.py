@@ -9,7 +9,7 @@ import anthropic
 import httpx2
 import pytest
 from anthropic import AsyncAnthropic
-from anthropic.types import Message, RawMessageStreamEvent
+from anthropic.types import Message, ModelInfo, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
 from tests.api.conftest import House, Houses, listening
@@ -338,6 +338,19 @@ async def test_a_wrong_key_is_the_clients_authentication_error(houses: Houses) -
         assert caught.value.request_id
         sdk.api_key = "other"
         await sdk.messages.create(model="tiny", max_tokens=5, messages=HELLO)
+
+
+async def test_the_models_are_told_to_both_clients(house: House) -> None:
+    async with client(house) as sdk:
+        (listed,) = [model async for model in sdk.models.list()]
+        assert await sdk.models.retrieve("tiny") == listed
+        ModelInfo.model_validate_json(listed.model_dump_json(), strict=True)
+        with pytest.raises(anthropic.NotFoundError) as caught:
+            await sdk.models.retrieve("claude")
+    assert caught.value.type == "not_found_error"
+    (same,) = [model async for model in house.sdk.models.list()]
+    assert (listed.id, listed.display_name, listed.max_input_tokens) == (same.id, "tiny", 512)
+    assert int(listed.created_at.timestamp()) == same.created
 
 
 async def test_tokens_are_counted_as_the_message_itself_would_be(house: House) -> None:
