@@ -6,12 +6,11 @@ from pathlib import Path
 
 import anyio
 import httpx
-import httpx2
 import openai
 import pytest
 
 from server.keys import fingerprint
-from tests.api.conftest import House, Houses
+from tests.api.conftest import House, Houses, listening
 from tests.api.test_life import HELLO, within
 from tests.api.test_tenants import as_, ask_as, silent
 from tests.fake_engine import say
@@ -201,32 +200,6 @@ async def test_the_sdk_sees_the_errors_it_knows_and_comes_back_in_time(
 ) -> None:
     clock = Clock()
     house = await open_with(houses, tmp_path, clock, alice="requests_per_minute = 2")
-    transport = httpx2.ASGITransport(house.app)
-
-    def client(key: str, retries: int) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(
-            base_url="http://server/v1",
-            api_key=key,
-            max_retries=retries,
-            http_client=httpx2.AsyncClient(transport=transport),
-        )
-
-    async def ask(key: str, retries: int = 0) -> str | None:
-        async with client(key, retries) as sdk:
-            answer = await sdk.chat.completions.create(
-                model="tiny", messages=[{"role": "user", "content": "Hello!"}]
-            )
-        return answer.choices[0].message.content
-
-    with pytest.raises(openai.AuthenticationError) as unknown:
-        await ask("malory")
-    assert unknown.value.code == "invalid_api_key"
-    for _ in range(2):
-        assert await ask("alice")
-    with pytest.raises(openai.RateLimitError) as limited:
-        await ask("alice")
-    assert limited.value.code == "rate_limit_exceeded"
-    assert limited.value.type == "requests"
     slept: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -234,8 +207,31 @@ async def test_the_sdk_sees_the_errors_it_knows_and_comes_back_in_time(
         clock.now += seconds
 
     monkeypatch.setattr("anyio.sleep", sleep)
-    assert await ask("alice", retries=1)
-    assert slept == [30.0]
+    async with listening(house) as port:
+
+        async def ask(key: str, retries: int = 0) -> str | None:
+            async with openai.AsyncOpenAI(
+                base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=retries
+            ) as sdk:
+                create = sdk.chat.completions.with_raw_response.create
+                answer = await create(
+                    model="tiny", messages=[{"role": "user", "content": "Hello!"}]
+                )
+            assert answer.headers["x-ratelimit-limit-requests"] == "2"
+            return answer.parse().choices[0].message.content
+
+        with pytest.raises(openai.AuthenticationError) as unknown:
+            await ask("malory")
+        assert unknown.value.code == "invalid_api_key"
+        for _ in range(2):
+            assert await ask("alice")
+        with pytest.raises(openai.RateLimitError) as limited:
+            await ask("alice")
+        assert limited.value.code == "rate_limit_exceeded"
+        assert limited.value.type == "requests"
+        assert not slept
+        assert await ask("alice", retries=1)
+        assert slept == [30.0]
 
 
 async def test_names_stand_in_the_log_and_keys_do_not(

@@ -94,6 +94,45 @@ def test_no_time_has_more_than_the_limit_and_what_was_filled_in(
             assert total <= limit * (1 + (now - began) / 60) + 1e-3
 
 
+@given(
+    limit=st.integers(1, 500),
+    steps=st.lists(
+        st.tuples(
+            st.floats(0, 30),  # seconds before
+            st.integers(1, 200),  # tokens of the prompt
+            st.integers(0, 200),  # and of the answer, at most
+            st.floats(0, 1),  # how much of that there is
+            st.integers(0, 5),  # how many others begin meanwhile
+        ),
+        max_size=40,
+    ),
+)
+def test_tokens_used_in_any_time_are_within_the_limit_if_answers_keep_to_what_was_asked(
+    limit: int, steps: list[tuple[float, int, int, float, int]]
+) -> None:
+    clock = Clock()
+    key = account(clock, tokens_per_minute=limit)
+    begun: list[tuple[float, int]] = []
+    open_requests: list[tuple[int, Spending, int]] = []
+    for number, (pause, prompt, answer, share, others) in enumerate(steps):
+        clock.now += pause
+        for due in [one for one in open_requests if one[0] <= number]:
+            open_requests.remove(due)
+            due[1].end(due[2])
+        try:
+            spending = spend(key, prompt, answer)
+        except (RateLimited, InvalidRequest):
+            continue
+        used = int(answer * share)
+        begun.append((clock.now, prompt + used))
+        open_requests.append((number + others, spending, used))
+    for first, (since, _) in enumerate(begun):
+        total = 0
+        for now, used in begun[first:]:
+            total += used
+            assert total <= limit * (1 + (now - since) / 60) + 1e-3
+
+
 def test_a_refused_request_takes_nothing() -> None:
     clock = Clock()
     key = account(clock, requests_per_minute=2, tokens_per_minute=100)

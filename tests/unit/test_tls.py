@@ -12,8 +12,13 @@ import pytest
 import trustme
 
 from server import cli
+from server.app import create_app
+from server.run import _Operators
 from server.tls import Certificate
-from wire.settings import ServerSettings, SettingError
+from tests import small_tokenizer
+from tests.fake_engine import FakeEngine, FakeMedia
+from tests.servers import free_port
+from wire.settings import EngineSettings, ServerSettings, SettingError, Settings
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +123,23 @@ def test_a_server_does_not_start_with_a_certificate_it_cannot_use(
 ) -> None:
     assert cli.main(["serve", "--tls-certificate", str(tmp_path / "none")]) == cli.EXIT_USAGE
     assert "TLS certificate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("host", "encrypted"), [("127.0.0.1", False), ("0.0.0.0", True)])
+async def test_operators_have_the_certificate_but_where_nobody_else_listens(
+    tmp_path: Path, host: str, encrypted: bool
+) -> None:
+    write(tmp_path)
+    (tmp_path / "admin.toml").write_text(f'[keys.ops]\nsha256 = "{"0" * 64}"')
+    settings = ServerSettings(
+        admin_port=free_port(), admin_host=host, admin_key_file=str(tmp_path / "admin.toml")
+    )
+    engine = EngineSettings(model=str(small_tokenizer.save(tmp_path / "tiny")))
+    app = create_app(Settings(settings, engine=engine), FakeEngine(), FakeMedia())
+    certificate = Certificate(tmp_path / "tls.crt", tmp_path / "tls.key")
+    operators = _Operators(app.state.service, settings, certificate)
+    try:
+        expected = certificate.context if encrypted else None
+        assert getattr(operators._server.config, "ssl", None) is expected
+    finally:
+        await operators.stop()
