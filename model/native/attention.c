@@ -95,7 +95,7 @@ static void mix(struct rows *r, const struct source *s, int head, float scale) {
       long at = first + key;
       const bf16 *panels = piece(s, at / s->size) + at % s->size * head;
       block_product(r->query[0], MOST_HEAD, r->count, panels, LANES * head, GROUP, head,
-                    r->scores[0] + key, WIDTH, 0);
+                    r->scores[0] + key, WIDTH, 0, NULL);
     }
     softmax(r, first, keys, scale);
     if (first) fade(r, head);
@@ -106,7 +106,7 @@ static void mix(struct rows *r, const struct source *s, int head, float scale) {
       const bf16 *values = piece(s, at / s->size) + s->values + at % s->size * LANES;
       for (int column = 0; column < head; column += COLUMNS)
         block_product(r->shares[0] + key, WIDTH, r->count, values + column * s->size,
-                      LANES * s->size, GROUP, (int)inputs, r->mixed[0] + column, MOST_HEAD, at > 0);
+                      LANES * s->size, GROUP, (int)inputs, r->mixed[0] + column, MOST_HEAD, at > 0, NULL);
     }
   }
 }

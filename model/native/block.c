@@ -4,7 +4,8 @@
 #include <unistd.h>
 
 static void portable(const bf16 *a, long lda, int rows, const bf16 *b, long stride, int panels,
-                     int inputs, float *c, long ldc, int more) {
+                     int inputs, float *c, long ldc, int more, struct soon *soon) {
+  (void)soon;
   for (int row = 0; row < rows; row++)
     for (int panel = 0; panel < panels; panel++) {
       float sum[LANES] = {0}, *to = c + row * ldc + panel * LANES;
@@ -18,16 +19,18 @@ static void portable(const bf16 *a, long lda, int rows, const bf16 *b, long stri
 }
 
 static void portable8(const int8_t *a, long lda, int rows, const int8_t *b, long stride, int panels,
-                      int inputs, const int32_t *sums, int32_t *c) {
+                      int inputs, const int32_t *sums, int32_t *c, int more, struct soon *soon) {
+  (void)soon;
   (void)sums;
   for (int row = 0; row < rows; row++)
     for (int panel = 0; panel < panels; panel++) {
-      int32_t sum[LANES] = {0};
+      int32_t sum[LANES] = {0}, *to = c + row * COLUMNS + panel * LANES;
+      if (more) memcpy(sum, to, sizeof sum);
       const int8_t *fours = b + panel * stride;
       for (int i = 0; i < inputs; i++)
         for (int lane = 0; lane < LANES; lane++)
           sum[lane] += a[row * lda + i] * fours[(i / 4 * LANES + lane) * 4 + i % 4];
-      memcpy(c + row * COLUMNS + panel * LANES, sum, sizeof sum);
+      memcpy(to, sum, sizeof sum);
     }
 }
 
@@ -72,7 +75,8 @@ AVX2 static inline __attribute__((always_inline)) void avx2_rows(
 }
 
 AVX2 static void avx2(const bf16 *a, long lda, int rows, const bf16 *b, long stride, int panels,
-                      int inputs, float *c, long ldc, int more) {
+                      int inputs, float *c, long ldc, int more, struct soon *soon) {
+  (void)soon;
   for (int panel = 0; panel < panels; panel++)
     for (int row = 0; row < rows; row += 4) {
       const bf16 *from = a + row * lda, *pairs = b + panel * stride;
@@ -110,7 +114,8 @@ AVX512 static inline __attribute__((always_inline)) void avx512_rows(
 }
 
 AVX512 static void avx512(const bf16 *a, long lda, int rows, const bf16 *b, long stride, int panels,
-                          int inputs, float *c, long ldc, int more) {
+                          int inputs, float *c, long ldc, int more, struct soon *soon) {
+  (void)soon;
   if (panels < GROUP) stride = 0; /* the panel twice: the second result is not used */
   int row = 0;
   for (; row + 12 <= rows; row += 12)
@@ -123,12 +128,16 @@ AVX512 static void avx512(const bf16 *a, long lda, int rows, const bf16 *b, long
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 VNNI static inline __attribute__((always_inline)) void vnni_rows(
     const int8_t *a, long lda, int count, const int8_t *b, long stride, int inputs,
-    const int32_t *sums, int32_t *c) {
+    const int32_t *sums, int32_t *c, int more) {
   __m512i sum[8][GROUP];
-  /* The instruction wants one side without a sign: 128 more, which is taken away in the end. */
+  /* The instruction wants one side without a sign: 128 more, which is taken away before. */
   const __m512i flip = _mm512_set1_epi32((int)0x80808080);
-  for (int r = 0; r < count; r++)
-    for (int p = 0; p < GROUP; p++) sum[r][p] = _mm512_setzero_si512();
+  for (int p = 0; p < GROUP; p++) {
+    __m512i extra = _mm512_slli_epi32(_mm512_loadu_si512(sums + (stride ? p * LANES : 0)), 7);
+    for (int r = 0; r < count; r++)
+      sum[r][p] = more ? _mm512_loadu_si512(c + r * COLUMNS + p * LANES)
+                       : _mm512_sub_epi32(_mm512_setzero_si512(), extra);
+  }
   for (int i = 0; i < inputs; i += 4, b += 4 * LANES) {
     __m512i fours[GROUP];
     for (int p = 0; p < GROUP; p++) {
@@ -142,21 +151,19 @@ VNNI static inline __attribute__((always_inline)) void vnni_rows(
       for (int p = 0; p < GROUP; p++) sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], x, fours[p]);
     }
   }
-  for (int p = 0; p < GROUP; p++) {
-    __m512i extra = _mm512_slli_epi32(_mm512_loadu_si512(sums + (stride ? p * LANES : 0)), 7);
-    for (int r = 0; r < count; r++)
-      _mm512_storeu_si512(c + r * COLUMNS + p * LANES, _mm512_sub_epi32(sum[r][p], extra));
-  }
+  for (int r = 0; r < count; r++)
+    for (int p = 0; p < GROUP; p++) _mm512_storeu_si512(c + r * COLUMNS + p * LANES, sum[r][p]);
 }
 
 VNNI static void vnni(const int8_t *a, long lda, int rows, const int8_t *b, long stride, int panels,
-                      int inputs, const int32_t *sums, int32_t *c) {
+                      int inputs, const int32_t *sums, int32_t *c, int more, struct soon *soon) {
+  (void)soon;
   if (panels < GROUP) stride = 0; /* the panel twice: the second result is not used */
   int row = 0;
   for (; row + 8 <= rows; row += 8)
-    vnni_rows(a + row * lda, lda, 8, b, stride, inputs, sums, c + row * COLUMNS);
+    vnni_rows(a + row * lda, lda, 8, b, stride, inputs, sums, c + row * COLUMNS, more);
   for (; row < rows; row++)
-    vnni_rows(a + row * lda, lda, 1, b, stride, inputs, sums, c + row * COLUMNS);
+    vnni_rows(a + row * lda, lda, 1, b, stride, inputs, sums, c + row * COLUMNS, more);
 }
 
 /* AMX: sums in tiles 0 to 3, rows in 4 and 5, panels in 6 and 7. */
@@ -169,7 +176,7 @@ struct tiles {
 } __attribute__((packed));
 
 /* Bytes from where a panel is read to where it is fetched. */
-enum { AHEAD = 1024 };
+enum { AHEAD = 512 };
 
 static __thread int tile_rows = -1;
 
@@ -181,6 +188,7 @@ AMX static void set_rows(int rows) {
   t.rows[0] = t.rows[1] = t.rows[4] = first;
   t.rows[2] = t.rows[3] = t.rows[5] = second;
   t.rows[6] = t.rows[7] = 16;
+  __asm__ volatile("" ::"r"(&t) : "memory"); /* gcc 12 believes that only 8 bytes of it are read */
   _tile_loadconfig(&t);
   tile_rows = rows;
 }
@@ -211,9 +219,17 @@ AMX static void amx_few(const bf16 *a, long lda, int rows, const bf16 *b0, const
   _tile_stored(1, c + LANES, ldc * 4);
 }
 
+static inline __attribute__((always_inline)) void bring(struct soon *soon) {
+  if (!soon) return;
+  for (int line = 0; line < soon->lines; line++, soon->from += 64) {
+    _mm_prefetch(soon->from, _MM_HINT_T0);
+    _mm_prefetch(soon->from + soon->apart, _MM_HINT_T0);
+  }
+}
+
 /* 17 to 32 rows. */
 AMX static void amx_many(const bf16 *a, long lda, int rows, const bf16 *b0, const bf16 *b1,
-                         int inputs, float *c, long ldc, int more) {
+                         int inputs, float *c, long ldc, int more, struct soon *soon) {
   const bf16 *below = a + 16 * lda;
   float *under = c + 16 * ldc;
   set_rows(rows);
@@ -229,6 +245,7 @@ AMX static void amx_many(const bf16 *a, long lda, int rows, const bf16 *b0, cons
     _tile_zero(3);
   }
   for (int i = 0; i < inputs; i += STEP, b0 += STEP * LANES, b1 += STEP * LANES) {
+    bring(soon);
     _tile_loadd(4, a + i, lda * 2);
     _tile_loadd(6, b0, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -245,26 +262,35 @@ AMX static void amx_many(const bf16 *a, long lda, int rows, const bf16 *b0, cons
 }
 
 AMX static void amx(const bf16 *a, long lda, int rows, const bf16 *b, long stride, int panels,
-                    int inputs, float *c, long ldc, int more) {
+                    int inputs, float *c, long ldc, int more, struct soon *soon) {
   const bf16 *other = panels > 1 ? b + stride : b;
   for (int row = 0; row < rows; row += 32) {
     const bf16 *x = a + row * lda;
     float *to = c + row * ldc;
     if (rows - row <= 16) amx_few(x, lda, rows - row, b, other, inputs, to, ldc, more);
-    else amx_many(x, lda, rows - row < 32 ? rows - row : 32, b, other, inputs, to, ldc, more);
+    else amx_many(x, lda, rows - row < 32 ? rows - row : 32, b, other, inputs, to, ldc, more, soon);
   }
 }
 
 AMX static void amx8(const int8_t *a, long lda, int rows, const int8_t *b, long stride, int panels,
-                     int inputs, const int32_t *sums, int32_t *c) {
+                     int inputs, const int32_t *sums, int32_t *c, int more, struct soon *soon) {
   (void)sums;
   const int8_t *other = panels > 1 ? b + stride : b;
   const int8_t *below = a + (rows > 16 ? 16 * lda : 0);
   set_rows(rows);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if (more) {
+    _tile_loadd(0, c, COLUMNS * 4);
+    _tile_loadd(1, c + LANES, COLUMNS * 4);
+    if (rows > 16) {
+      _tile_loadd(2, c + 16 * COLUMNS, COLUMNS * 4);
+      _tile_loadd(3, c + 16 * COLUMNS + LANES, COLUMNS * 4);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int i = 0; i < inputs; i += STEP8, b += STEP8 * LANES, other += STEP8 * LANES) {
     if (rows <= 16)
       for (int line = 0; line < 16; line++) {

@@ -25,11 +25,19 @@ enum {
   COLUMNS = 32,      /* LANES * GROUP */
 };
 
+/* What is brought near meanwhile: so many lines of 64 bytes per step from here, and as many from so
+   many bytes further on. */
+struct soon {
+  const char *from;
+  long apart;
+  int lines;
+};
+
 /* c[rows][panels * LANES] = a[rows][inputs] * panels, or with `more` what was there plus that. Panel p
    begins at b + p * stride. rows <= ROWS, panels <= GROUP, inputs a multiple of STEP; where there is
    one panel alone, GROUP panels of c are overwritten. lda, ldc and stride count elements. */
 typedef void (*block_fn)(const bf16 *a, long lda, int rows, const bf16 *b, long stride, int panels,
-                         int inputs, float *c, long ldc, int more);
+                         int inputs, float *c, long ldc, int more, struct soon *soon);
 
 extern block_fn block_product;
 
@@ -37,7 +45,8 @@ extern block_fn block_product;
    sums[panels * LANES] are those of each output's weights. */
 enum { STEP8 = 64 };
 typedef void (*block8_fn)(const int8_t *a, long lda, int rows, const int8_t *b, long stride,
-                          int panels, int inputs, const int32_t *sums, int32_t *c);
+                          int panels, int inputs, const int32_t *sums, int32_t *c, int more,
+                          struct soon *soon);
 
 extern block8_fn block_product8;
 extern int block_level; /* what internvl_choose chose */

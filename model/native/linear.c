@@ -105,6 +105,11 @@ CLONES static void quantise(void *context, long index) {
   }
 }
 
+/* Inputs at a time: their part of a group of panels stays in the first cache while rows pass by. */
+enum { DEEP = 256 };
+/* Rows at a time: they stay in the second cache while the panels pass by. */
+enum { TALLEST = 640, TALL_ELEMENTS = 160 * 4096 };
+
 static void part(void *context, long index) {
   const struct linear *w = context;
   long chunk = index / w->groups, group = index % w->groups;
@@ -112,31 +117,35 @@ static void part(void *context, long index) {
   long stride = w->inputs * LANES, column = group * COLUMNS;
   long panels = (w->outputs - column + LANES - 1) / LANES;
   if (panels > GROUP) panels = GROUP;
-  long bytes = GROUP * stride * (w->panels8 ? 1 : 2);
-  const char *b = (const char *)(w->panels8 ? (void *)w->panels8 : (void *)w->panels) + group * bytes;
-  /* What this thread will probably read next, brought near a little with every block of rows. */
-  long blocks = (last - first + ROWS - 1) / ROWS, lines = (bytes / 64 + blocks - 1) / blocks;
-  const char *soon = b + pool_threads() * bytes;
-  if (group + pool_threads() >= w->groups || blocks == 1) lines = 0;
-  float c[ROWS * COLUMNS] __attribute__((aligned(64)));
-  for (long row = first; row < last; row += ROWS) {
-    int rows = last - row < ROWS ? (int)(last - row) : ROWS;
-    for (long line = 0; line < lines; line++, soon += 64) __builtin_prefetch(soon, 0, 2);
-    if (w->panels8) {
-      block_product8(w->x8 + row * w->inputs, w->inputs, rows, (const int8_t *)b, stride, (int)panels,
-                     (int)w->inputs, w->sums + column, (int32_t *)c);
-      widen(w, c, row, rows, column);
-    } else {
-      block_product(w->x + row * w->ldx, w->ldx, rows, (const bf16 *)b, stride, (int)panels,
-                    (int)w->inputs, c, COLUMNS, 0);
-    }
+  long size = w->panels8 ? 1 : 2, deep = last - first > ROWS ? DEEP * 2 / size : w->inputs;
+  const char *b = (const char *)(w->panels8 ? (void *)w->panels8 : (void *)w->panels) + group * GROUP * stride * size;
+  float c[TALLEST * COLUMNS] __attribute__((aligned(64)));
+  long blocks = (last - first + ROWS - 1) / ROWS;
+  const char *next = group + pool_threads() < w->groups ? b + pool_threads() * GROUP * stride * size : NULL;
+  for (long k = 0; k < w->inputs; k += deep) {
+    int inputs = w->inputs - k < deep ? (int)(w->inputs - k) : (int)deep, done = k + inputs == w->inputs;
+    const char *at = b + k * LANES * size;
+    struct soon soon = {done ? next : at + deep * LANES * size, stride * size, 0};
+    if (soon.from && blocks > 1) soon.lines = (int)((16 + blocks - 1) / blocks);
+    for (long row = first; row < last; row += ROWS) {
+      int rows = last - row < ROWS ? (int)(last - row) : ROWS;
+      float *to = c + (row - first) * COLUMNS;
+      if (w->panels8)
+        block_product8(w->x8 + row * w->inputs + k, w->inputs, rows, (const int8_t *)at, stride,
+                       (int)panels, inputs, w->sums + column, (int32_t *)to, k > 0, &soon);
+      else
+        block_product(w->x + row * w->ldx + k, w->ldx, rows, (const bf16 *)at, stride, (int)panels,
+                      inputs, to, COLUMNS, k > 0, &soon);
+      if (!done) continue;
+      if (w->panels8) widen(w, to, row, rows, column);
 #if defined(__x86_64__)
-    if (block_level >= 3 && w->kind <= GELU && column + COLUMNS <= w->outputs) {
-      finish_fast(w, c, row, rows, column);
-      continue;
-    }
+      if (block_level >= 3 && w->kind <= GELU && column + COLUMNS <= w->outputs) {
+        finish_fast(w, to, row, rows, column);
+        continue;
+      }
 #endif
-    finish(w, c, row, rows, column);
+      finish(w, to, row, rows, column);
+    }
   }
 #if defined(__x86_64__)
   _mm_sfence(); /* stores past the caches are not in order with others */
@@ -145,11 +154,11 @@ static void part(void *context, long index) {
 }
 
 static void run(struct linear *w) {
-  /* Rows that stay in the second cache while the panels pass by. */
-  w->tall = (1 << 19) / w->inputs / ROWS * ROWS;
-  if (w->tall < ROWS) w->tall = ROWS;
+  long tall = TALL_ELEMENTS / w->inputs;
+  tall = tall < ROWS ? ROWS : tall < TALLEST ? tall : TALLEST;
   w->groups = (w->outputs + COLUMNS - 1) / COLUMNS;
-  w->chunks = (w->rows + w->tall - 1) / w->tall;
+  w->chunks = (w->rows + tall - 1) / tall;
+  w->tall = ((w->rows + w->chunks - 1) / w->chunks + ROWS - 1) / ROWS * ROWS;
   pool_run(part, w, w->groups * w->chunks);
 }
 
