@@ -60,6 +60,9 @@ class Decoder(nn.Module):
         self.head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, embeddings: Tensor, step: AttentionStep, ops: Ops) -> Tensor:
+        whole = step.through(self.layers, self.norm, embeddings, ops)
+        if whole is not None:
+            return whole
         hidden, delta = embeddings, None
         for index, layer in enumerate(self.layers):
             hidden, delta = layer(hidden, delta, step, index, ops)

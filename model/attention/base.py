@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.kv_cache import KVCache
+from model.ops import Ops
 from model.rotary import Angles, rotate
 from model.schema import TextConfig
 
@@ -86,6 +87,20 @@ class AttentionBackend(ABC):
         ``key`` and ``value`` are the new ones, which ``write`` has stored already.
         """
 
+    def through(
+        self,
+        layers: nn.ModuleList,
+        norm: nn.Module,
+        hidden: Tensor,
+        cache: KVCache,
+        at: Angles,
+        plan: Any,
+        ops: Ops,
+    ) -> Tensor | None:
+        """All layers of the decoder and its last norm at once, ``[N, hidden] -> [N, hidden]``; None
+        where they are computed piece by piece. What was in ``hidden`` may be lost."""
+        return None
+
 
 class AttentionStep:
     """A backend, its plan, the cache and the tokens' angles, bound for one forward pass."""
@@ -97,6 +112,13 @@ class AttentionStep:
         self._cache = cache
         self._at = at
         self._plan = backend.plan(batch, cache)
+
+    def through(
+        self, layers: nn.ModuleList, norm: nn.Module, hidden: Tensor, ops: Ops
+    ) -> Tensor | None:
+        """The backend's ``through`` for this step."""
+        backend = self._backend
+        return backend.through(layers, norm, hidden, self._cache, self._at, self._plan, ops)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """Attention of ``layer`` for the step's tokens, from their queries, keys and values as

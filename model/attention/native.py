@@ -5,27 +5,30 @@ nothing else can read these blocks. A row's result depends on its own query and 
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.attention.base import AttentionBackend, AttentionBatch
 from model.kv_cache import KVCache
-from model.native import LIBRARY, STEP
-from model.ops.native import NativeOps
+from model.native import LIBRARY, STEP, Batch, Heads, Layer, Layers
+from model.ops import Ops
+from model.ops.native import NativeOps, grown
 from model.rotary import Angles
+from model.schema import TextConfig
 
 _MOST_HEAD_DIM = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    slots: Tensor  # [N] int64
-    tables: Tensor  # [R, width] int64
-    starts: np.ndarray  # [R + 1] int64
-    contexts: np.ndarray  # [R] int64
-    tasks: np.ndarray  # [R + 1] int64: where each row's parts of the work begin
+    """A batch as the C wants it, and the memory that it names."""
+
+    batch: Batch
+    memory: tuple[Tensor | np.ndarray, ...]
 
 
 class NativeAttention(AttentionBackend):
@@ -33,6 +36,12 @@ class NativeAttention(AttentionBackend):
 
     name = "native"
     graph_safe = False
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        self._prepared: tuple[object, ...] = ()
+        self._layers: Layers | None = None
+        self._scratch = torch.empty(0, dtype=torch.bfloat16)
 
     def supports(self, device: torch.device, dtype: torch.dtype, block_size: int) -> str | None:
         if self.head_dim % STEP or self.head_dim > _MOST_HEAD_DIM:
@@ -46,14 +55,20 @@ class NativeAttention(AttentionBackend):
     def plan(self, batch: AttentionBatch, cache: KVCache) -> _Plan:
         queries = np.array(batch.queries)
         at_once = LIBRARY.internvl_attend_tokens(self.heads, self.kv_heads)
-        tasks = -(-queries // at_once) * self.kv_heads
-        return _Plan(
-            batch.slots,
-            batch.block_tables.contiguous(),
-            np.append(0, queries.cumsum()),
-            np.array(batch.contexts),
-            np.append(0, tasks.cumsum()),
+        tasks = np.append(0, (-(-queries // at_once) * self.kv_heads).cumsum())
+        tables = batch.block_tables.contiguous()
+        starts, contexts = np.append(0, queries.cumsum()), np.array(batch.contexts)
+        found = Batch(
+            slots=batch.slots.data_ptr(),
+            tables=tables.data_ptr(),
+            starts=starts.ctypes.data,
+            contexts=contexts.ctypes.data,
+            tasks=tasks.ctypes.data,
+            width=tables.shape[1],
+            rows=len(contexts),
+            tokens=len(batch.slots),
         )
+        return _Plan(found, (batch.slots, tables, starts, contexts, tasks))
 
     def rotate_write(
         self, cache: Tensor, qkv: Tensor, at: Angles, plan: _Plan
@@ -65,19 +80,14 @@ class NativeAttention(AttentionBackend):
     def _rotate_write(
         self, cache: Tensor, qkv: Tensor, query: Tensor, at: Angles, plan: _Plan
     ) -> None:
+        plan.batch.cosine, plan.batch.sine = (angle.data_ptr() for angle in at)
         LIBRARY.internvl_rotate_write(
+            self._heads(cache, query.shape[1]),
+            plan.batch,
             qkv.data_ptr(),
             qkv.stride(0),
             query.data_ptr(),
             cache.data_ptr(),
-            at[0].data_ptr(),
-            at[1].data_ptr(),
-            plan.slots.data_ptr(),
-            len(qkv),
-            query.shape[1],
-            self.kv_heads,
-            self.head_dim,
-            cache.shape[3],
         )
 
     def write(self, cache: Tensor, key: Tensor, value: Tensor, plan: _Plan) -> None:
@@ -90,18 +100,58 @@ class NativeAttention(AttentionBackend):
     ) -> Tensor:
         query, mixed = query.contiguous(), torch.empty(query.shape, dtype=query.dtype)
         LIBRARY.internvl_attend(
+            self._heads(cache, self.heads),
+            plan.batch,
             query.data_ptr(),
             cache.data_ptr(),
-            plan.tables.data_ptr(),
-            plan.tables.shape[1],
-            plan.starts.ctypes.data,
-            plan.contexts.ctypes.data,
-            plan.tasks.ctypes.data,
-            len(plan.contexts),
-            self.heads,
-            self.kv_heads,
-            self.head_dim,
-            cache.shape[3],
             mixed.data_ptr(),
         )
         return mixed
+
+    def _heads(self, cache: Tensor, heads: int) -> Heads:
+        return Heads(heads, self.kv_heads, self.head_dim, cache.shape[3])
+
+    def through(
+        self,
+        layers: nn.ModuleList,
+        norm: nn.Module,
+        hidden: Tensor,
+        cache: KVCache,
+        at: Angles,
+        plan: _Plan,
+        ops: Ops,
+    ) -> Tensor | None:
+        if self._prepared != (layers, cache, ops):
+            self._layers = self._prepare(layers, norm, cache, ops)
+            self._prepared = layers, cache, ops
+        if self._layers is None:
+            return None
+        hidden = hidden.contiguous()
+        needed = LIBRARY.internvl_decode_scratch(self._layers, len(hidden))
+        self._scratch = grown(self._scratch, needed // 2)
+        out = torch.empty_like(hidden)
+        plan.batch.cosine, plan.batch.sine = (angle.data_ptr() for angle in at)
+        LIBRARY.internvl_decode(
+            self._layers, plan.batch, hidden.data_ptr(), out.data_ptr(), self._scratch.data_ptr()
+        )
+        return out
+
+    def _prepare(
+        self, layers: nn.ModuleList, norm: nn.Module, cache: KVCache, ops: Ops
+    ) -> Layers | None:
+        """The decoder's layers for the C, if it computes all of their parts."""
+        if not isinstance(ops, NativeOps) or (last := ops.weight(norm)) is None:
+            return None
+        found = []
+        for layer, kept in zip(cast(Sequence[Any], layers), cache.layers, strict=True):
+            norms = [ops.weight(part) for part in (layer.norm1, layer.norm2)]
+            attention = layer.attention
+            products = (attention.qkv, attention.out, layer.gate_up, layer.down)
+            matrices = [ops.matrix(part) for part in products]
+            if None in matrices or any(weight is None for weight in norms):
+                return None
+            pointers = (weight.data_ptr() for weight in norms if weight is not None)
+            found.append(Layer(*pointers, *matrices, kept.data_ptr()))
+        heads = self._heads(cache.layers[0], self.heads)
+        array = (Layer * len(found))(*found)
+        return Layers(array, last.data_ptr(), len(found), len(last), norm.eps, heads)

@@ -16,20 +16,72 @@ LANES, STEP, STEP8 = 16, 32, 64
 """Outputs of a panel, and what inputs are multiples of, in bf16 and quantised (block.h)."""
 
 _p, _l, _i, _f = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+
+
+class Matrix(ctypes.Structure):
+    """A linear layer in panels (``struct matrix``, model/native/kernels.h)."""
+
+    _fields_ = (
+        *((name, _p) for name in ("panels", "scales", "sums", "bias")),
+        *((name, _l) for name in ("inputs", "outputs")),
+    )
+
+
+class Batch(ctypes.Structure):
+    """A step's tokens (``struct batch``)."""
+
+    _fields_ = (
+        *((name, _p) for name in ("cosine", "sine", "slots", "tables", "starts", "contexts")),
+        ("tasks", _p),
+        *((name, _l) for name in ("width", "rows", "tokens")),
+    )
+
+
+class Heads(ctypes.Structure):
+    """The sizes of attention (``struct heads``)."""
+
+    _fields_ = tuple((name, _i) for name in ("heads", "kv_heads", "head", "size"))
+
+
+class Layer(ctypes.Structure):
+    """A layer of the decoder (``struct layer``, model/native/decoder.c)."""
+
+    _fields_ = (
+        *((name, _p) for name in ("norm1", "norm2")),
+        *((name, Matrix) for name in ("qkv", "out", "gate_up", "down")),
+        ("cache", _p),
+    )
+
+
+class Layers(ctypes.Structure):
+    """All of them (``struct decoder``)."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(Layer)),
+        ("norm", _p),
+        *((name, _l) for name in ("count", "hidden")),
+        ("eps", _f),
+        ("heads", Heads),
+    )
+
+
+_matrix, _batch, _heads = (ctypes.POINTER(kind) for kind in (Matrix, Batch, Heads))
 _ARGUMENTS: dict[str, list[Any]] = {
     "internvl_choose": [_i],
     "internvl_threads": [_i],
     "internvl_large_pages": [_p, ctypes.c_ulong],
     "internvl_pack": [_p, _l, _l, _p, _l],
     "internvl_pack8": [_p, _l, _l, _p, _p, _p, _l],
-    "internvl_linear": [_p, _l, _l, _p, _p, _l, _l, _p, _l, _i],
-    "internvl_linear8": [_p, _l, _l, _p, _p, _p, _p, _l, _l, _p, _l, _i, _p, _p],
+    "internvl_linear_scratch": [_matrix, _l],
+    "internvl_linear": [_matrix, _p, _l, _l, _p, _l, _i, _p],
     "internvl_add_norm": [_p, _l, _p, _l, _p, _p, _p, _l, _l, _l, _f, _i],
     "internvl_tile_scratch": [_l, _l, _i, _i],
     "internvl_tile_attention": [_p, _l, _l, _l, _i, _i, _p, _p, _l],
-    "internvl_rotate_write": [_p, _l, _p, _p, _p, _p, _p, _l, _i, _i, _i, _i],
+    "internvl_rotate_write": [_heads, _batch, _p, _l, _p, _p],
     "internvl_attend_tokens": [_i, _i],
-    "internvl_attend": [_p, _p, _p, _l, _p, _p, _p, _l, _i, _i, _i, _i, _p],
+    "internvl_attend": [_heads, _batch, _p, _p, _p],
+    "internvl_decode_scratch": [ctypes.POINTER(Layers), _l],
+    "internvl_decode": [ctypes.POINTER(Layers), _batch, _p, _p, _p],
 }
 
 

@@ -4,6 +4,7 @@
    pieces of so many keys: a block of the paged cache, or CHUNK keys of a tile. Keys are taken CHUNK
    at a time from the first on, so a row's result depends on its own query and keys alone, however
    the batch was cut. */
+#include "kernels.h"
 #include "lanes.h"
 #include "pool.h"
 
@@ -132,12 +133,10 @@ static struct rows *scratch(void) {
 }
 
 struct paged {
+  const struct batch *batch;
   const bf16 *qkv;
   bf16 *query, *cache, *out;
-  const float *cosine, *sine;
-  const int64_t *slots;
-  const int64_t *tables, *starts, *contexts, *tasks; /* tasks: [rows + 1], where each row's begin */
-  long ldq, rows, width, tokens, at_once;
+  long ldq, at_once;
   int heads, kv_heads, head, size;
 };
 
@@ -153,11 +152,12 @@ CLONES static void turn(const bf16 *from, const float *cosine, const float *sine
 
 static void turn_token(void *context, long part) {
   const struct paged *p = context;
+  const struct batch *b = p->batch;
   long head = p->head;
-  for (long token = part * p->at_once; token < (part + 1) * p->at_once && token < p->tokens; token++) {
+  for (long token = part * p->at_once; token < (part + 1) * p->at_once && token < b->tokens; token++) {
     const bf16 *row = p->qkv + token * p->ldq;
-    const float *c = p->cosine + token * head / 2, *s = p->sine + token * head / 2;
-    long block = p->slots[token] / p->size, at = p->slots[token] % p->size;
+    const float *c = b->cosine + token * head / 2, *s = b->sine + token * head / 2;
+    long block = b->slots[token] / p->size, at = b->slots[token] % p->size;
     bf16 key[MOST_HEAD];
     for (long h = 0; h < p->heads; h++)
       turn(row + h * head, c, s, head, p->query + (token * p->heads + h) * head);
@@ -171,24 +171,22 @@ static void turn_token(void *context, long part) {
 }
 
 /* Turn queries and keys of qkv[tokens][heads + 2 * kv_heads][head], rows ldq apart, by their angles,
-   [tokens][head / 2] each, and store keys and values at their slots of one layer's cache,
+   and store keys and values at their slots of one layer's cache,
    [blocks][2][kv_heads][size * head]. query is [tokens][heads][head]. */
-void internvl_rotate_write(const bf16 *qkv, long ldq, bf16 *query, bf16 *cache, const float *cosine,
-                           const float *sine, const int64_t *slots, long tokens, int heads,
-                           int kv_heads, int head, int size) {
-  struct paged p = {.qkv = qkv, .ldq = ldq, .query = query, .cache = cache, .cosine = cosine, .sine = sine,
-                    .slots = slots, .tokens = tokens, .at_once = 16, .heads = heads,
-                    .kv_heads = kv_heads, .head = head, .size = size};
-  pool_run(turn_token, &p, (tokens + p.at_once - 1) / p.at_once);
+void internvl_rotate_write(const struct heads *h, const struct batch *batch, const bf16 *qkv, long ldq,
+                           bf16 *query, bf16 *cache) {
+  struct paged p = {batch, qkv, query, cache, NULL, ldq, 16, h->heads, h->kv_heads, h->head, h->size};
+  pool_run(turn_token, &p, (batch->tokens + p.at_once - 1) / p.at_once);
 }
 
 static void attend_part(void *context, long part) {
   const struct paged *p = context;
+  const struct batch *b = p->batch;
   long row = 0;
-  while (p->tasks[row + 1] <= part) row++;
-  long kv_head = (part - p->tasks[row]) % p->kv_heads;
-  long first = p->starts[row] + (part - p->tasks[row]) / p->kv_heads * p->at_once;
-  long last = first + p->at_once < p->starts[row + 1] ? first + p->at_once : p->starts[row + 1];
+  while (b->tasks[row + 1] <= part) row++;
+  long kv_head = (part - b->tasks[row]) % p->kv_heads;
+  long first = b->starts[row] + (part - b->tasks[row]) / p->kv_heads * p->at_once;
+  long last = first + p->at_once < b->starts[row + 1] ? first + p->at_once : b->starts[row + 1];
   int group = p->heads / p->kv_heads;
   struct rows *r = scratch();
   r->count = 0;
@@ -196,10 +194,10 @@ static void attend_part(void *context, long part) {
     for (int g = 0; g < group; g++, r->count++) {
       memcpy(r->query[r->count], p->query + (token * p->heads + kv_head * group + g) * p->head,
              p->head * sizeof(bf16));
-      r->limit[r->count] = p->contexts[row] - (p->starts[row + 1] - token) + 1;
+      r->limit[r->count] = b->contexts[row] - (b->starts[row + 1] - token) + 1;
     }
   long one = (long)p->size * p->head;
-  struct source s = {p->cache + kv_head * one, p->tables + row * p->width, 2 * p->kv_heads * one,
+  struct source s = {p->cache + kv_head * one, b->tables + row * b->width, 2 * p->kv_heads * one,
                      p->kv_heads * one, p->size};
   mix(r, &s, p->head, 1.44269504f / sqrtf(p->head));
   int i = 0;
@@ -215,14 +213,11 @@ long internvl_attend_tokens(int heads, int kv_heads) {
 }
 
 /* Causal attention of the last tokens of every row over its blocks. */
-void internvl_attend(const bf16 *query, bf16 *cache, const int64_t *tables, long width,
-                     const int64_t *starts, const int64_t *contexts, const int64_t *tasks, long rows,
-                     int heads, int kv_heads, int head, int size, bf16 *out) {
-  struct paged p = {.query = (bf16 *)query, .cache = cache, .tables = tables, .width = width,
-                    .starts = starts, .contexts = contexts, .tasks = tasks, .rows = rows,
-                    .at_once = internvl_attend_tokens(heads, kv_heads), .heads = heads,
-                    .kv_heads = kv_heads, .head = head, .size = size, .out = out};
-  pool_run(attend_part, &p, tasks[rows]);
+void internvl_attend(const struct heads *h, const struct batch *batch, const bf16 *query, bf16 *cache,
+                     bf16 *out) {
+  long at_once = internvl_attend_tokens(h->heads, h->kv_heads);
+  struct paged p = {batch, NULL, (bf16 *)query, cache, out, 0, at_once, h->heads, h->kv_heads, h->head, h->size};
+  pool_run(attend_part, &p, batch->tasks[batch->rows]);
 }
 
 struct tile {

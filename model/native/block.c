@@ -292,7 +292,8 @@ AMX static void amx8(const int8_t *a, long lda, int rows, const int8_t *b, long 
     _tile_zero(3);
   }
   for (int i = 0; i < inputs; i += STEP8, b += STEP8 * LANES, other += STEP8 * LANES) {
-    if (rows <= 16)
+    if (rows > 16) bring(soon);
+    else
       for (int line = 0; line < 16; line++) {
         _mm_prefetch((const char *)b + AHEAD + line * 64, _MM_HINT_T0);
         _mm_prefetch((const char *)other + AHEAD + line * 64, _MM_HINT_T0);

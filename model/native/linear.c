@@ -1,10 +1,10 @@
 /* Linear layers: rows of bf16 times a packed matrix, and what follows at once. */
+#include "kernels.h"
 #include "lanes.h"
 #include "pool.h"
 
 #include <math.h>
 
-enum { PLAIN, GELU, GATE, FLOATS };
 enum { AT_ONCE = 16 };
 
 typedef int8_t bytes __attribute__((vector_size(16)));
@@ -153,33 +153,36 @@ static void part(void *context, long index) {
   block_end();
 }
 
-static void run(struct linear *w) {
-  long tall = TALL_ELEMENTS / w->inputs;
+static long heats_bytes(long rows) { return (rows * sizeof(float) + 63) / 64 * 64; }
+
+/* Bytes that internvl_linear needs as scratch: for a quantised layer the rows in whole numbers, and
+   what one of each stands for. */
+long internvl_linear_scratch(const struct matrix *m, long rows) {
+  return m->scales ? heats_bytes(rows) + rows * m->inputs : 0;
+}
+
+/* y[rows][outputs] = kind(x[rows][inputs] * panels + bias); ldx and ldy are the distances of rows in
+   elements. */
+void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows, void *y, long ldy,
+                     int kind, void *scratch) {
+  struct linear w = {.x = x, .bias = m->bias, .y = y, .rows = rows, .inputs = m->inputs,
+                     .outputs = m->outputs, .ldx = ldx, .ldy = ldy, .kind = kind};
+  if (m->scales) {
+    w.panels8 = m->panels;
+    w.scales = m->scales;
+    w.sums = m->sums;
+    w.heats = scratch;
+    w.x8 = (int8_t *)scratch + heats_bytes(rows);
+    pool_run(quantise, &w, (rows + AT_ONCE - 1) / AT_ONCE);
+  } else {
+    w.panels = m->panels;
+  }
+  w.groups = (w.outputs + COLUMNS - 1) / COLUMNS;
+  long tall = TALL_ELEMENTS / w.inputs;
   tall = tall < ROWS ? ROWS : tall < TALLEST ? tall : TALLEST;
-  w->groups = (w->outputs + COLUMNS - 1) / COLUMNS;
-  w->chunks = (w->rows + tall - 1) / tall;
-  w->tall = ((w->rows + w->chunks - 1) / w->chunks + ROWS - 1) / ROWS * ROWS;
-  pool_run(part, w, w->groups * w->chunks);
-}
-
-/* y[rows][outputs] = f(x[rows][inputs] * panels + bias). kind: 0 nothing; 1 GELU; 2 silu(even panel)
-   * odd panel, half as many outputs; 3 y is fp32 and there is no bias. bias may be NULL. */
-void internvl_linear(const bf16 *x, long ldx, long rows, const bf16 *panels, const float *bias,
-                     long inputs, long outputs, void *y, long ldy, int kind) {
-  struct linear w = {.x = x, .panels = panels, .bias = bias, .y = y, .rows = rows, .inputs = inputs,
-                     .outputs = outputs, .ldx = ldx, .ldy = ldy, .kind = kind};
-  run(&w);
-}
-
-/* The same by a quantised matrix (internvl_pack8). x8[rows][inputs] and heats[rows] are scratch. */
-void internvl_linear8(const bf16 *x, long ldx, long rows, const int8_t *panels, const float *scales,
-                      const int32_t *sums, const float *bias, long inputs, long outputs, void *y,
-                      long ldy, int kind, int8_t *x8, float *heats) {
-  struct linear w = {.x = x, .x8 = x8, .panels8 = panels, .heats = heats, .scales = scales,
-                     .sums = sums, .bias = bias, .y = y, .rows = rows, .inputs = inputs,
-                     .outputs = outputs, .ldx = ldx, .ldy = ldy, .kind = kind};
-  pool_run(quantise, &w, (rows + AT_ONCE - 1) / AT_ONCE);
-  run(&w);
+  w.chunks = (rows + tall - 1) / tall;
+  w.tall = ((rows + w.chunks - 1) / w.chunks + ROWS - 1) / ROWS * ROWS;
+  pool_run(part, &w, w.groups * w.chunks);
 }
 
 struct pack {

@@ -1,4 +1,5 @@
 /* Sums and norms of rows. */
+#include "kernels.h"
 #include "lanes.h"
 #include "pool.h"
 

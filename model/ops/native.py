@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model.layers import Embedding, LayerNorm, Linear, RMSNorm
-from model.native import LANES, LIBRARY, STEP, STEP8
+from model.native import LANES, LIBRARY, STEP, STEP8, Matrix
 from model.ops.base import Ops
 
 _PLAIN, _GELU, _GATE, _FLOATS = range(4)
@@ -28,14 +28,12 @@ _ARENA = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class _Packed:
-    """A matrix in panels; with ``scales`` and ``sums`` of its outputs, in whole numbers."""
+    """A matrix in panels, and the memory that it names."""
 
+    matrix: Matrix
     inputs: int
     outputs: int
-    panels: Tensor
-    bias: Tensor | None
-    scales: Tensor | None = None
-    sums: Tensor | None = None
+    memory: tuple[Tensor | None, ...]
 
 
 class NativeOps(Ops):
@@ -47,14 +45,13 @@ class NativeOps(Ops):
         self._int8 = quantization == "int8"
         self._packed: dict[nn.Module, _Packed] = {}
         self._norms: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
-        self._arena = _memory(0)
+        self._arena = scratch(0)
         # Taking memory anew for every result costs as much as filling it. A result is there until
         # the third after it is made; ``keep`` copies what somebody else may hold longer.
-        self._results = [_memory(0) for _ in range(3)]
-        self._inner, self._panels = _memory(0), _memory(0)
+        self._results = [scratch(0) for _ in range(3)]
+        self._inner, self._panels = scratch(0), scratch(0)
         self._floats = torch.empty(0)
-        # Rows in whole numbers, and what one of each stands for.
-        self._whole, self._heats = _memory(0), torch.empty(0)
+        self._scratch = scratch(0)
 
     @staticmethod
     def missing(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -95,29 +92,41 @@ class NativeOps(Ops):
         lanes = -(-outputs // LANES) * LANES
         first = outputs // 2 if gates else 0
         wide = None if bias is None else bias.float()
-        if not self._int8 or inputs % STEP8:
+        scales = sums = None
+        if self._int8 and inputs % STEP8 == 0:
+            panels = self._take(-(-lanes * inputs // 2))
+            # The C reads both panels of a group, also where there is one.
+            scales, sums = torch.zeros(lanes + LANES), torch.zeros(lanes + LANES, dtype=torch.int32)
+            LIBRARY.internvl_pack8(
+                weight.data_ptr(),
+                outputs,
+                inputs,
+                panels.data_ptr(),
+                scales.data_ptr(),
+                sums.data_ptr(),
+                first,
+            )
+        else:
             panels = self._take(lanes * inputs)
             LIBRARY.internvl_pack(weight.data_ptr(), outputs, inputs, panels.data_ptr(), first)
-            self._packed[layer] = _Packed(inputs, outputs, panels, wide)
-            return
-        panels = self._take(-(-lanes * inputs // 2)).view(torch.int8)
-        # The C reads both panels of a group, also where there is one.
-        scales, sums = torch.zeros(lanes + LANES), torch.zeros(lanes + LANES, dtype=torch.int32)
-        LIBRARY.internvl_pack8(
-            weight.data_ptr(),
-            outputs,
-            inputs,
-            panels.data_ptr(),
-            scales.data_ptr(),
-            sums.data_ptr(),
-            first,
-        )
-        self._packed[layer] = _Packed(inputs, outputs, panels, wide, scales, sums)
+        memory = panels, scales, sums, wide
+        pointers = (None if part is None else part.data_ptr() for part in memory)
+        self._packed[layer] = _Packed(Matrix(*pointers, inputs, outputs), inputs, outputs, memory)
+
+    def matrix(self, layer: nn.Module) -> Matrix | None:
+        """A layer in panels, if it was packed; there as long as these operations."""
+        packed = self._packed.get(layer)
+        return None if packed is None else packed.matrix
+
+    def weight(self, norm: nn.Module) -> Tensor | None:
+        """The fp32 weight of a norm that has no bias, if the C computes it; likewise."""
+        weight, bias = self._norms.get(norm, (None, None))
+        return None if bias is not None else weight
 
     def _take(self, count: int) -> Tensor:
         """Memory for ``count`` weights of two bytes, of pages that are read fast."""
         if len(self._arena) < count:
-            self._arena = _memory(max(count, _ARENA // 2))
+            self._arena = scratch(max(count, _ARENA // 2))
         taken, self._arena = self._arena[:count], self._arena[count:]
         return taken
 
@@ -155,46 +164,28 @@ class NativeOps(Ops):
 
     def _product(self, packed: _Packed, x: Tensor, kind: int, y: Tensor) -> Tensor:
         flat = x.reshape(-1, packed.inputs)
-        rows, bias = len(flat), None if packed.bias is None else packed.bias.data_ptr()
-        shape = packed.inputs, packed.outputs
-        where = y.data_ptr(), y.stride(0), kind
-        if packed.scales is None or packed.sums is None:
-            LIBRARY.internvl_linear(
-                flat.data_ptr(),
-                flat.stride(0),
-                rows,
-                packed.panels.data_ptr(),
-                bias,
-                *shape,
-                *where,
-            )
-        else:
-            self._whole = _grown(self._whole, -(-flat.numel() // 2))
-            if len(self._heats) < rows:
-                self._heats = torch.empty(rows)
-            LIBRARY.internvl_linear8(
-                flat.data_ptr(),
-                flat.stride(0),
-                rows,
-                packed.panels.data_ptr(),
-                packed.scales.data_ptr(),
-                packed.sums.data_ptr(),
-                bias,
-                *shape,
-                *where,
-                self._whole.data_ptr(),
-                self._heats.data_ptr(),
-            )
+        matrix, rows = packed.matrix, len(flat)
+        self._scratch = grown(self._scratch, LIBRARY.internvl_linear_scratch(matrix, rows) // 2)
+        LIBRARY.internvl_linear(
+            matrix,
+            flat.data_ptr(),
+            flat.stride(0),
+            rows,
+            y.data_ptr(),
+            y.stride(0),
+            kind,
+            self._scratch.data_ptr(),
+        )
         return y.view(*x.shape[:-1], -1)
 
     def _rows(self, rows: int, columns: int) -> Tensor:
         """Memory for a result ``[rows, columns]``."""
-        self._results.append(_grown(self._results.pop(0), rows * (columns + _GAP)))
+        self._results.append(grown(self._results.pop(0), rows * (columns + _GAP)))
         return _view(self._results[-1], rows, columns)
 
     def _wide(self, rows: int, columns: int) -> Tensor:
         """Likewise, for what is read by the next product only."""
-        self._inner = _grown(self._inner, rows * (columns + _GAP))
+        self._inner = grown(self._inner, rows * (columns + _GAP))
         return _view(self._inner, rows, columns)
 
     def keep(self, x: Tensor) -> Tensor:
@@ -253,7 +244,7 @@ class NativeOps(Ops):
             )
         mixed = self._rows(tiles * patches, size)
         needed = LIBRARY.internvl_tile_scratch(tiles, patches, heads, head)
-        self._panels = _grown(self._panels, needed)
+        self._panels = grown(self._panels, needed)
         LIBRARY.internvl_tile_attention(
             qkv.data_ptr(),
             qkv.stride(1),
@@ -268,15 +259,15 @@ class NativeOps(Ops):
         return mixed.view(tiles, patches, size)
 
 
-def _memory(count: int) -> Tensor:
+def scratch(count: int) -> Tensor:
     """Room for ``count`` numbers, in pages that are read fast."""
     taken = torch.empty(count, dtype=torch.bfloat16)
     LIBRARY.internvl_large_pages(taken.data_ptr(), taken.nbytes)
     return taken
 
 
-def _grown(memory: Tensor, count: int) -> Tensor:
-    return memory if len(memory) >= count else _memory(count)
+def grown(memory: Tensor, count: int) -> Tensor:
+    return memory if len(memory) >= count else scratch(count)
 
 
 def _view(memory: Tensor, rows: int, columns: int) -> Tensor:

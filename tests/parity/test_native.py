@@ -15,6 +15,7 @@ from torch import Tensor
 from model import native
 from model.attention import choose
 from model.attention.native import NativeAttention
+from model.decoder import Decoder
 from model.layers import Embedding, LayerNorm, Linear, RMSNorm
 from model.native import BEST, LIBRARY
 from model.ops import NativeOps, Ops
@@ -255,6 +256,32 @@ def test_tokens_do_not_depend_on_how_they_are_served(
     tokens = serve(folder, [requests, again], **how)
     assert {name.removeprefix("again "): row for name, row in tokens.items()} == alone
     assert {name: tokens[f"again {name}"] for name in alone} == alone
+
+
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_the_layers_in_one_call_equal_them_piece_by_piece(
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wholes, pieces = [], []
+    through, forward = NativeAttention.through, Decoder.forward
+
+    def first_whole(
+        self: NativeAttention, layers: object, norm: object, hidden: Tensor, *rest: object
+    ) -> None:
+        whole = through(self, layers, norm, hidden.clone(), *rest)
+        assert whole is not None
+        wholes.append(whole)
+
+    def then_in_pieces(*arguments: object) -> Tensor:
+        pieces.append(forward(*arguments).clone())
+        return pieces[-1]
+
+    monkeypatch.setattr(NativeAttention, "through", first_whole)
+    monkeypatch.setattr(Decoder, "forward", then_in_pieces)
+    serve(folder, [test_scheduled.requests()], quantization=kind, max_num_batched_tokens=40)
+    assert len({len(whole) for whole in wholes}) > 3  # steps of several sizes
+    for whole, piece in zip(wholes, pieces, strict=True):
+        assert torch.equal(whole, piece)
 
 
 def test_whatever_the_c_cannot_compute_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:

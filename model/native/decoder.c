@@ -1,0 +1,66 @@
+/* The decoder's layers one behind the other: a step of few tokens is over before Python could have
+   named two hundred operations. */
+#include "kernels.h"
+
+#include <stddef.h>
+
+struct layer {
+  const float *norm1, *norm2;
+  struct matrix qkv, out, gate_up, down;
+  bf16 *cache;
+};
+
+struct decoder {
+  const struct layer *layers;
+  const float *norm;
+  long count, hidden;
+  float eps;
+  struct heads heads;
+};
+
+/* Rows of an activation lie so many elements further apart than they are long: at distances that are
+   powers of two they would fight for the same lines of the first cache. */
+enum { GAP = 32 };
+
+/* Rows for the longest of what a layer makes. */
+static long longest(const struct layer *l) {
+  long most = l->qkv.outputs > l->gate_up.outputs / 2 ? l->qkv.outputs : l->gate_up.outputs / 2;
+  return (most > l->down.outputs ? most : l->down.outputs) + GAP;
+}
+
+static long quantised(const struct layer *l, long tokens) {
+  long most = 0;
+  for (const struct matrix *m = &l->qkv; m <= &l->down; m++) {
+    long bytes = internvl_linear_scratch(m, tokens);
+    if (bytes > most) most = bytes;
+  }
+  return most;
+}
+
+/* Bytes that internvl_decode needs as scratch. */
+long internvl_decode_scratch(const struct decoder *d, long tokens) {
+  return 3 * tokens * longest(d->layers) * sizeof(bf16) + quantised(d->layers, tokens);
+}
+
+/* hidden[tokens][hidden] through all layers and the last norm to out[tokens][hidden]; what was in
+   hidden is lost. */
+void internvl_decode(const struct decoder *d, const struct batch *batch, bf16 *hidden, bf16 *out,
+                     bf16 *scratch) {
+  long size = d->hidden, tokens = batch->tokens, ld = longest(d->layers);
+  long width = (long)d->heads.heads * d->heads.head;
+  bf16 *normed = scratch, *wide = normed + tokens * ld, *delta = wide + tokens * ld;
+  void *whole = delta + tokens * ld;
+  for (long i = 0; i < d->count; i++) {
+    const struct layer *l = d->layers + i;
+    internvl_add_norm(hidden, size, i ? delta : NULL, ld, l->norm1, NULL, normed, ld, tokens, size,
+                      d->eps, 0);
+    internvl_linear(&l->qkv, normed, ld, tokens, wide, ld, PLAIN, whole);
+    internvl_rotate_write(&d->heads, batch, wide, ld, delta, l->cache);
+    internvl_attend(&d->heads, batch, delta, l->cache, normed);
+    internvl_linear(&l->out, normed, width, tokens, delta, ld, PLAIN, whole);
+    internvl_add_norm(hidden, size, delta, ld, l->norm2, NULL, normed, ld, tokens, size, d->eps, 0);
+    internvl_linear(&l->gate_up, normed, ld, tokens, wide, ld, GATE, whole);
+    internvl_linear(&l->down, wide, ld, tokens, delta, ld, PLAIN, whole);
+  }
+  internvl_add_norm(hidden, size, delta, ld, d->norm, NULL, out, size, tokens, size, d->eps, 0);
+}
