@@ -11,7 +11,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-enum { CHUNK = 128, QUERIES = 32, MOST_HEAD = 256, WIDTH = CHUNK + 16 };
+enum { CHUNK = 544, QUERIES = 32, MOST_HEAD = 256, WIDTH = CHUNK + 16 };
 
 /* Where the keys of one head begin: piece i has `size` keys at keys(i) and values(i). */
 struct source {
@@ -26,6 +26,8 @@ static const bf16 *piece(const struct source *s, long index) {
 }
 
 struct rows {
+  const bf16 *at; /* the queries, `apart` elements from one to the next: in `query`, or elsewhere */
+  long apart;
   bf16 query[QUERIES][MOST_HEAD] __attribute__((aligned(64)));
   float scores[QUERIES][WIDTH] __attribute__((aligned(64)));
   bf16 shares[QUERIES][WIDTH] __attribute__((aligned(64)));
@@ -36,42 +38,107 @@ struct rows {
   int count;
 };
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+/* 2 to the power of x: the same polynomial as `power`, any x. */
+#define FAST __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+FAST INLINE __m512 fast_power(__m512 x) {
+  __m512 whole = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, whole);
+  __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.009570090100169182f), _mm512_set1_ps(0.05591785907745361f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.2402474582195282f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6931217908859253f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.9999992847442627f));
+  return _mm512_scalef_ps(p, whole);
+}
+
+FAST static void fast_shares(const float *scores, long seen, float scale, float high, bf16 *shares,
+                             float *sums) {
+  __m512 by = _mm512_set1_ps(scale), less = _mm512_set1_ps(high), sum = _mm512_loadu_ps(sums), sum1 = _mm512_setzero_ps();
+  for (long i = 0; i < seen; i += 2 * LANES) {
+    __m512 a = fast_power(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), by, less));
+    __m512 b = fast_power(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i + LANES), by, less));
+    if (i + 2 * LANES > seen) {
+      long left = seen - i;
+      a = _mm512_maskz_mov_ps((__mmask16)((1u << (left < 16 ? left : 16)) - 1), a);
+      b = _mm512_maskz_mov_ps((__mmask16)(left < 16 ? 0 : (1u << (left - 16)) - 1), b);
+    }
+    sum = _mm512_add_ps(sum, a);
+    sum1 = _mm512_add_ps(sum1, b);
+    _mm512_storeu_si512(shares + i, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+  }
+  _mm512_storeu_ps(sums, _mm512_add_ps(sum, sum1));
+}
+
+FAST static float fast_highest(const float *scores, long seen) {
+  __m512 a = _mm512_set1_ps(-INFINITY), b = a, c = a, d = a;
+  long i = 0;
+  for (; i + 64 <= seen; i += 64) {
+    a = _mm512_max_ps(a, _mm512_loadu_ps(scores + i));
+    b = _mm512_max_ps(b, _mm512_loadu_ps(scores + i + 16));
+    c = _mm512_max_ps(c, _mm512_loadu_ps(scores + i + 32));
+    d = _mm512_max_ps(d, _mm512_loadu_ps(scores + i + 48));
+  }
+  for (; i < seen; i += 16) {
+    __mmask16 inside = (__mmask16)(seen - i < 16 ? (1u << (seen - i)) - 1 : 0xffff);
+    a = _mm512_mask_max_ps(a, inside, a, _mm512_loadu_ps(scores + i));
+  }
+  return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(a, b), _mm512_max_ps(c, d)));
+}
+#endif
+
+/* The highest of `seen` scores; what is behind them in the last sixteen is overwritten. */
+CLONES static float highest(float *scores, long seen) {
+  floats most = all(-INFINITY);
+  for (long i = seen; i % LANES; i++) scores[i] = -INFINITY;
+  for (long i = 0; i < seen; i += LANES) most = larger(most, get(scores + i));
+  return largest(most);
+}
+
+/* 2 to the power of scale * scores - high, as far as there are any, rounded, and their sums. */
+CLONES static void share_out(const float *scores, long seen, float scale, float high, bf16 *shares,
+                             float *sums) {
+  floats sum = get(sums);
+  for (long i = 0; i < seen; i += LANES) {
+    floats share = power(get(scores + i) * scale - high);
+    if (i + LANES > seen)
+      for (long lane = seen - i; lane < LANES; lane++) share[lane] = 0;
+    sum += share;
+    put_share(shares + i, share);
+  }
+  put(sums, sum);
+}
+
 /* Scores of `keys` keys from `first` on to shares, and what the sums so far are to be multiplied by.
    `scale` holds the change from e to 2 as the base of powers. */
-CLONES static void softmax(struct rows *r, long first, long keys, float scale) {
-  ints lanes;
-  for (int i = 0; i < LANES; i++) lanes[i] = i;
+static void softmax(struct rows *r, long first, long keys, float scale) {
   for (int row = 0; row < r->count; row++) {
     long seen = r->limit[row] - first;
     if (seen > keys) seen = keys;
-    float *scores = r->scores[row];
+    float *scores = r->scores[row], *sums = r->sum[row];
     bf16 *shares = r->shares[row];
-    floats most = all(-INFINITY);
-    long i = 0;
-    for (; i + LANES <= seen; i += LANES) most = larger(most, get(scores + i));
-    if (i < seen) {
-      floats last = pick(lanes < (int)(seen - i), get(scores + i), all(-INFINITY));
-      put(scores + i, last);
-      most = larger(most, last);
-    }
     r->fade[row] = 1;
-    long end = seen <= 0 ? 0 : (seen + LANES - 1) / LANES * LANES;
-    if (end) {
-      float old = r->highest[row], high = largest(most) * scale;
+    if (seen > 0) {
+#if defined(__x86_64__)
+      int fast = block_level >= 3;
+      float high = (fast ? fast_highest(scores, seen) : highest(scores, seen)) * scale;
+#else
+      float high = highest(scores, seen) * scale;
+#endif
+      float old = r->highest[row];
       if (high < old) high = old;
       if (high > old) {
         r->highest[row] = high;
         r->fade[row] = exp2f(old - high);
+        for (int lane = 0; lane < LANES; lane++) sums[lane] *= r->fade[row];
       }
-      floats sum = get(r->sum[row]) * r->fade[row];
-      for (i = 0; i < end; i += LANES) {
-        floats share = power(get(scores + i) * scale - high);
-        if (i + LANES > seen) share = pick(lanes < (int)(seen - i), share, all(0));
-        sum += share;
-        put_share(shares + i, share);
-      }
-      put(r->sum[row], sum);
+#if defined(__x86_64__)
+      if (fast) fast_shares(scores, seen, scale, high, shares, sums);
+      else
+#endif
+        share_out(scores, seen, scale, high, shares, sums);
     }
+    long end = seen <= 0 ? 0 : (seen + LANES - 1) / LANES * LANES;
     if (end < keys) memset(shares + end, 0, (keys - end) * sizeof(bf16));
   }
 }
@@ -92,17 +159,18 @@ static void mix(struct rows *r, const struct source *s, int head, float scale) {
   }
   for (long first = 0; first < most; first += CHUNK) {
     long keys = most - first < CHUNK ? (most - first + STEP - 1) / STEP * STEP : CHUNK;
-    for (long key = 0; key < keys; key += COLUMNS) {
-      long at = first + key;
-      const bf16 *panels = piece(s, at / s->size) + at % s->size * head;
-      block_product(r->query[0], MOST_HEAD, r->count, panels, LANES * head, GROUP, head,
-                    r->scores[0] + key, WIDTH, 0, NULL);
-    }
-    softmax(r, first, keys, scale);
-    if (first) fade(r, head);
     long inputs;
     for (long key = 0; key < keys; key += inputs) {
       long at = first + key, left = s->size - at % s->size; /* CHUNK need not be made of pieces */
+      inputs = keys - key < left ? keys - key : left;
+      const bf16 *panels = piece(s, at / s->size) + at % s->size * head;
+      block_panels(r->at, r->apart, r->count, panels, (int)(inputs / LANES), head, r->scores[0] + key,
+                   WIDTH);
+    }
+    softmax(r, first, keys, scale);
+    if (first) fade(r, head);
+    for (long key = 0; key < keys; key += inputs) {
+      long at = first + key, left = s->size - at % s->size;
       inputs = keys - key < left ? keys - key : left;
       const bf16 *values = piece(s, at / s->size) + s->values + at % s->size * LANES;
       for (int column = 0; column < head; column += COLUMNS)
@@ -189,6 +257,8 @@ static void attend_part(void *context, long part) {
   long last = first + p->at_once < b->starts[row + 1] ? first + p->at_once : b->starts[row + 1];
   int group = p->heads / p->kv_heads;
   struct rows *r = scratch();
+  r->at = r->query[0];
+  r->apart = MOST_HEAD;
   r->count = 0;
   for (long token = first; token < last; token++)
     for (int g = 0; g < group; g++, r->count++) {
@@ -262,11 +332,9 @@ static void attend_tile(void *context, long part) {
   struct rows *r = scratch();
   long first = block * QUERIES;
   r->count = t->patches - first < QUERIES ? (int)(t->patches - first) : QUERIES;
-  for (int i = 0; i < r->count; i++) {
-    memcpy(r->query[i], t->qkv + (tile * t->patches + first + i) * t->ldq + h * t->head,
-           t->head * sizeof(bf16));
-    r->limit[i] = t->patches;
-  }
+  r->at = t->qkv + (tile * t->patches + first) * t->ldq + h * t->head;
+  r->apart = t->ldq;
+  for (int i = 0; i < r->count; i++) r->limit[i] = t->patches;
   struct source s = {t->packed + which * 2 * t->padded * t->head, NULL, 2 * CHUNK * t->head,
                      CHUNK * t->head, CHUNK};
   mix(r, &s, t->head, 1.44269504f / sqrtf(t->head));

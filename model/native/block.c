@@ -1,5 +1,6 @@
 #include "block.h"
 
+#include <stddef.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -34,11 +35,20 @@ static void portable8(const int8_t *a, long lda, int rows, const int8_t *b, long
     }
 }
 
+static void by_groups(const bf16 *a, long lda, int rows, const bf16 *b, int panels, int inputs, float *c,
+                      long ldc) {
+  long stride = (long)inputs * LANES;
+  for (int panel = 0; panel < panels; panel += GROUP)
+    block_product(a, lda, rows, b + panel * stride, stride, GROUP, inputs, c + panel * LANES, ldc, 0,
+                  NULL);
+}
+
 static void nothing(void) {}
 
 block8_fn block_product8 = portable8;
 
 block_fn block_product = portable;
+panels_fn block_panels = by_groups;
 int block_level = 1;
 void (*block_end)(void) = nothing;
 
@@ -272,6 +282,33 @@ AMX static void amx(const bf16 *a, long lda, int rows, const bf16 *b, long strid
   }
 }
 
+/* Where the rows' inputs are two steps they stay in tiles: 2 and 3, of the rows below 4 and 5. Sums in
+   0 and 1, panels in 6 and 7. */
+AMX static void amx_panels(const bf16 *a, long lda, int rows, const bf16 *b, int panels, int inputs,
+                           float *c, long ldc) {
+  if (inputs != 2 * STEP || rows != ROWS) {
+    by_groups(a, lda, rows, b, panels, inputs, c, ldc);
+    return;
+  }
+  set_rows(ROWS);
+  _tile_loadd(2, a, lda * 2);
+  _tile_loadd(3, a + STEP, lda * 2);
+  _tile_loadd(4, a + 16 * lda, lda * 2);
+  _tile_loadd(5, a + 16 * lda + STEP, lda * 2);
+  for (int panel = 0; panel < panels; panel++, b += 2 * STEP * LANES, c += LANES) {
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + STEP * LANES, 64);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_dpbf16ps(0, 2, 6);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_dpbf16ps(0, 3, 7);
+    _tile_dpbf16ps(1, 5, 7);
+    _tile_stored(0, c, ldc * 4);
+    _tile_stored(1, c + 16 * ldc, ldc * 4);
+  }
+}
+
 AMX static void amx8(const int8_t *a, long lda, int rows, const int8_t *b, long stride, int panels,
                      int inputs, const int32_t *sums, int32_t *c, int more, struct soon *soon) {
   (void)sums;
@@ -333,12 +370,14 @@ static int amx_allowed(void) {
 /* Choose the best of what this processor has: 4 AMX, 3 AVX512-BF16, 2 AVX2, 1 portable; at most
    `most`. Returns the choice. */
 long internvl_choose(int most) {
+  block_panels = by_groups;
 #if defined(__x86_64__)
   block_end = nothing;
   __builtin_cpu_init();
   int avx512bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   if (most >= 4 && avx512bf16 && amx_allowed()) {
     block_product = amx;
+    block_panels = amx_panels;
     block_product8 = amx8;
     block_end = amx_end;
     return block_level = 4;

@@ -41,6 +41,13 @@ typedef void (*block_fn)(const bf16 *a, long lda, int rows, const bf16 *b, long 
 
 extern block_fn block_product;
 
+/* c[rows][panels * LANES] likewise for few inputs and many panels, which lie one behind the other. rows
+   <= ROWS; panels is even. */
+typedef void (*panels_fn)(const bf16 *a, long lda, int rows, const bf16 *b, int panels, int inputs,
+                          float *c, long ldc);
+
+extern panels_fn block_panels;
+
 /* The same in whole numbers: a panel is [inputs / 4][16 outputs][4], inputs a multiple of STEP8, and
    sums[panels * LANES] are those of each output's weights. */
 enum { STEP8 = 64 };
