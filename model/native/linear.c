@@ -4,10 +4,14 @@
 #include "pool.h"
 
 #include <math.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 enum { AT_ONCE = 16 };
 
 typedef int8_t bytes __attribute__((vector_size(16)));
+typedef int16_t shorts __attribute__((vector_size(64)));
 
 struct linear {
   const bf16 *x, *panels;
@@ -17,7 +21,7 @@ struct linear {
   const int32_t *sums;
   const float *bias;
   void *y;
-  long rows, inputs, outputs, ldx, ldy, tall, groups, chunks;
+  long rows, inputs, outputs, ldx, ldy, ld8, tall, groups, chunks;
   int kind;
 };
 
@@ -47,7 +51,6 @@ CLONES static void finish(const struct linear *w, const float *c, long row, int 
 }
 
 #if defined(__x86_64__)
-#include <immintrin.h>
 /* The same with this processor's own rounding, and past the caches where the next to read the result
    would not find it there. Only whole groups. */
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) static void finish_fast(
@@ -82,33 +85,67 @@ CLONES static void widen(const struct linear *w, float *c, long row, int rows, l
   }
 }
 
+/* Adding this rounds, and leaves the number in the low byte. */
+#define TO_WHOLE 12582912.0f
+
+CLONES static void whole_numbers(const bf16 *x, long count, float scale, int8_t *to) {
+  for (long i = 0; i < count; i += LANES) {
+    ints whole = (ints)(get_bf16(x + i) * scale + TO_WHOLE);
+    bytes narrow = __builtin_convertvector(whole, bytes);
+    memcpy(to + i, &narrow, sizeof narrow);
+  }
+}
+
+#if defined(__x86_64__)
+/* The same; compilers take the bytes one by one. */
+__attribute__((target("avx512f,avx512bw"))) static void fast_whole_numbers(const bf16 *x, long count,
+                                                                           float scale, int8_t *to) {
+  for (long i = 0; i < count; i += LANES) {
+    __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(x + i))), 16);
+    __m512 whole = _mm512_add_ps(_mm512_mul_ps((__m512)wide, _mm512_set1_ps(scale)), _mm512_set1_ps(TO_WHOLE));
+    _mm_storeu_si128((void *)(to + i), _mm512_cvtepi32_epi8((__m512i)whole));
+  }
+}
+#endif
+
+/* Without their signs, bits are in the order of their numbers; infinities and NaN come last. */
+CLONES static bf16 largest_bits(const bf16 *x, long count) {
+  shorts most = {0};
+  for (long i = 0; i < count; i += STEP) {
+    shorts bits;
+    memcpy(&bits, x + i, sizeof bits);
+    bits &= 0x7fff;
+    shorts above = bits > most;
+    most = (bits & above) | (most & ~above);
+  }
+  bf16 found = 0;
+  for (int i = 0; i < STEP; i++) found = most[i] > found ? (bf16)most[i] : found;
+  return found;
+}
+
 /* Rows to whole numbers between -127 and 127, the largest of each row to one of these. */
-CLONES static void quantise(void *context, long index) {
+static void quantise(void *context, long index) {
   const struct linear *w = context;
   for (long row = index * AT_ONCE; row < (index + 1) * AT_ONCE && row < w->rows; row++) {
     const bf16 *x = w->x + row * w->ldx;
-    int8_t *to = (int8_t *)w->x8 + row * w->inputs;
-    floats most = all(1e-12f), odd = all(0);
-    for (long i = 0; i < w->inputs; i += LANES) {
-      floats at = get_bf16(x + i);
-      most = larger(most, larger(at, -at));
-      odd += at * 0.0f; /* NaN if one is not finite, which no whole number could say */
+    int8_t *to = (int8_t *)w->x8 + row * w->ld8;
+    bf16 most = largest_bits(x, w->inputs);
+    /* No whole number could say what is not finite: it makes its row NaN. */
+    w->heats[row] = most < 0x7f80 ? fmaxf(wide(most), 1e-12f) / 127 : NAN;
+#if defined(__x86_64__)
+    if (block_level >= 3) {
+      fast_whole_numbers(x, w->inputs, 1 / w->heats[row], to);
+      continue;
     }
-    float heat = largest(most) / 127 + total(odd);
-    w->heats[row] = heat;
-    for (long i = 0; i < w->inputs; i += LANES) {
-      /* Adding 1.5 * 2^23 rounds, and leaves the number in the low byte. */
-      ints whole = (ints)(get_bf16(x + i) * (1 / heat) + 12582912.0f);
-      bytes narrow = __builtin_convertvector(whole, bytes);
-      memcpy(to + i, &narrow, sizeof narrow);
-    }
+#endif
+    whole_numbers(x, w->inputs, 1 / w->heats[row], to);
   }
 }
 
 /* Inputs at a time: their part of a group of panels stays in the first cache while rows pass by. */
 enum { DEEP = 256 };
 /* Rows at a time: they stay in the second cache while the panels pass by. */
-enum { TALLEST = 640, TALL_ELEMENTS = 160 * 4096 };
+enum { TALLEST = 640, TALL_BYTES = 160 * 8192 };
 
 static void part(void *context, long index) {
   const struct linear *w = context;
@@ -131,7 +168,7 @@ static void part(void *context, long index) {
       int rows = last - row < ROWS ? (int)(last - row) : ROWS;
       float *to = c + (row - first) * COLUMNS;
       if (w->panels8)
-        block_product8(w->x8 + row * w->inputs + k, w->inputs, rows, (const int8_t *)at, stride,
+        block_product8(w->x8 + row * w->ld8 + k, w->ld8, rows, (const int8_t *)at, stride,
                        (int)panels, inputs, w->sums + column, (int32_t *)to, k > 0, &soon);
       else
         block_product(w->x + row * w->ldx + k, w->ldx, rows, (const bf16 *)at, stride, (int)panels,
@@ -153,12 +190,15 @@ static void part(void *context, long index) {
   block_end();
 }
 
+/* A line further apart than they are long: see GAP in decoder.c. */
+static long apart8(long inputs) { return inputs + 64; }
+
 static long heats_bytes(long rows) { return (rows * sizeof(float) + 63) / 64 * 64; }
 
 /* Bytes that internvl_linear needs as scratch: for a quantised layer the rows in whole numbers, and
    what one of each stands for. */
 long internvl_linear_scratch(const struct matrix *m, long rows) {
-  return m->scales ? heats_bytes(rows) + rows * m->inputs : 0;
+  return m->scales ? heats_bytes(rows) + rows * apart8(m->inputs) : 0;
 }
 
 /* y[rows][outputs] = kind(x[rows][inputs] * panels + bias); ldx and ldy are the distances of rows in
@@ -172,13 +212,14 @@ void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows,
     w.scales = m->scales;
     w.sums = m->sums;
     w.heats = scratch;
+    w.ld8 = apart8(m->inputs);
     w.x8 = (int8_t *)scratch + heats_bytes(rows);
     pool_run(quantise, &w, (rows + AT_ONCE - 1) / AT_ONCE);
   } else {
     w.panels = m->panels;
   }
   w.groups = (w.outputs + COLUMNS - 1) / COLUMNS;
-  long tall = TALL_ELEMENTS / w.inputs;
+  long tall = TALL_BYTES / (w.inputs * (m->scales ? 1 : 2));
   tall = tall < ROWS ? ROWS : tall < TALLEST ? tall : TALLEST;
   w.chunks = (rows + tall - 1) / tall;
   w.tall = ((rows + w.chunks - 1) / w.chunks + ROWS - 1) / ROWS * ROWS;
