@@ -145,7 +145,7 @@ static void quantise(void *context, long index) {
 /* Inputs at a time: their part of a group of panels stays in the first cache while rows pass by. */
 enum { DEEP = 256 };
 /* Rows at a time: they stay in the second cache while the panels pass by. */
-enum { TALLEST = 640, TALL_BYTES = 160 * 8192 };
+enum { TALLEST = 640, TALL_BYTES = 200 * 8192 };
 
 static void part(void *context, long index) {
   const struct linear *w = context;
@@ -221,8 +221,9 @@ void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows,
   w.groups = (w.outputs + COLUMNS - 1) / COLUMNS;
   long tall = TALL_BYTES / (w.inputs * (m->scales ? 1 : 2));
   tall = tall < ROWS ? ROWS : tall < TALLEST ? tall : TALLEST;
-  w.chunks = (rows + tall - 1) / tall;
-  w.tall = ((rows + w.chunks - 1) / w.chunks + ROWS - 1) / ROWS * ROWS;
+  long chunks = (rows + tall - 1) / tall;
+  w.tall = ((rows + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
+  w.chunks = (rows + w.tall - 1) / w.tall; /* fewer, where they were rounded up */
   pool_run(part, &w, w.groups * w.chunks);
 }
 
