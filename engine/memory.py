@@ -144,7 +144,7 @@ def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, ste
     explicit = settings.num_kv_blocks * size or settings.kv_cache_memory
     memory = explicit or ours - rest
     blocks = settings.num_kv_blocks or min(useful, memory // size)
-    logger.info(
+    logger.debug(
         "memory free=%d ours=%d step=%d beside_cache=%d block=%d blocks=%d",
         free, ours, step, rest, size, blocks,
     )  # fmt: skip

@@ -22,6 +22,7 @@ import msgspec
 
 from wire.channel import Buffer
 from wire.errors import ClientTooSlow, EngineFailed, ServiceError
+from wire.logs import about, request_id
 from wire.messages import Abort, EngineOutput, EngineRequest, StepReport
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class _Stream:
     def __init__(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         self.request = request
         self.buffers = buffers
+        self.origin = request_id.get()  # of the request that asked
         self.token_ids = _compact([])  # all that were generated
         self.deaths = 0
         self.tried = False  # has passed its trial since the last death
@@ -216,7 +218,8 @@ class Streams:
 
     def _give_up(self, stream: _Stream) -> None:
         """Its reader reads too slowly."""
-        logger.info("request=%s is ended: what it has generated is not read", stream.request.id)
+        with about(stream.origin):
+            logger.info("request=%s is ended: its answer is not read", stream.request.id)
         del self._open[stream.request.id]
         self._leave(stream)
         stream.fail(ClientTooSlow("The answer was read too slowly; the request has been ended."))
@@ -280,7 +283,8 @@ class Streams:
         return len(streams)
 
     def _convict(self, stream: _Stream) -> None:
-        logger.error("request=%s is given up: engines die of it", stream.request.id)
+        with about(stream.origin):
+            logger.error("request=%s is given up: engines die of it", stream.request.id)
         self.convicted += 1
         del self._open[stream.request.id]
         stream.fail(EngineFailed("the engine failed during this request"))

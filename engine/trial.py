@@ -59,7 +59,7 @@ class Trial:
             pairs=_coefficient(prompt, behind, chunk * context),
             tiles=max(tile, _LEAST * one),
         )
-        logger.info(
+        logger.debug(
             "cost_ms step=%.3g row=%.3g read=%.3g token=%.3g pair=%.3g tile=%.3g",
             *(1000 * seconds for seconds in cost),
         )

@@ -360,7 +360,8 @@ async def announce(service: Service, host: str, port: int, scheme: str = "http")
     ready = service.model.ready
     say(
         f"ready: {service.model.name}, {ready.parameters / 1e6:.1f} M parameters, {ready.dtype} on "
-        f"{ready.device}, context {ready.max_model_len} tokens"
+        f"{ready.device}, attention by {ready.attention}, context {ready.max_model_len} tokens, "
+        f"cache for {ready.blocks_total * ready.block_size}"
     )
     if service.media.missing:
         lacking = ", ".join(service.media.missing)

@@ -4,11 +4,24 @@ The request id is a context variable, so a line logged anywhere below a request'
 carries it without being handed around. User content is never logged at info.
 """
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from contextvars import ContextVar
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
+
+
+@contextlib.contextmanager
+def about(identity: str) -> Iterator[None]:
+    """What is logged in the block is about this request, whoever logs it."""
+    token = request_id.set(identity)
+    try:
+        yield
+    finally:
+        request_id.reset(token)
+
 
 LEVEL_VARIABLE = "INTERNVL_LOG_LEVEL"
 """Environment variable of the setting; a process passes it on to those it starts."""

@@ -41,7 +41,9 @@ def choose(
         reason = backend.supports(device, dtype, block_size)
         if reason is None:
             why = "; ".join(reasons) or ("the first choice" if name == "auto" else "asked for")
-            logger.info("attention=%s (%s)", backend.name, why)
+            # On the CPU most of it is that others need CUDA.
+            level = logging.INFO if device.type == "cuda" else logging.DEBUG
+            logger.log(level, "attention=%s (%s)", backend.name, why)
             return backend
         reasons.append(f"{candidate}: {reason}")
     raise ValueError("no attention backend can be used: " + "; ".join(reasons))

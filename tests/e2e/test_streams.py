@@ -34,6 +34,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.close()
 
 
+def test_a_start_says_what_a_newcomer_needs_and_no_more(server: Server) -> None:
+    start = server.log.read_text().split("API at")[0]
+    assert "ready: internvl-demo" in start
+    assert len(start.splitlines()) < 10
+    assert " INFO " not in start
+
+
 def test_the_server_may_have_more_connections_than_a_shell_allows(server: Server) -> None:
     soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
     assert soft == hard or soft >= 1 << 16
@@ -63,7 +70,7 @@ def test_clients_that_read_nothing_are_ended_long_before_their_time_is_over(
             for client in stall(server, 12, 1200, skip_special_tokens=False)
         ]
         end = time.monotonic() + 40
-        while server.log.read_text().count("what it has generated is not read") < len(clients):
+        while server.log.read_text().count("its answer is not read") < len(clients):
             assert time.monotonic() < end
             time.sleep(0.05)
         server.wait_for_metric("internvl_kv_blocks_used", 0)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import logging
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,7 @@ from engine.plan import StepPlan
 from engine.streams import Streams
 from tests.fake_runner import FakeRunner, alone, request
 from wire.errors import ClientTooSlow, EngineFailed, Unavailable
+from wire.logs import about, request_id
 from wire.messages import (
     Abort,
     EngineOutput,
@@ -181,6 +183,29 @@ async def test_a_failure_comes_after_the_outputs_that_arrived_and_needs_no_abort
     with pytest.raises(EngineFailed):
         await first(reader)
     assert house.take_sent() == ["a"]
+
+
+async def test_log_lines_about_a_request_have_the_id_of_who_asked() -> None:
+    seen: list[tuple[str, str]] = []
+
+    class Sink(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append((request_id.get(), record.getMessage()))
+
+    sink = Sink()
+    logging.getLogger("engine.streams").addHandler(sink)
+    try:
+        house = House()
+        with about("mine"):
+            (reader,) = await house.ask("a")
+        for _ in range(2):  # of the second death, alone, it is guilty
+            house.streams.disconnect()
+            house.streams.connect()
+        with pytest.raises(EngineFailed):
+            await result(reader)
+    finally:
+        logging.getLogger("engine.streams").removeHandler(sink)
+    assert seen == [("mine", "request=a is given up: engines die of it")]
 
 
 async def test_what_arrived_while_a_reader_was_busy_comes_before_the_failure_too() -> None:
