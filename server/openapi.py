@@ -9,7 +9,15 @@ from fastapi import FastAPI
 from server.schemas import response
 from server.schemas.answer import Chunk, Completion
 from server.schemas.chat import ChatRequest
-from server.schemas.common import Aborted, AnthropicError, ErrorBody, Model, ModelList, Version
+from server.schemas.common import (
+    Aborted,
+    AnthropicError,
+    ErrorBody,
+    Health,
+    Model,
+    ModelList,
+    Version,
+)
 from server.schemas.completion import CompletionRequest, TextCompletion
 from server.schemas.form import Form
 from server.schemas.info import ServerInfo
@@ -54,6 +62,9 @@ ROUTES: dict[str, Described] = {
     "GET /v1/completions/{name}/events": Described(None, events=(TextCompletion,)),
     "GET /server_info": Described(ServerInfo),
     "GET /version": Described(Version),
+    "GET /live": Described(Health),
+    "GET /ready": Described(Health, error=Health),
+    "GET /health": Described(Health, error=Health),
     "GET /v1/models": Described(ModelList),
     "GET /v1/models/{model}": Described(Model),
 }

@@ -2,6 +2,7 @@
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse
 
 from server.info import installed_version, server_info
 from server.lifecycle import Service
@@ -26,7 +27,7 @@ async def version() -> Response:
     return Response(msgspec.json.encode(told), media_type="application/json")
 
 
-@router.get("/docs")
+@router.get("/docs", response_class=HTMLResponse)
 async def docs(request: Request) -> Response:
     """All routes, to be read by people."""
     page = reference(request.app.openapi())

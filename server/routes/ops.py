@@ -1,20 +1,20 @@
 """Probes and metrics: what orchestrators ask."""
 
-from typing import Any
-
+import msgspec
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import PlainTextResponse
 
 from server.lifecycle import Service
 from server.metrics import CONTENT_TYPE
+from server.schemas.common import Health, LoadProgress
 
 router = APIRouter()
 
 
 @router.get("/live")
-async def live() -> dict[str, str]:
+async def live() -> Response:
     """200 while the process answers at all; a restart helps when it does not."""
-    return {"status": "live"}
+    return _told(Health("live"))
 
 
 @router.get("/ready")
@@ -24,19 +24,21 @@ async def ready(request: Request) -> Response:
     service: Service = request.app.state.service
     state = service.state
     if state == "ready":
-        return JSONResponse({"status": state})
-    body: dict[str, Any] = {"status": state, "reason": service.reason}
+        return _told(Health(state))
+    health = Health(state, service.reason)
     progress = service.engine.progress
     if state == "starting" and progress is not None:
-        body["progress"] = {
-            "stage": progress.stage,
-            "done": progress.done,
-            "total": progress.total,
-        }
-    return JSONResponse(body, status_code=503, headers={"Retry-After": "5"})
+        health.progress = LoadProgress(progress.stage, progress.done, progress.total)
+    answer = _told(health)
+    answer.status_code, answer.headers["Retry-After"] = 503, "5"
+    return answer
 
 
-@router.get("/metrics")
+def _told(health: Health) -> Response:
+    return Response(msgspec.json.encode(health), media_type="application/json")
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Everything measured, for Prometheus."""
     service: Service = request.app.state.service

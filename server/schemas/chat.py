@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
-from server.schemas.form import Form, clip, clip_name, wrong
+from server.schemas.form import Form, OrText, clip, clip_name, wrong
 from server.schemas.generation import Generation
 from wire.sampling import MAX_LOGPROBS
 
@@ -98,14 +98,14 @@ class ImagePart(_Part):
     """A picture."""
 
     type: Literal["image_url"]
-    image_url: Annotated[ImageUrl, BeforeValidator(_url_object)]
+    image_url: Annotated[ImageUrl, BeforeValidator(_url_object), OrText()]
 
 
 class VideoPart(_Part):
     """A video."""
 
     type: Literal["video_url"]
-    video_url: Annotated[VideoUrl, BeforeValidator(_url_object)]
+    video_url: Annotated[VideoUrl, BeforeValidator(_url_object), OrText()]
 
 
 def _kind(value: object) -> str:
@@ -141,7 +141,7 @@ def _parts(value: object) -> object:
     raise wrong("must be a string or an array of parts")
 
 
-Content = Annotated[list[Part], Field(max_length=MAX_PARTS), BeforeValidator(_parts)]
+Content = Annotated[list[Part], Field(max_length=MAX_PARTS), BeforeValidator(_parts), OrText()]
 
 
 class FunctionCall(Form):

@@ -133,6 +133,22 @@ class AnthropicError(msgspec.Struct, tag="error"):
     request_id: str
 
 
+class LoadProgress(msgspec.Struct):
+    """Of a start: ``done`` of ``total`` units of ``stage``; total 0 means unknown."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class Health(msgspec.Struct, omit_defaults=True):
+    """Of a probe; ``reason`` says why the status is not "live" or "ready"."""
+
+    status: str
+    reason: str = ""
+    progress: LoadProgress | None = None
+
+
 class Version(msgspec.Struct):
     """/version."""
 

@@ -4,8 +4,9 @@ written for the client, and the names of fields that have no meaning here."""
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 
 class Form(BaseModel):
@@ -42,6 +43,15 @@ def take_unknown(form: Form, path: str = "") -> Iterator[str]:
             for number, entry in enumerate(value):
                 if isinstance(entry, Form):
                     yield from take_unknown(entry, f"{here}[{number}].")
+
+
+class OrText:
+    """Says in a schema that a text may stand for a value, which a validator makes of it."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "string"}, handler(schema)]}
 
 
 def wrong(message: str, field: str = "") -> PydanticCustomError:

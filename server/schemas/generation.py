@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from pydantic import BeforeValidator, Field
 
-from server.schemas.form import Form, clip, wrong
+from server.schemas.form import Form, OrText, clip, wrong
 from wire.sampling import MAX_LOGPROBS, MAX_SEED
 
 MAX_STOPS = 16
@@ -76,7 +76,7 @@ def _schema_name(value: object) -> object:
     return value
 
 
-Schema = Annotated[dict[str, Any], BeforeValidator(_schema)]
+Schema = Annotated[dict[str, Any], BeforeValidator(_schema), OrText()]
 ChoiceTexts = list[str]
 
 
@@ -191,7 +191,9 @@ class Generation(Form):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
     stop: Annotated[
-        Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_stops)
+        Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None,
+        BeforeValidator(_stops),
+        OrText(),
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

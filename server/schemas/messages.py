@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, Bounds, VisualBudget
-from server.schemas.form import Form, clip, one_of, tag_of, wrong
+from server.schemas.form import Form, OrText, clip, one_of, tag_of, wrong
 from server.schemas.generation import MAX_STOPS, Generation, Stop
 
 _CACHE = frozenset({"cache_control"})
@@ -91,7 +91,9 @@ class ToolResultBlock(Form):
     type: Literal["tool_result"]
     tool_use_id: str
     content: Annotated[
-        Annotated[list[Shown], Field(max_length=MAX_PARTS)] | None, BeforeValidator(_texts)
+        Annotated[list[Shown], Field(max_length=MAX_PARTS)] | None,
+        BeforeValidator(_texts),
+        OrText(),
     ] = None
 
 
@@ -99,6 +101,7 @@ Texts = Annotated[
     list[Annotated[TextBlock, BeforeValidator(one_of("text"))]],
     Field(max_length=MAX_PARTS),
     BeforeValidator(_texts),
+    OrText(),
 ]
 
 
@@ -125,6 +128,7 @@ class UserMessage(Form):
         ],
         Field(max_length=MAX_PARTS),
         BeforeValidator(_texts),
+        OrText(),
     ]
 
 
@@ -145,6 +149,7 @@ class AssistantMessage(Form):
         ],
         Field(max_length=MAX_PARTS),
         BeforeValidator(_texts),
+        OrText(),
     ]
 
 

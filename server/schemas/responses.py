@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter
 
 from server.schemas.chat import MAX_PARTS, MAX_TOOLS, Bounds, VisualBudget
-from server.schemas.form import Form, clip, one_of, tag_of, wrong
+from server.schemas.form import Form, OrText, clip, one_of, tag_of, wrong
 from server.schemas.generation import Generation, JsonSchemaFormat
 from wire.sampling import MAX_LOGPROBS
 
@@ -70,6 +70,7 @@ Shown = Annotated[
     ],
     Field(max_length=MAX_PARTS),
     BeforeValidator(_input_texts),
+    OrText(),
 ]
 
 
@@ -87,6 +88,7 @@ class InstructionItem(_MessageItem):
         list[Annotated[InputText, BeforeValidator(one_of("input_text"))]],
         Field(max_length=MAX_PARTS),
         BeforeValidator(_input_texts),
+        OrText(),
     ]
 
 
@@ -112,6 +114,7 @@ class AssistantItem(_MessageItem):
         ],
         Field(max_length=MAX_PARTS),
         BeforeValidator(_output_texts),
+        OrText(),
     ]
 
 
@@ -311,7 +314,9 @@ class ResponsesRequest(Generation):
         "response_format": (),
     }
 
-    input: Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS), BeforeValidator(_items)]
+    input: Annotated[
+        list[Item], Field(min_length=1, max_length=MAX_ITEMS), BeforeValidator(_items), OrText()
+    ]
     instructions: str | None = None
     tools: (
         Annotated[
