@@ -60,6 +60,7 @@ class Service:
         self.responses = ResponseStore(
             settings.server.response_store_bytes, settings.server.response_store_ttl
         )
+        self.metrics.response_bytes.set_function(lambda: self.responses.used)
         self._tiles = Budget(settings.engine.request_tile_bytes)
         self.metrics.tile_bytes.set_function(lambda: self._tiles.used)
         self.name = settings.server.served_model_name or Path(settings.engine.model).name

@@ -93,6 +93,11 @@ class Metrics:
             "Tiles of the requests being answered.",
             registry=self.registry,
         )
+        self.response_bytes = Gauge(
+            "internvl_response_store_bytes",
+            "Kept answers of /v1/responses and their conversations.",
+            registry=self.registry,
+        )
         self.resumable_streams = Gauge(
             "internvl_resumable_streams", "Streams that can be resumed.", registry=self.registry
         )

@@ -157,14 +157,23 @@ async def prepare(
         resumable=bool(options is not None and options.resumable),
         shown=shown,
         media_seconds=media_seconds,
-        spending=spending(request, len(prompt.ids), prompt.items, tenant),
+        spending=spending(request, sampling, len(prompt.ids), prompt.items, tenant),
     )
 
 
-def spending(request: Generation, prompt: int, items: list[VisionItem], tenant: Tenant) -> Spending:
+def spending(
+    request: Generation,
+    sampling: SamplingParams,
+    prompt: int,
+    items: list[VisionItem],
+    tenant: Tenant,
+) -> Spending:
     """What the limits of the key count of a request whose prompt has so many tokens."""
     field, longest = request.length
-    answer = min(request.usual_length or GUESS, GUESS) if longest is None else longest
+    if longest is None:
+        answer = min(request.usual_length or GUESS, GUESS)
+    else:
+        answer = min(longest, sampling.max_tokens)  # which was made to fit
     fields = request.prompt_field, None if longest is None else field
     visual = sum(item.length for item in items)
     return Spending(tenant.account, prompt, visual, answer * either(request.n, 1), fields)

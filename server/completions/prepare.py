@@ -97,5 +97,5 @@ def _chat(
         resumable=bool(options is not None and options.resumable),
         shown=[],
         media_seconds=0.0,
-        spending=spending(request, len(ids), [], tenant),
+        spending=spending(request, fitted, len(ids), [], tenant),
     )

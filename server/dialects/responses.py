@@ -57,6 +57,7 @@ from server.schemas.responses import (
     SchemaFormat,
     UserItem,
 )
+from server.schemas.validate import decode
 from wire.errors import ClientError, EngineFailed, ServiceError
 
 LOGPROBS = "message.output_text.logprobs"
@@ -72,12 +73,14 @@ _NAMES = {
 
 def as_chat(request: ResponsesRequest, before: Sequence[bytes]) -> tuple[ChatRequest, Origins]:
     """The chat request that a request asks, and where its fields come from; ``before`` are the
-    items of the conversation that it goes on with. Raises InvalidRequest."""
+    items of the conversation that it goes on with. Raises InvalidRequest, BodyTooLarge."""
     draft = Draft(request, _NAMES)
     if request.instructions:
         draft.message("system", "instructions")
         draft.text(request.instructions, "instructions")
-    earlier = [(ITEM.validate_python(msgspec.json.decode(item)), BEFORE) for item in before]
+    # All at once: what bounds the work for one body holds for a conversation too.
+    whole = decode(b"[" + b",".join(before) + b"]")
+    earlier = [(ITEM.validate_python(item), BEFORE) for item in whole]
     now = [(item, f"input[{number}]") for number, item in enumerate(request.input)]
     items = [*earlier, *now]
     for is_result, run in itertools.groupby(items, lambda one: isinstance(one[0], ResultItem)):

@@ -13,6 +13,7 @@ from server.chat.showing import Room
 from server.chat.sse import EventStream, unless_gone
 from server.chat.stream import chunks
 from server.dialects.responses import (
+    BEFORE,
     as_chat,
     begun,
     items_of,
@@ -33,7 +34,7 @@ from server.routes.body import (
 )
 from server.schemas.response import InputTokens, ResponseDeleted, ResponseObject
 from server.schemas.responses import ResponsesRequest
-from wire.errors import InvalidRequest, NotFound
+from wire.errors import BodyTooLarge, InvalidRequest, NotFound
 
 router = APIRouter()
 
@@ -55,7 +56,7 @@ async def _answer(
     async with service.preparing():
         run = runner(body)
         request, unknown = await read_form(service, body, ResponsesRequest, run)
-        before = _before(service, request, tenant)
+        before = _before(service, request, tenant, len(body))
         asked, origins = await run(as_chat, request, before)
         with origins.named():
             identity = f"resp_{uuid.uuid4().hex}"
@@ -80,15 +81,25 @@ async def _answer(
     return told(_json(response), unknown)
 
 
-def _before(service: Service, request: ResponsesRequest, tenant: Tenant) -> tuple[bytes, ...]:
+def _before(
+    service: Service, request: ResponsesRequest, tenant: Tenant, size: int
+) -> tuple[bytes, ...]:
+    """The items of the conversation that a request of ``size`` bytes goes on with. Raises NotFound,
+    and BodyTooLarge where they would be too large if they were sent."""
     if request.previous_response_id is None:
         return ()
     found = service.responses.get(tenant.id, request.previous_response_id)
     if found is None:
         raise NotFound(
             "previous_response_id: there is no such response (any more).",
-            param="previous_response_id",
+            param=BEFORE,
             code="previous_response_not_found",
+        )
+    most = service.settings.server.max_request_bytes
+    if size + sum(map(len, found.items)) > most:
+        raise BodyTooLarge(
+            f"previous_response_id: with this request it has more than {most} bytes.",
+            param=BEFORE,
         )
     return found.items
 
@@ -104,7 +115,8 @@ async def count_input_tokens(request: Request) -> Response:
 async def _count(service: Service, body: bytes, tenant: Tenant) -> Response:
     run = runner(body)
     request, unknown = await read_form(service, body, ResponsesRequest, run)
-    asked, origins = await run(as_chat, request, _before(service, request, tenant))
+    before = _before(service, request, tenant, len(body))
+    asked, origins = await run(as_chat, request, before)
     with origins.named():
         count = InputTokens(await count_prompt(service, asked, run, tenant))
     return told(_json(count), unknown)

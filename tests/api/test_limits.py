@@ -284,3 +284,14 @@ async def test_several_texts_are_refused_together_before_one_is_begun(
     assert len(house.engine.requests) == asked
     clock.now += int(later.headers["retry-after"])
     assert (await complete(3, 30)).status_code == 200
+
+
+async def test_an_answer_that_was_made_to_fit_is_charged_as_what_it_may_have(
+    houses: Houses, tmp_path: Path
+) -> None:
+    """Of its 4000 tokens only those that fit in a context of 512 can come."""
+    house = await open_with(houses, tmp_path, alice="tokens_per_minute = 600")
+    body = HELLO | {"max_tokens": 4000}
+    answer = await house.http.post("/v1/messages", headers=as_("alice"), json=body)
+    assert answer.status_code == 200
+    assert int(answer.headers["x-ratelimit-remaining-tokens"]) >= 600 - 512

@@ -148,6 +148,28 @@ async def test_a_conversation_goes_on_from_a_response(house: House) -> None:
     assert again.json()["error"]["param"] == "previous_response_id"
 
 
+async def test_a_conversation_is_no_larger_than_a_body_may_be(houses: Houses) -> None:
+    house = await houses.open(max_request_bytes=3000)
+    picture = PICTURE | {"image_url": "data:image/png;base64," + "x" * 2000}
+    first = (await ask(house, input=[{"role": "user", "content": [picture]}])).json()
+    goes_on: Any = {"previous_response_id": first["id"]}
+    assert (await ask(house, **goes_on)).status_code == 200
+    answer = await ask(house, input="x" * 800, **goes_on)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["param"] == "previous_response_id"
+
+
+async def test_what_a_response_goes_on_from_has_no_more_parts_than_a_body_may_have(
+    house: House,
+) -> None:
+    parts = [{"role": "user", "content": [{"type": "input_text", "text": ""}] * 1000}] * 12
+    identity = None
+    for status in (200, 200, 413):
+        answer = await ask(house, input=parts, previous_response_id=identity)
+        assert answer.status_code == status
+        identity = answer.json().get("id")
+
+
 async def test_nobody_finds_the_responses_of_another_key(houses: Houses) -> None:
     house = await houses.open(api_key=("one", "two"))
     mine, other = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
