@@ -87,6 +87,20 @@ async def test_it_has_the_name_of_its_answer_too(house: House) -> None:
     assert (await task).status_code == 499
 
 
+async def test_a_resumable_stream_is_ended_when_nobody_reads_it(house: House) -> None:
+    said = endless(house)
+    body = CHAT | {"stream": True, "stream_options": {"resumable": True}}
+    task = await started(house, asking(house, "/v1/chat/completions", body), said)
+    (request,) = house.engine.requests
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert not house.engine.aborted
+    assert (await delete(house, request.id)).status_code == 200
+    read = await house.http.get(f"/v1/chat/completions/{request.id}/events")
+    assert '"code":"request_aborted"' in read.text
+    assert house.engine.aborted == [request.id]
+
+
 async def test_one_that_waits_for_its_pictures_is_ended(house: House) -> None:
     house.media.gate.clear()
     arrived = asyncio.Event()
