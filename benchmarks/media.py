@@ -15,7 +15,9 @@ how many times those of the reference they are.
 - ``header``: the same worker's look at size and orientation, as a preview of the cost needs it;
 - ``fast``: as ``ours``, with ``image_decoding`` "fast"; JPEG only;
 - ``one tile``, ``fast, one tile``: the same for ``detail: low``;
-- ``pipeline``: ``MediaPipeline.load`` with one worker: base64, sandbox, sockets and digest.
+- ``pipeline``: ``MediaPipeline.load`` with one worker: base64, sandbox, sockets and digest;
+- ``fetched``: the same from a web server of this machine, whose own time does not count: a
+  connection, HTTP, and all that is checked of an address.
 
 Prints a table and writes JSON.
 """
@@ -23,12 +25,17 @@ Prints a table and writes JSON.
 import argparse
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
 import platform
+import re
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -145,11 +152,28 @@ def measure(
     }
 
 
-def through_pipeline(encoded: bytes, seconds: float) -> dict[str, float]:
-    url = "data:image/png;base64," + base64.b64encode(encoded).decode()
+@contextlib.contextmanager
+def site() -> Iterator[tuple[Path, str]]:
+    """A folder, and the URL under which another process serves it."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"]
+        with subprocess.Popen(
+            words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as server:
+            assert server.stdout is not None
+            found = re.search(r"port (\d+)", server.stdout.readline())
+            assert found is not None
+            yield Path(folder), f"http://127.0.0.1:{found[1]}/"
+            server.terminate()
+
+
+def through_pipeline(url: str, seconds: float) -> dict[str, float]:
     part = MediaPart(url, "picture")
+    settings = MediaSettings(
+        media_workers=1, tile_cache_bytes=0, allow_private_media=True, allowed_media_ports=()
+    )
     with asyncio.Runner() as runner:
-        media = MediaPipeline(MediaSettings(media_workers=1, tile_cache_bytes=0))
+        media = MediaPipeline(settings)
         runner.run(media.start(GEOMETRY))
         try:
             return measure(lambda: runner.run(media.load(part)), seconds, media.worker_pids)
@@ -157,7 +181,9 @@ def through_pipeline(encoded: bytes, seconds: float) -> dict[str, float]:
             runner.run(media.close())
 
 
-def measure_all(name: str, kind: str, encoded: bytes, seconds: float) -> dict[str, Any]:
+def measure_all(
+    name: str, kind: str, encoded: bytes, seconds: float, folder: Path, address: str
+) -> dict[str, Any]:
     """All ways on one file, printed as they come."""
     low = structs.replace(SETTINGS, max_tiles=1)
     fast = [structs.replace(settings, fast=True) for settings in (SETTINGS, low)]
@@ -174,8 +200,11 @@ def measure_all(name: str, kind: str, encoded: bytes, seconds: float) -> dict[st
     row: dict[str, Any] = {"encoded_bytes": len(encoded), "tiles": len(reference(encoded))}
     for way, function in ways.items():
         row[way] = measure(function, seconds)
-    row["pipeline"] = through_pipeline(encoded, seconds)
-    for way in (*ways, "pipeline"):
+    url = "data:image/png;base64," + base64.b64encode(encoded).decode()
+    row["pipeline"] = through_pipeline(url, seconds)
+    (folder / "picture").write_bytes(encoded)
+    row["fetched"] = through_pipeline(address + "picture", seconds)
+    for way in (*ways, "pipeline", "fetched"):
         figures = row[way]
         figures["ratio"] = round(row["reference"]["processor_ms"] / figures["processor_ms"], 2)
         print(
@@ -198,11 +227,13 @@ def main() -> None:
         "pillow": PIL.__version__,
         "pictures": {},
     }
-    for named, size in SIZES.items():
-        for kind, encoded in encodings(photograph(*size), named).items():
-            name = f"{named} {kind}"
-            if arguments.only in name:
-                results["pictures"][name] = measure_all(name, kind, encoded, arguments.seconds)
+    with site() as (folder, address):
+        for named, size in SIZES.items():
+            for kind, encoded in encodings(photograph(*size), named).items():
+                name = f"{named} {kind}"
+                if arguments.only in name:
+                    row = measure_all(name, kind, encoded, arguments.seconds, folder, address)
+                    results["pictures"][name] = row
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     else:
