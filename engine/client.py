@@ -28,6 +28,7 @@ from wire.messages import (
     Flush,
     FromEngine,
     LogLevel,
+    Profile,
     Progress,
     Ready,
     StepReport,
@@ -100,6 +101,10 @@ class EngineClient(Protocol):
     def abort(self, identity: str, error: ServiceError) -> bool:
         """End an open request now; its iterator raises ``error``. Whether there was one."""
 
+    async def profile(self, seconds: float) -> str:
+        """Where the engine's thread spends its time for so long. Raises Unavailable where there is
+        no engine in a process of its own, or it dies meanwhile."""
+
     async def stop(self) -> None:
         """End the engine and everything it runs. Idempotent."""
 
@@ -165,6 +170,10 @@ class BaseEngine(abc.ABC):
     def set_log_level(self, level: str) -> None:
         """Log what is that severe, or more, from now on; see the setting ``log_level``."""
         self._tell(LogLevel(level))
+
+    async def profile(self, seconds: float) -> str:
+        """Where the engine's thread spends its time; see EngineClient."""
+        raise Unavailable("the engine has no process of its own")
 
     def _tell(self, message: Control) -> None:
         if self.state == "ready":  # the next one has nothing cached
@@ -252,6 +261,7 @@ class ProcessEngine(BaseEngine):
         self._heard = 0  # messages
         self._outbox: asyncio.Queue[tuple[object, Sequence[Buffer]]] = asyncio.Queue()
         self._process: asyncio.subprocess.Process | None = None
+        self._profiled: asyncio.Future[str] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -260,6 +270,7 @@ class ProcessEngine(BaseEngine):
 
     async def stop(self) -> None:
         """End the engine process, by force after ``stop_timeout`` seconds. Idempotent."""
+        self._end_profile()
         await super().stop()
         if self._process is not None:
             await self._reap(self._process)  # again, if it was the reaping that was cut short
@@ -268,6 +279,19 @@ class ProcessEngine(BaseEngine):
         """See EngineClient."""
         self._log_level = level
         super().set_log_level(level)
+
+    async def profile(self, seconds: float) -> str:
+        """Where the engine's thread spends its time; see EngineClient."""
+        if self.state != "ready":
+            raise Unavailable("the engine is not ready")
+        profiled: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._profiled = profiled
+        self._tell(Profile(on=True))
+        try:
+            await asyncio.wait({profiled}, timeout=seconds)
+        finally:
+            self._tell(Profile(on=False))
+        return await profiled
 
     def _send(self, message: ToEngine, buffers: Sequence[Buffer]) -> None:
         self._outbox.put_nowait((message, buffers))
@@ -366,9 +390,12 @@ class ProcessEngine(BaseEngine):
             self.failure = f"{message.kind}: {message.text}"
             self._fault = message.kind
             self._suspects = message.suspects
+        elif self._profiled is not None and not self._profiled.done():
+            self._profiled.set_result(message.text)
 
     def _lose(self, error: BaseException) -> None:
         """The engine is dead, or has to die."""
+        self._end_profile()
         if not isinstance(error, ChannelClosed | _Hung):
             logger.error("the engine cannot be used", exc_info=error)
         self.failure = self.failure or f"{error}"
@@ -380,6 +407,10 @@ class ProcessEngine(BaseEngine):
         self._deaths += 1
         self._enter("starting")
         self._streams.disconnect(self._suspects)
+
+    def _end_profile(self) -> None:
+        if self._profiled is not None and not self._profiled.done():
+            self._profiled.set_exception(Unavailable("the engine died meanwhile"))
 
     async def _reap(self, process: asyncio.subprocess.Process) -> None:
         try:

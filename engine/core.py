@@ -24,6 +24,7 @@ from wire.messages import (
     EngineRequest,
     EngineStats,
     Flush,
+    LogLevel,
     Progress,
     Ready,
     StepReport,
@@ -98,7 +99,7 @@ class EngineCore:
             self.abort(message.ids)
         elif isinstance(message, Flush):
             self._scheduler.flush()
-        else:
+        elif isinstance(message, LogLevel):
             logging.getLogger().setLevel(message.level.upper())
 
     def add(self, request: EngineRequest, buffers: Sequence[Buffer] = ()) -> None:

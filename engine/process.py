@@ -7,6 +7,7 @@ process exits at once.
 """
 
 import contextlib
+import cProfile
 import logging
 import os
 import queue
@@ -17,8 +18,9 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from engine.core import EngineCore, MakeRunner
+from wire import profiling
 from wire.channel import Channel, ChannelClosed
-from wire.messages import Fault, ToEngine
+from wire.messages import Fault, Profile, Profiled, ToEngine
 from wire.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -94,9 +96,16 @@ def serve(sock: socket.socket, make_runner: MakeRunner) -> int:
 
 def _run(core: EngineCore, inbox: Inbox, channel: Channel[ToEngine]) -> NoReturn:
     """Step while there is work, sleep on the inbox while there is none."""
+    profiler: cProfile.Profile | None = None
     while True:
         for message, buffers in inbox.take(wait=not core.has_work):
-            core.take(message, buffers)
+            if not isinstance(message, Profile):
+                core.take(message, buffers)
+            elif message.on:
+                profiler = profiler or profiling.begin()
+            elif profiler is not None:
+                channel.send(Profiled(profiling.end(profiler)))
+                profiler = None
         report = core.step()
         if report is not None:
             channel.send(report)

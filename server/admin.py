@@ -2,10 +2,7 @@
 one. Requests have no body; what they need to say stands in the query."""
 
 import asyncio
-import cProfile
-import io
 import logging
-import pstats
 from typing import Any
 
 import msgspec
@@ -21,12 +18,11 @@ from server.keys import Keys
 from server.lifecycle import Service
 from server.limits import Account
 from server.metrics import CONTENT_TYPE
+from wire import profiling
 from wire.errors import ClientError, InvalidRequest, ServiceError
 
 LEVELS = ("debug", "info", "warning", "error")
 LONGEST_PROFILE = 60.0
-# Functions that a profile lists.
-PROFILE_LINES = 60
 
 
 class ProfileRunning(ClientError):
@@ -118,21 +114,32 @@ class Admin:
         return await self.state(request)
 
     async def profile(self, request: Request) -> Response:
-        """Where the thread that serves requests spends its time."""
+        """Where the thread that serves requests, or the engine's, spends its time."""
         seconds = _seconds(request.query_params.get("seconds", "5"))
+        of = request.query_params.get("of", "api")
+        if of not in ("api", "engine"):
+            raise InvalidRequest("of must be one of api, engine.", param="of")
         if self._profiling:
             raise ProfileRunning("A profile is being taken already.")
         self._profiling = True
-        profiler = cProfile.Profile()
         try:
-            profiler.enable()
-            await asyncio.sleep(seconds)
+            if of == "engine":
+                text = await self._service.engine.profile(seconds)
+            else:
+                text = await _profile(seconds)
         finally:
-            profiler.disable()
             self._profiling = False
-        page = io.StringIO()
-        pstats.Stats(profiler, stream=page).sort_stats("tottime").print_stats(PROFILE_LINES)
-        return Response(page.getvalue(), media_type="text/plain")
+        return Response(text, media_type="text/plain")
+
+
+async def _profile(seconds: float) -> str:
+    """Of this thread."""
+    text, profiler = "", profiling.begin()
+    try:
+        await asyncio.sleep(seconds)
+    finally:
+        text = profiling.end(profiler)
+    return text
 
 
 def _seconds(text: str) -> float:

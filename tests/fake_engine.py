@@ -167,6 +167,9 @@ class FakeEngine:
     def flush(self) -> None:
         self.flushed += 1
 
+    async def profile(self, seconds: float) -> str:
+        return f"{seconds} seconds of a script"
+
     def set_log_level(self, level: str) -> None:
         self.level = level
 

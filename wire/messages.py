@@ -64,7 +64,13 @@ class LogLevel(msgspec.Struct, frozen=True, tag="log_level"):
     level: str
 
 
-Control = Abort | Flush | LogLevel
+class Profile(msgspec.Struct, frozen=True, tag="profile"):
+    """Begin to watch where the engine's thread spends its time, or end it and say so."""
+
+    on: bool
+
+
+Control = Abort | Flush | LogLevel | Profile
 ToEngine = EngineRequest | Control
 
 
@@ -176,4 +182,10 @@ class Fault(msgspec.Struct, frozen=True, tag="fault"):
     suspects: list[str] = []
 
 
-FromEngine = StepReport | Progress | Ready | Fault
+class Profiled(msgspec.Struct, frozen=True, tag="profiled"):
+    """What was seen since the engine was told to watch; for operators, it names files."""
+
+    text: str
+
+
+FromEngine = StepReport | Progress | Ready | Fault | Profiled

@@ -134,6 +134,9 @@ async def test_a_profile_names_what_was_called_meanwhile(houses: Houses, tmp_pat
             assert (await house.ask()).status_code == 200
         page = (await taken).text
         assert "prepare.py" in page
+        answer = await admin.post("/profile?seconds=2&of=engine")
+        assert answer.text == "2.0 seconds of a script"
+        assert (await admin.post("/profile?of=disk")).status_code == 400
         for wrong in ("0", "61", "nan", "-1", "soon", ""):
             assert (await admin.post(f"/profile?seconds={wrong}")).status_code == 400
         assert (await admin.post("/profile?seconds=0.01")).status_code == 200

@@ -100,6 +100,12 @@ def test_the_log_level_and_a_profile(server: Server) -> None:
     assert act(server, "POST", "/log-level?level=info").json()["log_level"] == "info"
     page = act(server, "POST", "/profile?seconds=0.2").text
     assert "function calls" in page
+    assert "(run_once)" in page or "_run_once" in page
+    asked = threading.Thread(target=server.ask, args=("Hello!",), kwargs=LONG)
+    asked.start()
+    page = act(server, "POST", "/profile?seconds=1&of=engine").text
+    assert "(plan)" in page
+    asked.join(60)
     assert "key=ops" in server.log.read_text()
 
 

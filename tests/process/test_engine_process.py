@@ -458,3 +458,23 @@ async def test_a_stop_token_is_the_last_of_a_stream() -> None:
         outputs = [output async for output in stream]
         assert [t for o in outputs for t in o.token_ids] == whole[: whole.index(stop) + 1]
         assert (outputs[-1].finish_reason, outputs[-1].stop_token) == ("stop", stop)
+
+
+async def test_a_profile_names_what_the_engine_does_and_ends_with_it() -> None:
+    async with engine() as client:
+        work = asyncio.create_task(collect(client, "a", 3, max_tokens=ENDLESS))
+        page = await asyncio.wait_for(client.profile(0.3), DEADLINE)
+        assert "(step)" in page
+        taken = asyncio.create_task(client.profile(600))
+        await asyncio.sleep(0)
+        os.kill(client.pid or 0, signal.SIGKILL)
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(taken, DEADLINE)
+        await asyncio.wait_for(client.wait_ready(), DEADLINE)
+        last = asyncio.create_task(client.profile(600))
+        await asyncio.sleep(0)
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        await client.stop()
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(last, DEADLINE)

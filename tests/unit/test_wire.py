@@ -22,6 +22,8 @@ from wire.messages import (
     Flush,
     FromEngine,
     LogLevel,
+    Profile,
+    Profiled,
     Progress,
     Ready,
     StepReport,
@@ -58,12 +60,14 @@ SAMPLES: dict[object, list[msgspec.Struct]] = {
         Abort(["a", "b"]),
         Flush(),
         LogLevel("debug"),
+        Profile(on=True),
     ],
     FromEngine: [
         StepReport([EngineOutput("id", [5], "stop", 5)], EngineStats(running=3, preemptions=1)),
         Progress("weights", 3, 10),
         READY,
         Fault("step", "why", ["id"]),
+        Profiled("text"),
     ],
 }
 
