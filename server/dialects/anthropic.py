@@ -34,6 +34,7 @@ from server.schemas.message import (
 )
 from server.schemas.messages import (
     AssistantMessage,
+    ClientTool,
     CountRequest,
     ImageBlock,
     SystemMessage,
@@ -148,8 +149,8 @@ def _tools(draft: Draft, request: CountRequest) -> None:
         draft.fields["parallel_tool_calls"] = False
 
 
-def _function(tool: Any) -> dict[str, Any]:
-    function = {"name": tool.name, "parameters": tool.input_schema}
+def _function(tool: ClientTool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema}
     for name in ("description", "strict"):
         if getattr(tool, name) is not None:
             function[name] = getattr(tool, name)

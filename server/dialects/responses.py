@@ -58,7 +58,7 @@ from server.schemas.responses import (
     UserItem,
 )
 from server.schemas.validate import decode
-from wire.errors import ClientError, EngineFailed, ServiceError
+from wire.errors import EngineFailed, ServiceError
 
 LOGPROBS = "message.output_text.logprobs"
 BEFORE = "previous_response_id"
@@ -360,7 +360,7 @@ async def stream_of(
         if last < 0:
             raise
         found = known(error)
-        code = "invalid_prompt" if isinstance(found, ClientError) else "server_error"
+        code = "invalid_prompt" if found.status == 400 else "server_error"
         response.status = "failed"
         response.error = ResponseError(code, found.message)
         yield _framed(ResponseFailed(response, last + 1))

@@ -13,7 +13,7 @@ from tests.api.conftest import House, Houses, listening
 from tests.fake_engine import FakeEngine, say
 from tests.mutants import mutants
 from tests.small_tokenizer import encode_rendered
-from wire.errors import EngineFailed, InvalidRequest
+from wire.errors import EngineFailed, InvalidRequest, RequestAborted
 from wire.messages import EngineOutput, TokenLogprobs
 
 PICTURE: Any = {"type": "input_image", "image_url": "data:image/png;base64,good"}
@@ -303,6 +303,7 @@ async def test_what_is_wrong_is_named_as_the_client_wrote_it(
     [
         (EngineFailed("The engine failed."), "server_error"),
         (InvalidRequest("messages[0] is wrong.", param="messages[0]"), "invalid_prompt"),
+        (RequestAborted("Aborted."), "server_error"),
         (RuntimeError("/secret/path"), "server_error"),
     ],
 )
@@ -321,7 +322,7 @@ async def test_an_error_behind_the_first_byte_is_a_failed_response(
     identity = last["response"]["id"]
     assert (await house.http.get(f"/v1/responses/{identity}")).status_code == 404
     answer = await ask(house)
-    assert answer.status_code == (400 if code == "invalid_prompt" else 500)
+    assert answer.status_code == getattr(failure, "status", 500)
 
 
 async def test_tokens_are_counted_as_the_response_itself_would_be(house: House) -> None:
