@@ -101,7 +101,7 @@ def test_the_log_level_and_a_profile(server: Server) -> None:
     page = act(server, "POST", "/profile?seconds=0.2").text
     assert "function calls" in page
     assert "(run_once)" in page or "_run_once" in page
-    asked = threading.Thread(target=server.ask, args=("Hello!",), kwargs=LONG)
+    asked = threading.Thread(target=server.ask, args=("Hello!",), kwargs=LONG | {"max_tokens": 500})
     asked.start()
     page = act(server, "POST", "/profile?seconds=1&of=engine").text
     assert "(plan)" in page
