@@ -35,7 +35,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_a_start_says_what_a_newcomer_needs_and_no_more(server: Server) -> None:
-    start = server.log.read_text().split("API at")[0]
+    end = time.monotonic() + 20
+    while "API at" not in (log := server.log.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    start = log.split("API at")[0]
     assert "ready: internvl-demo" in start
     assert len(start.splitlines()) < 10
     assert " INFO " not in start
