@@ -243,7 +243,7 @@ static void turn_token(void *context, long part) {
    [blocks][2][kv_heads][size * head]. query is [tokens][heads][head]. */
 void internvl_rotate_write(const struct heads *h, const struct batch *batch, const bf16 *qkv, long ldq,
                            bf16 *query, bf16 *cache) {
-  struct paged p = {batch, qkv, query, cache, NULL, ldq, 16, h->heads, h->kv_heads, h->head, h->size};
+  struct paged p = {batch, qkv, query, cache, NULL, ldq, 4, h->heads, h->kv_heads, h->head, h->size};
   pool_run(turn_token, &p, (batch->tokens + p.at_once - 1) / p.at_once);
 }
 

@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-enum { AT_ONCE = 16 };
+enum { AT_ONCE = 4 };
 
 typedef int8_t bytes __attribute__((vector_size(16)));
 typedef int16_t shorts __attribute__((vector_size(64)));

@@ -5,7 +5,7 @@
 
 #include <math.h>
 
-enum { AT_ONCE = 16 };
+enum { AT_ONCE = 4 };
 
 struct norm {
   bf16 *hidden;
