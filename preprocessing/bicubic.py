@@ -13,6 +13,8 @@ from PIL import Image
 
 from wire import native
 
+VERSION = 1
+"""That of the functions' arguments, here and in resize.c: one more with every change of them."""
 # Pillow hands over only pictures that lie in one piece of memory.
 _PIECE = 1 << 30
 
@@ -77,7 +79,7 @@ class Kernel:
 
 def kernels() -> list[Kernel]:
     """All that this processor can run, the fastest first."""
-    library = native.load(__file__, "_resize")
+    library = native.load(__file__, "_resize", VERSION)
     if library is None:
         return []
     numbers = range(library.resize_best_kernel(), library.resize_kernel_count())

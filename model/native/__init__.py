@@ -1,7 +1,7 @@
 """The project's own C for the CPU, called through ctypes.
 
-``LIBRARY`` is None where it was not compiled. Pointers are given as numbers; what they point to
-must have the size that the comments in the C state, and nothing here checks it:
+``LIBRARY`` is None where it was not compiled, or from older sources. Pointers are given as numbers;
+what they point to must have the size that the comments in the C state, and nothing here checks it:
 ``model.ops.native`` and ``model.attention.native`` are the callers.
 """
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from wire.native import load
 
+VERSION = 2
+"""That of the functions' arguments, here and in pool.c: one more with every change of them."""
 BEST = 4
 """For ``internvl_choose``: the best instruction set of this processor; tests choose others too."""
 LANES, STEP, STEP8 = 16, 32, 64
@@ -86,7 +88,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
 
 
 def _library() -> Any:
-    library = load(__file__, "_kernels")
+    library = load(__file__, "_kernels", VERSION)
     if library is not None:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, name)

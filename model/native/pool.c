@@ -60,6 +60,9 @@ static void *help(void *started) {
   return NULL;
 }
 
+/* VERSION in __init__.py. */
+int internvl_version(void) { return 2; }
+
 int pool_threads(void) { return pool.threads; }
 
 /* Start what is missing to so many threads; they are never stopped. Returns how many there are. */

@@ -60,7 +60,9 @@ class NativeOps(Ops):
             return "it computes on the CPU"
         if dtype != torch.bfloat16:
             return "it computes in bfloat16"
-        return None if LIBRARY else "it was not compiled when the server was installed"
+        return (
+            None if LIBRARY else "it was not compiled when this version of the server was installed"
+        )
 
     def prepare(self, modules: Sequence[nn.Module], head: Embedding | Linear) -> None:
         # Two pools of threads would take the cores from each other: what torch still does is small.

@@ -317,6 +317,9 @@ int resize_best_kernel(void)
 #endif
 }
 
+/* VERSION in preprocessing/bicubic.py. */
+int internvl_version(void) { return 1; }
+
 int resize_kernel_count(void) { return KERNEL_COUNT; }
 
 /* Pillow 13 takes the columns first where that leaves out much more. */

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import native
 from model.attention import choose
 from model.attention.native import NativeAttention
 from model.decoder import Decoder
@@ -206,9 +205,8 @@ def test_a_row_is_the_same_in_every_batch(level: int) -> None:
 LATER = """
 import ctypes, sys
 import numpy as np
-from wire.native import load
+from model.native import LIBRARY as library
 
-library = load(sys.argv[1], "_kernels")
 p, l = ctypes.c_void_p, ctypes.c_long
 library.internvl_pack.argtypes = [p, l, l, p, l]
 weights = np.arange(64 * 32, dtype=np.uint16)
@@ -225,7 +223,7 @@ for threads in 2, 4:
 
 
 def test_threads_that_are_made_later_take_no_part_in_what_was() -> None:
-    command = [sys.executable, "-c", LATER, native.__file__]
+    command = [sys.executable, "-c", LATER]
     subprocess.run(command, check=True, timeout=60)  # a pool that miscounts waits for ever
 
 

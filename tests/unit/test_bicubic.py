@@ -15,9 +15,15 @@ from preprocessing import bicubic
 from wire import native
 
 KERNELS = bicubic.kernels()
-LIBRARY = native.load(bicubic.__file__, "_resize")
+LIBRARY = native.load(bicubic.__file__, "_resize", bicubic.VERSION)
 
 compiled = pytest.mark.skipif(not KERNELS, reason="installed without a C compiler")
+
+
+@compiled
+def test_a_library_from_other_sources_is_as_good_as_none() -> None:
+    assert native.load(bicubic.__file__, "_resize", bicubic.VERSION) is not None
+    assert native.load(bicubic.__file__, "_resize", bicubic.VERSION + 1) is None
 
 
 def noise(width: int, height: int, seed: int) -> Image.Image:
