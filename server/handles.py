@@ -44,7 +44,7 @@ class Handle:
     def abort(self, engine: EngineClient) -> bool:
         """End it; whoever waits for it gets a RequestAborted. False if it has ended already."""
         self._aborted = True
-        if self._preparing is not None:
+        if self._preparing is not None and not self._preparing.expired():
             self._preparing.reschedule(0)
         ended = [engine.abort(identity, _aborted()) for identity in self._submitted]
         return any(ended) or not (ended or self._refused)

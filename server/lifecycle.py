@@ -180,10 +180,14 @@ class Service:
     def abort_all(self) -> int:
         """End all requests, each with an error of its own; how many were preparing or running. One
         with several choices counts for each."""
-        preparing = len(self._preparing)
-        for limit in self._preparing:
+        return self._end_preparing() + self.engine.abort_all(self._ended)
+
+    def _end_preparing(self) -> int:
+        # One that has been told already may still be tidying up.
+        told = [limit for limit in self._preparing if not limit.expired()]
+        for limit in told:
             limit.reschedule(0)
-        return preparing + self.engine.abort_all(self._ended)
+        return len(told)
 
     def flush(self) -> None:
         """Forget tiles, encoded pictures and prefixes of earlier requests."""
@@ -198,8 +202,7 @@ class Service:
         except TimeoutError:
             logger.warning("the time to finish is over; ending what still runs")
             # Each request gets an error of its own, not a cut stream.
-            for limit in self._preparing:
-                limit.reschedule(0)
+            self._end_preparing()
             await self.engine.stop()
 
     async def stop(self) -> None:

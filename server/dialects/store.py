@@ -6,8 +6,10 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-# What an entry takes beside its bytes.
+# What is taken beside their bytes by an entry, by an item, and by each mention of an item.
 OVERHEAD = 512
+ITEM = 160
+MENTION = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +19,10 @@ class Stored:
 
     body: bytes
     items: tuple[bytes, ...]
+
+
+def _own_size(entry: Stored) -> int:
+    return OVERHEAD + len(entry.body) + MENTION * len(entry.items)
 
 
 class _Shelf:
@@ -29,20 +35,20 @@ class _Shelf:
 
     def put(self, name: str, until: float, entry: Stored) -> None:
         self.entries[name] = until, entry
-        self.used += OVERHEAD + len(entry.body)
+        self.used += _own_size(entry)
         for item in entry.items:
             if not self._users[id(item)]:
-                self.used += len(item)
+                self.used += ITEM + len(item)
             self._users[id(item)] += 1
 
     def drop(self, name: str) -> None:
         _, entry = self.entries.pop(name)
-        self.used -= OVERHEAD + len(entry.body)
+        self.used -= _own_size(entry)
         for item in entry.items:
             self._users[id(item)] -= 1
             if not self._users[id(item)]:
                 del self._users[id(item)]
-                self.used -= len(item)
+                self.used -= ITEM + len(item)
 
     @property
     def oldest(self) -> str:

@@ -11,6 +11,7 @@ from tests.api.conftest import House, Houses
 from tests.api.test_chat import events, picture
 from tests.api.test_errors import error_of
 from tests.small_tokenizer import encode_rendered
+from wire.errors import ServiceError
 from wire.messages import EngineRequest
 
 MINE = {"X-Request-Id": "mine"}
@@ -160,3 +161,27 @@ async def test_what_has_ended_cannot_be_ended(house: House) -> None:
     assert (answer.status_code, refused.status_code) == (200, 404)
     for name in ("mine", answer.json()["id"]):
         assert (await delete(house, name)).status_code == 404
+
+
+async def test_what_is_still_tidying_up_can_be_ended_again(house: House) -> None:
+    """By its owner, and by an operator."""
+    service, tidy = house.service, asyncio.Event()
+    handle = service.handles.open(b"", "slow")
+
+    async def work() -> None:
+        async with service.preparing(), handle.preparing():
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await tidy.wait()
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    for _ in range(2):
+        assert (await delete(house, "slow")).status_code == 200
+    assert service.abort_all() == 1
+    await asyncio.sleep(0)
+    assert service.abort_all() == 0
+    tidy.set()
+    with pytest.raises(ServiceError):
+        await task
