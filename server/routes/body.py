@@ -1,18 +1,23 @@
-"""What the routes that take a request for generated text share: reading its body, and preparing a
-chat for the engine."""
+"""What the routes that take a body share: its arrival, reading it, and preparing a chat for the
+engine."""
 
 import asyncio
+import contextlib
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
+import msgspec
 from fastapi import Request, Response
 
 from server.auth import Tenant
 from server.chat.prepare import PreparedChat, Run, prepare
-from server.chat.preview import preview, sketch
+from server.chat.preview import Sketch, preview, sketch
 from server.chat.showing import Room
+from server.chat.sse import unless_gone
 from server.errors import UnsupportedMediaType
 from server.lifecycle import Service
 from server.schemas.chat import ChatRequest
@@ -28,12 +33,41 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.$\[\]-]")
 
 _T = TypeVar("_T")
 
-
 # What a client sends that says nothing about its body, and what curl says of it by default.
 _UNSAID = ("", "application/x-www-form-urlencoded")
 
 
-async def read_body(request: Request) -> bytes:
+@dataclasses.dataclass(frozen=True)
+class Arrival:
+    """A request whose body is here. ``began`` is the ``time.monotonic`` of its first byte; ``held``
+    is let go behind the last byte of the answer. ``run`` does the work on such a body."""
+
+    service: Service
+    body: bytes
+    tenant: Tenant
+    held: contextlib.AsyncExitStack
+    began: float
+    run: Run
+
+    @property
+    def room(self) -> Room:
+        """Waits for room for tiles, which the request then holds."""
+        return functools.partial(self.service.tile_room, self.held)
+
+
+async def attend(request: Request, answer: Callable[[Arrival], Awaitable[Response]]) -> Response:
+    """What ``answer`` makes of a request, as long as its client is there. Raises ClientGone, and
+    what reading the body and ``answer`` raise."""
+    began = time.monotonic()
+    service: Service = request.app.state.service
+    body = await _read_body(request)
+    run: Run = asyncio.to_thread if len(body) > THREAD_BYTES else _here
+    held: contextlib.AsyncExitStack = request.scope["held"]
+    arrival = Arrival(service, body, request.state.tenant, held, began, run)
+    return await unless_gone(request.receive, answer(arrival))
+
+
+async def _read_body(request: Request) -> bytes:
     """The bytes of a body that says it is JSON, or says nothing. Raises UnsupportedMediaType, and
     Unavailable when the server stops meanwhile."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -46,9 +80,15 @@ async def read_body(request: Request) -> bytes:
         return await request.body()
 
 
-async def read_form(service: Service, body: bytes, form: type[F], run: Run) -> tuple[F, list[str]]:
+async def read_form(arrival: Arrival, form: type[F]) -> tuple[F, list[str]]:
     """What a body asks for, and the fields in it that nobody knows. Raises InvalidRequest."""
-    return await run(parse_request, body, form, service.settings.server.strict_fields)
+    strict = arrival.service.settings.server.strict_fields
+    return await arrival.run(parse_request, arrival.body, form, strict)
+
+
+def whole(answer: object, unknown: Sequence[str]) -> Response:
+    """An answer as JSON, ``told`` of such fields."""
+    return told(Response(msgspec.json.encode(answer), media_type="application/json"), unknown)
 
 
 def told(response: Response, unknown: Sequence[str]) -> Response:
@@ -60,16 +100,10 @@ def told(response: Response, unknown: Sequence[str]) -> Response:
     return response
 
 
-def runner(body: bytes) -> Run:
-    """Where the work on such a body is done: here, or in a thread."""
-    return asyncio.to_thread if len(body) > THREAD_BYTES else _here
-
-
-async def prepare_chat(
-    service: Service, request: ChatRequest, identity: str, run: Run, tenant: Tenant, room: Room
-) -> PreparedChat:
+async def prepare_chat(arrival: Arrival, request: ChatRequest, identity: str) -> PreparedChat:
     """Make a chat ready for the engine; ``identity`` is the answer's id. Raises what ``prepare``
     raises, TooManyRequests, and RequestAborted."""
+    service, tenant = arrival.service, arrival.tenant
     service.backlog.check(tenant.id, request.n or 1)
     metrics = service.metrics
     handle = service.handles.open(tenant.id, identity, request_id.get())
@@ -82,9 +116,9 @@ async def prepare_chat(
                 service.media,
                 service.settings.media,
                 service.grammars,
-                run,
+                arrival.run,
                 tenant,
-                room,
+                arrival.room,
             )
     if chat.shown:
         metrics.media_time.observe(chat.media_seconds)
@@ -92,12 +126,19 @@ async def prepare_chat(
     return dataclasses.replace(chat, handle=handle)
 
 
-async def count_prompt(service: Service, request: ChatRequest, run: Run, tenant: Tenant) -> int:
+async def draw(arrival: Arrival, request: ChatRequest) -> Sketch:
+    """The prompt of a chat, from headers alone. Raises what ``sketch`` raises."""
+    service, limits = arrival.service, arrival.service.settings.media
+    async with service.preparing():
+        return await sketch(
+            request, service.served(), service.media, limits, arrival.run, arrival.tenant
+        )
+
+
+async def count_prompt(arrival: Arrival, request: ChatRequest) -> int:
     """The tokens that the prompt of a chat would have. Raises what ``sketch`` raises."""
-    limits = service.settings.media
-    with service.metrics.counting_refusals():
-        async with service.preparing():
-            drawn = await sketch(request, service.served(), service.media, limits, run, tenant)
+    with arrival.service.metrics.counting_refusals():
+        drawn = await draw(arrival, request)
         return (await asyncio.to_thread(preview, drawn)).prompt_tokens
 
 

@@ -1,16 +1,11 @@
 """/v1/responses."""
 
-import functools
-import time
 import uuid
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from server.auth import Tenant
-from server.chat.showing import Room
-from server.chat.sse import EventStream, unless_gone
+from server.chat.sse import EventStream
 from server.chat.stream import chunks
 from server.dialects.responses import (
     BEFORE,
@@ -25,12 +20,13 @@ from server.dialects.responses import (
 from server.dialects.store import Stored
 from server.lifecycle import Service
 from server.routes.body import (
+    Arrival,
+    attend,
     count_prompt,
     prepare_chat,
-    read_body,
     read_form,
-    runner,
     told,
+    whole,
 )
 from server.schemas.response import InputTokens, ResponseDeleted, ResponseObject
 from server.schemas.responses import ResponsesRequest
@@ -42,25 +38,18 @@ router = APIRouter()
 @router.post("/v1/responses")
 async def create_response(request: Request) -> Response:
     """Answer a conversation, whole or as a stream of server-sent events."""
-    began = time.monotonic()
-    service: Service = request.app.state.service
-    body = await read_body(request)
-    tenant: Tenant = request.state.tenant
-    room = functools.partial(service.tile_room, request.scope["held"])
-    return await unless_gone(request.receive, _answer(service, body, tenant, room, began))
+    return await attend(request, _answer)
 
 
-async def _answer(
-    service: Service, body: bytes, tenant: Tenant, room: Room, began: float
-) -> Response:
+async def _answer(arrival: Arrival) -> Response:
+    service, tenant, run = arrival.service, arrival.tenant, arrival.run
     async with service.preparing():
-        run = runner(body)
-        request, unknown = await read_form(service, body, ResponsesRequest, run)
-        before = _before(service, request, tenant, len(body))
+        request, unknown = await read_form(arrival, ResponsesRequest)
+        before = _before(arrival, request)
         asked, origins = await run(as_chat, request, before)
         with origins.named():
             identity = f"resp_{uuid.uuid4().hex}"
-            chat = await prepare_chat(service, asked, identity, run, tenant, room)
+            chat = await prepare_chat(arrival, asked, identity)
         items = await run(items_of, request) if request.store is not False else ()
     response = begun(chat, request)
 
@@ -70,7 +59,7 @@ async def _answer(
             entry = Stored(msgspec.json.encode(response), (*before, *items, *output))
             response.store = service.responses.put(tenant.id, response.id, entry)
 
-    source = chunks(chat, service.engine, service.backlog, service.metrics, began)
+    source = chunks(chat, service.engine, service.backlog, service.metrics, arrival.began)
     events = response_events(response, source, keep)
     if chat.stream:
         interval = service.settings.server.keep_alive_interval
@@ -78,17 +67,16 @@ async def _answer(
         return told(EventStream(stream, interval, last_words), unknown)
     with origins.named():
         await response_of(events)
-    return told(_json(response), unknown)
+    return whole(response, unknown)
 
 
-def _before(
-    service: Service, request: ResponsesRequest, tenant: Tenant, size: int
-) -> tuple[bytes, ...]:
-    """The items of the conversation that a request of ``size`` bytes goes on with. Raises NotFound,
-    and BodyTooLarge where they would be too large if they were sent."""
+def _before(arrival: Arrival, request: ResponsesRequest) -> tuple[bytes, ...]:
+    """The items of the conversation that a request goes on with. Raises NotFound, and BodyTooLarge
+    where they would be too large if they were sent."""
     if request.previous_response_id is None:
         return ()
-    found = service.responses.get(tenant.id, request.previous_response_id)
+    service = arrival.service
+    found = service.responses.get(arrival.tenant.id, request.previous_response_id)
     if found is None:
         raise NotFound(
             "previous_response_id: there is no such response (any more).",
@@ -96,7 +84,7 @@ def _before(
             code="previous_response_not_found",
         )
     most = service.settings.server.max_request_bytes
-    if size + sum(map(len, found.items)) > most:
+    if len(arrival.body) + sum(map(len, found.items)) > most:
         raise BodyTooLarge(
             f"previous_response_id: with this request it has more than {most} bytes.",
             param=BEFORE,
@@ -107,19 +95,14 @@ def _before(
 @router.post("/v1/responses/input_tokens")
 async def count_input_tokens(request: Request) -> Response:
     """The tokens that a response would have as its input, without generating any."""
-    service: Service = request.app.state.service
-    body = await read_body(request)
-    return await unless_gone(request.receive, _count(service, body, request.state.tenant))
+    return await attend(request, _count)
 
 
-async def _count(service: Service, body: bytes, tenant: Tenant) -> Response:
-    run = runner(body)
-    request, unknown = await read_form(service, body, ResponsesRequest, run)
-    before = _before(service, request, tenant, len(body))
-    asked, origins = await run(as_chat, request, before)
+async def _count(arrival: Arrival) -> Response:
+    request, unknown = await read_form(arrival, ResponsesRequest)
+    asked, origins = await arrival.run(as_chat, request, _before(arrival, request))
     with origins.named():
-        count = InputTokens(await count_prompt(service, asked, run, tenant))
-    return told(_json(count), unknown)
+        return whole(InputTokens(await count_prompt(arrival, asked)), unknown)
 
 
 @router.get("/v1/responses/{response_id}")
@@ -140,12 +123,8 @@ async def delete_response(response_id: str, request: Request) -> Response:
     service: Service = request.app.state.service
     if not service.responses.delete(request.state.tenant.id, response_id):
         raise _no_response()
-    return _json(ResponseDeleted(response_id))
+    return whole(ResponseDeleted(response_id), ())
 
 
 def _no_response() -> NotFound:
     return NotFound("There is no such response (any more).", param="response_id")
-
-
-def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
