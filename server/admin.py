@@ -81,7 +81,7 @@ class Admin:
         return JSONResponse({"keys": [_describe(account) for account in accounts]})
 
     async def metrics(self, _: Request) -> Response:
-        """As on the public port."""
+        """As on the public port, and of each API key."""
         page = self._service.metrics.page()
         return Response(page, headers={"Content-Type": CONTENT_TYPE})
 

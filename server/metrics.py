@@ -148,7 +148,8 @@ class Metrics:
         )
         self.registry.register(_EngineCollector(engine))
         self.registry.register(_DecoderCollector(decoders))
-        self.registry.register(_KeyCollector(keys))
+        self._of_keys = CollectorRegistry()
+        self._of_keys.register(_KeyCollector(keys))
 
     def _seconds(self, name: str, help: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
         return Histogram(f"internvl_{name}_seconds", help, buckets=buckets, registry=self.registry)
@@ -170,9 +171,10 @@ class Metrics:
             self.media_refused.labels(refusal.code).inc()
             raise
 
-    def page(self) -> bytes:
-        """The page a scraper reads."""
-        return generate_latest(self.registry)
+    def page(self, *, keys: bool = True) -> bytes:
+        """The page a scraper reads; ``keys`` are named in it, and what each has used, or are not."""
+        page = generate_latest(self.registry)
+        return page + generate_latest(self._of_keys) if keys else page
 
 
 class _EngineCollector(Collector):

@@ -84,7 +84,9 @@ class ServerSettings:
         "", "TOML file of the keys that operators send, in the form of api_keys_file."
     )
     open_metrics: bool = knob(
-        False, "Answer /metrics without an API key, where others need one. It names the keys."
+        False,
+        "Answer /metrics without an API key, where others need one. It names the keys, unless "
+        "there is an admin_port.",
     )
     api_key_weights: tuple[float, ...] = knob(
         (),

@@ -54,6 +54,17 @@ async def test_every_action_needs_the_operators_key_and_none_is_public(
     assert not house.engine.flushed
 
 
+async def test_the_use_of_keys_stands_on_one_port_alone(houses: Houses, tmp_path: Path) -> None:
+    for port in (0, 9001):
+        house = await houses.open(api_key=("client", "other"), admin_port=port)
+        public = await house.http.get("/metrics", headers=as_("client"))
+        async with operator(house, tmp_path) as admin:
+            private = await admin.get("/metrics")
+        assert ("internvl_key_" in public.text) == (port == 0)
+        assert 'internvl_key_requests_total{key="api-key-2"} 0.0' in private.text
+        assert "internvl_requests_in_flight" in public.text
+
+
 async def test_a_drain_takes_no_new_work_and_can_be_taken_back(
     houses: Houses, tmp_path: Path
 ) -> None:
