@@ -172,7 +172,7 @@ class Metrics:
             raise
 
     def page(self, *, keys: bool = True) -> bytes:
-        """The page a scraper reads; ``keys`` are named in it, and what each has used, or are not."""
+        """The page a scraper reads, with or without what each of the ``keys`` has used."""
         page = generate_latest(self.registry)
         return page + generate_latest(self._of_keys) if keys else page
 

@@ -270,11 +270,13 @@ class Recordings:
             self._give_way(max(self._used, key=self._used.__getitem__))
 
     def _give_way(self, tenant: bytes) -> None:
-        own = [one for one in self._by_name.values() if one.tenant == tenant]
+        own = (one for one in self._by_name.values() if one.tenant == tenant)
+        # The oldest one that is kept is nearly always over: the others are not looked at.
         idle = next((one for one in own if one.over and not one.is_read), None)
         if idle is not None:
             self.forget(idle)
         else:
+            own = (one for one in self._by_name.values() if one.tenant == tenant)
             self._count(tenant, -max(own, key=lambda one: one.size).shorten())
 
     def _count(self, tenant: bytes, size: int) -> None:
