@@ -75,6 +75,9 @@ class ResponseStore:
     def put(self, tenant: bytes, name: str, entry: Stored) -> bool:
         """Keep an entry; says whether it is kept."""
         self._expire()
+        distinct = {id(item): item for item in entry.items}.values()
+        if _own_size(entry) + sum(ITEM + len(item) for item in distinct) > self._most:
+            return False  # all others would go in vain
         shelf = self._shelves.setdefault(tenant, _Shelf())
         shelf.put(name, self._clock() + self._seconds, entry)
         while self.used > self._most:

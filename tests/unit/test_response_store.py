@@ -47,6 +47,7 @@ def test_who_takes_most_loses_first_and_what_never_fits_is_not_kept() -> None:
     assert store.get(b"large", "40") is None
     assert store.get(b"large", "41")
     assert not store.put(b"small", "huge", entry(b"x" * 10_000))
+    assert store.get(b"small", "only")
     assert store.used <= 10 * (OVERHEAD + MENTION + ITEM + 100)
 
 
