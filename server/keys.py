@@ -74,7 +74,7 @@ def read_keys(file: Path) -> dict[str, Entry]:
         raise SettingError(f"the file of keys cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise SettingError("the file of keys is not UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not all that it cannot read has its own error
         place = re.search(r"\(at [a-z0-9, ]+\)$", str(error))
         where = f" {place[0]}" if place else ""
         raise SettingError(f"the file of keys is not TOML{where}") from None

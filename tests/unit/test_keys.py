@@ -78,6 +78,8 @@ def test_every_field_reaches_the_tenant(tmp_path: Path) -> None:
 
 
 BROKEN = {
+    "a number too long": ("a = " + "1" * 5_000, "is not TOML"),
+    "nested too deep": ("a = " + "[" * 100_000, "is not TOML"),
     "no TOML": (f"{KEY} = ", "not TOML (at "),
     "a key twice": (f"a = {{{KEY} = 1, {KEY} = 2}}", "not TOML"),
     "empty": ("", "at least one"),
