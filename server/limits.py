@@ -4,7 +4,7 @@ A limit per minute is a bucket that holds that much and is filled evenly: what w
 used at once, and in any T seconds no more than the limit times (1 + T / 60). A request takes its
 tokens when it is given to the engine: those of its prompt, which are known then, and the longest
 answer it asks for, or a guess. When it ends, the difference to what it took is given back or taken
-too, so that a bucket can owe something.
+too, so that a bucket can owe something; and what is given back adds to those T seconds.
 """
 
 import contextlib

@@ -108,7 +108,7 @@ def test_auto_takes_the_first_that_computes_what_it_should(
 ) -> None:
     install(monkeypatch, "flash_attn_interface", Library(shift=1))
     install(monkeypatch, "flash_attn", Library())
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         chosen = choose("auto", config(4, 2), CPU, torch.bfloat16, 64)
     assert isinstance(chosen, FlashAttnAttention)
     assert chosen.name.startswith("flash_attn+")

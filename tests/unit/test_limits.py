@@ -107,13 +107,13 @@ def test_no_time_has_more_than_the_limit_and_what_was_filled_in(
         max_size=40,
     ),
 )
-def test_tokens_used_in_any_time_are_within_the_limit_if_answers_keep_to_what_was_asked(
+def test_tokens_used_in_any_time_are_within_the_limit_and_what_was_set_aside_before(
     limit: int, steps: list[tuple[float, int, int, float, int]]
 ) -> None:
     clock = Clock()
     key = account(clock, tokens_per_minute=limit)
-    begun: list[tuple[float, int]] = []
-    open_requests: list[tuple[int, Spending, int]] = []
+    begun: list[tuple[float, int, int]] = []
+    open_requests: list[tuple[int, Spending, int, int]] = []
     for number, (pause, prompt, answer, share, others) in enumerate(steps):
         clock.now += pause
         for due in [one for one in open_requests if one[0] <= number]:
@@ -124,13 +124,14 @@ def test_tokens_used_in_any_time_are_within_the_limit_if_answers_keep_to_what_wa
         except (RateLimited, InvalidRequest):
             continue
         used = int(answer * share)
-        begun.append((clock.now, prompt + used))
-        open_requests.append((number + others, spending, used))
-    for first, (since, _) in enumerate(begun):
+        comes_back = sum(unused for _, _, _, unused in open_requests)
+        begun.append((clock.now, prompt + used, comes_back))
+        open_requests.append((number + others, spending, used, answer - used))
+    for first, (since, _, comes_back) in enumerate(begun):
         total = 0
-        for now, used in begun[first:]:
+        for now, used, _ in begun[first:]:
             total += used
-            assert total <= limit * (1 + (now - since) / 60) + 1e-3
+            assert total <= limit * (1 + (now - since) / 60) + comes_back + 1e-3
 
 
 def test_a_refused_request_takes_nothing() -> None:
