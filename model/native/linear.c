@@ -14,21 +14,19 @@ typedef int8_t bytes __attribute__((vector_size(16)));
 typedef int16_t shorts __attribute__((vector_size(64)));
 
 struct linear {
-  const bf16 *x, *panels;
-  const int8_t *x8, *panels8; /* in their place, if the matrix is quantised */
-  float *heats;               /* what a whole number of each row stands for */
-  const float *scales;        /* and of each output */
-  const int32_t *sums;
-  const float *bias;
+  const struct matrix *m;
+  const bf16 *x;
+  const int8_t *x8; /* in its place, if the matrix is quantised */
+  float *heats;     /* what a whole number of each row stands for */
   void *y;
-  long rows, inputs, outputs, ldx, ldy, ld8, tall, groups, chunks;
+  long rows, ldx, ldy, ld8, tall, groups, chunks;
   int kind;
 };
 
 CLONES static void finish(const struct linear *w, const float *c, long row, int rows, long column) {
-  int width = w->outputs - column < COLUMNS ? (int)(w->outputs - column) : COLUMNS;
+  int width = w->m->outputs - column < COLUMNS ? (int)(w->m->outputs - column) : COLUMNS;
   float bias[COLUMNS] = {0};
-  if (w->bias) memcpy(bias, w->bias + column, width * sizeof(float));
+  if (w->m->bias) memcpy(bias, w->m->bias + column, width * sizeof(float));
   floats bias0 = get(bias), bias1 = get(bias + LANES);
   for (int r = 0; r < rows; r++, c += COLUMNS) {
     floats x0 = get(c), x1 = get(c + LANES);
@@ -55,10 +53,10 @@ CLONES static void finish(const struct linear *w, const float *c, long row, int 
    would not find it there. Only whole groups. */
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) static void finish_fast(
     const struct linear *w, const float *c, long row, int rows, long column) {
-  floats bias0 = w->bias ? get(w->bias + column) : all(0);
-  floats bias1 = w->bias ? get(w->bias + column + LANES) : all(0);
+  floats bias0 = w->m->bias ? get(w->m->bias + column) : all(0);
+  floats bias1 = w->m->bias ? get(w->m->bias + column + LANES) : all(0);
   bf16 *y = (bf16 *)w->y + row * w->ldy + column;
-  int past = w->rows * w->outputs > (1l << 20) && !(((long)y | w->ldy * 2) & 63);
+  int past = w->rows * w->m->outputs > (1l << 20) && !(((long)y | w->ldy * 2) & 63);
   for (int r = 0; r < rows; r++, c += COLUMNS, y += w->ldy) {
     floats x0 = get(c) + bias0, x1 = get(c + LANES) + bias1;
     if (w->kind == GELU) {
@@ -74,7 +72,7 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) static void fini
 
 /* Whole numbers to what they stand for, in their place. */
 CLONES static void widen(const struct linear *w, float *c, long row, int rows, long column) {
-  floats scale0 = get(w->scales + column), scale1 = get(w->scales + column + LANES);
+  floats scale0 = get(w->m->scales + column), scale1 = get(w->m->scales + column + LANES);
   for (int r = 0; r < rows; r++, c += COLUMNS) {
     float heat = w->heats[row + r];
     ints x0, x1;
@@ -129,16 +127,16 @@ static void quantise(void *context, long index) {
   for (long row = index * AT_ONCE; row < (index + 1) * AT_ONCE && row < w->rows; row++) {
     const bf16 *x = w->x + row * w->ldx;
     int8_t *to = (int8_t *)w->x8 + row * w->ld8;
-    bf16 most = largest_bits(x, w->inputs);
+    bf16 most = largest_bits(x, w->m->inputs);
     /* No whole number could say what is not finite: it makes its row NaN. */
     w->heats[row] = most < 0x7f80 ? fmaxf(wide(most), 1e-12f) / 127 : NAN;
 #if defined(__x86_64__)
     if (block_level >= 3) {
-      fast_whole_numbers(x, w->inputs, 1 / w->heats[row], to);
+      fast_whole_numbers(x, w->m->inputs, 1 / w->heats[row], to);
       continue;
     }
 #endif
-    whole_numbers(x, w->inputs, 1 / w->heats[row], to);
+    whole_numbers(x, w->m->inputs, 1 / w->heats[row], to);
   }
 }
 
@@ -151,32 +149,34 @@ static void part(void *context, long index) {
   const struct linear *w = context;
   long chunk = index / w->groups, group = index % w->groups;
   long first = chunk * w->tall, last = first + w->tall < w->rows ? first + w->tall : w->rows;
-  long stride = w->inputs * LANES, column = group * COLUMNS;
-  long panels = (w->outputs - column + LANES - 1) / LANES;
+  long stride = w->m->inputs * LANES, column = group * COLUMNS;
+  long panels = (w->m->outputs - column + LANES - 1) / LANES;
   if (panels > GROUP) panels = GROUP;
-  long size = w->panels8 ? 1 : 2, deep = last - first > ROWS ? DEEP * 2 / size : w->inputs;
-  const char *b = (const char *)(w->panels8 ? (void *)w->panels8 : (void *)w->panels) + group * GROUP * stride * size;
+  long size = w->m->scales ? 1 : 2, deep = last - first > ROWS ? DEEP * 2 / size : w->m->inputs;
+  long each = GROUP * stride * size, further = pool_threads();
+  const char *b = (const char *)w->m->panels + group * each;
+  const char *next = group + further < w->groups ? b + further * each : NULL;
   float c[TALLEST * COLUMNS] __attribute__((aligned(64)));
   long blocks = (last - first + ROWS - 1) / ROWS;
-  const char *next = group + pool_threads() < w->groups ? b + pool_threads() * GROUP * stride * size : NULL;
-  for (long k = 0; k < w->inputs; k += deep) {
-    int inputs = w->inputs - k < deep ? (int)(w->inputs - k) : (int)deep, done = k + inputs == w->inputs;
+  for (long k = 0; k < w->m->inputs; k += deep) {
+    int inputs = (int)(w->m->inputs - k < deep ? w->m->inputs - k : deep);
+    int done = k + inputs == w->m->inputs;
     const char *at = b + k * LANES * size;
     struct soon soon = {done ? next : at + deep * LANES * size, stride * size, 0};
     if (soon.from && blocks > 1) soon.lines = (int)((16 + blocks - 1) / blocks);
     for (long row = first; row < last; row += ROWS) {
       int rows = last - row < ROWS ? (int)(last - row) : ROWS;
       float *to = c + (row - first) * COLUMNS;
-      if (w->panels8)
+      if (w->m->scales)
         block_product8(w->x8 + row * w->ld8 + k, w->ld8, rows, (const int8_t *)at, stride,
-                       (int)panels, inputs, w->sums + column, (int32_t *)to, k > 0, &soon);
+                       (int)panels, inputs, w->m->sums + column, (int32_t *)to, k > 0, &soon);
       else
         block_product(w->x + row * w->ldx + k, w->ldx, rows, (const bf16 *)at, stride, (int)panels,
                       inputs, to, COLUMNS, k > 0, &soon);
       if (!done) continue;
-      if (w->panels8) widen(w, to, row, rows, column);
+      if (w->m->scales) widen(w, to, row, rows, column);
 #if defined(__x86_64__)
-      if (block_level >= 3 && w->kind <= GELU && column + COLUMNS <= w->outputs) {
+      if (block_level >= 3 && w->kind <= GELU && column + COLUMNS <= w->m->outputs) {
         finish_fast(w, to, row, rows, column);
         continue;
       }
@@ -205,21 +205,15 @@ long internvl_linear_scratch(const struct matrix *m, long rows) {
    elements. */
 void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows, void *y, long ldy,
                      int kind, void *scratch) {
-  struct linear w = {.x = x, .bias = m->bias, .y = y, .rows = rows, .inputs = m->inputs,
-                     .outputs = m->outputs, .ldx = ldx, .ldy = ldy, .kind = kind};
+  struct linear w = {.m = m, .x = x, .y = y, .rows = rows, .ldx = ldx, .ldy = ldy, .kind = kind};
   if (m->scales) {
-    w.panels8 = m->panels;
-    w.scales = m->scales;
-    w.sums = m->sums;
     w.heats = scratch;
     w.ld8 = apart8(m->inputs);
     w.x8 = (int8_t *)scratch + heats_bytes(rows);
     pool_run(quantise, &w, (rows + AT_ONCE - 1) / AT_ONCE);
-  } else {
-    w.panels = m->panels;
   }
-  w.groups = (w.outputs + COLUMNS - 1) / COLUMNS;
-  long tall = TALL_BYTES / (w.inputs * (m->scales ? 1 : 2));
+  w.groups = (m->outputs + COLUMNS - 1) / COLUMNS;
+  long tall = TALL_BYTES / (m->inputs * (m->scales ? 1 : 2));
   tall = tall < ROWS ? ROWS : tall < TALLEST ? tall : TALLEST;
   long chunks = (rows + tall - 1) / tall;
   w.tall = ((rows + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;

@@ -31,8 +31,6 @@ class _Packed:
     """A matrix in panels, and the memory that it names."""
 
     matrix: Matrix
-    inputs: int
-    outputs: int
     memory: tuple[Tensor | None, ...]
 
 
@@ -113,7 +111,7 @@ class NativeOps(Ops):
             LIBRARY.internvl_pack(weight.data_ptr(), outputs, inputs, panels.data_ptr(), first)
         memory = panels, scales, sums, wide
         pointers = (None if part is None else part.data_ptr() for part in memory)
-        self._packed[layer] = _Packed(Matrix(*pointers, inputs, outputs), inputs, outputs, memory)
+        self._packed[layer] = _Packed(Matrix(*pointers, inputs, outputs), memory)
 
     def matrix(self, layer: nn.Module) -> Matrix | None:
         """A layer in panels, if it was packed; there as long as these operations."""
@@ -137,7 +135,7 @@ class NativeOps(Ops):
         if packed is None:
             return super().linear(layer, x)
         return self._product(
-            packed, x, _PLAIN, self._rows(x.numel() // packed.inputs, packed.outputs)
+            packed, x, _PLAIN, self._rows(x.numel() // packed.matrix.inputs, packed.matrix.outputs)
         )
 
     def linear_gelu(self, layer: Linear, x: Tensor) -> Tensor:
@@ -145,27 +143,27 @@ class NativeOps(Ops):
         if packed is None:
             return super().linear_gelu(layer, x)
         return self._product(
-            packed, x, _GELU, self._wide(x.numel() // packed.inputs, packed.outputs)
+            packed, x, _GELU, self._wide(x.numel() // packed.matrix.inputs, packed.matrix.outputs)
         )
 
     def gate_up(self, layer: Linear, x: Tensor) -> Tensor:
         packed = self._packed.get(layer)
         if packed is None:
             return super().gate_up(layer, x)
-        return self._product(packed, x, _GATE, self._wide(len(x), packed.outputs // 2))
+        return self._product(packed, x, _GATE, self._wide(len(x), packed.matrix.outputs // 2))
 
     def logits(self, layer: Embedding | Linear, hidden: Tensor) -> Tensor:
         packed = self._packed.get(layer)
         if packed is None:
             return super().logits(layer, hidden)
-        count = len(hidden) * packed.outputs
+        count = len(hidden) * packed.matrix.outputs
         if len(self._floats) < count:
             self._floats = torch.empty(count)
-        out = self._floats[:count].view(-1, packed.outputs)
+        out = self._floats[:count].view(-1, packed.matrix.outputs)
         return self._product(packed, hidden, _FLOATS, out)
 
     def _product(self, packed: _Packed, x: Tensor, kind: int, y: Tensor) -> Tensor:
-        flat = x.reshape(-1, packed.inputs)
+        flat = x.reshape(-1, packed.matrix.inputs)
         matrix, rows = packed.matrix, len(flat)
         self._scratch = grown(self._scratch, LIBRARY.internvl_linear_scratch(matrix, rows) // 2)
         LIBRARY.internvl_linear(
