@@ -27,6 +27,5 @@ async def _answer(arrival: Arrival) -> Response:
     source = chunks(chat, service.engine, service.backlog, service.metrics, arrival.began)
     if chat.stream:
         encoded = events(source, include_usage=chat.include_usage)
-        stream = answer_stream(service, chat, identity, arrival.tenant, encoded, arrival.held)
-        return told(stream, unknown)
+        return told(answer_stream(arrival, chat, identity, encoded), unknown)
     return whole(await fold(source), unknown)

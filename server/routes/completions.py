@@ -43,6 +43,5 @@ async def _answer(arrival: Arrival) -> Response:
     )
     if chats[0].stream:
         encoded = events(source, include_usage=chats[0].include_usage)
-        stream = answer_stream(service, chats[0], identity, tenant, encoded, arrival.held)
-        return told(stream, unknown)
+        return told(answer_stream(arrival, chats[0], identity, encoded), unknown)
     return whole(await fold_text(source), unknown)

@@ -1,6 +1,5 @@
 """Streams of generated text: as the answer to a request, and for clients that come back to one."""
 
-import contextlib
 from collections.abc import AsyncGenerator
 from typing import Annotated
 
@@ -10,22 +9,19 @@ from server.auth import Tenant
 from server.chat.prepare import PreparedChat
 from server.chat.sse import EventStream
 from server.lifecycle import Service
+from server.routes.body import Arrival
 from wire.errors import InvalidRequest
 
 router = APIRouter()
 
 
 def answer_stream(
-    service: Service,
-    chat: PreparedChat,
-    name: str,
-    tenant: Tenant,
-    events: AsyncGenerator[bytes, None],
-    held: contextlib.AsyncExitStack,
+    arrival: Arrival, chat: PreparedChat, name: str, events: AsyncGenerator[bytes, None]
 ) -> Response:
-    """``events`` as the answer ``name`` to a request that holds ``held``."""
+    """``events`` as the answer ``name`` to a request."""
+    service = arrival.service
     if chat.resumable:
-        return service.recordings.stream(name, tenant.id, events, held)
+        return service.recordings.stream(name, arrival.tenant.id, events, arrival.held)
     return EventStream(events, service.settings.server.keep_alive_interval)
 
 
