@@ -27,6 +27,7 @@ from wire.errors import ClientError, EngineFailed, InvalidRequest, NotFound, Ser
 from wire.logs import request_id
 
 logger = logging.getLogger(__name__)
+access = logging.getLogger("server.access")
 
 CLIENT_CLOSED = 499  # what a log says when the client left before an answer began
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -200,6 +201,6 @@ class Boundary:
             tenant = scope.get("state", {}).get("tenant")
             key = f" key={tenant.account.name}" if tenant and tenant.account.name else ""
             line = "%s %s status=%d ms=%.0f%s"
-            logger.log(level, line, scope["method"], path, status, spent, key)
+            access.log(level, line, scope["method"], path, status, spent, key)
             self._observe(status)
             request_id.reset(token)
