@@ -28,7 +28,8 @@ def load(settings: EngineSettings, progress: Callable[[Progress], None]) -> Runn
 
 def main() -> None:
     """Serve the socket named on the command line."""
-    logs.setup(os.environ.get(logs.LEVEL_VARIABLE, "info"), "engine")
+    level, form = os.environ.get(logs.LEVEL_VARIABLE), os.environ.get(logs.FORMAT_VARIABLE)
+    logs.setup(level or "info", "engine", form or "text")
     if sys.platform == "linux":
         # A second net under the socket's end of file, for a parent that is killed while this
         # process is stuck in a library call and its inbox thread cannot run.

@@ -18,7 +18,7 @@ from typing import NoReturn, Protocol
 from engine.streams import Streams
 from wire.channel import AsyncChannel, Buffer, ChannelClosed
 from wire.errors import EngineFailed, ServiceError, Unavailable
-from wire.logs import LEVEL_VARIABLE
+from wire.logs import FORMAT_VARIABLE, LEVEL_VARIABLE
 from wire.messages import (
     Control,
     EngineOutput,
@@ -240,6 +240,7 @@ class ProcessEngine(BaseEngine):
         settings: EngineSettings,
         *,
         log_level: str = "info",
+        log_format: str = "text",
         command: Sequence[str] = (sys.executable, "-P", "-m", "engine"),
         max_failed_starts: int = 5,
         delay: float = 1.0,
@@ -250,6 +251,7 @@ class ProcessEngine(BaseEngine):
         self.failure: str | None = None
         self._settings = settings
         self._log_level = log_level
+        self._log_format = log_format
         self._command = command
         self._max_failed_starts = max_failed_starts
         self._delay = delay
@@ -348,7 +350,8 @@ class ProcessEngine(BaseEngine):
             str(sock.fileno()),
             pass_fds=[sock.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
-            env=_environment() | {LEVEL_VARIABLE: self._log_level},
+            env=_environment()
+            | {LEVEL_VARIABLE: self._log_level, FORMAT_VARIABLE: self._log_format},
         )
 
     async def _read(self, channel: AsyncChannel[FromEngine]) -> NoReturn:

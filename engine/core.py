@@ -18,6 +18,7 @@ from engine.scheduler import Scheduler
 from engine.sequence import Refused
 from wire.channel import Buffer
 from wire.errors import InvalidRequest
+from wire.logs import about
 from wire.messages import (
     Abort,
     EngineOutput,
@@ -105,6 +106,14 @@ class EngineCore:
     def add(self, request: EngineRequest, buffers: Sequence[Buffer] = ()) -> None:
         """Take a request over. One that can never be computed ends with reason "error"."""
         self.suspects = [request.id]
+        with about(request.origin):
+            logger.debug(
+                "request=%s comes prompt=%d pictures=%d output=%d",
+                request.id,
+                len(request.prompt),
+                len(request.items),
+                len(request.output),
+            )
         try:
             self._check(request, buffers)
             if request.id in self._preparing:
@@ -123,7 +132,8 @@ class EngineCore:
             self._runner.upload(request, buffers)
 
     def _refuse(self, request: EngineRequest, refusal: Refused) -> None:
-        logger.warning("request=%s refused: %s", request.id, refusal)
+        with about(request.origin):
+            logger.warning("request=%s refused: %s", request.id, refusal)
         self._refused.append(EngineOutput(request.id, [], "error", error=str(refusal)))
 
     def _schedule_prepared(self) -> None:
@@ -152,6 +162,12 @@ class EngineCore:
             if preparing := self._preparing.pop(request_id, None):
                 preparing[0].cancel()
             self._scheduler.abort(request_id)
+
+    def log_suspects(self) -> None:
+        """Say of each request that was being computed that the engine fails."""
+        for name in self.suspects:
+            with about(self._scheduler.origin(name)):
+                logger.error("request=%s was being computed when the engine failed", name)
 
     @property
     def has_work(self) -> bool:

@@ -87,6 +87,8 @@ def serve(sock: socket.socket, make_runner: MakeRunner) -> int:
         return 0
     except Exception as error:
         logger.exception("the engine fails")
+        if core is not None:
+            core.log_suspects()
         text = f"{type(error).__name__}: {error}"
         fault = Fault("step", text, core.suspects) if core else Fault("load", text)
         with contextlib.suppress(ChannelClosed):

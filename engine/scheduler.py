@@ -24,6 +24,7 @@ sequence waits for room there, no later one may take any). It is free of starvat
 policy is: a sequence that waits comes to the head in the end, except behind better priorities.
 """
 
+import logging
 import math
 from bisect import insort
 from collections import Counter, deque
@@ -38,8 +39,11 @@ from engine.prefix import extend_digests
 from engine.sequence import Refused, Sequence, Status
 from engine.vision_cache import VisionCache
 from engine.waiting import QUEUES
+from wire.logs import NOBODY, about
 from wire.messages import EngineOutput, EngineRequest, EngineStats, Ready
 from wire.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -126,7 +130,12 @@ class Scheduler:
         """
         sequence = self._sequences.get(request_id)
         if sequence is not None:
-            self._end(sequence)
+            self._end(sequence, "abort")
+
+    def origin(self, request_id: str) -> str:
+        """Who asked for a request, for the log; of an unknown one nobody did."""
+        sequence = self._sequences.get(request_id)
+        return NOBODY if sequence is None else sequence.request.origin
 
     def flush(self) -> None:
         """Let no later request find what was cached until now."""
@@ -214,6 +223,8 @@ class Scheduler:
         self._waiting.put_back(victim)
         draft.preempted.append(victim.id)
         self._preemptions += 1
+        with about(victim.request.origin):
+            logger.debug("request=%s preempted tokens=%d", victim.id, len(victim.token_ids))
 
     def _make_way(self, draft: Draft) -> None:
         """Preempt the last sequences for a better one that waits, if that gives it room.
@@ -361,8 +372,8 @@ class Scheduler:
                 # What made the logits wrong may be in the cache, where others would find it; behind
                 # a gap too, since the blocks before it may be computed again.
                 self._pool.forget_digests(sequence.digests)
-            self._end(sequence)
             ending = "stuck" if drawn.error is None else "error"
+            self._end(sequence, ending)
             return EngineOutput(sequence.id, [], ending, error=drawn.error)
         token = drawn.token_id
         sequence.token_ids.append(token)
@@ -375,7 +386,7 @@ class Scheduler:
         elif len(sequence.token_ids) >= sequence.max_len:
             reason = "length"
         if reason:
-            self._end(sequence)
+            self._end(sequence, reason)
         stop = token if reason == "stop" else None
         logprobs = None if drawn.logprobs is None else [drawn.logprobs]
         return EngineOutput(
@@ -391,7 +402,7 @@ class Scheduler:
                 self._vision.release(digest)
         sequence.held = needed
 
-    def _end(self, sequence: Sequence) -> None:
+    def _end(self, sequence: Sequence, how: str) -> None:
         if sequence.status is Status.RUNNING:
             self._running.remove(sequence)
         else:
@@ -400,6 +411,10 @@ class Scheduler:
         sequence.status = Status.ENDED
         del self._sequences[sequence.id]
         self._removed.append(sequence.id)
+        with about(sequence.request.origin):
+            logger.debug(
+                "request=%s ended how=%s tokens=%d", sequence.id, how, len(sequence.token_ids)
+            )
 
     def _free(self, sequence: Sequence) -> None:
         if self._planned and sequence.last_step >= self._planned[0][0].step:

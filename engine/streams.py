@@ -41,9 +41,8 @@ class _Stream:
     """One request, its outputs on their way to its reader, and what ended it early."""
 
     def __init__(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
-        self.request = request
+        self.request = msgspec.structs.replace(request, origin=request_id.get())
         self.buffers = buffers
-        self.origin = request_id.get()  # of the request that asked
         self.token_ids = _compact([])  # all that were generated
         self.deaths = 0
         self.tried = False  # has passed its trial since the last death
@@ -218,7 +217,7 @@ class Streams:
 
     def _give_up(self, stream: _Stream) -> None:
         """Its reader reads too slowly."""
-        with about(stream.origin):
+        with about(stream.request.origin):
             logger.info("request=%s is ended: its answer is not read", stream.request.id)
         del self._open[stream.request.id]
         self._leave(stream)
@@ -283,7 +282,7 @@ class Streams:
         return len(streams)
 
     def _convict(self, stream: _Stream) -> None:
-        with about(stream.origin):
+        with about(stream.request.origin):
             logger.error("request=%s is given up: engines die of it", stream.request.id)
         self.convicted += 1
         del self._open[stream.request.id]
@@ -311,5 +310,7 @@ class Streams:
         stream.sent_length = len(stream.token_ids)
         if stream.token_ids:
             request = msgspec.structs.replace(request, output=list(stream.token_ids))
+            with about(request.origin):
+                logger.info("request=%s goes on behind %d tokens", request.id, stream.sent_length)
         # What is on its way to the engine does not change when the reader's list is cleared.
         self._send(request, tuple(stream.buffers))

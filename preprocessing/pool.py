@@ -10,6 +10,7 @@ as if it came from outside.
 
 import asyncio
 import contextlib
+import contextvars
 import dataclasses
 import logging
 import os
@@ -397,7 +398,8 @@ class DecodePool:
     def _replace(self, worker: _Worker) -> None:
         self.stats.replaced += 1
         self._spawn(self._retire(worker))
-        self._spawn(self._hire_again())
+        # For nobody's request: what it logs, it may log for long.
+        self._spawn(self._hire_again(), contextvars.Context())
 
     async def _retire(self, worker: _Worker) -> None:
         await worker.end()
@@ -428,9 +430,11 @@ class DecodePool:
                 log.error("a decode worker cannot be started: %s", error)
                 await asyncio.sleep(PAUSE)
 
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def _spawn(
+        self, work: Coroutine[Any, Any, T], context: contextvars.Context | None = None
+    ) -> asyncio.Task[T]:
         """Run in the background; the set keeps the task alive, ``close`` cancels it."""
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(work, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task

@@ -61,7 +61,7 @@ def _serve(options: argparse.Namespace) -> int:
     except SettingError as error:
         print(f"internvl serve: {error}", file=sys.stderr)
         return EXIT_USAGE
-    logs.setup(settings.server.log_level, "api")
+    logs.setup(settings.server.log_level, "api", settings.server.log_format)
     for _, field, _ in each_setting():
         if field.metadata["secret"]:  # no process that is started needs to know it
             os.environ.pop(ENV_PREFIX + field.name.upper(), None)
@@ -74,6 +74,7 @@ def _serve(options: argparse.Namespace) -> int:
     engine = ProcessEngine(
         settings.engine,
         log_level=settings.server.log_level,
+        log_format=settings.server.log_format,
         max_unread=settings.server.max_unread_tokens,
     )
     try:

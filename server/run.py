@@ -34,6 +34,7 @@ from server.reload import Reloader
 from server.tls import Certificate
 from wire.errors import InvalidRequest
 from wire.heap import return_what_is_freed
+from wire.logs import say
 from wire.messages import Progress
 from wire.settings import ServerSettings, SettingError, Settings
 
@@ -406,12 +407,6 @@ def _reachable(host: str) -> str:
     if host == "::":
         return "[::1]"
     return f"[{host}]" if ":" in host else host
-
-
-def say(text: str) -> None:
-    """To the console; the log is for machines too, this is for the operator alone."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
 
 
 def _show(progress: Progress | None, shown: str) -> str:

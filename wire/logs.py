@@ -1,16 +1,22 @@
-"""One log set-up for every process: level, time, process, request id, message.
+"""One log set-up for every process: level, time, process, request id, message; as text or as JSON,
+one object a line.
 
 The request id is a context variable, so a line logged anywhere below a request's coroutine
 carries it without being handed around. User content is never logged at info.
 """
 
 import contextlib
+import datetime
+import json
 import logging
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-request_id: ContextVar[str] = ContextVar("request_id", default="-")
+logger = logging.getLogger(__name__)
+
+NOBODY = "-"
+request_id: ContextVar[str] = ContextVar("request_id", default=NOBODY)
 
 
 @contextlib.contextmanager
@@ -24,7 +30,8 @@ def about(identity: str) -> Iterator[None]:
 
 
 LEVEL_VARIABLE = "INTERNVL_LOG_LEVEL"
-"""Environment variable of the setting; a process passes it on to those it starts."""
+FORMAT_VARIABLE = "INTERNVL_LOG_FORMAT"
+"""Environment variables of the settings; a process passes them on to those it starts."""
 
 
 class _RequestId(logging.Filter):
@@ -33,16 +40,41 @@ class _RequestId(logging.Filter):
         return True
 
 
-def setup(level: str, process: str) -> None:
-    """Send every logger of this process to standard error at ``level``."""
+class _Json(logging.Formatter):
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        line = {
+            "time": moment.isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "process": self._process,
+            "request_id": request_id.get(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)  # ASCII: what is no Unicode can be logged too
+
+
+def setup(level: str, process: str, form: str = "text") -> None:
+    """Send every logger of this process to standard error at ``level``, as "text" or "json"."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_RequestId())
-    handler.setFormatter(
-        logging.Formatter(
-            f"%(asctime)s %(levelname)-7s {process} %(request_id)s %(name)s: %(message)s",
-            "%H:%M:%S",
-        )
-    )
+    text = f"%(asctime)s %(levelname)-7s {process} %(request_id)s %(name)s: %(message)s"
+    handler.setFormatter(_Json(process) if form == "json" else logging.Formatter(text, "%H:%M:%S"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for noisy in ("httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def say(text: str) -> None:
+    """To the operator at the console; a line of the log where that is for machines alone."""
+    if any(isinstance(handler.formatter, _Json) for handler in logging.getLogger().handlers):
+        logger.info("%s", text.strip())
+    else:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()

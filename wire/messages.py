@@ -7,6 +7,7 @@ the channel sends beside the message.
 import msgspec
 
 from wire.geometry import PromptFormat, VisionGeometry
+from wire.logs import NOBODY
 from wire.sampling import SamplingParams
 
 
@@ -34,6 +35,7 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request"):
     the engine by ``weight`` (above 0, finite).
     ``output`` holds the tokens that an engine which died had generated of it: the sequence goes on
     behind them, and none of them is reported again.
+    ``origin`` is the X-Request-Id of who asked, for the log.
     """
 
     id: str
@@ -45,6 +47,7 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request"):
     priority: int = 0
     tenant: bytes = b""
     weight: float = 1.0
+    origin: str = NOBODY
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -182,6 +182,9 @@ class ServerSettings:
     log_level: str = knob(
         "info", "Least severe level logged.", choices=("debug", "info", "warning", "error")
     )
+    log_format: str = knob(
+        "text", "Lines of the log: text, or an object of JSON each.", choices=("text", "json")
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,6 +98,13 @@ def test_the_log_level_and_a_profile(server: Server) -> None:
             break
     else:
         pytest.fail("nothing is logged at debug")
+    body: Any = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 1}
+    address = server.url + "/v1/chat/completions"
+    httpx.post(address, json=body, headers={"X-Request-Id": "a-request"})
+    end = time.monotonic() + 20
+    while " DEBUG   engine a-request engine.scheduler: request=" not in server.log.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
     assert act(server, "POST", "/log-level?level=info").json()["log_level"] == "info"
     page = act(server, "POST", "/profile?seconds=0.2").text
     assert "function calls" in page

@@ -34,9 +34,9 @@ Texts = dict[int, str]
 class House:
     """A server whose engine fails on demand."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *flags: str) -> None:
         self.fault = folder / "fault.json"
-        flags = ["--engine-timeout", str(TIMEOUT), str(self.fault)]
+        flags = (*flags, "--engine-timeout", str(TIMEOUT), str(self.fault))
         self.server = Server(folder / "log.txt", flags, module="tests.e2e.faulty_server")
         self._pool = ThreadPoolExecutor(COUNT + 1)
         self.whole: list[Texts] = []  # what is said without a fault
