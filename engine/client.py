@@ -43,6 +43,8 @@ FAULTS = ("load", "step", "hang", "exit")
 
 # How often the delay between a death and the next start is doubled.
 _DOUBLINGS = 5
+# What torch's profiler says of itself has not the form of a log line.
+_QUIET = {"KINETO_LOG_LEVEL": "99"}
 # Seconds in which a process that was killed must be gone.
 _KILL_TIMEOUT = 10.0
 # In which an engine's silence is counted, per ``engine_timeout``.
@@ -101,9 +103,10 @@ class EngineClient(Protocol):
     def abort(self, identity: str, error: ServiceError) -> bool:
         """End an open request now; its iterator raises ``error``. Whether there was one."""
 
-    async def profile(self, seconds: float) -> str:
-        """Where the engine's thread spends its time for so long. Raises Unavailable where there is
-        no engine in a process of its own, or it dies meanwhile."""
+    async def profile(self, seconds: float, of: str = "engine") -> bytes:
+        """Where the engine's time goes for so long, as ``wire.messages.Profiled`` has it. Raises
+        Unavailable where there is no engine in a process of its own, it dies meanwhile, or it has
+        nothing to tell."""
 
     async def stop(self) -> None:
         """End the engine and everything it runs. Idempotent."""
@@ -171,8 +174,8 @@ class BaseEngine(abc.ABC):
         """Log what is that severe, or more, from now on; see the setting ``log_level``."""
         self._tell(LogLevel(level))
 
-    async def profile(self, seconds: float) -> str:
-        """Where the engine's thread spends its time; see EngineClient."""
+    async def profile(self, seconds: float, of: str = "engine") -> bytes:
+        """Where the engine's time goes; see EngineClient."""
         raise Unavailable("the engine has no process of its own")
 
     def _tell(self, message: Control) -> None:
@@ -263,7 +266,7 @@ class ProcessEngine(BaseEngine):
         self._heard = 0  # messages
         self._outbox: asyncio.Queue[tuple[object, Sequence[Buffer]]] = asyncio.Queue()
         self._process: asyncio.subprocess.Process | None = None
-        self._profiled: asyncio.Future[str] | None = None
+        self._profiled: asyncio.Future[bytes] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -282,18 +285,20 @@ class ProcessEngine(BaseEngine):
         self._log_level = level
         super().set_log_level(level)
 
-    async def profile(self, seconds: float) -> str:
-        """Where the engine's thread spends its time; see EngineClient."""
+    async def profile(self, seconds: float, of: str = "engine") -> bytes:
+        """Where the engine's time goes; see EngineClient."""
         if self.state != "ready":
             raise Unavailable("the engine is not ready")
-        profiled: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        profiled: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._profiled = profiled
-        self._tell(Profile(on=True))
+        self._tell(Profile(on=True, of=of))
         try:
             await asyncio.wait({profiled}, timeout=seconds)
         finally:
             self._tell(Profile(on=False))
-        return await profiled
+        if not (seen := await profiled):
+            raise Unavailable("the engine could not take a profile; its log says why")
+        return seen
 
     def _send(self, message: ToEngine, buffers: Sequence[Buffer]) -> None:
         self._outbox.put_nowait((message, buffers))
@@ -351,7 +356,8 @@ class ProcessEngine(BaseEngine):
             pass_fds=[sock.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
             env=_environment()
-            | {LEVEL_VARIABLE: self._log_level, FORMAT_VARIABLE: self._log_format},
+            | {LEVEL_VARIABLE: self._log_level, FORMAT_VARIABLE: self._log_format}
+            | _QUIET,
         )
 
     async def _read(self, channel: AsyncChannel[FromEngine]) -> NoReturn:
@@ -394,7 +400,7 @@ class ProcessEngine(BaseEngine):
             self._fault = message.kind
             self._suspects = message.suspects
         elif self._profiled is not None and not self._profiled.done():
-            self._profiled.set_result(message.text)
+            self._profiled.set_result(message.seen)
 
     def _lose(self, error: BaseException) -> None:
         """The engine is dead, or has to die."""

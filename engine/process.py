@@ -7,7 +7,6 @@ process exits at once.
 """
 
 import contextlib
-import cProfile
 import logging
 import os
 import queue
@@ -18,7 +17,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from engine.core import EngineCore, MakeRunner
-from wire import profiling
+from engine.watch import Watch
 from wire.channel import Channel, ChannelClosed
 from wire.messages import Fault, Profile, Profiled, ToEngine
 from wire.settings import EngineSettings
@@ -98,16 +97,19 @@ def serve(sock: socket.socket, make_runner: MakeRunner) -> int:
 
 def _run(core: EngineCore, inbox: Inbox, channel: Channel[ToEngine]) -> NoReturn:
     """Step while there is work, sleep on the inbox while there is none."""
-    profiler: cProfile.Profile | None = None
+    watch: Watch | None = None
     while True:
         for message, buffers in inbox.take(wait=not core.has_work):
             if not isinstance(message, Profile):
                 core.take(message, buffers)
             elif message.on:
-                profiler = profiler or profiling.begin()
-            elif profiler is not None:
-                channel.send(Profiled(profiling.end(profiler)))
-                profiler = None
+                watch = watch or Watch(message.of)
+            elif watch is not None:
+                channel.send(Profiled(watch.end()))
+                watch = None
         report = core.step()
         if report is not None:
             channel.send(report)
+        if watch is not None and report is not None and not watch.step():
+            channel.send(Profiled(watch.end()))
+            watch = None

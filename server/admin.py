@@ -22,6 +22,7 @@ from wire import profiling
 from wire.errors import ClientError, InvalidRequest, ServiceError
 
 LEVELS = ("debug", "info", "warning", "error")
+PROFILED = ("api", "engine", "model")
 LONGEST_PROFILE = 60.0
 
 
@@ -70,6 +71,7 @@ class Admin:
                 "state": service.state,
                 "reason": None if ready else service.reason,
                 "requests_in_flight": service.gate.running,
+                "profiling": self._profiling,
                 "log_level": logging.getLevelName(logging.getLogger().level).lower(),
                 "engine": msgspec.structs.asdict(service.engine.stats),
             }
@@ -114,22 +116,25 @@ class Admin:
         return await self.state(request)
 
     async def profile(self, request: Request) -> Response:
-        """Where the thread that serves requests, or the engine's, spends its time."""
+        """Where the thread that serves requests, or the engine's, spends its time; or what the
+        model computes, as a trace."""
         seconds = _seconds(request.query_params.get("seconds", "5"))
         of = request.query_params.get("of", "api")
-        if of not in ("api", "engine"):
-            raise InvalidRequest("of must be one of api, engine.", param="of")
+        if of not in PROFILED:
+            raise InvalidRequest(f"of must be one of {', '.join(PROFILED)}.", param="of")
         if self._profiling:
             raise ProfileRunning("A profile is being taken already.")
         self._profiling = True
         try:
-            if of == "engine":
-                text = await self._service.engine.profile(seconds)
-            else:
-                text = await _profile(seconds)
+            if of == "api":
+                return Response(await _profile(seconds), media_type="text/plain")
+            seen = await self._service.engine.profile(seconds, of)
         finally:
             self._profiling = False
-        return Response(text, media_type="text/plain")
+        if of == "engine":
+            return Response(seen, media_type="text/plain")
+        name = {"Content-Disposition": 'attachment; filename="trace.json.gz"'}
+        return Response(seen, headers=name, media_type="application/gzip")
 
 
 async def _profile(seconds: float) -> str:

@@ -167,8 +167,8 @@ class FakeEngine:
     def flush(self) -> None:
         self.flushed += 1
 
-    async def profile(self, seconds: float) -> str:
-        return f"{seconds} seconds of a script"
+    async def profile(self, seconds: float, of: str = "engine") -> bytes:
+        return f"{seconds} seconds of a script's {of}".encode()
 
     def set_log_level(self, level: str) -> None:
         self.level = level

@@ -68,9 +68,11 @@ class LogLevel(msgspec.Struct, frozen=True, tag="log_level"):
 
 
 class Profile(msgspec.Struct, frozen=True, tag="profile"):
-    """Begin to watch where the engine's thread spends its time, or end it and say so."""
+    """Begin to watch where the engine's time goes, or end it and say so. ``of`` is "engine": the
+    calls of its thread; or "model": the operations and kernels of some steps."""
 
     on: bool
+    of: str = "engine"
 
 
 Control = Abort | Flush | LogLevel | Profile
@@ -186,9 +188,10 @@ class Fault(msgspec.Struct, frozen=True, tag="fault"):
 
 
 class Profiled(msgspec.Struct, frozen=True, tag="profiled"):
-    """What was seen since the engine was told to watch; for operators, it names files."""
+    """What was seen since the engine was told to watch; for operators, it names files. A page, or a
+    gzipped Chrome trace; nothing where it could not be had."""
 
-    text: str
+    seen: bytes
 
 
 FromEngine = StepReport | Progress | Ready | Fault | Profiled

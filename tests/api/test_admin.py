@@ -146,7 +146,10 @@ async def test_a_profile_names_what_was_called_meanwhile(houses: Houses, tmp_pat
         page = (await taken).text
         assert "prepare.py" in page
         answer = await admin.post("/profile?seconds=2&of=engine")
-        assert answer.text == "2.0 seconds of a script"
+        assert answer.text == "2.0 seconds of a script's engine"
+        answer = await admin.post("/profile?seconds=2&of=model")
+        assert answer.text == "2.0 seconds of a script's model"
+        assert answer.headers["content-type"] == "application/gzip"
         assert (await admin.post("/profile?of=disk")).status_code == 400
         for wrong in ("0", "61", "nan", "-1", "soon", ""):
             assert (await admin.post(f"/profile?seconds={wrong}")).status_code == 400

@@ -1,16 +1,22 @@
 """The operators' port of a real server with the demo model."""
 
 import contextlib
+import gzip
+import json
+import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from engine.watch import TRACED_STEPS
 from server.keys import fingerprint
 from tests.servers import Server, draw, free_port
 
@@ -115,6 +121,31 @@ def test_the_log_level_and_a_profile(server: Server) -> None:
     assert "(plan)" in page
     asked.join(60)
     assert "key=ops" in server.log.read_text()
+
+
+def test_a_trace_ends_with_the_engine_and_that_of_the_next_has_what_the_model_computes(
+    server: Server,
+) -> None:
+    (engine,) = server.children("engine")
+    trace = "/profile?seconds=30&of=model"
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(act, server, "POST", trace)
+        while not act(server, "GET", "/state").json()["profiling"]:
+            assert not taken.done()
+        os.kill(engine, signal.SIGKILL)
+        assert taken.result(60).status_code == 503
+        server.wait_for_status("/ready", 200)
+        assert not act(server, "GET", "/state").json()["profiling"]
+        asked = pool.submit(server.ask, "Hello!", **LONG | {"max_tokens": 300})
+        answer = act(server, "POST", trace)
+        asked.result(60)
+    assert answer.headers["content-type"] == "application/gzip"
+    names = Counter(
+        event.get("name") for event in json.loads(gzip.decompress(answer.content))["traceEvents"]
+    )
+    assert 0 < names["aten::embedding"] <= TRACED_STEPS
+    assert names["aten::linear"] > 4 * names["aten::embedding"]  # in each layer
+    assert "USDT" not in server.log.read_text()
 
 
 def test_a_second_signal_ends_what_the_first_lets_finish(server: Server) -> None:

@@ -464,7 +464,7 @@ async def test_a_profile_names_what_the_engine_does_and_ends_with_it() -> None:
     async with engine() as client:
         work = asyncio.create_task(collect(client, "a", 3, max_tokens=ENDLESS))
         page = await asyncio.wait_for(client.profile(0.3), DEADLINE)
-        assert "(step)" in page
+        assert b"(step)" in page
         taken = asyncio.create_task(client.profile(600))
         await asyncio.sleep(0)
         os.kill(client.pid or 0, signal.SIGKILL)

@@ -60,14 +60,14 @@ SAMPLES: dict[object, list[msgspec.Struct]] = {
         Abort(["a", "b"]),
         Flush(),
         LogLevel("debug"),
-        Profile(on=True),
+        Profile(on=True, of="model"),
     ],
     FromEngine: [
         StepReport([EngineOutput("id", [5], "stop", 5)], EngineStats(running=3, preemptions=1)),
         Progress("weights", 3, 10),
         READY,
         Fault("step", "why", ["id"]),
-        Profiled("text"),
+        Profiled(b"seen"),
     ],
 }
 
