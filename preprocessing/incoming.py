@@ -29,7 +29,7 @@ class Incoming:
         self._allowance = allowance
         self._room = room
         self._size = 0
-        self._packed = 0
+        self._unkept = 0
         self._body = io.BytesIO()
 
     def expect(self, size: int) -> None:
@@ -48,10 +48,11 @@ class Incoming:
             raise too_many(self._param)
         self._body.write(piece)
 
-    def add_packed(self, size: int) -> None:
-        """Count compressed bytes too: they may be far more than what they unpack to."""
-        self._packed += size
-        self._count(self._packed, size)
+    def count(self, size: int) -> None:
+        """Count bytes that are not kept here: compressed ones, which may be far more than what they
+        unpack to, or those of a file that is kept elsewhere."""
+        self._unkept += size
+        self._count(self._unkept, size)
 
     def value(self) -> bytes:
         """Everything that was added; without a copy, as a BytesIO lends its own buffer."""

@@ -38,19 +38,31 @@ class FrameChoice(msgspec.Struct, frozen=True, array_like=True):
 
 
 @dataclasses.dataclass(frozen=True)
+class File:
+    """Encoded bytes that are here already, and their ``content_digest``, so that nobody hashes
+    them again."""
+
+    data: bytes = dataclasses.field(repr=False, compare=False)
+    digest: bytes
+
+
+Source = str | File
+
+
+@dataclasses.dataclass(frozen=True)
 class MediaPart:
     """One picture or video of a request, before anything was fetched.
 
-    ``url`` is a data:, http(s): or file: URL, or the URLs of a video's frames; ``param`` is the
-    field an error names, for example "messages[0].content[1].image_url". ``min_tiles`` and
-    ``max_tiles`` bound the tiles of the picture, or of each frame; None is the model's own (for
-    a frame one tile, as in the reference). ``choice`` is there for a video. A part that may be
-    made to ``fit`` gets fewer frames or tiles where it otherwise would not. Parts of one request
-    share an ``allowance``. Only parts with the same ``salt`` have digests in common. The URL may
-    hold a whole picture: it stays out of the repr, and so out of every log.
+    ``url`` is a data:, http(s): or file: URL or a file that is here, or those of a video's frames;
+    ``param`` is the field an error names, for example "messages[0].content[1].image_url".
+    ``min_tiles`` and ``max_tiles`` bound the tiles of the picture, or of each frame; None is the
+    model's own (for a frame one tile, as in the reference). ``choice`` is there for a video. A part
+    that may be made to ``fit`` gets fewer frames or tiles where it otherwise would not. Parts of
+    one request share an ``allowance``. Only parts with the same ``salt`` have digests in common.
+    The URL may hold a whole picture: it stays out of the repr, and so out of every log.
     """
 
-    url: str | tuple[str, ...] = dataclasses.field(repr=False)
+    url: Source | tuple[Source, ...] = dataclasses.field(repr=False)
     param: str
     max_tiles: int | None = None
     salt: bytes = b""
@@ -62,14 +74,15 @@ class MediaPart:
     allowance: Allowance | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
-    def urls(self) -> tuple[str, ...]:
+    def urls(self) -> tuple[Source, ...]:
         """Of all its files."""
         return self.url if isinstance(self.url, tuple) else (self.url,)
 
     @property
     def is_remote(self) -> bool:
         """Whether something of it must be downloaded."""
-        return any(url[:5].lower() not in ("data:", "file:") for url in self.urls)
+        urls = [url for url in self.urls if isinstance(url, str)]
+        return any(url[:5].lower() not in ("data:", "file:") for url in urls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +171,21 @@ def refusal(reason: Reason, kind: Kind, param: str) -> MediaRefused:
     code, sentence = REASONS[reason]
     message = sentence.format(What=NOUNS[kind], formats=_FORMATS[kind])
     return MediaRefused(message, param=param, code=code)
+
+
+def is_of_no_format(refused: MediaRefused, kind: Kind) -> bool:
+    """Whether a file was refused because nothing of this kind looks like it."""
+    return refused.message == refusal(Reason.UNSUPPORTED, kind, "").message
+
+
+def neither(param: str) -> MediaRefused:
+    """The error for a file that is neither a picture nor a video."""
+    return MediaRefused(
+        "The file is neither a picture nor a video in a format this server reads "
+        f"({_FORMATS['image']}; {_FORMATS['video']}).",
+        param=param,
+        code="unsupported_media",
+    )
 
 
 def too_many(param: str) -> Unavailable:

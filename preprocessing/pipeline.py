@@ -16,27 +16,34 @@ from typing import TypeVar, cast
 
 import msgspec
 
+from preprocessing.allowance import Allowance
 from preprocessing.budget import Budget, Share
 from preprocessing.frames import segment_middles
+from preprocessing.incoming import Incoming
 from preprocessing.media import (
     Facts,
+    File,
     FrameChoice,
     Kind,
     Loaded,
     MediaPart,
     Opened,
+    Source,
     Tiled,
     TiledMedia,
     TiledVideo,
     TileSettings,
+    Treatment,
+    is_of_no_format,
+    neither,
     too_many,
 )
 from preprocessing.pool import QUEUE_TIMEOUT, DecodePool, PoolStats
 from preprocessing.sources import Fetcher
 from preprocessing.tile_cache import TileCache
 from preprocessing.turns import few_at_a_time
-from wire.digest import media_digest
-from wire.errors import Unavailable
+from wire.digest import content_digest, media_digest
+from wire.errors import MediaRefused, Unavailable
 from wire.geometry import VisionGeometry
 from wire.settings import MediaSettings
 
@@ -128,6 +135,31 @@ class MediaPipeline:
             async with self._room(sum(map(self._most_encoded, parts)), "messages"):
                 yield None
 
+    def arriving(self) -> contextlib.AbstractAsyncContextManager[Share]:
+        """Room that is taken from as bytes arrive, at once or not at all, as fast as their sender
+        likes."""
+        return self._downloads.share(0)
+
+    async def identify(self, encoded: bytes, param: str) -> tuple[Kind, Facts]:
+        """What a file is, by its header: a picture, or else a video. Raises MediaRefused for what
+        is neither or too large, and Unavailable."""
+        limits = self._settings
+        treatment = cast(Treatment, limits.preprocess)
+        kinds: tuple[tuple[Kind, int], ...] = (
+            ("image", limits.max_media_bytes),
+            ("video", limits.max_video_bytes),
+        )
+        for kind, most in kinds:
+            try:
+                facts = await self._pool.look(encoded, kind, treatment, param)
+            except MediaRefused as refused:
+                if not is_of_no_format(refused, kind):
+                    raise
+            else:
+                Incoming(kind, param, most, Allowance(most)).expect(len(encoded))
+                return kind, facts
+        raise neither(param)
+
     async def open(self, part: MediaPart, room: Share | None, *, look: bool = True) -> Opened:
         """Fetch a part and, with ``look``, read its headers. Raises as ``load`` does."""
         self._settings_of(part)
@@ -163,10 +195,7 @@ class MediaPipeline:
         """Bytes that the files of a part can have, of which none is downloaded."""
         kind: Kind = "image" if isinstance(part.url, tuple) else part.kind
         most = self._settings.max_media_bytes if kind == "image" else self._settings.max_video_bytes
-        return sum(
-            min(most, len(url) * 3 // 4) if url[:5].lower() == "data:" else most
-            for url in part.urls
-        )
+        return sum(min(most, _most_bytes(url, most)) for url in part.urls)
 
     @contextlib.asynccontextmanager
     async def _room(self, size: int, param: str) -> AsyncIterator[Share]:
@@ -182,7 +211,7 @@ class MediaPipeline:
 
     async def _fetch(self, part: MediaPart, room: Share | None = None) -> bytes:
         return await self._fetcher.fetch(
-            cast(str, part.url), part.param, part.kind, part.allowance, room
+            cast(Source, part.url), part.param, part.kind, part.allowance, room
         )
 
     async def _look(self, asked: tuple[MediaPart, bytes]) -> Facts:
@@ -202,7 +231,7 @@ class MediaPipeline:
     async def _picture(
         self, encoded: bytes, settings: TileSettings, part: MediaPart, fetched: float
     ) -> TiledMedia:
-        digest = await _digest(encoded, settings, part.salt)
+        digest = await _digest(encoded, settings, part)
 
         async def decode() -> TiledMedia:
             result, tiles = await self._pool.tile(encoded, settings, part.param)
@@ -214,7 +243,7 @@ class MediaPipeline:
         self, encoded: bytes, settings: TileSettings, part: MediaPart, fetched: float
     ) -> TiledVideo:
         choice = part.choice or FrameChoice(self._settings.num_video_frames)
-        file = await _digest(encoded, settings, part.salt)
+        file = await _digest(encoded, settings, part)
         digest = media_digest((file, msgspec.msgpack.encode(choice)))
 
         async def decode() -> TiledVideo:
@@ -258,11 +287,21 @@ class MediaPipeline:
         await self._pool.close()
 
 
-async def _digest(encoded: bytes, settings: TileSettings, salt: bytes) -> bytes:
-    parts = (encoded, settings.digest_bytes, salt)
-    if len(encoded) < _LONG:
-        return media_digest(parts)
-    return await asyncio.to_thread(media_digest, parts)
+async def _digest(encoded: bytes, settings: TileSettings, part: MediaPart) -> bytes:
+    if isinstance(part.url, File):
+        content = part.url.digest
+    elif len(encoded) < _LONG:
+        content = content_digest(encoded)
+    else:
+        content = await asyncio.to_thread(content_digest, encoded)
+    return media_digest((content, settings.digest_bytes, part.salt))
+
+
+def _most_bytes(url: Source, most: int) -> int:
+    """That a file can have; ``most`` where nothing tells."""
+    if isinstance(url, File):
+        return len(url.data)
+    return len(url) * 3 // 4 if url[:5].lower() == "data:" else most
 
 
 def _tiled(digest: bytes, result: Tiled, tiles: bytes) -> TiledMedia:

@@ -29,7 +29,7 @@ from preprocessing.budget import Share
 from preprocessing.connections import MeteredNetwork
 from preprocessing.incoming import Incoming
 from preprocessing.local_files import read_file
-from preprocessing.media import Kind
+from preprocessing.media import File, Kind, Source
 from wire.errors import MediaRefused
 from wire.settings import MediaSettings, SettingError
 
@@ -81,7 +81,7 @@ class Fetcher:
 
     async def fetch(
         self,
-        url: str,
+        url: Source,
         param: str,
         kind: Kind = "image",
         allowance: Allowance | None = None,
@@ -102,6 +102,9 @@ class Fetcher:
             allowance or Allowance(limits.max_request_media_bytes),
             room,
         )
+        if isinstance(url, File):
+            part.count(len(url.data))
+            return url.data
         scheme = url[:5].lower()
         if scheme == "data:":
             await _decode(url, part)
@@ -302,7 +305,7 @@ async def _unpacked(pieces: AsyncIterator[bytes], part: Incoming) -> AsyncIterat
     """Unpack gzip or zlib, never more than a chunk at a time. We ask for neither."""
     unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
     async for packed in pieces:
-        part.add_packed(len(packed))
+        part.count(len(packed))
         while True:
             piece = unpacker.decompress(packed, _CHUNK)
             yield piece

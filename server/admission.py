@@ -21,6 +21,10 @@ from wire.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
+FILES = "/v1/files"
+# Of the form that a file comes in, what is not the file.
+FORM_BYTES = 64 << 10
+
 
 class Gate:
     """Counts running requests. ``idle`` is set while there is none and nothing waits to be read.
@@ -177,9 +181,10 @@ class Admission:
         send = _telling(send, tenant.account)
         try:
             # The size first: it is wrong whatever state the server is in.
+            most = self._most(scope)
             announced = Headers(scope=scope).get("content-length", "")
-            if announced.isdecimal() and int(announced) > self._settings.max_request_bytes:
-                raise self._too_large()
+            if announced.isdecimal() and int(announced) > most:
+                raise _too_large(most)
             refusal = self._refusal()
             if refusal is not None:
                 raise refusal
@@ -188,11 +193,17 @@ class Admission:
                 held.enter_context(tenant.account.request())
                 scope["held"] = held
                 async with _watched(send, self._settings.send_timeout) as watched:
-                    await self._app(scope, self._limited(receive), watched)
+                    await self._app(scope, self._limited(receive, most), watched)
         except ServiceError as error:
             await error_response(error)(scope, receive, send)
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _most(self, scope: Scope) -> int:
+        """Bytes of a body."""
+        if scope["path"] == FILES:
+            return self._settings.max_file_bytes + FORM_BYTES
+        return self._settings.max_request_bytes
+
+    def _limited(self, receive: Receive, most: int) -> Receive:
         """``receive`` that refuses a body which grows too large without having said so, and one
         that has not arrived in time."""
         size = 0
@@ -208,15 +219,14 @@ class Admission:
                     f"The request body must arrive within {self._settings.body_timeout:g} seconds."
                 ) from None
             size += len(message.get("body", b""))
-            if size > self._settings.max_request_bytes:
-                raise self._too_large()
+            if size > most:
+                raise _too_large(most)
             if not message.get("more_body", False):
                 deadline = None  # what comes now is the news that the client has left
             return message
 
         return limited
 
-    def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(
-            f"The request body must not be larger than {self._settings.max_request_bytes} bytes."
-        )
+
+def _too_large(most: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request body must not be larger than {most} bytes.")

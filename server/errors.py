@@ -74,7 +74,7 @@ def anthropic_envelope(error: ServiceError) -> bytes:
     return msgspec.json.encode(AnthropicError(detail, request_id.get()))
 
 
-def _is_anthropic(scope: Scope) -> bool:
+def is_anthropic(scope: Scope) -> bool:
     """Whether a request is for a route of Anthropic's API, or from a client of it."""
     path: str = scope["path"]
     is_route = path == "/v1/messages" or path.startswith("/v1/messages/")
@@ -90,7 +90,7 @@ class ErrorResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
-        if _is_anthropic(scope):
+        if is_anthropic(scope):
             self.body = anthropic_envelope(self._error)
             self.headers["Content-Length"] = str(len(self.body))
         await super().__call__(scope, receive, send)
@@ -182,7 +182,7 @@ class Boundary:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = identity
-                if _is_anthropic(scope):
+                if is_anthropic(scope):
                     headers["Request-Id"] = identity
             await send(message)
 

@@ -17,6 +17,7 @@ from server.chat.prepare import ServedModel
 from server.chat.recording import Recordings
 from server.chat.showing import Media
 from server.dialects.store import ResponseStore
+from server.files import FileStore
 from server.grammars import GrammarChecker
 from server.handles import Handles
 from server.keys import Keys
@@ -61,6 +62,13 @@ class Service:
             settings.server.response_store_bytes, settings.server.response_store_ttl
         )
         self.metrics.response_bytes.set_function(lambda: self.responses.used)
+        self.files = FileStore(
+            settings.server.file_store_bytes,
+            settings.server.file_ttl,
+            lambda reason: self.metrics.files_evicted.labels(reason).inc(),
+        )
+        self.metrics.files.set_function(lambda: self.files.count)
+        self.metrics.file_bytes.set_function(lambda: self.files.used)
         self._tiles = Budget(settings.engine.request_tile_bytes)
         self.metrics.tile_bytes.set_function(lambda: self._tiles.used)
         self.name = settings.server.served_model_name or Path(settings.engine.model).name
@@ -190,7 +198,8 @@ class Service:
         return len(told)
 
     def flush(self) -> None:
-        """Forget tiles, encoded pictures and prefixes of earlier requests."""
+        """Forget tiles, encoded pictures and prefixes of earlier requests. What clients have given
+        to be kept, responses and files, is no cache."""
         self.media.forget()
         self.engine.flush()
 

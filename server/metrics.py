@@ -98,6 +98,16 @@ class Metrics:
             "Kept answers of /v1/responses and their conversations.",
             registry=self.registry,
         )
+        self.files = Gauge("internvl_files", "Uploaded files.", registry=self.registry)
+        self.file_bytes = Gauge(
+            "internvl_file_store_bytes", "Uploaded files.", registry=self.registry
+        )
+        self.files_evicted = Counter(
+            "internvl_files_evicted",
+            "Uploaded files that were dropped, because their time was over or for room.",
+            ["reason"],
+            registry=self.registry,
+        )
         self.resumable_streams = Gauge(
             "internvl_resumable_streams", "Streams that can be resumed.", registry=self.registry
         )

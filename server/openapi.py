@@ -19,6 +19,16 @@ from server.schemas.common import (
     Version,
 )
 from server.schemas.completion import CompletionRequest, TextCompletion
+from server.schemas.files import (
+    AnthropicUpload,
+    DeletedFile,
+    FileDeleted,
+    FileList,
+    FileMetadata,
+    FileObject,
+    FilePage,
+    OpenAIUpload,
+)
 from server.schemas.form import Form
 from server.schemas.info import ServerInfo
 from server.schemas.message import AnthropicMessage, Event, TokenCount
@@ -34,12 +44,27 @@ _REF = "#/components/schemas/{}"
 @dataclasses.dataclass(frozen=True)
 class Described:
     """The forms that a route's body may have, what it answers, and the events of its stream;
-    ``answer`` is None where there is no other answer."""
+    ``answer`` is None where there is no other answer. ``anthropic`` is the answer to Anthropic's
+    clients, where both have the route. ``encoding`` is that of the forms; a route whose ``answer``
+    is None may answer ``binary`` data."""
 
     answer: type[msgspec.Struct] | None
     forms: tuple[type[Form], ...] = ()
     events: tuple[type[msgspec.Struct], ...] = ()
     error: type[msgspec.Struct] = ErrorBody
+    anthropic: type[msgspec.Struct] | None = None
+    encoding: str = "application/json"
+    binary: bool = False
+
+    @property
+    def answers(self) -> tuple[type[msgspec.Struct], ...]:
+        """To clients of either API."""
+        return tuple(each for each in (self.answer, self.anthropic) if each is not None)
+
+    @property
+    def errors(self) -> tuple[type[msgspec.Struct], ...]:
+        """Likewise."""
+        return (self.error,) if self.anthropic is None else (self.error, AnthropicError)
 
 
 ROUTES: dict[str, Described] = {
@@ -57,6 +82,16 @@ ROUTES: dict[str, Described] = {
     "POST /v1/chat/completions/render": Described(Render, (ChatRequest,)),
     "POST /tokenize": Described(Tokens, (TokenizeText, TokenizeChat)),
     "POST /detokenize": Described(Text, (DetokenizeRequest,)),
+    "POST /v1/files": Described(
+        FileObject,
+        (OpenAIUpload, AnthropicUpload),
+        anthropic=FileMetadata,
+        encoding="multipart/form-data",
+    ),
+    "GET /v1/files": Described(FileList, anthropic=FilePage),
+    "GET /v1/files/{file_id}": Described(FileObject, anthropic=FileMetadata),
+    "GET /v1/files/{file_id}/content": Described(None, binary=True),
+    "DELETE /v1/files/{file_id}": Described(FileDeleted, anthropic=DeletedFile),
     "DELETE /v1/requests/{name}": Described(Aborted),
     "GET /v1/chat/completions/{name}/events": Described(None, events=(Chunk,)),
     "GET /v1/completions/{name}/events": Described(None, events=(TextCompletion,)),
@@ -83,7 +118,7 @@ def describe(app: FastAPI) -> None:
 
 
 def _with_bodies(page: dict[str, Any]) -> dict[str, Any]:
-    structs = {s for d in ROUTES.values() for s in (d.answer, d.error, *d.events) if s is not None}
+    structs = {s for d in ROUTES.values() for s in (*d.answers, *d.errors, *d.events)}
     _, schemas = msgspec.json.schema_components(
         sorted(structs, key=lambda struct: struct.__name__),
         ref_template=_REF.format("{name}"),
@@ -101,19 +136,21 @@ def _with_bodies(page: dict[str, Any]) -> dict[str, Any]:
             if found is not None:
                 answers["200"]["content"] = _content(found)
                 if found.forms:
-                    body = {"application/json": {"schema": _any_of(found.forms)}}
+                    body = {found.encoding: {"schema": _any_of(found.forms)}}
                     operation["requestBody"] = {"required": True, "content": body}
-            error = {
-                "application/json": {"schema": _any_of((found.error if found else ErrorBody,))}
-            }
+            errors = found.errors if found else (ErrorBody,)
+            error = {"application/json": {"schema": _any_of(errors)}}
             answers["default"] = {"description": "Refused, or failed", "content": error}
     return page
 
 
 def _content(described: Described) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    if described.answer is not None:
-        content["application/json"] = {"schema": _any_of((described.answer,))}
+    if described.answers:
+        content["application/json"] = {"schema": _any_of(described.answers)}
+    if described.binary:
+        schema = {"type": "string", "format": "binary"}
+        content["application/octet-stream"] = {"schema": schema}
     if described.events:
         # Of each event but [DONE], which is OpenAI's last.
         content["text/event-stream"] = {"schema": _any_of(described.events)}

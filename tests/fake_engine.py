@@ -5,9 +5,11 @@ import contextlib
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 
-from preprocessing.budget import Share
+from preprocessing.budget import Budget, Share
 from preprocessing.grid import tile_count
 from preprocessing.media import (
+    Facts,
+    Kind,
     Loaded,
     MediaPart,
     Opened,
@@ -185,6 +187,7 @@ class FakeMedia:
     def __init__(self) -> None:
         self.parts: list[MediaPart] = []
         self.cancelled = self.tiled = self.forgotten = 0
+        self.room = Budget(1 << 20)  # of uploads on their way
         self.gate = asyncio.Event()
         self.gate.set()
         self.geometry: VisionGeometry | None = None
@@ -202,6 +205,18 @@ class FakeMedia:
                 return await self.tile(part, await self.open(part, room))
         await self._arrive(part)
         return self._picture(part, 1 if part.max_tiles == 1 else 2)
+
+    def arriving(self) -> contextlib.AbstractAsyncContextManager[Share]:
+        return self.room.share(0)
+
+    async def identify(self, encoded: bytes, param: str) -> tuple[Kind, Facts]:
+        """By their first bytes: what begins with "bad" is nothing, with "film" a video."""
+        await self.gate.wait()
+        if encoded.startswith(b"bad"):
+            raise MediaRefused("The file is neither.", param=param, code="unsupported_media")
+        if encoded.startswith(b"film"):
+            return "video", VideoFacts("mp4", "h264", 8, 4, 0, frames=10, duration=10.0, fps=1.0)
+        return "image", PictureFacts("PNG", 8, 4)
 
     @contextlib.asynccontextmanager
     async def hold(self, parts: Sequence[MediaPart]) -> AsyncIterator[Share | None]:

@@ -7,8 +7,13 @@ from collections.abc import Iterable
 Buffer = bytes | bytearray | memoryview
 
 
+def content_digest(encoded: Buffer) -> bytes:
+    """Digest of a file's encoded bytes, and of nothing else."""
+    return hashlib.blake2b(encoded, digest_size=32, person=b"internvl-bytes").digest()
+
+
 def media_digest(parts: Iterable[Buffer]) -> bytes:
-    """Digest of a picture's encoded bytes, of everything that decides its tiles, and of a salt."""
+    """Digest of a picture's content digest, of everything that decides its tiles, and of a salt."""
     digest = hashlib.blake2b(digest_size=32, person=b"internvl-media")
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))

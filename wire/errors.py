@@ -28,6 +28,7 @@ Code = Literal[
     "context_length_exceeded",
     "engine_error",
     "events_forgotten",
+    "file_not_found",
     "internal_error",
     "invalid_api_key",
     "invalid_http",

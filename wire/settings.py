@@ -163,6 +163,18 @@ class ServerSettings:
     response_store_ttl: float = knob(
         3600.0, "Seconds that such an answer is kept for at most.", low=1
     )
+    file_store_bytes: int = knob(
+        256 << 20,
+        "Memory for the files that clients upload to /v1/files; 0 keeps none. Where there is no "
+        "room, those go that were used longest ago, of the API key that takes most.",
+        low=0,
+    )
+    max_file_bytes: int = knob(
+        64 << 20, "Largest file that may be uploaded to /v1/files in bytes.", low=1024
+    )
+    file_ttl: float = knob(
+        86400.0, "Seconds that an uploaded file is kept for at most.", low=1, high=2592000
+    )
     system_prompt: str = knob(
         "auto",
         "System sentence used when the client sends none: 'auto' (the checkpoint's), 'none', "

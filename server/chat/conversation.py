@@ -7,10 +7,13 @@ from typing import Any
 
 from preprocessing import FrameChoice, MediaPart
 from preprocessing.allowance import Allowance
-from preprocessing.media import Treatment
+from preprocessing.media import Source, Treatment
 from server.chat.prompt import Turn, Video
+from server.files import PREFIX, Finder, Upload, no_file
 from server.schemas.chat import (
     PART_TYPES,
+    Bounds,
+    FilePart,
     ImagePart,
     ImageUrl,
     Message,
@@ -44,17 +47,35 @@ class Conversation:
 @dataclasses.dataclass(frozen=True)
 class Viewing:
     """What holds for every part of a request that says nothing else. Parts of another ``salt`` are
-    other pictures to every cache."""
+    other pictures to every cache. ``find`` knows the files that the request may name."""
 
     settings: MediaSettings
     geometry: VisionGeometry
     treatment: Treatment
     salt: bytes
     allowance: Allowance
+    find: Finder
+
+    def upload(self, name: str, param: str) -> Upload:
+        """The file of this id. Raises NotFound."""
+        found = self.find(name)
+        if found is None:
+            raise no_file(param)
+        return found
+
+    def source(self, url: str, param: str) -> Source:
+        """What a URL names, if it is the id of a file. Raises NotFound."""
+        return self.upload(url, param).file if url.startswith(PREFIX) else url
+
+    def sources(self, url: str | tuple[str, ...], param: str) -> Source | tuple[Source, ...]:
+        """Likewise, of one or of several."""
+        if isinstance(url, str):
+            return self.source(url, param)
+        return tuple(self.source(one, f"{param}[{at}]") for at, one in enumerate(url))
 
 
 def read_conversation(messages: Sequence[Message], viewing: Viewing) -> Conversation:
-    """Take messages apart. Raises InvalidRequest."""
+    """Take messages apart. Raises InvalidRequest, and NotFound for a file that is not there."""
     turns: list[Turn] = []
     pictures: list[MediaPart] = []
     videos: list[MediaPart] = []
@@ -69,12 +90,19 @@ def read_conversation(messages: Sequence[Message], viewing: Viewing) -> Conversa
                     f"{' and '.join(map(repr, allowed))} only.",
                     param=f"{where}.type",
                 )
-            if isinstance(part, ImagePart):
-                content.append(len(pictures))
-                pictures.append(_picture(part.image_url, f"{where}.image_url", viewing))
-            elif isinstance(part, VideoPart):
-                content.append(Video(len(videos)))
-                videos.append(_video(part.video_url, f"{where}.video_url", viewing))
+            if isinstance(part, ImagePart | VideoPart | FilePart):
+                shown = _part(part, where, viewing)
+                if shown.kind == "image":
+                    content.append(len(pictures))
+                    pictures.append(shown)
+                elif "video_url" in allowed:
+                    content.append(Video(len(videos)))
+                    videos.append(shown)
+                else:
+                    raise InvalidRequest(
+                        f"{shown.param}: messages of the role '{message.role}' can show no video.",
+                        param=shown.param,
+                    )
             else:
                 text = part.text if isinstance(part, TextPart) else part.refusal
                 if text:
@@ -101,13 +129,29 @@ def _check_number(what: str, found: int, most: int, code: Code) -> None:
         )
 
 
-def _picture(asked: ImageUrl, where: str, viewing: Viewing) -> MediaPart:
+def _part(part: ImagePart | VideoPart | FilePart, where: str, viewing: Viewing) -> MediaPart:
+    if isinstance(part, ImagePart):
+        where = f"{where}.image_url"
+        return _picture(part.image_url, where, f"{where}.url", viewing)
+    if isinstance(part, VideoPart):
+        where = f"{where}.video_url"
+        return _video(part.video_url, where, f"{where}.url", viewing)
+    asked, where = part.file, f"{where}.file"
+    param = f"{where}.file_id"
+    bounds = {name: getattr(asked, name) for name in Bounds.model_fields}
+    if viewing.upload(asked.file_id, param).kind == "image":
+        picture = ImageUrl(url=asked.file_id, detail=asked.detail, **bounds)
+        return _picture(picture, where, param, viewing)
+    return _video(VideoUrl(url=asked.file_id, **bounds), where, param, viewing)
+
+
+def _picture(asked: ImageUrl, where: str, param: str, viewing: Viewing) -> MediaPart:
     most = asked.max_tiles
     if most is None and asked.detail == "low":
         most = 1
     return MediaPart(
-        url=asked.url,
-        param=f"{where}.url",
+        url=viewing.source(asked.url, param),
+        param=param,
         max_tiles=_tiles(most, f"{where}.max_tiles", viewing.geometry.tile_limit),
         min_tiles=_least(asked.min_tiles, most, viewing.geometry.max_tiles, where),
         treatment=asked.preprocess or viewing.treatment,
@@ -117,10 +161,11 @@ def _picture(asked: ImageUrl, where: str, viewing: Viewing) -> MediaPart:
     )
 
 
-def _video(asked: VideoUrl, where: str, viewing: Viewing) -> MediaPart:
+def _video(asked: VideoUrl, where: str, param: str, viewing: Viewing) -> MediaPart:
     settings = viewing.settings
     url: str | tuple[str, ...] = asked.url or tuple(asked.frames or ())
-    param = f"{where}.url" if asked.url else f"{where}.frames"
+    if not asked.url:
+        param = f"{where}.frames"
     if isinstance(url, str) and url[: len(_JPEG_FRAMES)].lower() == _JPEG_FRAMES:
         # Counted before they are taken apart: a comma costs an attacker nothing.
         _frames(url.count(",", len(_JPEG_FRAMES)) + 1, param, settings)
@@ -137,7 +182,7 @@ def _video(asked: VideoUrl, where: str, viewing: Viewing) -> MediaPart:
             most = settings.max_video_frames
     _frames(most, f"{where}.num_frames", settings)
     return MediaPart(
-        url=url,
+        url=viewing.sources(url, param),
         param=param,
         kind="video",
         choice=FrameChoice(most, asked.fps, asked.start, asked.end),

@@ -5,6 +5,7 @@ hears of it; every refusal a client can cause after validation is raised here.""
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from server.chat.prompt import Ending, PromptBuilder, Segment
 from server.chat.sampling import Defaults, either, fit_sampling, read_sampling
 from server.chat.showing import Canvas, Gallery, Media, Room, show
 from server.chat.usage import Shown, account
+from server.files import FileStore
 from server.grammars import GrammarChecker
 from server.handles import Handle
 from server.limits import GUESS, Spending
@@ -118,12 +120,13 @@ async def prepare(
     grammars: GrammarChecker,
     run: Run,
     tenant: Tenant,
+    files: FileStore,
     room: Room,
 ) -> PreparedChat:
     """Check, fetch, tokenise; ``run`` does what takes longer for longer texts, ``room`` waits for
     room for tiles. Raises ClientErrors; when one picture fails, the others stop."""
     sampling = await settle(request, model, grammars, run, tenant)
-    conversation, canvas = await read_prompt(request, model, limits, run, tenant)
+    conversation, canvas = await read_prompt(request, model, limits, run, tenant, files)
     began = time.monotonic()
     gallery = await show(media, conversation, canvas, limits.decode_workers + 2, room)
     media_seconds = time.monotonic() - began
@@ -240,14 +243,20 @@ def check_model(name: str | None, model: ServedModel) -> None:
 
 
 async def read_prompt(
-    request: ChatRequest, model: ServedModel, limits: MediaSettings, run: Run, tenant: Tenant
+    request: ChatRequest,
+    model: ServedModel,
+    limits: MediaSettings,
+    run: Run,
+    tenant: Tenant,
+    files: FileStore,
 ) -> tuple[Conversation, Canvas]:
     """The conversation of a request, and the prompt that its parts stand in. Raises
-    InvalidRequest, ContextTooLong."""
+    InvalidRequest, NotFound, ContextTooLong."""
     ending = _ending(request)
     treatment = cast(Treatment, request.preprocess or limits.preprocess)
     allowance = Allowance(limits.max_request_media_bytes)
-    viewing = Viewing(limits, model.ready.geometry, treatment, tenant.salt, allowance)
+    find = functools.partial(files.get, tenant.id)
+    viewing = Viewing(limits, model.ready.geometry, treatment, tenant.salt, allowance, find)
     conversation = await run(read_conversation, request.messages, viewing)
     segments = await run(_render, request, conversation, model, ending)
     _, answer = request.length

@@ -12,6 +12,7 @@ from server.auth import Tenant
 from server.chat.prepare import Run, ServedModel, check_model, read_prompt
 from server.chat.showing import Canvas, Media, open_all
 from server.chat.visual import Fitter, View
+from server.files import FileStore
 from server.schemas.chat import ChatRequest
 from server.schemas.preview import PartPreview, Preview, Setting
 from wire.errors import ContextTooLong
@@ -49,11 +50,12 @@ async def sketch(
     limits: MediaSettings,
     run: Run,
     tenant: Tenant,
+    files: FileStore,
 ) -> Sketch:
     """Raises what the request itself would be refused with because of its messages, except for what
     does not fit."""
     check_model(request.model, model)
-    conversation, canvas = await read_prompt(request, model, limits, run, tenant)
+    conversation, canvas = await read_prompt(request, model, limits, run, tenant, files)
     parts = conversation.parts
     async with media.hold(parts) as held:
         # The files themselves are not kept: their room is given back here.

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar, cast
 
 from preprocessing import Loaded, MediaPart, TiledMedia, TiledVideo
 from preprocessing.budget import Share
-from preprocessing.media import Facts, Opened
+from preprocessing.media import Facts, Kind, Opened
 from preprocessing.pool import PoolStats
 from preprocessing.turns import few_at_a_time
 from server.chat import visual
@@ -53,6 +53,12 @@ class Media(Protocol):
 
     async def load(self, part: MediaPart) -> Loaded:
         """Tiles of one part; raises MediaRefused."""
+
+    def arriving(self) -> AbstractAsyncContextManager[Share]:
+        """Room for the bytes of an upload, taken from as they come."""
+
+    async def identify(self, encoded: bytes, param: str) -> tuple[Kind, Facts]:
+        """What a file is by its header; raises MediaRefused."""
 
     def hold(self, parts: Sequence[MediaPart]) -> AbstractAsyncContextManager[Share | None]:
         """Room for the bytes of all these parts, while they are opened and tiled."""

@@ -12,6 +12,7 @@ from pydantic_core import from_json
 from server.chat.prepare import PreparedChat
 from server.dialects.draft import Draft, Origins
 from server.errors import anthropic_envelope
+from server.files import as_url
 from server.schemas.answer import Chunk, ChunkChoice, Delta
 from server.schemas.chat import ChatRequest
 from server.schemas.common import Usage
@@ -126,6 +127,8 @@ def _show(draft: Draft, block: TextBlock | ImageBlock, where: str) -> None:
     source = block.source
     if source.type == "url":
         draft.picture(source.url, where, f"{where}.source.url", block)
+    elif source.type == "file":
+        draft.picture(as_url(source.file_id), where, f"{where}.source.file_id", block)
     else:
         url = f"data:{source.media_type};base64,{source.data}"
         draft.picture(url, where, f"{where}.source.data", block)

@@ -91,6 +91,13 @@ class Draft:
         self.origins.add(f"{path}.image_url", where)
         self.origins.add(f"{path}.image_url.url", source)
 
+    def file(self, file_id: str, where: str, asked: Bounds, detail: str | None) -> None:
+        """Add a picture or video that was uploaded to the last message."""
+        bounds = asked.model_dump(include=set(Bounds.model_fields))
+        file = {"file_id": file_id, "detail": detail, **bounds}
+        path = self._part({"type": "file", "file": file}, where)
+        self.origins.add(f"{path}.file", where)
+
     def call(
         self, identity: str, name: str, arguments: str | dict[str, Any], where: str, field: str
     ) -> None:

@@ -13,6 +13,7 @@ import msgspec
 from server.chat.prepare import PreparedChat
 from server.chat.sse import known
 from server.dialects.draft import Draft, Origins
+from server.files import as_url
 from server.schemas.answer import Chunk, ChunkChoice
 from server.schemas.chat import ChatRequest
 from server.schemas.common import TokenLogprob, Usage
@@ -48,6 +49,7 @@ from server.schemas.responses import (
     AssistantItem,
     CallItem,
     FunctionChoice,
+    InputFile,
     InputText,
     InstructionItem,
     OutputTextPart,
@@ -132,9 +134,14 @@ def _show(draft: Draft, item: InstructionItem | UserItem | ResultItem, where: st
         here = f"{where}[{number}]"
         if isinstance(part, InputText):
             draft.text(part.text, f"{here}.text")
+        elif isinstance(part, InputFile):
+            draft.file(part.file_id, here, part, part.detail)
         else:
             detail = "high" if part.detail == "original" else part.detail
-            draft.picture(part.image_url, here, f"{here}.image_url", part, detail)
+            if part.file_id is None:
+                draft.picture(part.image_url or "", here, f"{here}.image_url", part, detail)
+            else:
+                draft.picture(as_url(part.file_id), here, f"{here}.file_id", part, detail)
 
 
 def _tools(draft: Draft, request: ResponsesRequest) -> None:

@@ -3,6 +3,7 @@
 from server.routes import (
     chat,
     completions,
+    files,
     info,
     messages,
     models,
@@ -22,6 +23,7 @@ MODULES = (
     responses,
     streams,
     tokens,
+    files,
     running,
     models,
     info,

@@ -118,6 +118,7 @@ async def prepare_chat(arrival: Arrival, request: ChatRequest, identity: str) ->
                 service.grammars,
                 arrival.run,
                 tenant,
+                service.files,
                 arrival.room,
             )
     if chat.shown:
@@ -131,7 +132,13 @@ async def draw(arrival: Arrival, request: ChatRequest) -> Sketch:
     service, limits = arrival.service, arrival.service.settings.media
     async with service.preparing():
         return await sketch(
-            request, service.served(), service.media, limits, arrival.run, arrival.tenant
+            request,
+            service.served(),
+            service.media,
+            limits,
+            arrival.run,
+            arrival.tenant,
+            service.files,
         )
 
 

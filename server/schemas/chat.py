@@ -15,9 +15,9 @@ MAX_TOOLS = 128
 PART_TYPES = {
     "system": ("text",),
     "developer": ("text",),
-    "user": ("text", "image_url", "video_url"),
+    "user": ("text", "image_url", "video_url", "file"),
     "assistant": ("text", "refusal"),
-    "tool": ("text", "image_url"),
+    "tool": ("text", "image_url", "file"),
 }
 
 
@@ -67,14 +67,14 @@ class Bounds(Form):
 
 
 class ImageUrl(Bounds):
-    """A data:, http:, https: or file: URL. ``detail`` "low" means one tile."""
+    """A data:, http:, https: or file: URL, or a file's id. ``detail`` "low" means one tile."""
 
     url: str = Field(min_length=1)
     detail: Literal["auto", "low", "high"] | None = None
 
 
 class VideoUrl(Bounds):
-    """A URL, or the URLs of pictures; ``start`` and ``end`` in seconds."""
+    """A URL or a file's id, or those of pictures; ``start`` and ``end`` in seconds."""
 
     url: str | None = Field(None, min_length=1)
     frames: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
@@ -108,6 +108,23 @@ class VideoPart(_Part):
     video_url: Annotated[VideoUrl, BeforeValidator(_url_object), OrText()]
 
 
+class FileReference(Bounds):
+    """A file that was uploaded. ``detail`` "low" means one tile of a picture."""
+
+    ignored = frozenset({"filename"})
+
+    file_id: str = Field(min_length=1)
+    detail: Literal["auto", "low", "high"] | None = None
+    file_data: None = None
+
+
+class FilePart(_Part):
+    """A picture or a video, whichever the file is."""
+
+    type: Literal["file"]
+    file: FileReference
+
+
 def _kind(value: object) -> str:
     return f"<{value['type']}>" if isinstance(value, dict) else "<text>"
 
@@ -116,9 +133,10 @@ def _check_part(value: object) -> object:
     if not isinstance(value, dict):
         raise wrong("must be an object with a 'type'")
     kind = value.get("type")
-    if kind not in ("text", "image_url", "video_url", "refusal"):
+    if kind not in ("text", "image_url", "video_url", "file", "refusal"):
         found = clip(kind) if "type" in value else "missing"
-        raise wrong(f"is {found}; supported are 'text', 'image_url' and 'video_url'", "type")
+        supported = "'text', 'image_url', 'video_url' and 'file'"
+        raise wrong(f"is {found}; supported are {supported}", "type")
     return value
 
 
@@ -127,6 +145,7 @@ Part = Annotated[
     Annotated[TextPart, Tag("<text>")]
     | Annotated[ImagePart, Tag("<image_url>")]
     | Annotated[VideoPart, Tag("<video_url>")]
+    | Annotated[FilePart, Tag("<file>")]
     | Annotated[RefusalPart, Tag("<refusal>")],
     Discriminator(_kind),
     BeforeValidator(_check_part),

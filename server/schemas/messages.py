@@ -41,10 +41,19 @@ class UrlSource(Form):
     url: str = Field(min_length=1)
 
 
+class FileSource(Form):
+    """A picture that was uploaded."""
+
+    type: Literal["file"]
+    file_id: str = Field(min_length=1)
+
+
 Source = Annotated[
-    Annotated[Base64Source, Tag("<base64>")] | Annotated[UrlSource, Tag("<url>")],
+    Annotated[Base64Source, Tag("<base64>")]
+    | Annotated[UrlSource, Tag("<url>")]
+    | Annotated[FileSource, Tag("<file>")],
     Discriminator(tag_of),
-    BeforeValidator(one_of("base64", "url")),
+    BeforeValidator(one_of("base64", "url", "file")),
 ]
 
 

@@ -3,7 +3,14 @@ for text (``Generation``) holds here too, under the same names."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    model_validator,
+)
 
 from server.schemas.chat import MAX_PARTS, MAX_TOOLS, Bounds, VisualBudget
 from server.schemas.form import Form, OrText, clip, one_of, tag_of, wrong
@@ -26,14 +33,32 @@ class InputText(Form):
 
 
 class InputImage(Bounds):
-    """A picture; ``detail`` "low" means one tile."""
+    """A picture, by its URL or as a file; ``detail`` "low" means one tile."""
 
     ignored = _BREAKPOINT
 
     type: Literal["input_image"]
-    image_url: str = Field(min_length=1)
+    image_url: str | None = Field(None, min_length=1)
+    file_id: str | None = Field(None, min_length=1)
     detail: Literal["auto", "low", "high", "original"] | None = None
-    file_id: None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "InputImage":
+        if (self.image_url is None) == (self.file_id is None):
+            raise wrong("must have either 'image_url' or 'file_id'")
+        return self
+
+
+class InputFile(Bounds):
+    """A picture or a video that was uploaded; ``detail`` "low" means one tile of a picture."""
+
+    ignored = _BREAKPOINT | {"filename"}
+
+    type: Literal["input_file"]
+    file_id: str = Field(min_length=1)
+    detail: Literal["auto", "low", "high"] | None = None
+    file_data: None = None
+    file_url: None = None
 
 
 class OutputTextPart(Form):
@@ -63,9 +88,11 @@ def _output_texts(value: object) -> object:
 Shown = Annotated[
     list[
         Annotated[
-            Annotated[InputText, Tag("<input_text>")] | Annotated[InputImage, Tag("<input_image>")],
+            Annotated[InputText, Tag("<input_text>")]
+            | Annotated[InputImage, Tag("<input_image>")]
+            | Annotated[InputFile, Tag("<input_file>")],
             Discriminator(tag_of),
-            BeforeValidator(one_of("input_text", "input_image")),
+            BeforeValidator(one_of("input_text", "input_image", "input_file")),
         ]
     ],
     Field(max_length=MAX_PARTS),

@@ -41,6 +41,7 @@ _SENTENCES: dict[str, _Sentence] = {
     "less_than": lambda context: f"must be less than {context['lt']}",
     "too_long": lambda context: f"must not have more than {context['max_length']} entries",
     "too_short": lambda _: "must not be empty",
+    "bytes_too_short": lambda _: "must not be empty",
     "string_too_short": lambda _: "must not be empty",
     "string_too_long": lambda context: (
         f"must not be longer than {context['max_length']} characters"

@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator
 
 import httpx
+import openai
 import pytest
 
-from tests.servers import Server, draw, part
+from tests.servers import Server, draw, encode, part
 
 TEXT = "What is in this picture? " * 8
 
@@ -44,6 +45,28 @@ def test_a_key_finds_what_it_has_sent_itself_and_nothing_of_another(shared: Serv
     assert ask(shared, "two") == (text, 0)
     assert shared.metric("internvl_encoded_tiles_total") == 2 * tiles
     assert ask(shared, "two")[1] > 0
+
+
+def test_a_key_neither_sees_nor_ends_the_files_of_another(shared: Server) -> None:
+    data = encode(draw("yellow", "circle"))
+    with (
+        openai.OpenAI(base_url=shared.url + "/v1", api_key="one", max_retries=0) as first,
+        openai.OpenAI(base_url=shared.url + "/v1", api_key="two", max_retries=0) as second,
+    ):
+        mine, yours = (sdk.files.create(file=data, purpose="vision").id for sdk in (first, second))
+        assert mine != yours
+        turn = {"role": "user", "content": [{"type": "file", "file": {"file_id": yours}}]}
+        for attempt in (
+            lambda: first.files.retrieve(yours),
+            lambda: first.files.content(yours),
+            lambda: first.files.delete(yours),
+            lambda: first.chat.completions.create(model="internvl-demo", messages=[turn]),
+        ):
+            with pytest.raises(openai.NotFoundError):
+                attempt()
+        assert [file.id for file in second.files.list()] == [yours]
+        assert first.files.delete(mine).deleted
+        assert second.files.content(yours).content == data
 
 
 def test_a_request_is_ended_by_its_own_key_alone_and_leaves_nothing(shared: Server) -> None:

@@ -1,0 +1,221 @@
+"""/v1/files: pictures and videos that are uploaded once and asked about many times. Two APIs have
+these routes; Anthropic's clients are known by their ``anthropic-version``."""
+
+import asyncio
+import datetime
+import re
+import urllib.parse
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Literal
+
+import msgspec
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from preprocessing.budget import Share
+from preprocessing.media import File, PictureFacts
+from server.auth import Tenant
+from server.chat.sse import unless_gone
+from server.cors import OriginRefused
+from server.errors import is_anthropic
+from server.files import Upload, no_file
+from server.lifecycle import Service
+from server.multipart import FILE, FormReader
+from server.routes.body import told
+from server.schemas.files import (
+    AnthropicUpload,
+    DeletedFile,
+    FileDeleted,
+    FileList,
+    FileMetadata,
+    FileObject,
+    FilePage,
+    OpenAIUpload,
+)
+from server.schemas.validate import read_object
+from wire.digest import content_digest
+
+router = APIRouter()
+
+PIECE = 64 << 10  # bytes of a file that are sent at a time
+_NESTED = re.compile(r"(\w+)\[(\w+)\]")
+# Formats that clients know; the others are bytes.
+_TYPES = {name: f"image/{name.lower()}" for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")}
+_TYPES |= {"AVIF": "image/avif", "HEIF": "image/heif", "MPO": "image/jpeg"}
+_TYPES |= {"mp4": "video/mp4", "matroska": "video/x-matroska", "avi": "video/x-msvideo"}
+_BYTES = "application/octet-stream"
+
+
+@router.post("/v1/files")
+async def upload_file(request: Request) -> Response:
+    """Keep a picture or a video, to be asked about by its id."""
+    service: Service = request.app.state.service
+    _check_origin(request, service.settings.server.cors_origins)
+    async with service.preparing(), service.media.arriving() as room:
+        form = await _receive(request, service, room)
+        return await unless_gone(request.receive, _keep(request, service, form))
+
+
+def _check_origin(request: Request, allowed: Sequence[str]) -> None:
+    """Browsers send forms for any page without asking us first. Raises OriginRefused."""
+    origin = request.headers.get("origin")
+    if origin is not None and not {"*", origin} & set(allowed):
+        raise OriginRefused("Pages of this origin may not send files to this server.")
+
+
+async def _receive(request: Request, service: Service, room: Share) -> FormReader:
+    most = min(service.settings.server.max_file_bytes, service.files.most_bytes)
+    form = FormReader(request.headers.get("content-type", ""), most, room)
+    async for piece in request.stream():
+        form.feed(piece)
+    return form
+
+
+async def _keep(request: Request, service: Service, form: FormReader) -> Response:
+    raw: dict[str, object] = dict(form.fields)
+    for name, value in form.fields.items():
+        if nested := _NESTED.fullmatch(name):
+            del raw[name]
+            outer = raw.setdefault(nested[1], {})
+            if isinstance(outer, dict):
+                outer[nested[2]] = value
+    data = form.finish()
+    if data is not None:
+        raw[FILE] = data
+    strict = service.settings.server.strict_fields
+    asked: OpenAIUpload | AnthropicUpload
+    if is_anthropic(request.scope):
+        asked, unknown = read_object(raw, AnthropicUpload, strict)
+    else:
+        asked, unknown = read_object(raw, OpenAIUpload, strict)
+    with service.metrics.counting_refusals():
+        kind, facts = await service.media.identify(asked.file, FILE)
+    file = File(asked.file, await asyncio.to_thread(content_digest, asked.file))
+    tenant: Tenant = request.state.tenant
+    upload = service.files.put(
+        tenant.id,
+        tenant.account.name,
+        file,
+        (kind, facts.format if isinstance(facts, PictureFacts) else facts.container),
+        form.filename,
+        asked.purpose,
+        asked.seconds,
+    )
+    return told(_described(request, upload), unknown)
+
+
+@router.get("/v1/files")
+async def list_files(
+    request: Request,
+    limit: Annotated[int | None, Query(ge=1, le=10_000)] = None,
+    order: Literal["asc", "desc"] = "desc",
+    after: str | None = None,
+    purpose: str | None = None,
+    page: str | None = None,
+    ids: Annotated[list[str] | None, Query(alias="ids[]")] = None,
+) -> Response:
+    """The files of this API key, the newest first; ``after`` or ``page`` is the id of the last one
+    of the page before."""
+    service: Service = request.app.state.service
+    found = service.files.all(request.state.tenant.id)
+    if order == "desc":
+        found.reverse()
+    last = after if page is None else page
+    if last is not None:
+        places = [at for at, upload in enumerate(found) if upload.id == last]
+        if not places:
+            raise no_file("after" if page is None else "page")
+        found = found[places[0] + 1 :]
+    found = [
+        upload
+        for upload in found
+        if purpose in (None, upload.purpose) and (ids is None or upload.id in ids)
+    ]
+    most = limit or (20 if is_anthropic(request.scope) else 10_000)
+    has_more, found = len(found) > most, found[:most]
+    if is_anthropic(request.scope):
+        return _json(
+            FilePage([_metadata(one) for one in found], found[-1].id if has_more else None)
+        )
+    first, last = (found[0].id, found[-1].id) if found else (None, None)
+    return _json(FileList([_object(upload) for upload in found], has_more, first, last))
+
+
+@router.get("/v1/files/{file_id}")
+async def retrieve_file(file_id: str, request: Request) -> Response:
+    """What is known of a file."""
+    return _described(request, _find(request, file_id))
+
+
+@router.get("/v1/files/{file_id}/content")
+async def download_file(file_id: str, request: Request) -> Response:
+    """The bytes of a file, as they were uploaded."""
+    upload = _find(request, file_id)
+    data = upload.file.data
+    name = urllib.parse.quote(upload.filename, safe="")
+    headers = {
+        # Nobody's browser shall show what others have sent.
+        "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
+        "Content-Length": str(len(data)),
+        "Content-Security-Policy": "sandbox; default-src 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "private, no-store",
+    }
+    return StreamingResponse(_pieces(data), headers=headers, media_type=_BYTES)
+
+
+@router.delete("/v1/files/{file_id}")
+async def delete_file(file_id: str, request: Request) -> Response:
+    """Forget a file. Requests that have found it already go on."""
+    service: Service = request.app.state.service
+    if not service.files.delete(request.state.tenant.id, file_id):
+        raise no_file("file_id")
+    return _json(DeletedFile(file_id) if is_anthropic(request.scope) else FileDeleted(file_id))
+
+
+async def _pieces(data: bytes) -> AsyncIterator[bytes]:
+    """A client that does not read keeps no more than one of them."""
+    for start in range(0, len(data), PIECE):
+        yield data[start : start + PIECE]
+
+
+def _find(request: Request, name: str) -> Upload:
+    service: Service = request.app.state.service
+    upload = service.files.get(request.state.tenant.id, name)
+    if upload is None:
+        raise no_file("file_id")
+    return upload
+
+
+def _described(request: Request, upload: Upload) -> Response:
+    return _json(_metadata(upload) if is_anthropic(request.scope) else _object(upload))
+
+
+def _object(upload: Upload) -> FileObject:
+    return FileObject(
+        upload.id,
+        len(upload.file.data),
+        int(upload.created_at),
+        int(upload.expires_at),
+        upload.filename,
+        upload.purpose,
+    )
+
+
+def _metadata(upload: Upload) -> FileMetadata:
+    return FileMetadata(
+        upload.id,
+        upload.filename,
+        _TYPES.get(upload.format, _BYTES),
+        len(upload.file.data),
+        _rfc3339(upload.created_at),
+        _rfc3339(upload.expires_at),
+    )
+
+
+def _rfc3339(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(int(seconds), datetime.UTC).isoformat()
+
+
+def _json(value: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
