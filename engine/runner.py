@@ -192,7 +192,8 @@ class ModelRunner:
         try:
             with torch.inference_mode():
                 self._tile_graphs = TileGraphs(self._model, tiles, capture)
-                if self._attention.graph_safe:
+                # Which experts a token goes to is known on the host only after a wait.
+                if self._attention.graph_safe and self._model.config.text.experts is None:
                     self._graphs = DecodeGraphs(
                         self._model, self._kv, self._attention, self._device_rows, rows, capture
                     )

@@ -4,12 +4,13 @@ Backbones differ by the flags of ``TextConfig`` only. Tokens of all rows are one
 which of them see each other is the attention backend's business.
 """
 
+import torch
 from torch import Tensor, nn
 
 from model.attention.base import AttentionStep
-from model.layers import Embedding, Linear, RMSNorm
+from model.layers import Embedding, Linear, RMSNorm, Router
 from model.ops import Ops
-from model.schema import TextConfig
+from model.schema import ExpertsConfig, TextConfig
 
 
 class Attention(nn.Module):
@@ -20,21 +21,71 @@ class Attention(nn.Module):
         rows = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.qkv = Linear(config.hidden_size, rows, bias=config.qkv_bias)
         self.out = Linear(config.heads * config.head_dim, config.hidden_size, bias=config.out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.eps) if config.qk_norm else None
+        self._counts = [config.heads, config.kv_heads, config.kv_heads]
 
     def forward(self, normed: Tensor, step: AttentionStep, layer: int, ops: Ops) -> Tensor:
-        return ops.linear(self.out, step(layer, ops.linear(self.qkv, normed)))
+        qkv = ops.linear(self.qkv, normed)
+        if self.q_norm is not None and self.k_norm is not None:
+            qkv = ops.head_norms(qkv, self._counts, self.q_norm, self.k_norm)
+        return ops.linear(self.out, step(layer, qkv))
+
+
+class MLP(nn.Module):
+    """SwiGLU, ``[N, hidden] -> [N, hidden]``; gates and what they gate come from one product."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down = Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, normed: Tensor, ops: Ops) -> Tensor:
+        return ops.linear(self.down, ops.gate_up(self.gate_up, normed))
+
+
+class Experts(nn.Module):
+    """A mixture of MLPs, ``[N, hidden] -> [N, hidden]``: every token goes to the few that the
+    router gives the largest shares."""
+
+    def __init__(self, hidden_size: int, config: ExpertsConfig) -> None:
+        super().__init__()
+        self.router = Router(hidden_size, config.count, bias=False)
+        self.experts = nn.ModuleList(
+            MLP(hidden_size, config.intermediate_size) for _ in range(config.count)
+        )
+        self._config = config
+
+    def forward(self, normed: Tensor, ops: Ops) -> Tensor:
+        normed = ops.keep(normed)
+        shares = ops.linear(self.router, normed).float().softmax(-1)
+        shares, chosen = shares.topk(self._config.chosen, dim=-1)
+        if self._config.normalised:
+            shares = shares / shares.sum(-1, keepdim=True)
+        shares = shares.to(normed.dtype)
+        mixed = torch.zeros_like(normed)
+        # In the experts' order: a token's sum must not depend on the tokens beside it.
+        for index in chosen.unique().tolist():
+            rows, place = (chosen == index).nonzero(as_tuple=True)
+            found = self.experts[index](normed[rows], ops)
+            mixed[rows] += found * shares[rows, place, None]
+        return mixed
 
 
 class DecoderLayer(nn.Module):
     """One block. Its last sum is left to the next norm, which computes both at once."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.hidden_size, config.eps)
         self.attention = Attention(config)
         self.norm2 = RMSNorm(config.hidden_size, config.eps)
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        experts = config.experts
+        self.mlp: MLP | Experts
+        if experts is None or layer in experts.dense:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = Experts(config.hidden_size, experts)
 
     def forward(
         self, hidden: Tensor, delta: Tensor | None, step: AttentionStep, layer: int, ops: Ops
@@ -43,7 +94,7 @@ class DecoderLayer(nn.Module):
         hidden, normed = ops.add_norm(hidden, delta, self.norm1)
         delta = self.attention(normed, step, layer, ops)
         hidden, normed = ops.add_norm(hidden, delta, self.norm2)
-        return hidden, ops.linear(self.down, ops.gate_up(self.gate_up, normed))
+        return hidden, self.mlp(normed, ops)
 
 
 class Decoder(nn.Module):
@@ -55,7 +106,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig, *, tied: bool) -> None:
         super().__init__()
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.eps)
         self.head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
 

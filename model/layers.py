@@ -26,6 +26,10 @@ class Linear(nn.Module):
         return functional.linear(x, self.weight, self.bias)
 
 
+class Router(Linear):
+    """A linear layer that stays in its type when others are quantised: it only makes choices."""
+
+
 class Embedding(nn.Module):
     """Rows of ``size`` numbers, one per id."""
 

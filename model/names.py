@@ -9,15 +9,8 @@ import dataclasses
 from collections.abc import Collection
 
 from model.backbones import BACKBONES
+from model.backbones.backbone import Slot, Tensors
 from model.schema import CheckpointError, ModelConfig, VisionConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """Where a stored tensor goes: a parameter, or ``rows`` start to end of one."""
-
-    parameter: str
-    rows: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +75,10 @@ def names_for(config: ModelConfig, keys: Collection[str]) -> Names:
     for key, name in projector.items():
         for kind in ("weight", "bias"):
             slots[f"{prefixes.projector}{key}.{kind}"] = Slot(f"projector.{name}.{kind}")
-    for key, (name, rows) in backbone.tensors(config.text).items():
-        slots[prefixes.body + key] = Slot("decoder." + name, rows)
+    for key, slot in backbone.tensors(config.text).items():
+        slots[prefixes.body + key] = dataclasses.replace(
+            slot, parameter="decoder." + slot.parameter
+        )
     head = prefixes.head + backbone.head
     if head in keys:
         slots[head] = Slot("decoder.head.weight")
@@ -92,10 +87,7 @@ def names_for(config: ModelConfig, keys: Collection[str]) -> Names:
     return Names(slots, frozenset(ignored), head)
 
 
-_Table = dict[str, Slot]
-
-
-def _chat_vision(config: VisionConfig) -> tuple[_Table, list[str]]:
+def _chat_vision(config: VisionConfig) -> tuple[Tensors, list[str]]:
     table = {
         "embeddings.class_embedding": Slot("vision.class_embedding"),
         "embeddings.position_embedding": Slot("vision.position_embedding"),
@@ -123,7 +115,7 @@ def _chat_vision(config: VisionConfig) -> tuple[_Table, list[str]]:
     return table, skipped
 
 
-def _hf_vision(config: VisionConfig) -> tuple[_Table, list[str]]:
+def _hf_vision(config: VisionConfig) -> tuple[Tensors, list[str]]:
     table = {
         "embeddings.cls_token": Slot("vision.class_embedding"),
         "embeddings.position_embeddings": Slot("vision.position_embedding"),
@@ -159,12 +151,12 @@ def _hf_vision(config: VisionConfig) -> tuple[_Table, list[str]]:
     return table, skipped
 
 
-def _both(key: str, name: str, config: VisionConfig) -> _Table:
+def _both(key: str, name: str, config: VisionConfig) -> Tensors:
     kinds = ("weight", "bias") if config.norm == "layer_norm" else ("weight",)
     return {f"{key}.{kind}": Slot(f"{name}.{kind}") for kind in kinds}
 
 
-def _vision_mlp() -> _Table:
+def _vision_mlp() -> Tensors:
     return {
         f"mlp.{name}.{kind}": Slot(f"{name}.{kind}")
         for name in ("fc1", "fc2")
@@ -173,7 +165,12 @@ def _vision_mlp() -> _Table:
 
 
 def _add_layer(
-    table: _Table, skipped: list[str], prefix: str, layer: _Table, index: int, config: VisionConfig
+    table: Tensors,
+    skipped: list[str],
+    prefix: str,
+    layer: Tensors,
+    index: int,
+    config: VisionConfig,
 ) -> None:
     if index >= config.layers:  # stored, but above the selected layer
         skipped.extend(prefix + key for key in layer)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model import triton as kernels
-from model.decoder import DecoderLayer
-from model.layers import Linear
+from model.layers import Linear, Router
 from model.schema import CheckpointError
 
 _FP8 = torch.float8_e4m3fn
@@ -88,12 +87,10 @@ def quantize_layers(decoder_layers: nn.ModuleList) -> None:
     Raises CheckpointError where the device, or the model's shape, does not allow it.
     """
     product = _product(decoder_layers)
-    for layer in decoder_layers:
-        assert isinstance(layer, DecoderLayer)  # noqa: S101 - for the type checker
-        for owner in (layer, layer.attention):
-            for name, child in list(owner.named_children()):
-                if isinstance(child, Linear):
-                    setattr(owner, name, Fp8Linear(child, product))
+    for owner in list(decoder_layers.modules()):
+        for name, child in list(owner.named_children()):
+            if isinstance(child, Linear) and not isinstance(child, Router):
+                setattr(owner, name, Fp8Linear(child, product))
 
 
 def _product(decoder_layers: nn.ModuleList) -> Product:

@@ -51,8 +51,26 @@ class ProjectorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts in the place of the MLP of every layer that is not in ``dense``.
+
+    ``chosen`` of ``count`` experts, each ``intermediate_size`` wide, answer a token; with
+    ``normalised`` their shares add up to 1.
+    """
+
+    count: int
+    chosen: int
+    intermediate_size: int
+    normalised: bool
+    dense: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The decoder. ``tied`` is what a missing lm_head means; a stored lm_head always wins."""
+    """The decoder. ``tied`` is what a missing lm_head means; a stored lm_head always wins.
+
+    With ``qk_norm`` the queries and keys of each head are normed before they are turned.
+    """
 
     backbone: str
     hidden_size: int
@@ -68,6 +86,8 @@ class TextConfig:
     qkv_bias: bool
     out_bias: bool
     tied: bool
+    qk_norm: bool = False
+    experts: ExpertsConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)

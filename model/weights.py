@@ -118,6 +118,8 @@ def fill(
             owner, _, leaf = slot.parameter.rpartition(".")
             setattr(skeleton.get_submodule(owner), leaf, filled[slot.parameter])
         target = filled[slot.parameter].data
+        if slot.pieces:
+            tensor = torch.cat([tensor[slice(*rows)] for rows in slot.pieces])
         (target if slot.rows is None else target[slice(*slot.rows)]).copy_(tensor)
         done += tensor.numel() * dtype.itemsize
         progress(done, total)

@@ -54,6 +54,16 @@ class Shape:
     positions: int = 1024
     theta: float = 10_000.0
     dynamic: bool = True
+    eps: float = 1e-6
+    experts: int = 0
+    experts_per_token: int = 2
+    expert_mlp: int = 32
+    normalised_experts: bool = True
+    dense_layers: tuple[int, ...] = ()
+
+    @property
+    def head_norms(self) -> bool:
+        return self.backbone in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
     @property
     def tokens_per_tile(self) -> int:
@@ -111,7 +121,7 @@ def make_checkpoint(
     tensors = _weights(shape, seed, dtype) if weights else {}
     values = _hf_config(shape) if format == "hf" else _chat_config(shape)
     if format == "chat":
-        tensors = _to_chat(tensors)
+        tensors = _to_chat(tensors, shape)
     elif spelling == "new":
         tensors = {_new_key(key): tensor for key, tensor in tensors.items()}
     if change is not None:
@@ -192,9 +202,17 @@ def _weights(shape: Shape, seed: int, dtype: torch.dtype) -> Tensors:
         make.linear(layer + "self_attn.k_proj", key, shape.size, shape.text_bias, 1.5)
         make.linear(layer + "self_attn.v_proj", key, shape.size, shape.text_bias)
         make.linear(layer + "self_attn.o_proj", shape.size, query, shape.out_bias, 0.3)
-        make.linear(layer + "mlp.gate_proj", shape.mlp, shape.size, bias=False)
-        make.linear(layer + "mlp.up_proj", shape.mlp, shape.size, bias=False)
-        make.linear(layer + "mlp.down_proj", shape.size, shape.mlp, bias=False, gain=loud)
+        if shape.head_norms:
+            make.norm(layer + "self_attn.q_norm", shape.head_dim, bias=False)
+            make.norm(layer + "self_attn.k_norm", shape.head_dim, bias=False)
+        widths = {"mlp": shape.mlp}
+        if shape.experts and index not in shape.dense_layers:
+            make.linear(layer + "mlp.gate", shape.experts, shape.size, bias=False, gain=3.0)
+            widths = {f"mlp.experts.{n}": shape.expert_mlp for n in range(shape.experts)}
+        for mlp, width in widths.items():
+            make.linear(f"{layer}{mlp}.gate_proj", width, shape.size, bias=False)
+            make.linear(f"{layer}{mlp}.up_proj", width, shape.size, bias=False)
+            make.linear(f"{layer}{mlp}.down_proj", shape.size, width, bias=False, gain=loud)
         make.norm(layer + "input_layernorm", shape.size, bias=False)
         make.norm(layer + "post_attention_layernorm", shape.size, bias=False)
     make.norm(body + "norm", shape.size, bias=False)
@@ -258,12 +276,49 @@ _CHAT_KEYS = (
 )
 
 
-def _to_chat(tensors: Tensors) -> Tensors:
+_INTERNLM2_KEYS = (
+    ("model.embed_tokens", "model.tok_embeddings"),
+    ("language_model.lm_head", "language_model.output"),
+    ("self_attn.o_proj", "attention.wo"),
+    ("mlp.gate_proj", "feed_forward.w1"),
+    ("mlp.up_proj", "feed_forward.w3"),
+    ("mlp.down_proj", "feed_forward.w2"),
+    ("input_layernorm", "attention_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+)
+
+
+def _to_internlm2(tensors: Tensors, shape: Shape) -> Tensors:
+    """The language model's tensors as InternLM2 names and joins them."""
     out = {}
     for key, tensor in tensors.items():
-        if key.startswith("language_model."):
-            out[key] = tensor
+        if ".self_attn.k_proj." in key or ".self_attn.v_proj." in key:
             continue
+        if ".self_attn.q_proj." in key:
+            queries, keys, values = (
+                tensors[key.replace("q_proj", name)].unflatten(0, (-1, shape.head_dim))
+                for name in ("q_proj", "k_proj", "v_proj")
+            )
+            of_each = shape.heads // shape.kv_heads
+            heads = []
+            for group in range(shape.kv_heads):
+                heads += [*queries[group * of_each : (group + 1) * of_each]]
+                heads += [keys[group], values[group]]
+            key = key.replace("self_attn.q_proj", "attention.wqkv")
+            tensor = torch.cat(heads)
+        for old, new in _INTERNLM2_KEYS:
+            key = key.replace(old, new)
+        out[key] = tensor
+    return out
+
+
+def _to_chat(tensors: Tensors, shape: Shape) -> Tensors:
+    text = {key: t for key, t in tensors.items() if key.startswith("language_model.")}
+    if shape.backbone == "InternLM2ForCausalLM":
+        text = _to_internlm2(text, shape)
+    out = dict(text)
+    vision = {key: t for key, t in tensors.items() if not key.startswith("language_model.")}
+    for key, tensor in vision.items():
         if ".attention.k_proj." in key or ".attention.v_proj." in key:
             continue
         if ".attention.q_proj." in key:
@@ -279,9 +334,23 @@ def _text_config(shape: Shape) -> dict[str, Any]:
     rope = {"rope_theta": shape.theta, "rope_type": "default"}
     if shape.dynamic:
         rope |= {"rope_type": "dynamic", "factor": 2.0}
+    family = shape.backbone.removesuffix("ForCausalLM")
+    experts = {
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "moe_intermediate_size": shape.expert_mlp,
+        "norm_topk_prob": shape.normalised_experts,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(shape.dense_layers),
+    }
+    biases = {"attention_bias": shape.text_bias}
+    if family == "InternLM2":
+        biases = {"bias": shape.text_bias}
+    elif family == "InternLM3":
+        biases = {"qkv_bias": shape.text_bias, "bias": False}
     return {
         "architectures": [shape.backbone],
-        "model_type": shape.backbone.removesuffix("ForCausalLM").lower(),
+        "model_type": {"Qwen3Moe": "qwen3_moe"}.get(family, family.lower()),
         "hidden_size": shape.size,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
@@ -291,9 +360,10 @@ def _text_config(shape: Shape) -> dict[str, Any]:
         "vocab_size": shape.vocab,
         "hidden_act": "silu",
         "max_position_embeddings": shape.positions,
-        "rms_norm_eps": 1e-6,
+        "rms_norm_eps": shape.eps,
         "rope_parameters": rope,
-        "attention_bias": shape.text_bias,
+        **biases,
+        **(experts if shape.experts else {}),
         "tie_word_embeddings": shape.tied,
         # The wrong id that original checkpoints carry here.
         "eos_token_id": 0,

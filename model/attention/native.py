@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.base import AttentionBackend, AttentionBatch
+from model.decoder import MLP
 from model.kv_cache import KVCache
 from model.native import LIBRARY, STEP, Batch, Heads, Layer, Layers
 from model.ops import Ops
@@ -144,13 +145,18 @@ class NativeAttention(AttentionBackend):
             return None
         found = []
         for layer, kept in zip(cast(Sequence[Any], layers), cache.layers, strict=True):
+            attention, mlp = layer.attention, layer.mlp
+            if not isinstance(mlp, MLP):
+                return None
             norms = [ops.weight(part) for part in (layer.norm1, layer.norm2)]
-            attention = layer.attention
-            products = (attention.qkv, attention.out, layer.gate_up, layer.down)
+            if attention.q_norm is not None:
+                norms += [ops.weight(part) for part in (attention.q_norm, attention.k_norm)]
+            products = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
             matrices = [ops.matrix(part) for part in products]
             if None in matrices or any(weight is None for weight in norms):
                 return None
-            pointers = (weight.data_ptr() for weight in norms if weight is not None)
+            pointers = [weight.data_ptr() for weight in norms if weight is not None]
+            pointers += [None] * (4 - len(pointers))
             found.append(Layer(*pointers, *matrices, kept.data_ptr()))
         heads = self._heads(cache.layers[0], self.heads)
         array = (Layer * len(found))(*found)

@@ -5,7 +5,23 @@ from collections.abc import Callable
 
 from model.schema import Section, TextConfig
 
-Tensors = dict[str, tuple[str, tuple[int, int] | None]]
+Rows = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where a stored tensor goes: a parameter, or ``rows`` start to end of one.
+
+    ``pieces`` are rows of the stored tensor in the order that the parameter wants them in; none:
+    as they are.
+    """
+
+    parameter: str
+    rows: Rows | None = None
+    pieces: tuple[Rows, ...] = ()
+
+
+Tensors = dict[str, Slot]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,9 +29,9 @@ class Backbone:
     """One language-model architecture.
 
     ``model_type`` is its name where a config has no architectures entry. ``tensors`` maps each
-    key, below the prefix of the body, to a parameter of ``Decoder`` and, if the parameter holds
-    several stored tensors, to the rows it fills. ``embedding`` and ``head`` are keys below the
-    prefixes of body and head; ``ignored`` lists keys that may be stored but are not needed.
+    key, below the prefix of the body, to its place in ``Decoder``. ``embedding`` and ``head`` are
+    keys below the prefixes of body and head; ``ignored`` lists keys that may be stored but are not
+    needed.
     """
 
     model_type: str
@@ -24,6 +40,29 @@ class Backbone:
     text_config: Callable[[Section, bool], TextConfig]
     tensors: Callable[[TextConfig], Tensors]
     ignored: Callable[[TextConfig], set[str]]
+
+
+def parts(config: TextConfig) -> tuple[Rows, Rows, Rows]:
+    """The rows of queries, keys and values in ``attention.qkv``."""
+    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    return (0, query), (query, query + key), (query + key, query + 2 * key)
+
+
+def in_layers(config: TextConfig, layer: Tensors, key: str = "layers") -> Tensors:
+    """What stands in every layer, under the whole keys."""
+    return {
+        f"{key}.{index}.{name}": dataclasses.replace(
+            slot, parameter=f"layers.{index}.{slot.parameter}"
+        )
+        for index in range(config.layers)
+        for name, slot in layer.items()
+    }
+
+
+def rotary_buffers(config: TextConfig) -> set[str]:
+    """Tables that old versions of transformers stored."""
+    per_layer = {f"layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.layers)}
+    return per_layer | {"rotary_emb.inv_freq"}
 
 
 def rope_theta(section: Section) -> float:

@@ -1,6 +1,14 @@
 """Qwen2 and Qwen2.5: the language model of InternVL3-1B, 2B, 8B, 14B, 38B and 78B."""
 
-from model.backbones.backbone import Backbone, Tensors, rope_theta
+from model.backbones.backbone import (
+    Backbone,
+    Slot,
+    Tensors,
+    in_layers,
+    parts,
+    rope_theta,
+    rotary_buffers,
+)
 from model.schema import Section, TextConfig
 
 
@@ -35,39 +43,43 @@ def text_config(section: Section, tied: bool) -> TextConfig:
     )
 
 
-def _tensors(config: TextConfig) -> Tensors:
-    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    inner = config.intermediate_size
-    table: Tensors = {
-        "embed_tokens.weight": ("embedding.weight", None),
-        "norm.weight": ("norm.weight", None),
+def tensors(config: TextConfig) -> Tensors:
+    """Llama's names, which Qwen2 and Qwen3 share."""
+    layer = {**attention(config), **mlp(config.intermediate_size)}
+    return {**ends(), **in_layers(config, layer)}
+
+
+def ends() -> Tensors:
+    """What stands before and behind the layers."""
+    return {"embed_tokens.weight": Slot("embedding.weight"), "norm.weight": Slot("norm.weight")}
+
+
+def attention(config: TextConfig) -> Tensors:
+    """The norms and the attention of a layer."""
+    layer = {
+        "self_attn.o_proj.weight": Slot("attention.out.weight"),
+        "input_layernorm.weight": Slot("norm1.weight"),
+        "post_attention_layernorm.weight": Slot("norm2.weight"),
     }
-    layer: Tensors = {
-        "self_attn.q_proj.weight": ("attention.qkv.weight", (0, query)),
-        "self_attn.k_proj.weight": ("attention.qkv.weight", (query, query + key)),
-        "self_attn.v_proj.weight": ("attention.qkv.weight", (query + key, query + 2 * key)),
-        "self_attn.o_proj.weight": ("attention.out.weight", None),
-        "mlp.gate_proj.weight": ("gate_up.weight", (0, inner)),
-        "mlp.up_proj.weight": ("gate_up.weight", (inner, 2 * inner)),
-        "mlp.down_proj.weight": ("down.weight", None),
-        "input_layernorm.weight": ("norm1.weight", None),
-        "post_attention_layernorm.weight": ("norm2.weight", None),
-    }
-    if config.qkv_bias:
-        layer["self_attn.q_proj.bias"] = ("attention.qkv.bias", (0, query))
-        layer["self_attn.k_proj.bias"] = ("attention.qkv.bias", (query, query + key))
-        layer["self_attn.v_proj.bias"] = ("attention.qkv.bias", (query + key, query + 2 * key))
+    for name, rows in zip("qkv", parts(config), strict=True):
+        layer[f"self_attn.{name}_proj.weight"] = Slot("attention.qkv.weight", rows)
+        if config.qkv_bias:
+            layer[f"self_attn.{name}_proj.bias"] = Slot("attention.qkv.bias", rows)
     if config.out_bias:
-        layer["self_attn.o_proj.bias"] = ("attention.out.bias", None)
-    for index in range(config.layers):
-        for name, (parameter, rows) in layer.items():
-            table[f"layers.{index}.{name}"] = (f"layers.{index}.{parameter}", rows)
-    return table
+        layer["self_attn.o_proj.bias"] = Slot("attention.out.bias")
+    if config.qk_norm:
+        layer["self_attn.q_norm.weight"] = Slot("attention.q_norm.weight")
+        layer["self_attn.k_norm.weight"] = Slot("attention.k_norm.weight")
+    return layer
 
 
-def _ignored(config: TextConfig) -> set[str]:
-    per_layer = {f"layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.layers)}
-    return per_layer | {"rotary_emb.inv_freq"}
+def mlp(size: int) -> Tensors:
+    """The MLP of a layer, ``size`` wide."""
+    return {
+        "mlp.gate_proj.weight": Slot("mlp.gate_up.weight", (0, size)),
+        "mlp.up_proj.weight": Slot("mlp.gate_up.weight", (size, 2 * size)),
+        "mlp.down_proj.weight": Slot("mlp.down.weight"),
+    }
 
 
 QWEN2 = Backbone(
@@ -75,6 +87,6 @@ QWEN2 = Backbone(
     embedding="embed_tokens.weight",
     head="lm_head.weight",
     text_config=text_config,
-    tensors=_tensors,
-    ignored=_ignored,
+    tensors=tensors,
+    ignored=rotary_buffers,
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from wire.native import load
 
-VERSION = 2
+VERSION = 3
 """That of the functions' arguments, here and in pool.c: one more with every change of them."""
 BEST = 4
 """For ``internvl_choose``: the best instruction set of this processor; tests choose others too."""
@@ -49,7 +49,7 @@ class Layer(ctypes.Structure):
     """A layer of the decoder (``struct layer``, model/native/decoder.c)."""
 
     _fields_ = (
-        *((name, _p) for name in ("norm1", "norm2")),
+        *((name, _p) for name in ("norm1", "norm2", "q_norm", "k_norm")),
         *((name, Matrix) for name in ("qkv", "out", "gate_up", "down")),
         ("cache", _p),
     )
@@ -79,6 +79,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "internvl_add_norm": [_p, _l, _p, _l, _p, _p, _p, _l, _l, _l, _f, _i],
     "internvl_tile_scratch": [_l, _l, _i, _i],
     "internvl_tile_attention": [_p, _l, _l, _l, _i, _i, _p, _p, _l],
+    "internvl_head_norms": [_heads, _p, _l, _l, _p, _p, _f],
     "internvl_rotate_write": [_heads, _batch, _p, _l, _p, _p],
     "internvl_attend_tokens": [_i, _i],
     "internvl_attend": [_heads, _batch, _p, _p, _p],

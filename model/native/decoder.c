@@ -5,7 +5,7 @@
 #include <stddef.h>
 
 struct layer {
-  const float *norm1, *norm2;
+  const float *norm1, *norm2, *q_norm, *k_norm; /* the last two or NULL */
   struct matrix qkv, out, gate_up, down;
   bf16 *cache;
 };
@@ -55,6 +55,8 @@ void internvl_decode(const struct decoder *d, const struct batch *batch, bf16 *h
     internvl_add_norm(hidden, size, i ? delta : NULL, ld, l->norm1, NULL, normed, ld, tokens, size,
                       d->eps, 0);
     internvl_linear(&l->qkv, normed, ld, tokens, wide, ld, PLAIN, whole);
+    if (l->q_norm)
+      internvl_head_norms(&d->heads, wide, ld, tokens, l->q_norm, l->k_norm, d->eps);
     internvl_rotate_write(&d->heads, batch, wide, ld, delta, l->cache);
     internvl_attend(&d->heads, batch, delta, l->cache, normed);
     internvl_linear(&l->out, normed, width, tokens, delta, ld, PLAIN, whole);

@@ -34,6 +34,8 @@ void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows,
 void internvl_add_norm(bf16 *hidden, long ldh, const bf16 *delta, long ldd, const float *weight,
                        const float *bias, bf16 *out, long ldo, long rows, long size, float eps,
                        int centred);
+void internvl_head_norms(const struct heads *heads, bf16 *qkv, long ldq, long tokens,
+                         const float *query, const float *key, float eps);
 void internvl_rotate_write(const struct heads *h, const struct batch *batch, const bf16 *qkv, long ldq,
                            bf16 *query, bf16 *cache);
 void internvl_attend(const struct heads *h, const struct batch *batch, const bf16 *query, bf16 *cache,

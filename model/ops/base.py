@@ -70,6 +70,15 @@ class Ops:
             hidden = hidden + delta
         return hidden, self.norm(hidden, norm)
 
+    def head_norms(
+        self, qkv: Tensor, counts: Sequence[int], q_norm: RMSNorm, k_norm: RMSNorm
+    ) -> Tensor:
+        """``[N, heads * head_dim]``, which may be overwritten, with the norm of every query head
+        and of every key head; ``counts`` are of query, key and value heads."""
+        heads = qkv.unflatten(-1, (sum(counts), -1)).split(list(counts), dim=1)
+        normed = (self.norm(heads[0], q_norm), self.norm(heads[1], k_norm), heads[2])
+        return torch.cat(normed, dim=1).flatten(1)
+
     def vision_attention(
         self, qkv: Tensor, heads: int, q_norm: RMSNorm | None, k_norm: RMSNorm | None
     ) -> Tensor:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from model.layers import Embedding, LayerNorm, Linear, RMSNorm
-from model.native import LANES, LIBRARY, STEP, STEP8, Matrix
+from model.layers import Embedding, LayerNorm, Linear, RMSNorm, Router
+from model.native import LANES, LIBRARY, STEP, STEP8, Heads, Matrix
 from model.ops.base import Ops
 
 _PLAIN, _GELU, _GATE, _FLOATS = range(4)
@@ -93,7 +93,7 @@ class NativeOps(Ops):
         first = outputs // 2 if gates else 0
         wide = None if bias is None else bias.float()
         scales = sums = None
-        if self._int8 and inputs % STEP8 == 0:
+        if self._int8 and inputs % STEP8 == 0 and not isinstance(layer, Router):
             panels = self._take(-(-lanes * inputs // 2))
             # The C reads both panels of a group, also where there is one.
             scales, sums = torch.zeros(lanes + LANES), torch.zeros(lanes + LANES, dtype=torch.int32)
@@ -224,6 +224,23 @@ class NativeOps(Ops):
             bias is not None,
         )
         return out.view(hidden.shape)
+
+    def head_norms(
+        self, qkv: Tensor, counts: Sequence[int], q_norm: RMSNorm, k_norm: RMSNorm
+    ) -> Tensor:
+        query, key = self.weight(q_norm), self.weight(k_norm)
+        if query is None or key is None:
+            return super().head_norms(qkv, counts, q_norm, k_norm)
+        LIBRARY.internvl_head_norms(
+            Heads(counts[0], counts[1], len(query), 0),
+            qkv.data_ptr(),
+            qkv.stride(0),
+            len(qkv),
+            query.data_ptr(),
+            key.data_ptr(),
+            q_norm.eps,
+        )
+        return qkv
 
     def vision_attention(
         self, qkv: Tensor, heads: int, q_norm: RMSNorm | None, k_norm: RMSNorm | None

@@ -28,6 +28,7 @@ class Reference:
         if config.tie_word_embeddings:
             state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
         _zero_biases(model, state)
+        _join_experts(model, state)
         model.load_state_dict({k: v.to(dtype) for k, v in state.items()}, assign=True)
         for module in model.modules():
             if hasattr(module, "inv_freq"):  # not in the file, so left on the meta device
@@ -57,6 +58,20 @@ class Reference:
                 past_key_values=out.past_key_values,
                 use_cache=True,
             )
+
+
+def _join_experts(model: torch.nn.Module, state: dict[str, Tensor]) -> None:
+    """transformers holds a layer's experts in two tensors; published files hold each by itself."""
+    for name, parameter in model.named_parameters():
+        if not name.endswith("mlp.experts.down_proj"):
+            continue
+        prefix = name.removesuffix("down_proj")
+        stored = [
+            [state.pop(f"{prefix}{n}.{part}_proj.weight") for part in ("gate", "up", "down")]
+            for n in range(len(parameter))
+        ]
+        state[prefix + "gate_up_proj"] = torch.stack([torch.cat(each[:2]) for each in stored])
+        state[name] = torch.stack([each[2] for each in stored])
 
 
 def _zero_biases(model: torch.nn.Module, state: dict[str, Tensor]) -> None:

@@ -37,6 +37,12 @@ SHAPE = Shape(
 )
 
 
+QWEN3 = dataclasses.replace(SHAPE, backbone="Qwen3ForCausalLM", text_bias=False)
+MIXTURE = dataclasses.replace(
+    QWEN3, backbone="Qwen3MoeForCausalLM", experts=6, expert_mlp=64, dense_layers=(1,)
+)
+
+
 @pytest.fixture(params=LEVELS)
 def level(request: pytest.FixtureRequest) -> Iterator[int]:
     """One of the instruction sets: 1 is portable C."""
@@ -256,10 +262,24 @@ def test_tokens_do_not_depend_on_how_they_are_served(
     assert {name: tokens[f"again {name}"] for name in alone} == alone
 
 
+@pytest.mark.parametrize("shape", [QWEN3, MIXTURE], ids=["Qwen3", "mixture of experts"])
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_nor_do_those_of_other_decoders(shape: Shape, kind: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, shape=shape, dtype=BF16)
+    requests = test_scheduled.requests()
+    alone = serve(folder, [[r] for r in requests], quantization=kind)
+    assert len({tuple(row) for row in alone.values()}) == len(requests)
+    assert serve(folder, [requests], quantization=kind) == alone
+    cramped = {"max_num_batched_tokens": 7, "num_kv_blocks": 6, "max_num_seqs": 5}
+    assert serve(folder, [requests], quantization=kind, **cramped) == alone
+
+
+@pytest.mark.parametrize("shape", [SHAPE, QWEN3], ids=["Qwen2", "Qwen3"])
 @pytest.mark.parametrize("kind", ["none", "int8"])
 def test_the_layers_in_one_call_equal_them_piece_by_piece(
-    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    shape: Shape, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = make_checkpoint(tmp_path, shape=shape, dtype=BF16)
     wholes, pieces = [], []
     through, forward = NativeAttention.through, Decoder.forward
 
@@ -280,6 +300,19 @@ def test_the_layers_in_one_call_equal_them_piece_by_piece(
     assert len({len(whole) for whole in wholes}) > 3  # steps of several sizes
     for whole, piece in zip(wholes, pieces, strict=True):
         assert torch.equal(whole, piece)
+
+
+def test_norms_of_heads_equal_the_formula(level: int) -> None:
+    q_norm, k_norm = (filled(RMSNorm(48, 1e-6), seed) for seed in (1, 2))
+    for count in (1, 7):
+        wide = rows(count, 6 * 48 + 32)
+        beyond, heads = wide[:, 6 * 48 :].clone(), wide[:, : 6 * 48].double().unflatten(1, (6, 48))
+        scale = (heads[:, :5].square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        weights = torch.stack([norm.weight.double() for norm in 3 * [q_norm] + 2 * [k_norm]])
+        expected = torch.cat((heads[:, :5] * scale * weights, heads[:, 5:]), dim=1).flatten(1)
+        found = prepared(q_norm, k_norm).head_norms(wide[:, : 6 * 48], (3, 2, 1), q_norm, k_norm)
+        close(found, expected)
+        assert torch.equal(wide[:, 6 * 48 :], beyond)
 
 
 def test_whatever_the_c_cannot_compute_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,12 @@ from tests.parity.reference import Reference
 TOLERANCE = 2e-4
 
 BASE = Shape()
+MIXTURE = dataclasses.replace(
+    BASE, backbone="Qwen3MoeForCausalLM", text_bias=False, experts=6, experts_per_token=2
+)
+INTERNLM2 = dataclasses.replace(
+    BASE, backbone="InternLM2ForCausalLM", text_bias=False, heads=8, kv_heads=2, head_dim=8
+)
 SHAPES = {
     "300M-like": BASE,
     "6B-like": SIX_B_LIKE,
@@ -45,6 +51,13 @@ SHAPES = {
     "Llama without biases": dataclasses.replace(
         BASE, backbone="LlamaForCausalLM", text_bias=False, heads=8, kv_heads=2, head_dim=8
     ),
+    "Qwen3": dataclasses.replace(BASE, backbone="Qwen3ForCausalLM", text_bias=False, head_dim=24),
+    "Qwen3 with biases": dataclasses.replace(BASE, backbone="Qwen3ForCausalLM", out_bias=True),
+    "Qwen3, mixture of experts": MIXTURE,
+    "Qwen3, shares of experts not normalised, one layer dense": dataclasses.replace(
+        MIXTURE, normalised_experts=False, experts_per_token=3, dense_layers=(1,), layers=3
+    ),
+    "another epsilon of the decoder's norms": dataclasses.replace(BASE, eps=1e-2),
     "plain rotary embedding": dataclasses.replace(BASE, dynamic=False, theta=1e6),
 }
 
@@ -79,11 +92,31 @@ def test_the_picture_changes_the_logits(tmp_path: Path) -> None:
     assert change > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("biases", [False, True])
+def test_internlm2_is_llama_with_its_tensors_joined(biases: bool, tmp_path: Path) -> None:
+    joined = dataclasses.replace(INTERNLM2, text_bias=biases, out_bias=biases)
+    llama = dataclasses.replace(joined, backbone="LlamaForCausalLM")
+    ids, pixels = prompt(joined, [1, 2])
+    ours = run(load(make_checkpoint(tmp_path / "joined", format="chat", shape=joined)), ids, pixels)
+    reference = make_checkpoint(tmp_path / "llama", shape=llama)
+    assert torch.equal(ours, run(load(reference), ids, pixels))
+    assert (ours - Reference(reference).logits(ids, pixels)).abs().max() < TOLERANCE
+
+
+def test_internlm3_is_llama_with_flags_of_its_own(tmp_path: Path) -> None:
+    shape = dataclasses.replace(BASE, backbone="InternLM3ForCausalLM")
+    ids, pixels = prompt(shape, [1])
+    ours = run(load(make_checkpoint(tmp_path / "own", format="chat", shape=shape)), ids, pixels)
+    qwen = make_checkpoint(tmp_path / "qwen", format="chat")
+    assert torch.equal(ours, run(load(qwen), ids, pixels))
+
+
 def test_both_formats_and_all_spellings_give_the_same_bits(tmp_path: Path) -> None:
-    for shape in (BASE, SIX_B_LIKE, dataclasses.replace(BASE, tied=True)):
+    tied = dataclasses.replace(BASE, tied=True)
+    for shape in (BASE, SIX_B_LIKE, tied, MIXTURE):
         outcomes = []
         for format, spelling in (("hf", "new"), ("hf", "old"), ("chat", "")):
-            folder = tmp_path / f"{shape.norm}{shape.tied}{format}{spelling}"
+            folder = tmp_path / f"{shape.backbone}{shape.norm}{shape.tied}{format}{spelling}"
             make_checkpoint(folder, format=format, spelling=spelling, shape=shape, shards=3)
             ids, pixels = prompt(shape, [1, 2])
             outcomes.append(run(load(folder), ids, pixels))

@@ -195,9 +195,9 @@ def test_an_unknown_architecture_is_refused_with_what_is_known(hf: Path) -> None
 
 
 def test_an_unknown_language_model_is_refused_with_what_is_known(hf: Path) -> None:
-    edit(hf, text_config__architectures=["Qwen3ForCausalLM"], text_config__model_type="qwen3")
+    edit(hf, text_config__architectures=["Phi3ForCausalLM"], text_config__model_type="phi3")
     message = refusal(hf)
-    assert "Qwen3ForCausalLM" in message
+    assert "Phi3ForCausalLM" in message
     assert "Qwen2ForCausalLM" in message
 
 

@@ -78,7 +78,7 @@ def test_the_decoders_layers_are_quantised_and_nothing_else(folder: Path) -> Non
     model = build(folder, "fp8")
     kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
     quantised = {name for name, dtype in kinds.items() if dtype == torch.float8_e4m3fn}
-    layers = ("attention.qkv", "attention.out", "gate_up", "down")
+    layers = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
     assert quantised == {
         f"decoder.layers.{i}.{name}.weight" for i in range(SHAPE.layers) for name in layers
     }
@@ -116,7 +116,7 @@ def test_a_product_that_cannot_be_used_is_passed_over(
         monkeypatch.setattr("model.quantize.PRODUCTS", products)
         return build(folder, "fp8")
 
-    used = use(fails, shifted, PRODUCTS[1]).decoder.layers[0].down
+    used = use(fails, shifted, PRODUCTS[1]).decoder.layers[0].mlp.down
     assert isinstance(used, Fp8Linear)
     assert used._product is PRODUCTS[1]
     with pytest.raises(CheckpointError, match="needs another device; it is wrong by"):
