@@ -31,11 +31,23 @@ logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"  # noqa: S105 - not a password
 END_OF_TURN = "<|im_end|>"
-END_OF_TEXT = "<|endoftext|>"
+ENDS_OF_TEXT = ("<|endoftext|>", "</s>")
+"""Qwen's and InternLM's: the first that there is, for to Qwen the other is a word like any."""
 SYSTEM_SENTENCE = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
     "多模态大语言模型。"
 )
+EARLY_SYSTEM_SENTENCE = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+    "是一个有用无害的人工智能助手。"
+)
+TEMPLATES = {
+    "internvl2_5": (SYSTEM_SENTENCE, "\n"),
+    "Hermes-2": (EARLY_SYSTEM_SENTENCE, ""),
+    "internlm2-chat": (EARLY_SYSTEM_SENTENCE, ""),
+}
+"""The original checkpoints' conversations by name (conversation.py in their repository): the system
+sentence, and what follows the end of a turn."""
 FORMATS = {"InternVLChatModel": "chat", "InternVLForConditionalGeneration": "hf"}
 MODEL_TYPES = {"internvl_chat": "chat", "internvl": "hf"}
 
@@ -268,7 +280,8 @@ def _tokens(folder: Path, root: Section, vocab_size: int) -> tuple[int, tuple[in
             )
         return number
 
-    image, end_of_turn, end_of_text = map(find, (IMAGE_TOKEN, END_OF_TURN, END_OF_TEXT))
+    image, end_of_turn = find(IMAGE_TOKEN), find(END_OF_TURN)
+    ends_of_text = [token for token in map(find, ENDS_OF_TEXT) if token is not None]
     if image is None or end_of_turn is None:
         raise CheckpointError(
             f"{path} has no token {IMAGE_TOKEN if image is None else END_OF_TURN}"
@@ -283,7 +296,7 @@ def _tokens(folder: Path, root: Section, vocab_size: int) -> tuple[int, tuple[in
             image,
             path.name,
         )
-    return image, (end_of_turn,) if end_of_text is None else (end_of_turn, end_of_text)
+    return image, (end_of_turn, *ends_of_text[:1])
 
 
 def _tokenizer(folder: Path) -> tuple[Path, Callable[[str], int | None]]:
@@ -311,9 +324,11 @@ def _tokenizer(folder: Path) -> tuple[Path, Callable[[str], int | None]]:
 def _prompt_format(root: Section, chat: bool) -> PromptFormat:
     if not chat:
         return PromptFormat("hf", None, False)
-    system = root.values.get("system_message", SYSTEM_SENTENCE)
+    template = root.choice("template", "internvl2_5", tuple(TEMPLATES))
+    sentence, after_turn = TEMPLATES[template]
+    system = root.values.get("system_message")
     # The original code renders a null in the file as the word None; nobody can want that.
-    return PromptFormat("internvl2_5", SYSTEM_SENTENCE if system is None else str(system), True)
+    return PromptFormat(template, sentence if system is None else str(system), True, after_turn)
 
 
 def _dtype(root: Section, text: Section) -> str:

@@ -4,13 +4,13 @@ Backbones differ by the flags of ``TextConfig`` only. Tokens of all rows are one
 which of them see each other is the attention backend's business.
 """
 
-import torch
 from torch import Tensor, nn
 
 from model.attention.base import AttentionStep
-from model.layers import Embedding, Linear, RMSNorm, Router
+from model.layers import Embedding, Linear, RMSNorm
+from model.mlp import MLP, Experts
 from model.ops import Ops
-from model.schema import ExpertsConfig, TextConfig
+from model.schema import TextConfig
 
 
 class Attention(nn.Module):
@@ -30,46 +30,6 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             qkv = ops.head_norms(qkv, self._counts, self.q_norm, self.k_norm)
         return ops.linear(self.out, step(layer, qkv))
-
-
-class MLP(nn.Module):
-    """SwiGLU, ``[N, hidden] -> [N, hidden]``; gates and what they gate come from one product."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down = Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, normed: Tensor, ops: Ops) -> Tensor:
-        return ops.linear(self.down, ops.gate_up(self.gate_up, normed))
-
-
-class Experts(nn.Module):
-    """A mixture of MLPs, ``[N, hidden] -> [N, hidden]``: every token goes to the few that the
-    router gives the largest shares."""
-
-    def __init__(self, hidden_size: int, config: ExpertsConfig) -> None:
-        super().__init__()
-        self.router = Router(hidden_size, config.count, bias=False)
-        self.experts = nn.ModuleList(
-            MLP(hidden_size, config.intermediate_size) for _ in range(config.count)
-        )
-        self._config = config
-
-    def forward(self, normed: Tensor, ops: Ops) -> Tensor:
-        normed = ops.keep(normed)
-        shares = ops.linear(self.router, normed).float().softmax(-1)
-        shares, chosen = shares.topk(self._config.chosen, dim=-1)
-        if self._config.normalised:
-            shares = shares / shares.sum(-1, keepdim=True)
-        shares = shares.to(normed.dtype)
-        mixed = torch.zeros_like(normed)
-        # In the experts' order: a token's sum must not depend on the tokens beside it.
-        for index in chosen.unique().tolist():
-            rows, place = (chosen == index).nonzero(as_tuple=True)
-            found = self.experts[index](normed[rows], ops)
-            mixed[rows] += found * shares[rows, place, None]
-        return mixed
 
 
 class DecoderLayer(nn.Module):

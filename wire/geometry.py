@@ -50,11 +50,13 @@ class VisionGeometry(msgspec.Struct, frozen=True):
 class PromptFormat(msgspec.Struct, frozen=True):
     """Which chat template the checkpoint was trained with.
 
-    ``template`` is "internvl2_5" (original checkpoints: a default system sentence, pictures
-    numbered when there are several) or "hf" (native checkpoints: neither). ``system`` is the
-    sentence used when the client sends no system message; None means no system turn.
+    ``template`` is "hf" (native checkpoints) or the name of an original checkpoint's: those have a
+    default system sentence, and number pictures when there are several. ``system`` is the sentence
+    used when the client sends no system message; None means no system turn. ``after_turn`` follows
+    the token that ends a turn.
     """
 
     template: str
     system: str | None
     number_images: bool
+    after_turn: str = "\n"

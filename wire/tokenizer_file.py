@@ -21,14 +21,18 @@ def read_tokenizer_json(folder: Path) -> str:
 
 
 def _convert(folder: Path) -> str:
-    """tokenizer.json of a checkpoint that ships none, made by transformers.
+    """tokenizer.json of a checkpoint that ships none.
 
-    In a process of its own, because transformers loads torch along the way.
+    In a process of its own: transformers loads torch along the way, and no converter's memory
+    stays.
     """
-    if not any((folder / name).exists() for name in ("vocab.json", "tokenizer.model")):
+    if (folder / "vocab.json").exists():
+        command = [sys.executable, "-c", _CONVERTER, str(folder)]
+    elif (folder / "tokenizer.model").exists():
+        command = [sys.executable, "-m", "wire.spm", str(folder)]
+    else:
         raise TokenizerError(f"{folder} has no tokenizer")
     logger.info("no tokenizer.json in the checkpoint; converting its tokenizer")
-    command = [sys.executable, "-c", _CONVERTER, str(folder)]
     try:
         done = subprocess.run(
             command, capture_output=True, check=True, text=True, timeout=CONVERT_TIMEOUT

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.base import AttentionBackend, AttentionBatch
-from model.decoder import MLP
 from model.kv_cache import KVCache
+from model.mlp import MLP
 from model.native import LIBRARY, STEP, Batch, Heads, Layer, Layers
 from model.ops import Ops
 from model.ops.native import NativeOps, grown
@@ -155,7 +155,7 @@ class NativeAttention(AttentionBackend):
             matrices = [ops.matrix(part) for part in products]
             if None in matrices or any(weight is None for weight in norms):
                 return None
-            pointers = [weight.data_ptr() for weight in norms if weight is not None]
+            pointers: list[int | None] = [w.data_ptr() for w in norms if w is not None]
             pointers += [None] * (4 - len(pointers))
             found.append(Layer(*pointers, *matrices, kept.data_ptr()))
         heads = self._heads(cache.layers[0], self.heads)

@@ -236,7 +236,7 @@ class PromptBuilder:
                 yield from self._content(turn, numbered)
             if ending == "continue" and index + 1 == len(turns):
                 return
-            yield from (_Special(TURN_END), "\n")
+            yield from (_Special(TURN_END), self._template.after_turn)
         if ending == "ask":
             yield from (_Special(TURN), "assistant\n")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from model import CheckpointError, ModelConfig, load_config
-from model.config import SYSTEM_SENTENCE
+from model.config import EARLY_SYSTEM_SENTENCE, SYSTEM_SENTENCE
 from tests import small_tokenizer
 from tests.checkpoints import INTERNVL3_1B, SIX_B_LIKE, Shape, make_checkpoint
 from wire.geometry import PromptFormat
@@ -307,6 +307,17 @@ def test_prompt_formats_follow_the_checkpoint(hf: Path, chat: Path) -> None:
     assert load_config(chat).prompt_format == PromptFormat("internvl2_5", SYSTEM_SENTENCE, True)
     edit(chat, system_message="You see.")
     assert load_config(chat).prompt_format == PromptFormat("internvl2_5", "You see.", True)
+
+
+@pytest.mark.parametrize("template", ["Hermes-2", "internlm2-chat"])
+def test_the_first_generations_conversations_are_known_by_name(chat: Path, template: str) -> None:
+    found = load_config(edit(chat, template=template)).prompt_format
+    assert found == PromptFormat(template, EARLY_SYSTEM_SENTENCE, True, after_turn="")
+
+
+def test_a_conversation_that_nobody_knows_is_refused(chat: Path) -> None:
+    message = refusal(edit(chat, template="phi3-chat"))
+    assert "template is 'phi3-chat'; supported: internvl2_5, Hermes-2, internlm2-chat" in message
 
 
 def test_the_default_system_sentence_is_the_published_one() -> None:

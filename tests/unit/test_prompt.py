@@ -68,6 +68,16 @@ def test_the_original_format_renders_as_its_own_chat_function_does() -> None:
     )
 
 
+def test_turns_of_the_first_generation_stand_side_by_side() -> None:
+    early = PromptFormat("Hermes-2", "Sei kurz.", True, after_turn="")
+    turns = [user(0, "x"), Turn("assistant", ("y",)), user("z")]
+    assert built(early, turns, [Picture(b"a", 1)]).ids == encode_rendered(
+        "<|im_start|>system\nSei kurz.<|im_end|>"
+        f"<|im_start|>user\n{context(1)}\nx<|im_end|><|im_start|>assistant\ny<|im_end|>"
+        "<|im_start|>user\nz<|im_end|><|im_start|>assistant\n"
+    )
+
+
 def test_several_pictures_are_numbered_across_turns_in_the_original_format() -> None:
     turns = [user(0, "x"), Turn("assistant", ("y",)), user(1, "z")]
     prompt = built(CHAT, turns, [Picture(b"a", 1), Picture(b"b", 1)])

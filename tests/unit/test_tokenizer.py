@@ -1,13 +1,16 @@
 """Text to ids and ids to bytes, for both families of tokenizers and without tokenizer.json."""
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Reference
 from tokenizers.models import BPE
@@ -92,6 +95,74 @@ def test_a_sentencepiece_tokenizer_is_decoded_too() -> None:
     text = b"".join(map(tokenizer.token_bytes, ids)).decode()
     assert text.removeprefix(" ") == source.decode(ids)
     assert tokenizer.strips_first_space
+
+
+CORPUS = [
+    line
+    for path in sorted(Path(__file__).parents[2].glob("docs/*.md"))
+    for line in path.read_text(encoding="utf-8").splitlines()
+]
+# What a checkpoint adds to its SentencePiece model: names of its own for ids it had, and new ones.
+ADDED = {
+    0: "<unk>", 1: "<s>", 2: "</s>", 5: "<|im_end|>",
+    1000: "<img>", 1001: "</img>", 1002: "<IMG_CONTEXT>",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["as InternLM's", "with a space before every text", "NFKC"])
+def sentences(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SentencePieceProcessor, Path]:
+    """A model that SentencePiece has trained, and a checkpoint's folder that holds it."""
+    folder, written = tmp_path_factory.mktemp("sentences"), io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=1000,
+        byte_fallback=True,
+        character_coverage=0.999,
+        split_digits=True,
+        add_dummy_prefix=request.param != "as InternLM's",
+        normalization_rule_name="nfkc" if request.param == "NFKC" else "identity",
+        remove_extra_whitespaces=request.param == "NFKC",
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(written.getvalue())
+    added = {str(number): {"content": name, "special": True} for number, name in ADDED.items()}
+    # A class of the checkpoint's own, whose code is not run.
+    settings = {"tokenizer_class": "InternLM2Tokenizer", "added_tokens_decoder": added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return SentencePieceProcessor(model_proto=written.getvalue()), folder
+
+
+def test_a_sentencepiece_model_is_converted(sentences: tuple[SentencePieceProcessor, Path]) -> None:
+    reference, folder = sentences
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.bos == (1,)
+    assert {tokenizer.token_id(name): name for name in ADDED.values()} == ADDED
+    assert tokenizer.special_ids == set(ADDED)
+    random = Random(0)
+    alphabet = "aaeetttss   \n\t.,-_=017äé中文你好ﬁ①\u3000🙂<s>"
+    made = ["".join(random.choices(alphabet, k=random.randrange(40))) for _ in range(2000)]
+    for line in CORPUS + made:
+        ids = tokenizer.encode(line)
+        assert ids == reference.encode(line), line
+        text = b"".join(map(tokenizer.token_bytes, ids)).decode()
+        assert text.removeprefix(" " * tokenizer.strips_first_space) == reference.decode(ids)
+
+
+def test_another_sentencepiece_model_is_refused_by_its_kind(tmp_path: Path) -> None:
+    written = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["one two three four"] * 9),
+        model_writer=written,
+        vocab_size=15,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
+    with pytest.raises(TokenizerError, match="is not of byte-pair encoding"):
+        Tokenizer.load(tmp_path)
 
 
 @pytest.mark.slow
