@@ -7,6 +7,7 @@ import asyncio
 import collections
 import contextlib
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 FILES = "/v1/files"
 # Of the form that a file comes in, what is not the file.
 FORM_BYTES = 64 << 10
+
+# POSTs that end work: whoever may begin no more may still end what runs.
+_ENDING = re.compile("/v1/responses/[^/]+/cancel")
 
 
 class Gate:
@@ -147,8 +151,8 @@ def _telling(send: Send, account: Account) -> Send:
 
 
 class Admission:
-    """ASGI layer in front of the routes, that counts POSTs only. ``refusal`` says why no work is
-    taken at all now."""
+    """ASGI layer in front of the routes, that counts POSTs that begin work only. ``refusal`` says
+    why none is taken at all now."""
 
     def __init__(
         self,
@@ -168,7 +172,7 @@ class Admission:
             await self._app(scope, receive, send)
             return
         try:
-            if scope["method"] == "POST":
+            if scope["method"] == "POST" and not _ENDING.fullmatch(scope["path"]):
                 await self._work(scope, receive, send)
             else:
                 async with _watched(send, self._settings.send_timeout) as watched:

@@ -16,6 +16,7 @@ from server.backlog import Backlog
 from server.chat.prepare import ServedModel
 from server.chat.recording import Recordings
 from server.chat.showing import Media
+from server.dialects.background import Background
 from server.dialects.store import ResponseStore
 from server.files import FileStore
 from server.grammars import GrammarChecker
@@ -61,6 +62,7 @@ class Service:
         self.responses = ResponseStore(
             settings.server.response_store_bytes, settings.server.response_store_ttl
         )
+        self.background = Background()
         self.metrics.response_bytes.set_function(lambda: self.responses.used)
         self.files = FileStore(
             settings.server.file_store_bytes,
@@ -96,6 +98,7 @@ class Service:
                         ServedModel.load, self.name, self._created, ready, self.settings
                     )
                     self.settled.set()
+                self.responses.expire()
                 await asyncio.sleep(WATCH_INTERVAL)
         except Unavailable as error:
             if self._draining:

@@ -34,7 +34,7 @@ from server.schemas.info import ServerInfo
 from server.schemas.message import AnthropicMessage, Event, TokenCount
 from server.schemas.messages import CountRequest, MessagesRequest
 from server.schemas.preview import Preview, Render
-from server.schemas.response import InputTokens, ResponseDeleted, ResponseObject
+from server.schemas.response import InputItems, InputTokens, ResponseDeleted, ResponseObject
 from server.schemas.responses import ResponsesRequest
 from server.schemas.tokens import DetokenizeRequest, Text, TokenizeChat, TokenizeText, Tokens
 
@@ -76,7 +76,9 @@ ROUTES: dict[str, Described] = {
     "POST /v1/messages/count_tokens": Described(TokenCount, (CountRequest,), error=AnthropicError),
     "POST /v1/responses": Described(ResponseObject, (ResponsesRequest,), response.Event.__args__),
     "POST /v1/responses/input_tokens": Described(InputTokens, (ResponsesRequest,)),
-    "GET /v1/responses/{response_id}": Described(ResponseObject),
+    "GET /v1/responses/{response_id}": Described(ResponseObject, events=response.Event.__args__),
+    "POST /v1/responses/{response_id}/cancel": Described(ResponseObject),
+    "GET /v1/responses/{response_id}/input_items": Described(InputItems),
     "DELETE /v1/responses/{response_id}": Described(ResponseDeleted),
     "POST /v1/internvl/preview": Described(Preview, (ChatRequest,)),
     "POST /v1/chat/completions/render": Described(Render, (ChatRequest,)),
@@ -95,6 +97,7 @@ ROUTES: dict[str, Described] = {
     "DELETE /v1/requests/{name}": Described(Aborted),
     "GET /v1/chat/completions/{name}/events": Described(None, events=(Chunk,)),
     "GET /v1/completions/{name}/events": Described(None, events=(TextCompletion,)),
+    "GET /v1/messages/{name}/events": Described(None, events=Event.__args__, error=AnthropicError),
     "GET /server_info": Described(ServerInfo),
     "GET /version": Described(Version),
     "GET /live": Described(Health),

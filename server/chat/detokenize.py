@@ -24,13 +24,17 @@ class Detokenizer:
 
     def push(self, tokens: Iterable[int]) -> str:
         """The text that is certain after these tokens."""
+        return self._decoder.decode(self.data(tokens))
+
+    def data(self, tokens: Iterable[int]) -> bytes:
+        """The bytes that the next tokens add to a text. For those who need no ``push``."""
         data = b"".join(
             [self._tokenizer.token_bytes(token) for token in tokens if token not in self._skipped]
         )
         if self._strip_space and data:
             self._strip_space = False
             data = data.removeprefix(b" ")
-        return self._decoder.decode(data)
+        return data
 
     def flush(self) -> str:
         """What was still held back."""

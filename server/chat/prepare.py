@@ -22,7 +22,7 @@ from server.chat.grounding import BoxReader
 from server.chat.prompt import Ending, PromptBuilder, Segment
 from server.chat.sampling import Defaults, either, fit_sampling, read_sampling
 from server.chat.showing import Canvas, Gallery, Media, Room, show
-from server.chat.usage import Shown, account
+from server.chat.usage import Meter, Shown, account
 from server.files import FileStore
 from server.grammars import GrammarChecker
 from server.handles import Handle
@@ -85,8 +85,9 @@ class ServedModel:
 @dataclasses.dataclass(frozen=True)
 class PreparedChat:
     """A request that can be generated and answered. ``buffers`` travel beside ``engine``, the
-    request of the first of ``n`` choices. ``echo`` stands before what is generated, which
-    ``continues`` a message if that was asked for. A copy of ``boxes`` reads a choice."""
+    request of the first of ``n`` choices, and ``meter`` counts for all. ``echo`` stands before what
+    is generated, which ``continues`` a message if that was asked for. A copy of ``boxes`` reads a
+    choice."""
 
     engine: EngineRequest
     buffers: list[Buffer]
@@ -106,6 +107,7 @@ class PreparedChat:
     include_usage: bool
     resumable: bool
     shown: list[Shown]
+    meter: Meter
     media_seconds: float
     spending: Spending
     handle: Handle = dataclasses.field(default_factory=Handle)
@@ -159,6 +161,7 @@ async def prepare(
         include_usage=bool(options is not None and options.include_usage),
         resumable=bool(options is not None and options.resumable),
         shown=shown,
+        meter=Meter(prompt.items, shown),
         media_seconds=media_seconds,
         spending=spending(request, sampling, len(prompt.ids), prompt.items, tenant),
     )

@@ -2,9 +2,10 @@
 a task of its own; whoever reads it, the request itself or a client that comes back, follows what is
 kept. A connection that breaks then ends nothing but the reading.
 
-An answer that nobody reads any more is given up after a grace period, and one that is over is
-forgotten after a while. What is kept is bounded for each tenant and in all: first what is over
-goes, the oldest before the others, then the older half of the longest.
+An answer that nobody reads any more is given up after a grace period, unless it is to be finished
+in the background, and one that is over is forgotten after a while. What is kept is bounded for each
+tenant and in all: first what is over goes, the oldest before the others, then the older half of the
+longest.
 """
 
 import asyncio
@@ -14,9 +15,16 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 
 from server.admission import Gate
-from server.chat.sse import EventStream, known, last_words
+from server.chat.sse import EventStream, OnError, known, last_words
 from server.metrics import Metrics
-from wire.errors import ClientError, ClientTooSlow, InvalidRequest, NotFound, ServiceError
+from wire.errors import (
+    ClientError,
+    ClientTooSlow,
+    InvalidRequest,
+    NotFound,
+    ServiceError,
+    Unavailable,
+)
 from wire.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -37,21 +45,35 @@ class EventsForgotten(ClientError):
 
 
 class Recording:
-    """One answer. It begins to work when it is first followed, holds ``held`` (with its permit)
-    until it is over, and holds up a drain until somebody has read its end or nobody comes."""
+    """One answer. It works from ``begin`` on, or when it is first followed, holds ``held`` (with
+    its permit) until it is over, and holds up a drain until somebody has read its end or nobody
+    comes. An error behind its first event, the number ``first``, becomes what ``on_error`` makes of
+    it. One that is ``lasting`` is not given up."""
 
     def __init__(
-        self, tenant: bytes, events: AsyncGenerator[bytes, None], shelf: "Recordings", name: str
+        self,
+        tenant: bytes,
+        events: AsyncGenerator[bytes, None],
+        shelf: "Recordings",
+        name: str,
+        on_error: OnError = last_words,
+        first: int = 1,
+        *,
+        lasting: bool = False,
     ) -> None:
         self.tenant = tenant
         self.name = name
+        self.on_error = on_error
+        self.before = first - 1
         self.over = False
         self.size = 0  # bytes
         self._events = events
         self._shelf = shelf
+        self._lasting = lasting
         self._kept: list[bytes] = []
-        self._first = 1  # number of the first that is kept
+        self._first = first  # number of the first that is kept
         self._error: ServiceError | None = None  # instead of a first event
+        self._ending: ServiceError = Unavailable("The server is stopping.")  # if it is cancelled
         self._readers: list[asyncio.Event] = []  # the newest last
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -67,19 +89,27 @@ class Recording:
         """Whether anybody follows."""
         return bool(self._readers)
 
-    def check(self, after: int) -> None:
-        """Raises a ClientError if the events behind ``after`` cannot be given."""
+    def check(self, after: int, field: str) -> None:
+        """Raises a ClientError if the events behind ``after``, which ``field`` of the request says,
+        cannot be given."""
         if after > self.last:
             raise InvalidRequest(
-                f"Last-Event-ID is {after}, but the last event has been {self.last}.",
-                param="Last-Event-ID",
+                f"{field} is {after}, but the last event has been {self.last}.", param=field
             )
         if after + 1 < self._first:
             raise EventsForgotten(
                 f"The events from {after + 1} to {self._first - 1} of this answer are no longer "
                 "kept.",
-                param="Last-Event-ID",
+                param=field,
             )
+
+    def begin(self, held: contextlib.AsyncExitStack | None = None) -> None:
+        """Work from now on. What ``held`` holds is taken over."""
+        # Taken now: until here the request that made it gives it back.
+        taken = held.pop_all() if held is not None else contextlib.AsyncExitStack()
+        self._shelf.add(self)
+        self._busy.enter_context(self._shelf.gate.reading())
+        self._task = asyncio.create_task(self._record(taken))
 
     async def follow(
         self, after: int, held: contextlib.AsyncExitStack | None = None
@@ -90,11 +120,7 @@ class Recording:
         What ``held`` holds is taken over by the first to follow.
         """
         if self._task is None:
-            # Taken now: until here the request that made it gives it back.
-            taken = held.pop_all() if held is not None else contextlib.AsyncExitStack()
-            self._shelf.add(self)
-            self._busy.enter_context(self._shelf.gate.reading())
-            self._task = asyncio.create_task(self._record(taken))
+            self.begin(held)
         more = self._attach()
         try:
             while True:
@@ -144,14 +170,20 @@ class Recording:
             async with held, contextlib.aclosing(self._events):
                 async for event in self._events:
                     self._keep(event)
+        except asyncio.CancelledError:
+            # Somebody may have come back between the end of the patience and this one.
+            self._fail(self._ending)
         except Exception as error:
-            if self.last:
-                for event in last_words(known(error)).split(b"\n\n")[:-1]:
-                    self._keep(event + b"\n\n")
-            else:
-                self._error = known(error)
+            self._fail(known(error))
         finally:
             self._end()
+
+    def _fail(self, error: ServiceError) -> None:
+        if self.last == self.before:
+            self._error = error
+            return
+        for event in self.on_error(error).split(b"\n\n")[:-1]:
+            self._keep(event + b"\n\n")
 
     def _keep(self, event: bytes) -> None:
         numbered = b"id: %d\n%b" % (self.last + 1, event)
@@ -172,14 +204,14 @@ class Recording:
         """There is none now."""
         if self.over:
             asyncio.get_running_loop().call_later(self._shelf.grace, self._busy.close)
-        else:
+        elif not self._lasting:
             self.start_timer(self._shelf.grace, self._give_up)
 
     def _give_up(self) -> None:
         logger.info("request=%s is ended: nobody has come back to read its answer", self.name)
         self._shelf.forget(self)
-        self._busy.close()
         if self._task is not None:
+            self._ending = ClientTooSlow("Nobody has read this answer for too long.")
             self._task.cancel()
 
     def start_timer(self, seconds: float, call: Callable[[], None]) -> None:
@@ -192,6 +224,11 @@ class Recording:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def release(self) -> None:
+        """Hold up a drain no longer, unless somebody reads."""
+        if not self._readers:
+            self._busy.close()
 
     def shorten(self) -> int:
         """Forget the older half; how many bytes that were."""
@@ -227,36 +264,59 @@ class Recordings:
         metrics.resumable_streams.set_function(lambda: len(self._by_name))
         metrics.resumable_bytes.set_function(lambda: self._total)
 
-    def stream(
+    def open(
         self,
         name: str,
         tenant: bytes,
         events: AsyncGenerator[bytes, None],
-        held: contextlib.AsyncExitStack,
+        on_error: OnError,
+        first: int = 1,
+        *,
+        lasting: bool = False,
+    ) -> Recording:
+        """A new one: see there."""
+        return Recording(tenant, events, self, name, on_error, first, lasting=lasting)
+
+    def stream(
+        self, recording: Recording, place: str, held: contextlib.AsyncExitStack | None = None
     ) -> EventStream:
-        """The answer ``name`` of the request that has made ``events``. From when it is sent, what
-        ``held`` holds is the recording's."""
-        stream = EventStream(
-            Recording(tenant, events, self, name).follow(0, held), self._keep_alive
-        )
-        # Where to come back to, also if not even the first event arrives. Relative to the request.
-        stream.headers["Content-Location"] = f"completions/{name}/events"
+        """All of ``recording``, which is found again at ``place``, relative to the request. If it
+        has not begun, what ``held`` holds is its own from when the stream is sent."""
+        stream = self._follow(recording, recording.before, held)
+        # Where to come back to, also if not even the first event arrives.
+        stream.headers["Content-Location"] = place
         return stream
 
-    def resume(self, name: str, tenant: bytes, after: int) -> EventStream | None:
+    def find(self, name: str, tenant: bytes) -> Recording | None:
+        """The answer ``name``, if it is that tenant's."""
+        recording = self._by_name.get(name)
+        return recording if recording is not None and recording.tenant == tenant else None
+
+    def resume(self, name: str, tenant: bytes, after: int | None, field: str) -> EventStream | None:
         """What ``tenant`` has missed of answer ``name`` behind event ``after``, and what comes;
         None if nothing does. Raises NotFound, and what ``Recording.check`` raises."""
-        recording = self._by_name.get(name)
-        if recording is None or recording.tenant != tenant:
+        recording = self.find(name, tenant)
+        if recording is None:
             raise NotFound(
                 "There is no such stream: it was not asked to be resumable, or it is over for too "
                 "long, or nobody had read it for too long."
             )
-        recording.check(after)
+        if after is None:
+            after = recording.before
+        recording.check(after, field)
         self._resumed.inc()
         if recording.over and after == recording.last:
             return None
-        return EventStream(recording.follow(after), self._keep_alive)
+        return self._follow(recording, after)
+
+    def _follow(
+        self,
+        recording: Recording,
+        after: int,
+        held: contextlib.AsyncExitStack | None = None,
+    ) -> EventStream:
+        events = recording.follow(after, held)
+        return EventStream(events, self._keep_alive, recording.on_error)
 
     def grow(self, recording: Recording, size: int) -> None:
         """``recording`` has become so much larger: others, or its own beginning, give way."""
@@ -302,6 +362,7 @@ class Recordings:
             del self._by_name[recording.name]
             self._count(recording.tenant, -recording.size)
             recording.stop_timer()
+            recording.release()
 
     async def close(self) -> None:
         """End all."""

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+OnError = Callable[[ServiceError], bytes]
+"""How a stream of some form ends with an error."""
+
 DONE = b"data: [DONE]\n\n"
 _COMMENT = b": keep-alive\n\n"
 
@@ -72,7 +75,7 @@ class EventStream(StreamingResponse):
         self,
         events: AsyncGenerator[bytes, None],
         keep_alive: float,
-        on_error: Callable[[ServiceError], bytes] = last_words,
+        on_error: OnError = last_words,
     ) -> None:
         # A proxy that kept the answer until it has more of it would defeat the stream.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -20,7 +20,6 @@ from server.chat.prepare import PreparedChat
 from server.chat.sse import DONE
 from server.chat.stops import StopMatcher
 from server.chat.tools import CallArguments, CallStart, Piece, ToolParser
-from server.chat.usage import Meter
 from server.metrics import Metrics
 from server.schemas.answer import (
     AnswerMessage,
@@ -78,12 +77,10 @@ class ChoiceState:
         self.finish_reason: str | None = None
         self.stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET
         self.completion_tokens = 0
-        self.cached_tokens = 0
 
     def feed(self, output: EngineOutput) -> list[Delta]:
         """What ``output`` adds to the answer. How tokens are spread over outputs makes no
         difference to the whole."""
-        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
         before = self.completion_tokens
         deltas: list[Delta] = []
         for index, token in enumerate(output.token_ids):
@@ -197,7 +194,7 @@ async def chunks(
     """
     states = [ChoiceState(chat) for _ in range(chat.n)]
     choices = Choices(chat, engine)
-    meter = Meter(chat.engine.items, chat.shown)
+    meter = chat.meter
     created = int(time.time())
 
     def chunk(
@@ -217,7 +214,7 @@ async def chunks(
         async with contextlib.aclosing(choices.outputs()) as outputs:
             async for index, output in outputs:
                 _check(output)
-                meter.add(output)
+                meter.add(index, output)
                 state = states[index]
                 if not begun:
                     begun = True
@@ -238,7 +235,7 @@ async def chunks(
         if any(state.finish_reason is None for state in states):
             raise EngineFailed("The engine could not finish this request.")
         completion = sum(state.completion_tokens for state in states)
-        usage = meter.usage(len(chat.engine.prompt), completion, states[0].cached_tokens)
+        usage = meter.usage(len(chat.engine.prompt), completion)
         yield Chunk(chat.engine.id, created, chat.model.name, [], usage)
     finally:
         # Exceptions and frames may hold each other, and us, until the garbage collector comes by:

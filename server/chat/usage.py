@@ -82,41 +82,45 @@ def _common(
 
 
 class Meter:
-    """Adds up over the outputs of all choices."""
+    """Adds up over the outputs of all choices. ``cached`` positions at the beginning of the prompt
+    were not computed again, as far as is known."""
 
     def __init__(self, items: Sequence[VisionItem], shown: Sequence[Shown]) -> None:
         self._items = items
         self._shown = shown
         self._encode_seconds = [0.0] * len(items)
+        self.cached = 0
 
     @property
     def encode_seconds(self) -> float:
         """Of the engine, for all pictures."""
         return sum(self._encode_seconds)
 
-    def add(self, output: EngineOutput) -> None:
-        """Take in an output of any choice."""
-        for index, seconds in enumerate(output.encode_seconds or ()):
-            self._encode_seconds[index] += seconds
+    def add(self, index: int, output: EngineOutput) -> None:
+        """Take in an output of a choice. The others find the prompt of the first in the cache."""
+        if index == 0:
+            self.cached = max(self.cached, output.cached_tokens)
+        for item, seconds in enumerate(output.encode_seconds or ()):
+            self._encode_seconds[item] += seconds
 
-    def usage(self, prompt: int, completion: int, cached: int) -> Usage:
-        """``cached`` positions at the beginning of the prompt were not computed again."""
+    def usage(self, prompt: int, completion: int) -> Usage:
+        """Of a prompt and an answer of so many tokens."""
         pictures = sum(item.length for item in self._items)
-        details = PromptTokensDetails(cached, pictures)
+        details = PromptTokensDetails(self.cached, pictures)
         usage = Usage(prompt, completion, prompt + completion, details)
         if self._shown:
-            used = [self._used(shown, cached) for shown in self._shown]
+            used = [self._used(shown) for shown in self._shown]
             usage.internvl = MediaUsage(
                 [one for one in used if isinstance(one, ImageUsage)],
                 [one for one in used if isinstance(one, VideoUsage)],
             )
         return usage
 
-    def _used(self, shown: Shown, cached: int) -> ImageUsage | VideoUsage:
+    def _used(self, shown: Shown) -> ImageUsage | VideoUsage:
         items = [self._items[index] for index in shown.items]
         return msgspec.structs.replace(
             shown.facts,
-            cached_tokens=sum(min(max(cached - i.offset, 0), i.length) for i in items),
+            cached_tokens=sum(min(max(self.cached - i.offset, 0), i.length) for i in items),
             encode_ms=milliseconds(sum(self._encode_seconds[index] for index in shown.items)),
         )
 

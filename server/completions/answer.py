@@ -4,7 +4,6 @@ import asyncio
 import codecs
 import collections
 import contextlib
-import itertools
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -133,9 +132,15 @@ class _Offsets:
 
     def pass_by(self, data: bytes) -> int:
         """The position of a token with these bytes."""
-        before = self.position
+        begin, (held, _) = self.position, self._decoder.getstate()
+        self._add(data[:1])
+        if held and self.position - begin + bool(self._decoder.getstate()[0]) == 2:
+            begin += 1  # its first byte has shown that what was held back is no character
+        self._add(data[1:])
+        return begin
+
+    def _add(self, data: bytes) -> None:
         self.position += len(self._decoder.decode(data))
-        return before
 
 
 class _Prompt:
@@ -190,14 +195,12 @@ class _Prompt:
         # What stands before every prompt is no text.
         begins = len(tokenizer.bos) if tuple(ids[: len(tokenizer.bos)]) == tokenizer.bos else 0
         detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
-        pieces = [
-            detokenizer.push(ids[at : at + 1] if at >= begins else ()) for at in range(len(ids))
-        ]
-        text = "".join(pieces) + detokenizer.flush()
+        pieces = [detokenizer.data((token,)) for token in ids[begins:]]
+        text = b"".join(pieces).decode("utf-8", "replace")
         if self._request.logprobs is None:
             return TextChoice(text, 0)
-        lengths = itertools.accumulate(map(len, pieces), initial=0)
-        found = TextLogprobs([], [], [], list(itertools.islice(lengths, len(ids))))
+        places = map(_Offsets().pass_by, [b""] * begins + pieces)
+        found = TextLogprobs([], [], [], list(places))
         for token, entry in zip(ids, entries, strict=True):
             found.tokens.append(_name(*tokenizer.shown(token)))
             found.token_logprobs.append(None if entry is None else entry[str(token)].logprob)

@@ -16,6 +16,7 @@ from server.chat.prepare import (
     spending,
 )
 from server.chat.sampling import either, fit_sampling
+from server.chat.usage import Meter
 from server.grammars import GrammarChecker
 from server.handles import Handle
 from server.schemas.completion import MAX_TEXTS, CompletionRequest, TextPrompt
@@ -96,6 +97,7 @@ def _chat(
         include_usage=bool(options is not None and options.include_usage),
         resumable=bool(options is not None and options.resumable),
         shown=[],
+        meter=Meter([], []),
         media_seconds=0.0,
         spending=spending(request, fitted, len(ids), [], tenant),
     )

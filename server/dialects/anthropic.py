@@ -204,7 +204,7 @@ async def message_events(
         async for chunk in source:
             for choice in chunk.choices:
                 if choice.delta.role:
-                    usage = AnthropicUsage(len(chat.engine.prompt), 0)
+                    usage = _usage(chat.meter.usage(len(chat.engine.prompt), 0))
                     yield MessageStart(
                         AnthropicMessage(chunk.id, chunk.model, [], None, None, usage)
                     )
@@ -273,7 +273,7 @@ def _fill(block: AnswerText | AnswerToolUse, text: str) -> None:
         block.input = found if isinstance(found, dict) else {}
 
 
-def framed(event: Event) -> bytes:
+def frame(event: Event) -> bytes:
     """An event as it is sent."""
     return b"event: %s\ndata: %s\n\n" % (_TAGS[type(event)], msgspec.json.encode(event))
 

@@ -25,6 +25,7 @@ from server.schemas.response import (
     Event,
     IncompleteDetails,
     InputDetails,
+    InputItems,
     OutputCall,
     OutputDetails,
     OutputItemAdded,
@@ -40,6 +41,7 @@ from server.schemas.response import (
     ResponseIncomplete,
     ResponseInProgress,
     ResponseObject,
+    ResponseQueued,
     ResponseUsage,
     StreamError,
 )
@@ -60,10 +62,11 @@ from server.schemas.responses import (
     UserItem,
 )
 from server.schemas.validate import decode
-from wire.errors import EngineFailed, ServiceError
+from wire.errors import EngineFailed, InvalidRequest, RequestAborted, ServiceError
 
 LOGPROBS = "message.output_text.logprobs"
 BEFORE = "previous_response_id"
+PICTURES = "message.input_image.image_url"
 
 _NAMES = {
     "max_completion_tokens": "max_output_tokens",
@@ -183,9 +186,55 @@ def _sent(form: Any, without: set[str] | None = None) -> dict[str, Any]:
     }
 
 
+class _Named(msgspec.Struct):
+    id: str = ""
+
+
+def page(
+    items: Sequence[bytes], after: str | None, limit: int, *, descending: bool, pictures: bool
+) -> InputItems:
+    """So many of ``items``, each as JSON, from behind the one whose id is ``after``; with the URLs
+    of ``pictures`` if they are wanted. Raises InvalidRequest."""
+    ordered = items[::-1] if descending else items
+    start = 0
+    if after is not None:
+        ids = [msgspec.json.decode(item, type=_Named).id for item in ordered]
+        if after not in ids:
+            raise InvalidRequest("after must be the id of an item of this response.", param="after")
+        start = ids.index(after) + 1
+    shown = [msgspec.json.decode(item) for item in ordered[start : start + limit]]
+    if not pictures:
+        for item in shown:
+            for part in [*item.get("content", ()), *item.get("output", ())]:
+                part.pop("image_url", None)
+    names = [item["id"] for item in shown]
+    first, last = (names[0], names[-1]) if names else (None, None)
+    return InputItems(shown, first, last, start + limit < len(items))
+
+
 def items_of(request: ResponsesRequest) -> tuple[bytes, ...]:
     """The items of a request as JSON, which ``ITEM`` reads again."""
-    return tuple(msgspec.json.encode(item.model_dump(exclude_none=True)) for item in request.input)
+    return tuple(msgspec.json.encode(_complete(item)) for item in request.input)
+
+
+_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}
+# What OpenAI's client expects of an item or of a part of its content.
+_ALWAYS: dict[str, dict[str, Any]] = {
+    "reasoning": {"summary": []},
+    "input_image": {"detail": "auto"},
+    "output_text": {"annotations": []},
+}
+
+
+def _complete(item: Any) -> dict[str, Any]:
+    """An item with all that it has when it is told again."""
+    kind = item.type or "message"
+    identity = f"{_PREFIXES.get(kind, 'rs')}_{uuid.uuid4().hex}"
+    told = {"id": identity, "type": kind, "status": "completed", **_ALWAYS.get(kind, {})}
+    told |= item.model_dump(exclude_none=True)
+    for name in {"content", "output"} & told.keys():
+        told[name] = [_ALWAYS.get(part["type"], {}) | part for part in told[name]]
+    return told
 
 
 def begun(chat: PreparedChat, request: ResponsesRequest) -> ResponseObject:
@@ -203,6 +252,8 @@ def begun(chat: PreparedChat, request: ResponsesRequest) -> ResponseObject:
         parallel_tool_calls=request.parallel_tool_calls is not False,
         previous_response_id=request.previous_response_id,
         store=request.store is not False,
+        background=bool(request.background),
+        status="queued" if request.background else "in_progress",
         temperature=sampling.temperature,
         text={"format": {"type": "text"} if form is None else _sent(form)},
         tool_choice=_told(choice),
@@ -308,10 +359,15 @@ async def _events(
     items = _Items(response)
     status = "completed"
     async with contextlib.aclosing(source):
+        if response.background:
+            yield ResponseCreated(response)
+            yield ResponseQueued(response)
         async for chunk in source:
             for choice in chunk.choices:
                 if choice.delta.role:
-                    yield ResponseCreated(response)
+                    if not response.background:
+                        yield ResponseCreated(response)
+                    response.status = "in_progress"
                     yield ResponseInProgress(response)
                 for event in items.add(choice):
                     yield event
@@ -353,9 +409,13 @@ async def response_of(events: AsyncGenerator[Event, None]) -> ResponseObject:
 
 
 async def stream_of(
-    response: ResponseObject, events: AsyncGenerator[Event, None], origins: Origins
+    response: ResponseObject,
+    events: AsyncGenerator[Event, None],
+    origins: Origins,
+    keep: Callable[[ResponseObject], None],
 ) -> AsyncGenerator[bytes, None]:
-    """The events as they are sent. An error behind the first one is one of them."""
+    """The events as they are sent. An error behind the first one is one of them; a response in the
+    background is kept then too."""
     last = -1
     try:
         with origins.named():
@@ -366,11 +426,26 @@ async def stream_of(
     except Exception as error:
         if last < 0:
             raise
-        found = known(error)
-        code = "invalid_prompt" if found.status == 400 else "server_error"
-        response.status = "failed"
-        response.error = ResponseError(code, found.message)
-        yield _framed(ResponseFailed(response, last + 1))
+        for item in response.output:
+            item.status = "incomplete" if item.status == "in_progress" else item.status
+        end = _ended(response, known(error), last + 1)
+        if response.background:
+            keep(response)
+        yield _framed(end)
+
+
+_ERROR_CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
+
+
+def _ended(
+    response: ResponseObject, error: ServiceError, number: int
+) -> ResponseFailed | ResponseIncomplete:
+    if response.background and isinstance(error, RequestAborted):
+        response.status = "cancelled"  # for which OpenAI has no event of its own
+        return ResponseIncomplete(response, number)
+    code = _ERROR_CODES.get(error.status, "server_error")
+    response.status, response.error = "failed", ResponseError(code, error.message)
+    return ResponseFailed(response, number)
 
 
 def _framed(event: Event) -> bytes:

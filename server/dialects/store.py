@@ -14,11 +14,13 @@ MENTION = 8
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A response as JSON, and the items of its conversation, each as JSON: what came before it,
-    its own input, and its output. Items of one conversation are the same objects."""
+    """A response as JSON, and the items of its conversation, each as JSON: what came before it and
+    its own input, ``asked`` together, and its output. Items of one conversation are the same
+    objects."""
 
     body: bytes
     items: tuple[bytes, ...]
+    asked: int = 0
 
 
 def _own_size(entry: Stored) -> int:
@@ -74,9 +76,8 @@ class ResponseStore:
 
     def put(self, tenant: bytes, name: str, entry: Stored) -> bool:
         """Keep an entry; says whether it is kept."""
-        self._expire()
-        distinct = {id(item): item for item in entry.items}.values()
-        if _own_size(entry) + sum(ITEM + len(item) for item in distinct) > self._most:
+        self.expire()
+        if not self.fits(entry):
             return False  # all others would go in vain
         shelf = self._shelves.setdefault(tenant, _Shelf())
         shelf.put(name, self._clock() + self._seconds, entry)
@@ -85,9 +86,14 @@ class ResponseStore:
             self._drop(heaviest, self._shelves[heaviest].oldest)
         return self._find(tenant, name) is not None
 
+    def fits(self, entry: Stored) -> bool:
+        """Whether there would be room for an entry if there were no others."""
+        distinct = {id(item): item for item in entry.items}.values()
+        return _own_size(entry) + sum(ITEM + len(item) for item in distinct) <= self._most
+
     def get(self, tenant: bytes, name: str) -> Stored | None:
         """An entry, if it is there."""
-        self._expire()
+        self.expire()
         return self._find(tenant, name)
 
     def delete(self, tenant: bytes, name: str) -> bool:
@@ -101,7 +107,8 @@ class ResponseStore:
         shelf = self._shelves.get(tenant)
         return shelf.entries[name][1] if shelf and name in shelf.entries else None
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """Forget the entries whose time is over."""
         now = self._clock()
         for tenant, shelf in list(self._shelves.items()):
             while shelf.entries and shelf.entries[shelf.oldest][0] <= now:

@@ -27,5 +27,8 @@ async def _answer(arrival: Arrival) -> Response:
     source = chunks(chat, service.engine, service.backlog, service.metrics, arrival.began)
     if chat.stream:
         encoded = events(source, include_usage=chat.include_usage)
-        return told(answer_stream(arrival, chat, identity, encoded), unknown)
+        return told(
+            answer_stream(arrival, chat, identity, encoded, f"completions/{identity}/events"),
+            unknown,
+        )
     return whole(await fold(source), unknown)

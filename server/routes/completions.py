@@ -43,5 +43,8 @@ async def _answer(arrival: Arrival) -> Response:
     )
     if chats[0].stream:
         encoded = events(source, include_usage=chats[0].include_usage)
-        return told(answer_stream(arrival, chats[0], identity, encoded), unknown)
+        return told(
+            answer_stream(arrival, chats[0], identity, encoded, f"completions/{identity}/events"),
+            unknown,
+        )
     return whole(await fold_text(source), unknown)

@@ -6,11 +6,10 @@ from collections.abc import AsyncGenerator
 
 from fastapi import APIRouter, Request, Response
 
-from server.chat.sse import EventStream
 from server.chat.stream import chunks
 from server.dialects.anthropic import (
     as_chat,
-    framed,
+    frame,
     last_words,
     message_events,
     message_of,
@@ -25,6 +24,7 @@ from server.routes.body import (
     told,
     whole,
 )
+from server.routes.streams import answer_stream
 from server.schemas.message import Event, TokenCount
 from server.schemas.messages import CountRequest, MessagesRequest
 
@@ -48,8 +48,11 @@ async def _answer(arrival: Arrival) -> Response:
     source = chunks(chat, service.engine, service.backlog, service.metrics, arrival.began)
     events = message_events(chat, source)
     if chat.stream:
-        interval = service.settings.server.keep_alive_interval
-        return told(EventStream(_framed(events, origins), interval, last_words), unknown)
+        framed = _framed(events, origins)
+        stream = answer_stream(
+            arrival, chat, identity, framed, f"messages/{identity}/events", last_words
+        )
+        return told(stream, unknown)
     with origins.named():
         return whole(await message_of(events), unknown)
 
@@ -60,7 +63,7 @@ async def _framed(
     with origins.named():
         async with contextlib.aclosing(events):
             async for event in events:
-                yield framed(event)
+                yield frame(event)
 
 
 @router.post("/v1/messages/count_tokens")

@@ -264,7 +264,6 @@ class CountRequest(Generation):
         "return_token_ids": (False,),
         "response_format": (),
         "stop": ([],),
-        "stream_options": (),
     }
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]

@@ -112,6 +112,10 @@ class ResponseCreated(_OfResponse, tag="response.created"):
     """The response begins."""
 
 
+class ResponseQueued(_OfResponse, tag="response.queued"):
+    """The response waits, in the background."""
+
+
 class ResponseInProgress(_OfResponse, tag="response.in_progress"):
     """Work has begun."""
 
@@ -121,7 +125,7 @@ class ResponseCompleted(_OfResponse, tag="response.completed"):
 
 
 class ResponseIncomplete(_OfResponse, tag="response.incomplete"):
-    """The response was cut off."""
+    """The response was cut off, at its length or because it was cancelled."""
 
 
 class ResponseFailed(_OfResponse, tag="response.failed"):
@@ -210,6 +214,7 @@ class StreamError(msgspec.Struct, tag="error"):
 
 Event = (
     ResponseCreated
+    | ResponseQueued
     | ResponseInProgress
     | OutputItemAdded
     | ContentPartAdded
@@ -239,3 +244,13 @@ class ResponseDeleted(msgspec.Struct):
     id: str
     object: str = "response"
     deleted: bool = True
+
+
+class InputItems(msgspec.Struct):
+    """GET /v1/responses/{id}/input_items: a page of them."""
+
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+    object: str = "list"

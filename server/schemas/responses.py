@@ -324,10 +324,8 @@ class ResponsesRequest(Generation):
         "reasoning",
         "safety_identifier",
         "service_tier",
-        "stream_options",
     }
     refused: ClassVar[dict[str, tuple[Any, ...]]] = Generation.refused | {
-        "background": (False,),
         "context_management": ([],),
         "conversation": (),
         "prompt": (),
@@ -360,7 +358,14 @@ class ResponsesRequest(Generation):
     include: Annotated[list[str], Field(max_length=16)] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     store: bool | None = None
+    background: bool | None = None
     previous_response_id: str | None = Field(None, min_length=1, max_length=256)
     # Our own
     visual_budget: VisualBudget | None = None
     preprocess: Literal["normalized", "reference"] | None = None
+
+    @model_validator(mode="after")
+    def _found_again(self) -> "ResponsesRequest":
+        if self.background and self.store is False:
+            raise wrong("is for responses that are kept; leave store out", "background")
+        return self

@@ -143,13 +143,70 @@ async def test_the_text_is_that_of_a_plain_stream_and_of_no_stream(houses: House
     assert [choices for choices in kept if choices] == seen
 
 
-async def test_completions_can_be_resumed_too(houses: Houses) -> None:
+TOLD = {"stream": True, "stream_options": {"resumable": True}}
+DIALECTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": (CHAT, RESUMABLE),
+    "completions": ("/v1/completions", {"prompt": "Once", **TOLD}),
+    "messages": ("/v1/messages", {"messages": ASK["messages"], "max_tokens": 200, **TOLD}),
+    "responses": ("/v1/responses", {"input": "Hello!", **TOLD}),
+    "background": ("/v1/responses", {"input": "Hello!", "stream": True, "background": True}),
+}
+
+
+async def read_on(
+    client: httpx.AsyncClient, path: str, body: Any, place: httpx.URL | None, had: bytes, most: int
+) -> tuple[httpx.URL, bytes, bool]:
+    """Ask, or come back to ``place``, knowing ``had`` of whole events; lose the connection after
+    so many bytes. Gives the place, what is had then, and whether it is all."""
+    last = had.rpartition(b"id: ")[2].partition(b"\n")[0].decode()
+    if place is None:
+        asked = client.stream("POST", path, json=body)
+    elif place.query:
+        if last:
+            asked = client.stream("GET", place.copy_merge_params({"starting_after": last}))
+        else:
+            asked = client.stream("GET", place)
+    else:
+        asked = client.stream("GET", place, headers={"Last-Event-ID": last} if last else {})
+    async with asyncio.timeout(20), asked as answer:
+        assert answer.status_code in (200, 204)
+        if place is None:
+            place = answer.url.join(answer.headers["content-location"])
+        data = b""
+        async for piece in answer.aiter_raw():
+            data += piece
+            if len(data) >= most:
+                whole = data[:most].rpartition(b"\n\n")
+                return place, had + whole[0] + whole[1], False
+    return place, had + data, True
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_what_is_read_in_pieces_is_what_was_sent_byte_for_byte(
+    houses: Houses, dialect: str
+) -> None:
+    path, body = DIALECTS[dialect]
     house = await houses.open(FakeEngine(script=say(TEXT)))
-    body = {"prompt": "Once", "stream": True, "stream_options": {"resumable": True}}
-    async with reading(house, path="/v1/completions", body=body) as reader:
-        await reader.read(700)
-        await reader.read()
-    assert "".join(chunk["choices"][0]["text"] for chunk in reader.answer()) == TEXT
+    draw = random.Random(dialect)
+    async with (
+        listening(house) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client,
+    ):
+        for size in (300, 1000, 10_000):
+            place, had, whole = await read_on(client, path, body, None, b"", draw.randrange(size))
+            while not whole:
+                most = draw.choice((1, size, 4000))  # the last events have more than size
+                place, had, whole = await read_on(client, path, body, place, had, most)
+            _, again, _ = await read_on(client, path, body, place, b"", 1 << 30)
+            assert had == again
+            numbers = [int(line[4:]) for line in had.splitlines() if line.startswith(b"id: ")]
+            first = 0 if path == "/v1/responses" else 1
+            assert numbers == list(range(first, first + len(numbers)))
+            if path == "/v1/responses":
+                datas = [line[6:] for line in had.splitlines() if line.startswith(b"data: ")]
+                assert [json.loads(data)["sequence_number"] for data in datas] == numbers
+            # Nothing is missing: it ends by itself.
+            assert await read_on(client, path, body, place, had, 1) == (place, had, True)
 
 
 async def test_a_broken_connection_ends_nothing_and_the_answer_is_followed_live(
@@ -391,6 +448,23 @@ async def test_a_drain_waits_for_a_reader_until_its_grace_is_over(
             await reader.read()
             assert reader.text() == "Yes No"
         await within(drained)
+
+
+async def test_who_comes_back_as_the_patience_ends_is_told_so(houses: Houses) -> None:
+    """Between the answer to its GET and its first event the answer was given up: it ended there,
+    as if that were all."""
+    house = await houses.open(FakeEngine(script=in_two("Yes", asyncio.Event(), "")))
+    async with reading(house) as reader:
+        await reader.read(300)
+        recordings = house.service.recordings
+        (recording,) = recordings._by_name.values()
+        stream = recordings.resume(recording.name, b"", 0, "Last-Event-ID")
+        assert stream is not None
+        recording._give_up()
+        sent = b"".join([event async for event in stream.body_iterator])
+    assert sent.endswith(b"data: [DONE]\n\n")
+    assert b'"code":"client_too_slow"' in sent
+    assert house.engine.aborted
 
 
 async def test_the_end_of_a_drain_is_an_error_in_the_stream(houses: Houses) -> None:
