@@ -151,8 +151,9 @@ def _telling(send: Send, account: Account) -> Send:
 
 
 class Admission:
-    """ASGI layer in front of the routes, that counts POSTs that begin work only. ``refusal`` says
-    why none is taken at all now."""
+    """ASGI layer in front of the routes. Permits and keys' limits are for POSTs that begin work; a
+    GET of what needs a key is one of the requests that the key may send in a minute. ``refusal``
+    says why no work is taken at all now."""
 
     def __init__(
         self,
@@ -175,10 +176,21 @@ class Admission:
             if scope["method"] == "POST" and not _ENDING.fullmatch(scope["path"]):
                 await self._work(scope, receive, send)
             else:
-                async with _watched(send, self._settings.send_timeout) as watched:
-                    await self._app(scope, receive, watched)
+                await self._other(scope, receive, send)
         except _Unread:
             logger.info("the client does not read its answer; its connection has ended")
+
+    async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        account = scope["state"]["tenant"].account
+        if scope["method"] in ("GET", "HEAD") and scope["path"] != "/metrics":
+            send = _telling(send, account)
+            try:
+                account.count()
+            except ServiceError as error:
+                await error_response(error)(scope, receive, send)
+                return
+        async with _watched(send, self._settings.send_timeout) as watched:
+            await self._app(scope, receive, watched)
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         tenant: Tenant = scope["state"]["tenant"]

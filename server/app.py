@@ -24,6 +24,7 @@ from server.errors import (
     on_wrong_method,
     on_wrong_parameter,
 )
+from server.head import Head
 from server.info import installed_version
 from server.lifecycle import Service
 from server.limits import Clock
@@ -72,6 +73,7 @@ def create_app(
     for routes in MODULES:
         app.include_router(routes.router)
     # The last one added is the outermost.
+    app.add_middleware(Head)
     app.add_middleware(
         Admission,
         gate=service.gate,

@@ -74,6 +74,17 @@ class Backlog:
         whoever enters must end. Raises TooManyRequests, and InvalidRequest where the key's limits
         are too small for it."""
         self.check(tenant, requests, tokens)
+        return self._place(tenant, requests, tokens, spending)
+
+    def together(self, tenant: bytes, requests: int, tokens: int) -> "Together":
+        """Let in a request whose parts enter one by one, as one: a part must not be kept out by
+        those before it. Raises TooManyRequests."""
+        self.check(tenant, requests, tokens)
+        return Together(self)
+
+    def _place(
+        self, tenant: bytes, requests: int, tokens: int, spending: Spending | None
+    ) -> "Place":
         if spending is not None:
             spending.begin()
         self._count(tenant, requests, tokens)
@@ -107,6 +118,19 @@ class Backlog:
             del self._tenants[tenant]
         self._metrics.queued_requests.set(self._all["requests"])
         self._metrics.queued_tokens.set(self._all["tokens"])
+
+
+class Together:
+    """The door for the parts of a request that was let in."""
+
+    def __init__(self, backlog: Backlog) -> None:
+        self._backlog = backlog
+
+    def enter(
+        self, tenant: bytes, requests: int, tokens: int, spending: Spending | None = None
+    ) -> "Place":
+        """As that of the backlog, without its limits."""
+        return self._backlog._place(tenant, requests, tokens, spending)
 
 
 class Place:

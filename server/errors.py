@@ -125,7 +125,7 @@ async def on_wrong_method(request: Request, error: Exception) -> Response:
     response = error_response(MethodNotAllowed(f"{request.method} is not allowed at this address."))
     allowed = (getattr(error, "headers", None) or {}).get("Allow")
     if allowed:
-        response.headers["Allow"] = allowed
+        response.headers["Allow"] = allowed.replace("GET", "GET, HEAD")
     return response
 
 

@@ -119,14 +119,19 @@ class Account:
             self._refuse(f"{most} requests of this API key are running", "requests", 1.0)
         self._check("requests", 1)
         self._check("tokens", 1)  # more will be needed, but pictures can be left unfetched now
-        if "requests" in self._buckets:
-            self._buckets["requests"].take(1)
-        self.usage.requests += 1
+        self.count()
         self.running += 1
         try:
             yield
         finally:
             self.running -= 1
+
+    def count(self) -> None:
+        """Count a request that takes no tokens. Raises RateLimited."""
+        self._check("requests", 1)
+        if "requests" in self._buckets:
+            self._buckets["requests"].take(1)
+        self.usage.requests += 1
 
     @property
     def is_limited(self) -> bool:

@@ -38,6 +38,8 @@ from wire.logs import say
 from wire.messages import Progress
 from wire.settings import ServerSettings, SettingError, Settings
 
+logger = logging.getLogger(__name__)
+
 EXIT_FAILED = 1
 # What glibc starts with; a tile of a picture has more, and bodies that hold pictures.
 LARGE = 128 << 10
@@ -238,6 +240,8 @@ class _Operators:
             raise SettingError(f"admin_port: {error.strerror}") from None
         if ipaddress.ip_address(address[0]).is_loopback:
             certificate = None
+        elif certificate is None:
+            logger.warning("operators' keys cross the network in the clear: admin_host without TLS")
         app = Admin(service, self.keys).app
         self._server = uvicorn.Server(_config(app, settings, certificate, lifespan="off"))
         self._task: asyncio.Task[None] | None = None

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from engine.client import EngineClient
-from server.backlog import Backlog
+from server.backlog import Backlog, Together
 from server.chat.choices import Choices
 from server.chat.detokenize import Detokenizer
 from server.chat.prepare import PreparedChat
@@ -183,7 +183,11 @@ def _joined(deltas: list[Delta]) -> list[Delta]:
 
 
 async def chunks(
-    chat: PreparedChat, engine: EngineClient, backlog: Backlog, metrics: Metrics, began: float
+    chat: PreparedChat,
+    engine: EngineClient,
+    backlog: Backlog | Together,
+    metrics: Metrics,
+    began: float,
 ) -> AsyncGenerator[Chunk, None]:
     """Generate, and yield the answer piece by piece; the last chunk holds the usage.
 

@@ -34,12 +34,14 @@ async def _answer(arrival: Arrival) -> Response:
             chats = await prepare_texts(
                 request, identity, model, grammars, arrival.run, tenant, handle
             )
+    tokens = sum(len(chat.engine.prompt) for chat in chats)
+    backlog = service.backlog.together(tenant.id, sum(chat.n for chat in chats), tokens)
     Spending.of_all([chat.spending for chat in chats]).check()
     source = text_chunks(
         request,
         identity,
         chats,
-        lambda chat: chunks(chat, service.engine, service.backlog, service.metrics, arrival.began),
+        lambda chat: chunks(chat, service.engine, backlog, service.metrics, arrival.began),
     )
     if chats[0].stream:
         encoded = events(source, include_usage=chats[0].include_usage)

@@ -4,10 +4,12 @@ import asyncio
 import json
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.api.conftest import House, Houses, listening
 from tests.api.test_errors import error_of
+from tests.api.test_life import stuck
 
 PAGE = "https://chat.example.org"
 ASKING = {
@@ -112,3 +114,80 @@ async def test_what_is_no_http_gets_the_envelope_too(house: House, data: bytes) 
     error: dict[str, Any] = json.loads(body)["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["code"] == "invalid_http"
+
+
+async def test_head_is_get_without_a_body(houses: Houses) -> None:
+    house = await houses.open(api_key=("key",))
+    key = {"Authorization": "Bearer key"}
+    async with (
+        listening(house) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        for path, status in (
+            ("/live", 200),
+            ("/ready", 200),
+            ("/health", 200),
+            ("/metrics", 200),
+            ("/version", 200),
+            ("/v1/models", 200),
+            ("/v1/models/tiny", 200),
+            ("/v1/models/other", 404),
+            ("/docs", 200),
+            ("/openapi.json", 200),
+            ("/nowhere", 404),
+            ("/v1/chat/completions", 405),
+        ):
+            plain = await client.get(path, headers=key)
+            # On the same connection: a body would be taken for the next answer's head.
+            for _ in range(2):
+                head = await client.head(path, headers=key)
+                assert (head.status_code, head.content) == (status, b""), path
+                same = ("content-type", "content-length", "allow")
+                if path != "/metrics":
+                    assert [head.headers.get(n) for n in same] == [
+                        plain.headers.get(n) for n in same
+                    ]
+        assert (await client.head("/v1/models")).status_code == 401
+        house.service.pause()
+        assert (await client.head("/ready")).status_code == 503
+        wrong = await client.put("/v1/models", headers=key)
+        assert wrong.headers["allow"] == "GET, HEAD"
+
+
+async def test_head_of_a_stream_does_not_follow_it(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "server.access")
+    go_on = stuck(house.engine)
+    body = {"messages": [{"role": "user", "content": "Hello!"}], "stream": True}
+    body["stream_options"] = {"resumable": True}
+    async with listening(house) as port, asyncio.timeout(5):
+        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}")
+        async with client, client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            place = answer.url.join(answer.headers["content-location"])
+            head = await client.head(place)
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-type"].startswith("text/event-stream")
+            while not any(text.startswith("HEAD") for text in caplog.messages):
+                await asyncio.sleep(0.01)
+            go_on.set()
+            assert (await answer.aread()).endswith(b"data: [DONE]\n\n")
+
+
+async def test_options_without_cors_is_a_method_like_others(houses: Houses) -> None:
+    open_house, locked = await houses.open(), await houses.open(api_key=("key",))
+    for headers in ({}, ASKING):
+        answer = await open_house.http.options("/v1/models", headers=headers)
+        assert answer.status_code == 405
+        assert answer.headers["allow"] == "GET, HEAD"
+        assert error_of(answer)["code"] == "method_not_allowed"
+        assert (await locked.http.options("/v1/models", headers=headers)).status_code == 401
+
+
+async def test_no_page_without_an_origin_may_ask_unless_all_may(houses: Houses) -> None:
+    named, all_ = await houses.open(cors_origins=(PAGE,)), await houses.open(cors_origins=("*",))
+    asked = ASKING | {"Origin": "null"}
+    assert (await named.http.options("/v1/messages", headers=asked)).status_code == 403
+    answer = await all_.http.options("/v1/messages", headers=asked)
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert "access-control-allow-credentials" not in answer.headers

@@ -92,6 +92,30 @@ async def test_tokens_are_counted_as_they_were_used(houses: Houses, tmp_path: Pa
     assert account.usage.completion_tokens == 3 * (used - prompt)
 
 
+async def test_what_is_read_is_a_request_and_what_is_ended_is_none(
+    houses: Houses, tmp_path: Path
+) -> None:
+    house = await open_with(houses, tmp_path, alice="requests_per_minute = 3", bob="")
+
+    async def answer(method: str, path: str) -> tuple[int, str | None]:
+        found = await house.http.request(method, path, headers=as_("alice"))
+        return found.status_code, found.headers.get("x-ratelimit-remaining-requests")
+
+    assert await answer("GET", "/v1/models") == (200, "2")
+    assert await answer("GET", "/v1/responses/resp_none") == (404, "1")
+    for path in ("/live", "/ready", "/metrics"):
+        assert await answer("GET", path) == (200, None)
+    assert await answer("HEAD", "/v1/chat/completions/none/events") == (404, "0")
+    for method in ("GET", "HEAD"):
+        refused = await house.http.request(method, "/v1/models", headers=as_("alice"))
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "20"
+    assert refused.content == b""
+    assert await answer("DELETE", "/v1/requests/none") == (404, None)
+    assert (await ask_as(house, "alice")).status_code == 429
+    assert (await house.http.get("/v1/models", headers=as_("bob"))).status_code == 200
+
+
 async def test_what_never_fits_is_a_400_that_counts(houses: Houses, tmp_path: Path) -> None:
     house = await open_with(
         houses, tmp_path, alice="tokens_per_minute = 40\nvisual_tokens_per_minute = 10"

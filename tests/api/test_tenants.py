@@ -116,6 +116,31 @@ async def test_tokens_of_pictures_count_and_a_refused_request_leaves_nothing(
     assert house.service.gate.idle.is_set()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_list_of_prompts_waits_as_one_and_is_let_in_where_nothing_waits(
+    houses: Houses, stream: bool
+) -> None:
+    limits = [{"max_num_queued_tokens": 8}, {"max_num_queued_reqs": 3}]
+    asked = {"model": "tiny", "prompt": ["Hello!"] * 5, "max_tokens": 2, "stream": stream}
+    for limit in limits:
+        house = await houses.open(**limit)
+        go_on = silent(house.engine)
+        waiting = asyncio.create_task(house.http.post("/v1/completions", json=asked))
+        async with asyncio.timeout(5):
+            while len(house.engine.requests) < 5:
+                await asyncio.sleep(0)
+        refused = await within(house.http.post("/v1/completions", json=asked))
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"].startswith("queue_full_")
+        assert len(house.engine.requests) == 5
+        go_on.set()
+        answer = await within(waiting)
+        assert answer.status_code == 200
+        assert "error" not in answer.text
+        assert await metric(house, "internvl_queued_tokens") == 0
+        assert await metric(house, "internvl_queued_requests") == 0
+
+
 async def test_every_choice_counts(houses: Houses) -> None:
     house = await houses.open(max_num_queued_reqs=4)
     go_on = silent(house.engine)

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import pytest
 import trustme
 
 from server.keys import fingerprint
-from tests.servers import Server
+from tests.servers import Server, free_port
 
 STREAM = {
     "messages": [{"role": "user", "content": "Hello!"}],
@@ -24,8 +25,8 @@ STREAM = {
 TRIES = 20.0
 
 
-def key_file(folder: Path, *names: str) -> Path:
-    file = folder / "keys.toml"
+def key_file(folder: Path, *names: str, name: str = "keys.toml") -> Path:
+    file = folder / name
     file.write_text(
         "".join(f'[keys.{name}]\nsha256 = "{fingerprint(name).hex()}"\n' for name in names)
     )
@@ -40,10 +41,10 @@ def certificate(folder: Path, authority: trustme.CA) -> tuple[Path, Path]:
     return chain, key
 
 
-def shown(server: Server, trust: ssl.SSLContext) -> bytes | None:
+def shown(port: int, trust: ssl.SSLContext) -> bytes | None:
     """The certificate that a new connection gets."""
     with (
-        socket.create_connection(("127.0.0.1", server.port)) as plain,
+        socket.create_connection(("127.0.0.1", port)) as plain,
         trust.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
     ):
         return connection.getpeercert(binary_form=True)
@@ -68,10 +69,18 @@ def test_keys_and_certificates_are_renewed_under_a_live_stream(tmp_path: Path) -
     keys = key_file(tmp_path, "alice")
     chain, key = certificate(tmp_path, authority)
     flags = ["--tls-certificate", str(chain), "--tls-key", str(key), "--api-keys-file", str(keys)]
+    door = free_port()
+    flags += [
+        "--admin-port",
+        str(door),
+        "--admin-key-file",
+        str(key_file(tmp_path, "ops", name="admin.toml")),
+    ]
+    flags += ["--admin-host", "0.0.0.0"]  # not loopback, so the certificate is needed
     environment = {"INTERNVL_API_KEY": "from-the-environment"}
     server = Server(tmp_path / "log.txt", flags, environment=environment, trust=trust)
     try:
-        renew(server, tmp_path, authority, trust)
+        renew(server, door, tmp_path, authority, trust)
         assert status(server, "from-the-environment") == 200
         children = server.children("engine") + server.children("preprocessing.worker")
         assert len(children) > 1
@@ -86,8 +95,20 @@ def test_keys_and_certificates_are_renewed_under_a_live_stream(tmp_path: Path) -
         assert secret not in log
 
 
-def renew(server: Server, folder: Path, authority: trustme.CA, trust: ssl.SSLContext) -> None:
-    first = shown(server, trust)
+def operate(server: Server, door: int, key: str) -> int:
+    headers = {"Authorization": f"Bearer {key}"}
+    address = f"https://127.0.0.1:{door}/state"
+    return httpx.get(address, headers=headers, verify=server.trust).status_code
+
+
+def renew(
+    server: Server, door: int, folder: Path, authority: trustme.CA, trust: ssl.SSLContext
+) -> None:
+    first = shown(server.port, trust)
+    assert shown(door, trust) == first
+    assert [operate(server, door, key) for key in ("ops", "alice", "x")] == [200, 401, 401]
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://127.0.0.1:{door}/state", headers={"Authorization": "Bearer ops"})
     live = http.client.HTTPSConnection("127.0.0.1", server.port, context=trust, timeout=60)
     headers = {"Authorization": "Bearer alice", "Content-Type": "application/json"}
     live.request("POST", "/v1/chat/completions", json.dumps(STREAM), headers)
@@ -101,12 +122,16 @@ def renew(server: Server, folder: Path, authority: trustme.CA, trust: ssl.SSLCon
     (folder / "keys.toml").write_text("[keys.bob]")
     server.process.send_signal(signal.SIGHUP)
     eventually(lambda: server.log.read_text().count("stays in force") >= 2, "it says nothing")
-    assert shown(server, trust) == first
+    assert shown(server.port, trust) == shown(door, trust) == first
     assert status(server, "alice") == 200
 
     certificate(folder, authority)  # no signal: files are watched
     key_file(folder, "bob")
-    eventually(lambda: shown(server, trust) != first, "the certificate stays")
+    key_file(folder, "chief", name="admin.toml")
+    eventually(lambda: shown(server.port, trust) != first, "the certificate stays")
+    assert shown(door, trust) == shown(server.port, trust)
+    eventually(lambda: operate(server, door, "chief") == 200, "the operator's key is unknown")
+    assert operate(server, door, "ops") == 401
     eventually(lambda: status(server, "bob") == 200, "the new key is unknown")
     assert status(server, "alice") == 401
 
