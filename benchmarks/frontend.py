@@ -72,6 +72,7 @@ def replay(sock: socket.socket, streams: int, offered: float, sent: Path) -> Non
         geometry=VisionGeometry(448, 256),
         prompt_format=PromptFormat("hf", None, False),
         max_model_len=1 << 20,
+        max_positions=1 << 20,
         vocab_size=1152,
         eos_token_ids=(0,),
         block_size=settings.block_size,

@@ -37,6 +37,7 @@ def build(rows: int, prompt: int, steps: int, policy: str, waiting: int) -> Sche
         geometry=VisionGeometry(448, 256),
         prompt_format=PromptFormat("hf", None, False),
         max_model_len=length + 1,
+        max_positions=length + 1,
         vocab_size=1000,
         eos_token_ids=(0,),
         block_size=settings.block_size,

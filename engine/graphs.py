@@ -78,7 +78,7 @@ class DecodeGraph:
         device = graphs.logits.device
         self._graphs = graphs
         # As ``Rows.decode_inputs`` has them; at first all are padding.
-        self._inputs = torch.zeros(3, size, dtype=torch.int32, device=device)
+        self._inputs = torch.zeros(4, size, dtype=torch.int32, device=device)
         self._inputs[0] = graphs.rows.padding
         # Two numbers of a draw's key, and the bits of its temperature; see ``sample``.
         self._draws = torch.zeros(3, size, dtype=torch.int32, device=device)
@@ -92,10 +92,10 @@ class DecodeGraph:
         block_size, tables = graphs.kv.block_size, rows.tables
         lines, ids, lengths = self._inputs[0].long(), self._inputs[1].long(), self._inputs[2]
         ids = torch.where(ids < 0, rows.last[lines], ids)
-        positions = (lengths - 1).clamp(min=0).long()
+        places = (lengths - 1).clamp(min=0).long()
         table = tables[lines]
-        block = table.gather(1, positions[:, None] // block_size)[:, 0]
-        slots = torch.where(lengths > 0, block * block_size + positions % block_size, -1)
+        block = table.gather(1, places[:, None] // block_size)[:, 0]
+        slots = torch.where(lengths > 0, block * block_size + places % block_size, -1)
         batch = AttentionBatch(
             query_starts=self._starts,
             context_lengths=lengths,
@@ -105,6 +105,7 @@ class DecodeGraph:
             contexts=(tables.shape[1] * block_size,) * self.size,
         )
         model = graphs.model
+        positions = places - self._inputs[3]
         hidden = model(model.embed(ids), positions, batch, graphs.kv, graphs.attention)
         graphs.logits[: self.size].copy_(model.logits(hidden))
 

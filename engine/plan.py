@@ -14,11 +14,13 @@ from wire.sampling import SamplingParams
 
 
 class VisionSpan(msgspec.Struct, frozen=True):
-    """Encoder output ``digest`` fills prompt positions ``offset : offset + length``."""
+    """Encoder output ``digest`` fills the prompt's tokens ``offset : offset + length``, each of
+    which takes ``step`` positions (``wire.positions``)."""
 
     digest: bytes
     offset: int
     length: int
+    step: float = 1.0
 
 
 class NewRow(msgspec.Struct, frozen=True):

@@ -3,10 +3,12 @@
 The digest of a block covers everything that its keys and values depend on: every token up to its
 end and the pictures among them. It chains: parent digest, the block's own tokens, and for each
 picture that overlaps the block the digest of the picture with its place relative to the block
-(the same context tokens, shifted, hold other features). The first parent is made of the salt.
+(the same context tokens, shifted, hold other features) and its position step. The first parent is
+made of the salt.
 """
 
 import hashlib
+import struct
 from array import array
 from collections.abc import Sequence
 
@@ -38,5 +40,5 @@ def extend_digests(
             if item.offset < end and item.offset + item.length > start:
                 digest.update(len(item.digest).to_bytes(8, "little"))
                 digest.update(item.digest)
-                digest.update((item.offset - start).to_bytes(8, "little", signed=True))
+                digest.update(struct.pack("<qd", item.offset - start, item.step))
         digests.append(digest.digest())

@@ -17,12 +17,17 @@ from engine.sampling import is_plain
 from engine.sampling.base import SampleRow
 from model.attention.base import AttentionBatch
 from model.transfer import to_device
+from wire.positions import saved
 from wire.sampling import SamplingParams
 
 
 @dataclasses.dataclass
 class Row:
-    """One sequence. ``index`` is its line in the tables; ``vision_end`` ends its last picture."""
+    """One sequence. ``index`` is its line in the tables; ``vision_end`` ends its last picture.
+
+    ``turns`` are the positions of the tokens before that, fp32, where they are not the tokens'
+    numbers; behind it positions are ``saved`` less than those.
+    """
 
     index: int
     prompt_len: int
@@ -32,7 +37,17 @@ class Row:
     length: int
     matcher: Matcher | None
     is_plain: bool
+    turns: np.ndarray | None
+    saved: int
     blocks: int = 0
+
+    def positions(self, start: int, count: int) -> np.ndarray:
+        """Of ``count`` tokens from ``start`` on, fp32."""
+        found = np.arange(start, start + count, dtype=np.float32) - self.saved
+        if self.turns is not None and start < self.vision_end:
+            before = self.turns[start : start + count]
+            found[: len(before)] = before
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +59,7 @@ class StepBatch:
 
     ids: Tensor  # [N] int64
     unknown: Tensor | None  # [2, U] int64
-    positions: Tensor  # [N] int64
+    positions: Tensor  # [N] int64, or fp32 where some are fractions
     attention: AttentionBatch
     starts: list[int]
 
@@ -93,6 +108,7 @@ class Rows:
         self._tokens[index, :length] = new.token_ids
         self._owned[index] = 0
         end = max((span.offset + span.length for span in new.spans), default=0)
+        turns, less = _turns(new.spans)
         self._rows[new.id] = Row(
             index,
             new.prompt_len,
@@ -102,6 +118,8 @@ class Rows:
             length,
             matcher,
             is_plain(new.sampling, matcher),
+            turns,
+            less,
         )
         self.append_blocks(new.id, new.blocks)
 
@@ -157,18 +175,20 @@ class Rows:
         return all(self._rows[name].is_plain for name in names)
 
     def decode_inputs(self, work: Sequence[Work], size: int) -> np.ndarray:
-        """Work of one token each, int32 [3, size]: lines of the tables, ids and lengths.
+        """Work of one token each, int32 [4, size]: lines of the tables, ids, lengths, and how many
+        positions the pictures before have saved.
 
         An id is -1 where the token is still being drawn. What is left is padding, of length 0.
         """
         rows = [self._rows[item.id] for item in work]
-        found = np.zeros((3, size), dtype=np.int32)
+        found = np.zeros((4, size), dtype=np.int32)
         found[0] = len(self._tokens)
         lines, starts = found[0, : len(work)], np.array([item.start for item in work])
         lines[:] = [row.index for row in rows]
         late = starts == [row.length for row in rows]
         found[1, : len(work)] = np.where(late, -1, self._tokens[lines, starts])
         found[2, : len(work)] = starts + 1
+        found[3, : len(work)] = [row.saved for row in rows]
         return found
 
     def lines(self, names: Sequence[str]) -> Tensor:
@@ -201,12 +221,33 @@ class Rows:
             contexts=tuple(contexts.tolist()),
         )
         ids = self._tokens[owners, positions]
+        turns = positions
+        if any(row.turns is not None for row in rows):
+            turns = positions.astype(np.float32)
+            for item, row, start in zip(work, rows, starts.tolist(), strict=True):
+                turns[start : start + item.count] = row.positions(item.start, item.count)
         late = first == [row.length for row in rows]
         unknown = to_device(np.stack([starts[late], lines[late]]), device) if late.any() else None
         return StepBatch(
             to_device(ids, device),
             unknown,
-            to_device(positions, device),
+            to_device(turns, device),
             attention,
             starts.tolist(),
         )
+
+
+def _turns(spans: Sequence[VisionSpan]) -> tuple[np.ndarray | None, int]:
+    """Positions up to the end of the last picture, fp32, and how many are saved until there; None
+    where they are the tokens' numbers."""
+    if all(span.step == 1 for span in spans):
+        return None, 0
+    turns = np.arange(spans[-1].offset + spans[-1].length, dtype=np.float32)
+    less = 0
+    for span in spans:
+        end = span.offset + span.length
+        before = span.offset - less - 1
+        turns[span.offset : end] = before + span.step * np.arange(1, span.length + 1)
+        less += saved(span.length, span.step)
+        turns[end:] = np.arange(end, len(turns)) - less
+    return turns, less

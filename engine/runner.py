@@ -133,6 +133,7 @@ class ModelRunner:
             geometry=config.geometry,
             prompt_format=config.prompt_format,
             max_model_len=limit,
+            max_positions=config.max_model_len,
             vocab_size=config.vocab_size,
             eos_token_ids=config.eos_token_ids,
             block_size=settings.block_size,
@@ -444,9 +445,11 @@ def _dtype(settings: EngineSettings, config: ModelConfig, device: torch.device) 
 
 def _max_model_len(settings: EngineSettings, config: ModelConfig) -> int:
     if settings.max_model_len > config.max_model_len:
-        raise ValueError(
-            f"max_model_len is {settings.max_model_len}, but the model's positions end at "
-            f"{config.max_model_len}"
+        logger.info(
+            "max_model_len=%d: beyond %d tokens, the model's positions, are only prompts whose "
+            "pictures take fewer positions than tokens (v2pe_delta)",
+            settings.max_model_len,
+            config.max_model_len,
         )
     return settings.max_model_len or config.max_model_len
 

@@ -76,7 +76,9 @@ class Sequence:
         self.max_len = max_len
         self.stop_ids = frozenset(request.sampling.stop_token_ids)
         self.items = request.items
-        self.spans = [VisionSpan(item.digest, item.offset, item.length) for item in request.items]
+        self.spans = [
+            VisionSpan(item.digest, item.offset, item.length, item.step) for item in request.items
+        ]
         self.status = Status.WAITING
         self.started = False
         self.num_computed = 0

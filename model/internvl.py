@@ -64,7 +64,8 @@ class InternVL(nn.Module):
         kv: KVCache,
         attention: AttentionBackend,
     ) -> Tensor:
-        """Embeddings ``[N, hidden]`` at ``positions`` [N] to hidden states ``[N, hidden]``."""
+        """Embeddings ``[N, hidden]`` to hidden states ``[N, hidden]``, at ``positions`` [N], which
+        may be fractions in fp32."""
         text = self.config.text
         # A step's few cosines cost less than a table that has to follow the device about.
         frequencies = inverse_frequencies(text.head_dim, text.rope_theta, positions.device)

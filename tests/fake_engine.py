@@ -43,6 +43,7 @@ def make_ready(template: PromptFormat = HF, max_model_len: int = 512) -> Ready:
         geometry=VisionGeometry(tile_size=4, tokens_per_tile=3),
         prompt_format=template,
         max_model_len=max_model_len,
+        max_positions=max_model_len,
         vocab_size=reference().get_vocab_size(),
         eos_token_ids=(EOS,),
         block_size=16,

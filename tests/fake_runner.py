@@ -89,6 +89,7 @@ class FakeRunner:
             geometry=GEOMETRY,
             prompt_format=PromptFormat("hf", None, False),
             max_model_len=settings.max_model_len or max_model_len,
+            max_positions=settings.max_model_len or max_model_len,
             vocab_size=VOCAB,
             eos_token_ids=(EOS,),
             block_size=settings.block_size,

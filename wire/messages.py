@@ -17,7 +17,8 @@ class VisionItem(msgspec.Struct, frozen=True, array_like=True):
     ``digest`` identifies pixels and tile settings. The picture's context tokens stand at
     ``prompt[offset : offset + length]`` and ``length == tiles * tokens_per_tile``; ``<img>``
     and ``</img>`` are outside. ``buffer`` is the index of the raw uint8 buffer
-    ``[tiles, 3, side, side]`` that travels beside the request.
+    ``[tiles, 3, side, side]`` that travels beside the request. ``step`` is how many positions each
+    of the tokens takes (``wire.positions``).
     """
 
     digest: bytes
@@ -25,6 +26,7 @@ class VisionItem(msgspec.Struct, frozen=True, array_like=True):
     length: int
     tiles: int
     buffer: int
+    step: float = 1.0
 
 
 class EngineRequest(msgspec.Struct, frozen=True, tag="request"):
@@ -154,7 +156,8 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The engine can serve. Everything the front end must know about the model.
 
-    ``max_model_len`` bounds prompt plus completion in tokens. ``eos_token_ids`` end a turn; the
+    ``max_model_len`` bounds prompt plus completion in tokens, and ``max_positions`` the positions
+    that they take: the model was trained with no more. ``eos_token_ids`` end a turn; the
     engine stops at them only where a request has them among its stop ids.
     ``vocab_size`` bounds the ids the model accepts. ``vision_token_bytes`` is what one encoded
     picture token occupies (hidden size times element size); the vision cache counts with it.
@@ -172,8 +175,13 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     dtype: str
     attention: str
     parameters: int
+    max_positions: int
     vision_token_bytes: int = 0
     grammars: bool = False
+
+    def context(self, saved: int = 0) -> int:
+        """Tokens of the longest sequence whose pictures save so many positions."""
+        return min(self.max_model_len, self.max_positions + saved)
 
 
 class Fault(msgspec.Struct, frozen=True, tag="fault"):

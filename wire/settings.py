@@ -186,6 +186,13 @@ class ServerSettings:
         "format.",
         choices=("auto", "always", "never"),
     )
+    v2pe_delta: str = knob(
+        "1",
+        "Positions that each token of a picture takes, for requests that say nothing: less than 1 "
+        "leaves more of the context to them; 'auto' is the largest with which prompt and answer "
+        "end inside the positions that the model was trained with.",
+        choices=("auto", "1", *(f"1/{2**power}" for power in range(1, 9))),
+    )
     strict_fields: bool = knob(
         False,
         "Refuse requests with fields that this server does not know; otherwise a header of the "

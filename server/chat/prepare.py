@@ -19,6 +19,7 @@ from server.auth import Tenant
 from server.chat.conversation import Conversation, Viewing, read_conversation
 from server.chat.demands import Demand, callable_tools, demanded
 from server.chat.grounding import BoxReader
+from server.chat.positions import Asked, place, read_delta
 from server.chat.prompt import Ending, PromptBuilder, Segment
 from server.chat.sampling import Defaults, either, fit_sampling, read_sampling
 from server.chat.showing import Canvas, Gallery, Media, Room, show
@@ -33,6 +34,7 @@ from server.tokenizer import Tokenizer
 from wire.channel import Buffer
 from wire.errors import InvalidRequest, NotFound
 from wire.messages import EngineRequest, Ready, VisionItem
+from wire.positions import all_saved
 from wire.sampling import Grammar, SamplingParams
 from wire.settings import MediaSettings, Settings
 
@@ -60,6 +62,7 @@ class ServedModel:
     prompts: PromptBuilder
     defaults: Defaults
     has_priorities: bool
+    delta: Asked = 1.0
 
     @classmethod
     def load(cls, name: str, created: int, ready: Ready, settings: Settings) -> "ServedModel":
@@ -79,7 +82,8 @@ class ServedModel:
         )
         has_priorities = settings.engine.scheduling_policy == "priority"
         defaults = Defaults.load(folder)
-        return cls(name, created, ready, tokenizer, prompts, defaults, has_priorities)
+        delta = read_delta(settings.server.v2pe_delta)
+        return cls(name, created, ready, tokenizer, prompts, defaults, has_priorities, delta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,14 +140,16 @@ async def prepare(
     prompt = await run(model.prompts.build, canvas.segments, gallery.pictures, frames)
     shown = account(gallery, conversation, canvas.segments, model.ready.geometry.tokens_per_tile)
     visual = [one.facts.tokens for one in shown]
-    sampling = fit_sampling(sampling, request, len(prompt.ids), model.ready.max_model_len, visual)
+    items = place(prompt.items, canvas.delta, len(prompt.ids) + canvas.reserve, model.ready)
+    context = model.ready.context(all_saved(items))
+    sampling = fit_sampling(sampling, request, len(prompt.ids), context, visual)
     boxes = _box_reader(request, gallery, model)
     if request.continues:
         await run(boxes.skip, model.prompts.last_turn(prompt.ids))
     options = request.stream_options
     named = request.tool_choice is not None and request.tool_choice.single
     return PreparedChat(
-        engine=engine_request(request, identity, prompt.ids, prompt.items, sampling, tenant),
+        engine=engine_request(request, identity, prompt.ids, items, sampling, tenant),
         buffers=[picture.tiles for picture in prompt.buffers],
         n=either(request.n, 1),
         model=model,
@@ -163,7 +169,7 @@ async def prepare(
         shown=shown,
         meter=Meter(prompt.items, shown),
         media_seconds=media_seconds,
-        spending=spending(request, sampling, len(prompt.ids), prompt.items, tenant),
+        spending=spending(request, sampling, len(prompt.ids), items, tenant),
     )
 
 
@@ -263,7 +269,9 @@ async def read_prompt(
     conversation = await run(read_conversation, request.messages, viewing)
     segments = await run(_render, request, conversation, model, ending)
     _, answer = request.length
-    return conversation, Canvas(model.prompts, segments, model.ready, request.visual_budget, answer)
+    delta = either(request.v2pe_delta, model.delta)
+    budget = request.visual_budget
+    return conversation, Canvas(model.prompts, segments, model.ready, budget, answer, delta)
 
 
 async def _check_demand(

@@ -40,7 +40,7 @@ class Sketch:
 
     def fits(self, prompt: int) -> bool:
         """Whether so many tokens leave room for the answer that is asked for."""
-        return prompt + (self.canvas.answer_tokens or 1) <= self.model.ready.max_model_len
+        return prompt + (self.canvas.answer_tokens or 1) <= self.canvas.context
 
 
 async def sketch(
@@ -69,7 +69,7 @@ def preview(sketch: Sketch) -> Preview:
     """What it would cost. Slow: call it in a thread. Raises InvalidRequest for a budget that is too
     small."""
     model, canvas = sketch.model, sketch.canvas
-    geometry, context = model.ready.geometry, model.ready.max_model_len
+    geometry, context = model.ready.geometry, canvas.context
     fitter = sketch.fitter()
     views = fitter.asked()
     with suppress(ContextTooLong):

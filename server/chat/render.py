@@ -37,7 +37,7 @@ def render(sketch: Sketch) -> Render:
         prompt=whole_text(sketch.model.tokenizer, prompt.ids),
         token_ids=prompt.ids,
         prompt_tokens=len(prompt.ids),
-        max_model_len=sketch.model.ready.max_model_len,
+        max_model_len=sketch.canvas.context,
         parts=parts,
     )
 

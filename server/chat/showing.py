@@ -17,6 +17,7 @@ from preprocessing.pool import PoolStats
 from preprocessing.turns import few_at_a_time
 from server.chat import visual
 from server.chat.conversation import Conversation
+from server.chat.positions import Asked
 from server.chat.prompt import Prompt, PromptBuilder, Segment, Video
 from server.schemas.chat import VisualBudget
 from wire.errors import ContextTooLong
@@ -107,6 +108,20 @@ class Canvas:
     ready: Ready
     budget: VisualBudget | None
     answer_tokens: int | None
+    delta: Asked = 1.0
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer. Where a picture's tokens take less than a position each, in
+        the end its positions are counted too."""
+        return self.ready.context() if self.delta == 1 else self.ready.max_model_len
+
+    @property
+    def reserve(self) -> int:
+        """Tokens for an answer of which the request does not say how long it may be, or does."""
+        if self.answer_tokens is None:
+            return min(ANSWER_TOKENS, self.context // 8)
+        return self.answer_tokens
 
     @property
     def order(self) -> list[int]:
@@ -145,14 +160,11 @@ class Canvas:
         # With a frame each, and less what it is counted for: what stands before a video and what
         # stands behind it may be fewer tokens with nothing between them.
         text = self._text(len(parts) - videos, [1] * videos) - videos * frame
-        context = self.ready.max_model_len
-        reserve = self.answer_tokens
-        if reserve is None:
-            reserve = min(ANSWER_TOKENS, context // 8)
+        context = self.context
         return visual.Limits(
             self.ready.geometry,
             context,
-            context - text - reserve,
+            context - text - self.reserve,
             context - text - (self.answer_tokens or 1),
             frame,
             self.budget,
@@ -172,9 +184,7 @@ class Canvas:
         text = sum(len(s.encode()) for s in self.segments if isinstance(s, str))
         text += 2 * len(self.segments) + shots * self.prompts.frame_tokens(shots)
         answer = self.answer_tokens or ANSWER_TOKENS
-        return most * self.ready.geometry.tokens_per_tile + text + answer <= (
-            self.ready.max_model_len
-        )
+        return most * self.ready.geometry.tokens_per_tile + text + answer <= self.context
 
 
 async def show(

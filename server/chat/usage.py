@@ -110,9 +110,11 @@ class Meter:
         usage = Usage(prompt, completion, prompt + completion, details)
         if self._shown:
             used = [self._used(shown) for shown in self._shown]
+            step = self._items[0].step  # all have the same
             usage.internvl = MediaUsage(
                 [one for one in used if isinstance(one, ImageUsage)],
                 [one for one in used if isinstance(one, VideoUsage)],
+                step if step != 1 else None,
             )
         return usage
 

@@ -76,7 +76,7 @@ def _chat(
     model: ServedModel,
     tenant: Tenant,
 ) -> PreparedChat:
-    fitted = fit_sampling(sampling, request, len(ids), model.ready.max_model_len)
+    fitted = fit_sampling(sampling, request, len(ids), model.ready.context())
     options = request.stream_options
     return PreparedChat(
         engine=engine_request(request, identity, ids, [], fitted, tenant),

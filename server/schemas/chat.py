@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema,
 
 from server.schemas.form import Form, OrText, clip, clip_name, wrong
 from server.schemas.generation import Generation
+from wire.positions import STEPS
 from wire.sampling import MAX_LOGPROBS
 
 MAX_MESSAGES = 2048
@@ -307,6 +308,19 @@ class TemplateKwargs(Form):
     thinking: NoThinking = None
 
 
+def _delta(value: object) -> object:
+    if value == "auto" or (type(value) in (int, float) and value in STEPS):
+        return value
+    raise wrong(f"must be 'auto' or one of {', '.join(f'{step:g}' for step in STEPS)}")
+
+
+Delta = Annotated[
+    float | Literal["auto"],
+    BeforeValidator(_delta),
+    WithJsonSchema({"enum": ["auto", *STEPS]}),
+]
+
+
 class ChatRequest(Generation):
     """POST /v1/chat/completions: the fields that have an effect."""
 
@@ -364,6 +378,7 @@ class ChatRequest(Generation):
     # Our own
     visual_budget: VisualBudget | None = None
     preprocess: Literal["normalized", "reference"] | None = None
+    v2pe_delta: Delta | None = None
 
     @model_validator(mode="after")
     def _likeliest_of_something(self) -> "ChatRequest":

@@ -48,11 +48,13 @@ class VideoUsage(PartUsage, kw_only=True):
     fps: float | None = None
 
 
-class MediaUsage(msgspec.Struct):
-    """What each picture and each video of a request took, in their order."""
+class MediaUsage(msgspec.Struct, omit_defaults=True):
+    """What each picture and each video of a request took, in their order. ``v2pe_delta`` is how
+    many positions each of their tokens takes, if that is not 1."""
 
     images: list[ImageUsage]
     videos: list[VideoUsage]
+    v2pe_delta: float | None = None
 
 
 class Usage(msgspec.Struct):

@@ -1,6 +1,7 @@
 """transformers' own InternVL over the same checkpoint folder, as the oracle of the parity tests."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -44,11 +45,24 @@ class Reference:
         return out.logits[0].float()
 
     @torch.inference_mode()
-    def greedy(self, ids: list[int], tiles: Tensor | None, count: int) -> list[int]:
-        """``count`` likeliest tokens, with a cache, one after the other."""
+    def greedy(
+        self,
+        ids: list[int],
+        tiles: Tensor | None,
+        count: int,
+        positions: list[float] | None = None,
+    ) -> list[int]:
+        """``count`` likeliest tokens, with a cache, one after the other. ``positions`` are those of
+        the prompt; behind it they are whole numbers further."""
         pixels = None if tiles is None else ((tiles.float() - _MEAN) / _STD).to(self.dtype)
-        out = self._model(input_ids=torch.tensor([ids]), pixel_values=pixels, use_cache=True)
-        tokens = []
+        at = list(range(len(ids))) if positions is None else positions
+        out = self._model(
+            input_ids=torch.tensor([ids]),
+            pixel_values=pixels,
+            use_cache=True,
+            **self._at(at, len(ids)),
+        )
+        tokens: list[int] = []
         while True:
             tokens.append(int(out.logits[0, -1].argmax()))
             if len(tokens) == count:
@@ -57,7 +71,13 @@ class Reference:
                 input_ids=torch.tensor([tokens[-1:]]),
                 past_key_values=out.past_key_values,
                 use_cache=True,
+                **self._at([math.ceil(at[-1]) + len(tokens)], len(ids) + len(tokens)),
             )
+
+    def _at(self, positions: list[float], length: int) -> dict[str, Tensor]:
+        # Without a mask, positions that do not go up by one would mean several sequences in one.
+        mask = torch.ones(1, length, dtype=torch.long)
+        return {"position_ids": torch.tensor([positions]), "attention_mask": mask}
 
 
 def _join_experts(model: torch.nn.Module, state: dict[str, Tensor]) -> None:

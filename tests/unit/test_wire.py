@@ -37,6 +37,7 @@ READY = Ready(
     geometry=VisionGeometry(448, 256, mean=(0.1, 0.2, 0.3)),
     prompt_format=PromptFormat("hf", None, False),
     max_model_len=4096,
+    max_positions=4096,
     vocab_size=1000,
     eos_token_ids=(1, 2),
     block_size=16,
