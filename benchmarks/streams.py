@@ -69,7 +69,7 @@ def demo(streams: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def stalled(count: int, flags: list[str], folder: Path) -> dict[str, Any]:
+def stalled(count: int, tokens: int, flags: list[str], folder: Path) -> dict[str, Any]:
     server = frontend.Server(count, OFFERED, folder, ["--send-timeout", "600", *flags])
     clients = []
     try:
@@ -78,7 +78,7 @@ def stalled(count: int, flags: list[str], folder: Path) -> dict[str, Any]:
             client = socket.socket()
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", server.port))
-            client.sendall(request(number, STALLED_TOKENS))
+            client.sendall(request(number, tokens))
             clients.append(client)
         seen = []
         while not server.sent.exists():
@@ -86,7 +86,7 @@ def stalled(count: int, flags: list[str], folder: Path) -> dict[str, Any]:
             seen.append((resident(server.pid), in_sockets()))
         return {
             "clients": count,
-            "tokens_each": STALLED_TOKENS,
+            "tokens_each": tokens,
             "api_mib_before": before[0],
             "api_mib_most": max(api for api, _ in seen),
             "sockets_mib_before": before[1],
@@ -113,7 +113,7 @@ def main() -> int:
         if arguments.streams:
             found["demo"] = demo(arguments.streams, folder)
         if arguments.stalled:
-            found["stalled"] = stalled(arguments.stalled, [], folder)
+            found["stalled"] = stalled(arguments.stalled, STALLED_TOKENS, [], folder)
     print(json.dumps(found, indent=2))
     return 0
 
