@@ -167,7 +167,7 @@ async def prepare(
         include_usage=bool(options is not None and options.include_usage),
         resumable=bool(options is not None and options.resumable),
         shown=shown,
-        meter=Meter(prompt.items, shown),
+        meter=Meter(items, shown),
         media_seconds=media_seconds,
         spending=spending(request, sampling, len(prompt.ids), items, tenant),
     )
