@@ -319,8 +319,12 @@ class DecodePool:
                 raise
             if task.cancelled():
                 raise Unavailable("The server is stopping.", param=param)
-            with contextlib.suppress(_WorkerDied):
-                return task.result()
+            try:
+                with contextlib.suppress(_WorkerDied):
+                    return task.result()
+            finally:
+                # A task keeps its error, whose frames keep the task, and the picture.
+                del task
         raise MediaRefused(f"{NOUNS[kind]} could not be decoded.", param=param)
 
     async def _next(self, kind: Kind, param: str) -> _Worker:

@@ -25,6 +25,12 @@ async def few_at_a_time(
     try:
         return list(await asyncio.gather(*tasks))
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _end(tasks)
+        # They keep their errors, whose frames keep them, and what the parts hold.
+        tasks.clear()
+
+
+async def _end(tasks: Sequence["asyncio.Future[T]"]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -99,6 +99,7 @@ class Service:
                     )
                     self.settled.set()
                 self.responses.expire()
+                self.files.expire()
                 await asyncio.sleep(WATCH_INTERVAL)
         except Unavailable as error:
             if self._draining:

@@ -4,6 +4,8 @@ fields. Everything is bounded, and nothing is ever written to a disk."""
 import io
 import logging
 import re
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
@@ -14,6 +16,9 @@ from server.errors import UnsupportedMediaType
 from server.schemas.form import clip_name
 from wire.errors import BodyTooLarge, InvalidRequest, Unavailable
 
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
 # It warns of every form that is wrong, in words that hold a client's bytes.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
@@ -22,6 +27,9 @@ MAX_PARTS = 16
 MAX_FIELD = 1024  # bytes of a value, and of a name
 MAX_HEADERS = 8  # of a part, of MAX_HEADER bytes each
 MAX_HEADER = 4096
+MAX_BOUNDARY = 70  # RFC 2046
+# Each boundary takes the parser a while, if it is none too; clients choose one that the file lacks.
+MAX_BOUNDARIES = 1000
 MAX_FILENAME = 255  # characters
 UNNAMED = "upload"
 
@@ -29,19 +37,46 @@ UNNAMED = "upload"
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
-class FormReader:
-    """Takes a form piece by piece; its file has at most ``most`` bytes, which take their memory
-    from ``room`` as they come. ``fields`` and ``filename`` are whole when ``finish`` returns.
+async def read_upload(
+    content_type: str, pieces: AsyncIterator[bytes], most: int, room: Share
+) -> "UploadForm":
+    """A form; its file has at most ``most`` bytes, which take their memory from ``room`` as they
+    come. Raises UnsupportedMediaType, InvalidRequest, BodyTooLarge, Unavailable without room, and
+    what ``pieces`` raises."""
+    kind, options = parse_options_header(content_type)
+    if kind != b"multipart/form-data":
+        raise UnsupportedMediaType("Content-Type must be multipart/form-data.")
+    boundary = options.get(b"boundary", b"")
+    if not 0 < len(boundary) <= MAX_BOUNDARY:
+        raise InvalidRequest(
+            f"Content-Type must name the boundary of the form, of up to {MAX_BOUNDARY} bytes."
+        )
+    form = UploadForm(most, room)
+    # The form does not know its parser: a circle would keep the file until someone looks for it.
+    parser = MultipartParser(
+        boundary, form.callbacks, max_header_count=MAX_HEADERS, max_header_size=MAX_HEADER
+    )
+    boundaries = 0
+    async for piece in pieces:
+        boundaries += piece.count(b"\r\n--" + boundary)
+        if boundaries > MAX_BOUNDARIES:
+            raise InvalidRequest("The boundary of the form stands in its file.")
+        try:
+            parser.write(piece)
+        except FormParserError:
+            raise _broken() from None
+    if not form.is_whole:
+        raise _broken()
+    return form
 
-    Raises UnsupportedMediaType, and InvalidRequest without a boundary.
-    """
 
-    def __init__(self, content_type: str, most: int, room: Share) -> None:
-        kind, options = parse_options_header(content_type)
-        if kind != b"multipart/form-data":
-            raise UnsupportedMediaType("Content-Type must be multipart/form-data.")
+class UploadForm:
+    """What a form holds, while it is read and after."""
+
+    def __init__(self, most: int, room: Share) -> None:
         self.fields: dict[str, str] = {}
         self.filename = UNNAMED
+        self.is_whole = False
         self._most = most
         self._room = room
         self._file: io.BytesIO | None = None
@@ -49,43 +84,27 @@ class FormReader:
         self._name = ""
         self._field: bytearray | None = None  # of the part that is being read; None: it is the file
         self._parts = 0
-        self._ended = False
-        boundary = options.get(b"boundary", b"")
-        try:
-            if not boundary:
-                raise FormParserError("none")
-            self._parser = MultipartParser(
-                boundary,
-                {
-                    "on_part_begin": self._begin,
-                    "on_header_begin": self._begin_header,
-                    "on_header_field": self._add_header,
-                    "on_header_value": self._add_value,
-                    "on_header_end": self._end_header,
-                    "on_headers_finished": self._open,
-                    "on_part_data": self._add,
-                    "on_part_end": self._end_part,
-                    "on_end": self._end,
-                },
-                max_header_count=MAX_HEADERS,
-                max_header_size=MAX_HEADER,
-            )
-        except FormParserError:
-            raise InvalidRequest("Content-Type must name the boundary of the form.") from None
 
-    def feed(self, piece: bytes) -> None:
-        """Take what comes next. Raises InvalidRequest, BodyTooLarge, and Unavailable without
-        room."""
-        try:
-            self._parser.write(piece)
-        except FormParserError:
-            raise _broken() from None
-
-    def finish(self) -> bytes | None:
-        """The bytes of the file, if there is one. Raises InvalidRequest."""
-        if not self._ended:
-            raise _broken()
+    @property
+    def file(self) -> bytes | None:
+        """The bytes of the file, if there is one; without a copy, as a BytesIO lends its own
+        buffer."""
         return None if self._file is None else self._file.getvalue()
+
+    @property
+    def callbacks(self) -> "MultipartCallbacks":
+        """For the parser."""
+        return {
+            "on_part_begin": self._begin,
+            "on_header_begin": self._begin_header,
+            "on_header_field": self._add_header,
+            "on_header_value": self._add_value,
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._open,
+            "on_part_data": self._add,
+            "on_part_end": self._end_part,
+            "on_end": self._end,
+        }
 
     def _begin(self) -> None:
         self._parts += 1
@@ -151,7 +170,7 @@ class FormReader:
             self.fields[self._name] = _text(self._field, clip_name(self._name))
 
     def _end(self) -> None:
-        self._ended = True
+        self.is_whole = True
 
 
 def _text(data: bytes | bytearray, what: str) -> str:

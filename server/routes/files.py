@@ -12,7 +12,6 @@ import msgspec
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from preprocessing.budget import Share
 from preprocessing.media import File, PictureFacts
 from server.auth import Tenant
 from server.chat.sse import unless_gone
@@ -20,7 +19,7 @@ from server.cors import OriginRefused
 from server.errors import is_anthropic
 from server.files import Upload, no_file
 from server.lifecycle import Service
-from server.multipart import FILE, FormReader
+from server.multipart import FILE, UploadForm, read_upload
 from server.routes.body import told
 from server.schemas.files import (
     AnthropicUpload,
@@ -52,7 +51,9 @@ async def upload_file(request: Request) -> Response:
     service: Service = request.app.state.service
     _check_origin(request, service.settings.server.cors_origins)
     async with service.preparing(), service.media.arriving() as room:
-        form = await _receive(request, service, room)
+        most = min(service.settings.server.max_file_bytes, service.files.most_bytes)
+        content_type = request.headers.get("content-type", "")
+        form = await read_upload(content_type, request.stream(), most, room)
         return await unless_gone(request.receive, _keep(request, service, form))
 
 
@@ -63,15 +64,7 @@ def _check_origin(request: Request, allowed: Sequence[str]) -> None:
         raise OriginRefused("Pages of this origin may not send files to this server.")
 
 
-async def _receive(request: Request, service: Service, room: Share) -> FormReader:
-    most = min(service.settings.server.max_file_bytes, service.files.most_bytes)
-    form = FormReader(request.headers.get("content-type", ""), most, room)
-    async for piece in request.stream():
-        form.feed(piece)
-    return form
-
-
-async def _keep(request: Request, service: Service, form: FormReader) -> Response:
+async def _keep(request: Request, service: Service, form: UploadForm) -> Response:
     raw: dict[str, object] = dict(form.fields)
     for name, value in form.fields.items():
         if nested := _NESTED.fullmatch(name):
@@ -79,9 +72,8 @@ async def _keep(request: Request, service: Service, form: FormReader) -> Respons
             outer = raw.setdefault(nested[1], {})
             if isinstance(outer, dict):
                 outer[nested[2]] = value
-    data = form.finish()
-    if data is not None:
-        raw[FILE] = data
+    if form.file is not None:
+        raw[FILE] = form.file
     strict = service.settings.server.strict_fields
     asked: OpenAIUpload | AnthropicUpload
     if is_anthropic(request.scope):

@@ -5,6 +5,7 @@ megabytes."""
 import asyncio
 import dataclasses
 import gc
+import io
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -77,9 +78,16 @@ async def post(port: int, *urls: str, wait_for: asyncio.Event | None, **fields: 
     so that the client has no circles of its own."""
     content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     body = json.dumps({"messages": [{"role": "user", "content": content}], **fields}).encode()
+    return await send(port, "/v1/chat/completions", "application/json", body, wait_for)
+
+
+async def send(
+    port: int, path: str, kind: str, body: bytes, wait_for: asyncio.Event | None = None
+) -> bytes:
+    """Likewise, of any request."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head += f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
     answer = b""
     if wait_for is None:
@@ -109,8 +117,11 @@ def left_behind() -> list[str]:
     found = []
     for garbage in gc.garbage:
         for held in gc.get_referents(garbage):
-            if isinstance(held, bytes | bytearray | str) and len(held) >= LARGE:
-                found.append(f"a {type(garbage).__name__} holds {len(held)} bytes")
+            size = len(held.getbuffer()) if isinstance(held, io.BytesIO) and not held.closed else 0
+            if isinstance(held, bytes | bytearray | str):
+                size = len(held)
+            if size >= LARGE:
+                found.append(f"a {type(garbage).__name__} holds {size} bytes")
     gc.garbage.clear()
     return found
 
@@ -151,6 +162,31 @@ async def test_no_request_leaves_its_pictures_to_the_garbage_collector(running: 
             await running.engine.abort_seen.wait()
         await running.service.gate.idle.wait()
         running.engine.buffers.clear()
+        if left := left_behind():
+            found[name] = left
+    assert not found
+
+
+PICTURE = encode(draw("red", "circle", (300, 300)), "bmp")
+
+
+@pytest.mark.usefixtures("no_collector")
+async def test_no_upload_leaves_its_file_to_the_garbage_collector(running: Running) -> None:
+    cases: dict[str, tuple[bytes, bytes, bytes]] = {
+        "kept": (PICTURE, b"vision", b"200"),
+        "for nothing that is here": (PICTURE, b"batch", b"400"),
+        "no picture": (b"no picture" * LARGE, b"vision", b"400"),
+        "broken": (b"\x89PNG\r\n\x1a\n" + bytes(LARGE), b"vision", b"400"),
+        "with a field that is too long": (PICTURE, b"vision" * 999, b"400"),
+        "no form": (PICTURE + b"\r\n--b\r\n?", b"", b"400"),
+    }
+    found = {}
+    part = b'--b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n'
+    for name, (data, purpose, status) in cases.items():
+        body = part % (b"file", data) + part % (b"purpose", purpose) + b"--b--\r\n"
+        answer = await send(running.port, "/v1/files", "multipart/form-data; boundary=b", body)
+        assert answer.startswith(b"HTTP/1.1 " + status), (name, answer)
+        await running.service.gate.idle.wait()
         if left := left_behind():
             found[name] = left
     assert not found

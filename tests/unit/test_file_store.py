@@ -83,8 +83,9 @@ def test_files_end_with_their_time_and_never_later_than_the_server_keeps_them() 
     shop.now = 1099.9
     assert shop.store.count == 2
     shop.now = 1100
-    assert shop.store.used == 0  # nobody has asked for them
+    shop.store.expire()  # nobody has asked for them
     assert shop.evicted == ["expired"] * 3
+    assert shop.store.used == 0
 
 
 def test_an_upload_that_is_renewed_lives_from_then_on() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from preprocessing.budget import Budget
 from server.errors import UnsupportedMediaType
-from server.multipart import MAX_FIELD, MAX_FILENAME, MAX_HEADER, MAX_PARTS, FormReader
+from server.multipart import MAX_FIELD, MAX_FILENAME, MAX_HEADER, MAX_PARTS, UploadForm, read_upload
 from wire.errors import BodyTooLarge, InvalidRequest, ServiceError, Unavailable
 
 BOUNDARY = b"----boundary"
@@ -31,19 +31,20 @@ PURPOSE = part(b'name="purpose"', b"vision")
 
 def read(
     body: bytes, *, pieces: Callable[[bytes], Iterator[bytes]] | None = None, **options: int
-) -> tuple[bytes | None, FormReader]:
+) -> tuple[bytes | None, UploadForm]:
     """What a form holds, and its reader."""
 
-    async def run() -> tuple[bytes | None, FormReader]:
+    async def arriving() -> AsyncIterator[bytes]:
+        for piece in pieces(body) if pieces else iter([body]):
+            yield piece
+
+    async def run() -> tuple[bytes | None, UploadForm]:
         budget = Budget(options.get("room", 1 << 20))
         async with budget.share(0) as room:
-            reader = FormReader(TYPE, options.get("most", 1 << 20), room)
-            for piece in pieces(body) if pieces else iter([body]):
-                reader.feed(piece)
-            data = reader.finish()
-            assert budget.used == len(data or b"")
+            form = await read_upload(TYPE, arriving(), options.get("most", 1 << 20), room)
+            assert budget.used == len(form.file or b"")
         assert budget.used == 0
-        return data, reader
+        return form.file, form
 
     return asyncio.run(run())
 
@@ -114,21 +115,36 @@ def test_what_is_no_whole_form_is_refused(body: bytes) -> None:
     assert "form" in error.message or "UTF-8" in error.message
 
 
+async def read_nothing(content_type: str) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"never read"
+        raise AssertionError
+
+    async with Budget(1).share(0) as room:
+        await read_upload(content_type, pieces(), 1, room)
+
+
 @pytest.mark.parametrize(
     "given",
     ["", "application/json", "multipart/mixed; boundary=x", "application/x-www-form-urlencoded"],
 )
 async def test_another_type_of_body_is_415(given: str) -> None:
-    async with Budget(1).share(0) as room:
-        with pytest.raises(UnsupportedMediaType):
-            FormReader(given, 1, room)
+    with pytest.raises(UnsupportedMediaType):
+        await read_nothing(given)
 
 
-@pytest.mark.parametrize("given", ["", "; boundary", "; boundary=" + 300 * "x"])
+@pytest.mark.parametrize("given", ["", "; boundary", '; boundary=""', "; boundary=" + 71 * "x"])
 async def test_a_form_without_a_boundary_that_can_be_one_is_refused(given: str) -> None:
-    async with Budget(1).share(0) as room:
-        with pytest.raises(InvalidRequest, match="boundary"):
-            FormReader("multipart/form-data" + given, 1, room)
+    with pytest.raises(InvalidRequest, match="boundary"):
+        await read_nothing("multipart/form-data" + given)
+
+
+def test_a_boundary_stands_in_no_file() -> None:
+    almost = (b"\r\n--" + BOUNDARY + b"x") * 990
+    assert read(part(FILE, almost) + END)[0] == almost
+    error = refused(part(FILE, almost * 2) + END)
+    assert isinstance(error, InvalidRequest)
+    assert "boundary" in error.message
 
 
 def test_there_is_one_file_and_each_field_once() -> None:
