@@ -23,6 +23,7 @@ from server.schemas.common import (
     ErrorBody,
     ErrorDetail,
 )
+from server.schemas.validate import what_is_wrong
 from wire.errors import ClientError, EngineFailed, InvalidRequest, NotFound, ServiceError
 from wire.logs import request_id
 
@@ -133,8 +134,9 @@ async def on_wrong_parameter(_: Request, error: Exception) -> Response:
     """Handler for what FastAPI finds wrong with a path or a query."""
     if not isinstance(error, RequestValidationError):
         raise error
-    name = str(error.errors()[0]["loc"][-1])
-    return error_response(InvalidRequest(f"{name} has a value that is not allowed.", param=name))
+    details = error.errors()[0]
+    name = str(details["loc"][-1])
+    return error_response(InvalidRequest(f"{name} {what_is_wrong(details)}.", param=name))
 
 
 async def on_http_error(_: Request, error: Exception) -> Response:

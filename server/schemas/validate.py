@@ -26,6 +26,7 @@ _SENTENCES: dict[str, _Sentence] = {
     "none_required": lambda _: "is not supported; leave it out",
     "string_type": lambda _: "must be a string",
     "int_type": lambda _: "must be an integer",
+    "int_parsing": lambda _: "must be an integer",
     "int_parsing_size": lambda _: "is too large",
     "float_type": lambda _: "must be a number",
     "finite_number": lambda _: "must be a finite number",
@@ -137,10 +138,13 @@ def _first(error: ValidationError) -> InvalidRequest:
         elif step and not step.startswith("<"):
             joint = "." if path and not step.startswith("[") else ""
             path += joint + clip_name(step)
-    sentence = _SENTENCES.get(details["type"], _not_allowed)
     code: Code | None = "missing_required_parameter" if details["type"] == "missing" else None
-    return InvalidRequest(f"{path} {sentence(context)}.", param=path, code=code)
+    return InvalidRequest(f"{path} {what_is_wrong(details)}.", param=path, code=code)
 
 
-def _not_allowed(_: Mapping[str, Any]) -> str:
-    return "has a value that is not allowed"
+def what_is_wrong(details: Mapping[str, Any]) -> str:
+    """What the client reads of a pydantic error after the field's name."""
+    sentence = _SENTENCES.get(details["type"])
+    if sentence is None:
+        return "has a value that is not allowed"
+    return sentence(details.get("ctx", {}))

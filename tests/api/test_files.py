@@ -144,9 +144,15 @@ async def test_lists_go_page_by_page_in_either_order(house: House) -> None:
     assert (page["data"], page["first_id"], page["last_id"]) == ([], None, None)
     answer = await house.http.get("/v1/files", params={"after": NOBODYS})
     assert error(answer) == (404, "file_not_found", "after")
-    for wrong in ({"limit": 0}, {"limit": 10_001}, {"limit": "x"}, {"order": "up"}):
-        answer = await house.http.get("/v1/files", params=wrong)
-        assert error(answer) == (400, "invalid_value", next(iter(wrong)))
+    for name, wrong, allowed in (
+        ("limit", 0, "at least 1"),
+        ("limit", 10_001, "at most 10000"),
+        ("limit", "x", "an integer"),
+        ("order", "up", "'asc' or 'desc'"),
+    ):
+        answer = await house.http.get("/v1/files", params={name: wrong})
+        assert error(answer) == (400, "invalid_value", name)
+        assert allowed in answer.json()["error"]["message"]
 
 
 async def test_the_content_comes_back_and_no_browser_shows_it(house: House) -> None:
