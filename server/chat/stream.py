@@ -7,7 +7,7 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound="HasUsage")
 
+Part = tuple[Delta, Logprobs | None]
+"""More of an answer, and the tokens since the part before it."""
+
 # JSON has no infinity; OpenAI writes this number for it.
 LEAST = -9999.0
 
@@ -78,11 +81,11 @@ class ChoiceState:
         self.stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET
         self.completion_tokens = 0
 
-    def feed(self, output: EngineOutput) -> list[Delta]:
+    def feed(self, output: EngineOutput) -> list[Part]:
         """What ``output`` adds to the answer. How tokens are spread over outputs makes no
-        difference to the whole."""
+        difference to the whole, nor to which part a token belongs."""
         before = self.completion_tokens
-        deltas: list[Delta] = []
+        parts: list[Part] = []
         for index, token in enumerate(output.token_ids):
             self.completion_tokens += 1
             if token == output.stop_token and not self._show_stop:
@@ -90,16 +93,16 @@ class ChoiceState:
             if output.logprobs is not None:
                 likely = output.logprobs[index]
                 self._logprobs.append(self._likely(token, likely))
-            deltas += self._add(token)
+            parts += [(delta, self.take_logprobs()) for delta in self._add(token)]
             if self.finish_reason is not None:
                 break
         if output.finish_reason is not None and self.finish_reason is None:
             if output.stop_token is not None and output.stop_token not in self._eos:
                 self.stop_reason = output.stop_token
-            deltas += self._end(output.finish_reason)
+            parts += [(delta, self.take_logprobs()) for delta in self._end(output.finish_reason)]
         if self._token_ids is not None:
             self._token_ids += output.token_ids[: self.completion_tokens - before]
-        return deltas if len(deltas) < 2 else _joined(deltas)
+        return parts if len(parts) < 2 else _joined(parts)
 
     def _add(self, token: int) -> list[Delta]:
         text = self._detokenizer.push((token,))
@@ -143,8 +146,10 @@ class ChoiceState:
 
     def take_logprobs(self) -> Logprobs | None:
         """Those of the tokens since the last call; None if there are none."""
+        if not self._logprobs:
+            return None
         taken, self._logprobs = self._logprobs, []
-        return Logprobs(taken) if taken else None
+        return Logprobs(taken)
 
     def _deltas(self, text: str) -> list[Delta]:
         if self._tools is not None:
@@ -170,15 +175,19 @@ class ChoiceState:
         return deltas
 
 
-def _joined(deltas: list[Delta]) -> list[Delta]:
+def _joined(parts: list[Part]) -> list[Part]:
     """With neighbouring texts as one."""
-    joined = deltas[:1]
-    for delta in deltas[1:]:
-        before = joined[-1]
+    joined = parts[:1]
+    for delta, logprobs in parts[1:]:
+        before, likely = joined[-1]
         if isinstance(before.content, str) and isinstance(delta.content, str):
             before.content += delta.content
+            if logprobs is not None and likely is not None:
+                likely.content += logprobs.content
+            else:
+                joined[-1] = before, likely or logprobs
         else:
-            joined.append(delta)
+            joined.append((delta, logprobs))
     return joined
 
 
@@ -204,10 +213,11 @@ async def chunks(
     def chunk(
         index: int,
         delta: Delta,
+        logprobs: Logprobs | None = None,
         finish_reason: str | None = None,
         stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET,
     ) -> Chunk:
-        logprobs, token_ids = states[index].take_logprobs(), states[index].take_token_ids()
+        token_ids = states[index].take_token_ids()
         choice = ChunkChoice(delta, index, logprobs, finish_reason, stop_reason, token_ids)
         return Chunk(chat.engine.id, created, chat.model.name, [choice])
 
@@ -223,19 +233,16 @@ async def chunks(
                 if not begun:
                     begun = True
                     metrics.time_to_first_token.observe(time.monotonic() - began)
+                    for first in await _beginnings(chat, output, chunk):
+                        yield first
                 if not state.completion_tokens:
                     place.begin()
-                    first = chunk(index, Delta(role="assistant", content=""))
-                    if index == 0:
-                        await _tell_prompt(first, chat, output)
-                    yield first
-                    if chat.echo:
-                        yield chunk(index, Delta(content=chat.echo))
-                for delta in state.feed(output):
-                    yield chunk(index, delta)
+                for delta, logprobs in state.feed(output):
+                    yield chunk(index, delta, logprobs)
                 if state.finish_reason is not None:
                     await choices.end(index)
-                    yield chunk(index, Delta(), state.finish_reason, state.stop_reason)
+                    logprobs = state.take_logprobs()
+                    yield chunk(index, Delta(), logprobs, state.finish_reason, state.stop_reason)
         if any(state.finish_reason is None for state in states):
             raise EngineFailed("The engine could not finish this request.")
         completion = sum(state.completion_tokens for state in states)
@@ -254,6 +261,17 @@ async def chunks(
         if chat.shown:
             metrics.encode_time.observe(meter.encode_seconds)
         metrics.request_time.observe(time.monotonic() - began)
+
+
+async def _beginnings(
+    chat: PreparedChat, output: EngineOutput, chunk: Callable[[int, Delta], Chunk]
+) -> list[Chunk]:
+    """What stands before the answers. All begin at once, in order: OpenAI's client expects it."""
+    first = [chunk(index, Delta(role="assistant", content="")) for index in range(chat.n)]
+    await _tell_prompt(first[0], chat, output)
+    if chat.echo:
+        first += [chunk(index, Delta(content=chat.echo)) for index in range(chat.n)]
+    return first
 
 
 async def _tell_prompt(first: Chunk, chat: PreparedChat, output: EngineOutput) -> None:

@@ -288,9 +288,10 @@ class _Items:
 
     def add(self, choice: ChunkChoice) -> Iterator[Event]:
         """What a chunk makes of them."""
-        if choice.logprobs is not None and not isinstance(self._open, OutputCall):
-            self._logprobs += choice.logprobs.content
         delta = choice.delta
+        of_call = delta.tool_calls or (isinstance(self._open, OutputCall) and not delta.content)
+        if choice.logprobs is not None and not of_call:
+            self._logprobs += choice.logprobs.content
         if isinstance(delta.content, str) and delta.content:
             if not isinstance(self._open, OutputMessage):
                 message = OutputMessage(f"msg_{uuid.uuid4().hex}", [])
@@ -329,11 +330,11 @@ class _Items:
         if isinstance(item, OutputMessage):
             (part,) = item.content
             part.logprobs += self._logprobs  # of tokens without text
+            self._logprobs = []
             yield OutputTextDone(item.id, self._index, 0, part.text, part.logprobs)
             yield ContentPartDone(item.id, self._index, 0, part)
         else:
             yield CallArgumentsDone(item.id, self._index, item.name, item.arguments)
-        self._logprobs = []
         yield OutputItemDone(self._index, item)
 
 
