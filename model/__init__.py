@@ -20,6 +20,7 @@ __all__ = [
     "build_model",
     "count_parameters",
     "load_config",
+    "skeleton",
 ]
 
 

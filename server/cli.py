@@ -5,16 +5,26 @@ import argparse
 import dataclasses
 import importlib.util
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from wire import logs
 from wire.settings import ENV_PREFIX, SettingError, Settings, each_setting, load
 
 DEMO_NAME = "internvl-demo"
 EXIT_USAGE = 2
+
+# Settings that a plan depends on.
+PLANNED = (
+    *("dtype", "quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+    *("max_tiles", "encoder_chunk_tiles", "encoder_cache_bytes", "gpu_memory_utilization"),
+)
 
 _GROUPS = {"server": "HTTP", "media": "pictures", "engine": "model, memory and scheduling"}
 
@@ -26,6 +36,8 @@ An OpenAI-compatible inference server for InternVL3.
   INTERNVL_API_KEY=secret internvl serve  clients must send this key
   internvl serve --config server.toml     the same settings from a file
   internvl key alice >> keys.toml         make a key for --api-keys-file
+  internvl doctor                         what this machine has to serve with
+  internvl plan /models/InternVL3-8B --gpu-memory 24GiB    whether a model fits
 
 Every setting can be given as a flag, as an environment variable (INTERNVL_ and its name in
 capitals) or in a TOML file; the flag wins, then the variable. `internvl serve --help` lists them.
@@ -44,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _version()
     if options.command == "key":
         return _key(options.name)
+    if options.command in ("doctor", "plan"):
+        # The model's side is never imported here: it is a process of its own, as the engine is.
+        run = {"doctor": _doctor, "plan": _plan}[options.command]
+        return run(options)
     if options.command == "settings":
         print(settings_page(), end="")
         return 0
@@ -51,13 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    given = {
-        name: value
-        for name, value in vars(options).items()
-        if value is not None and name not in ("command", "config")
-    }
     try:
-        settings = with_model(load(given, os.environ, options.config))
+        settings = with_model(load(_given(options), os.environ, options.config))
     except SettingError as error:
         print(f"internvl serve: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -82,6 +93,43 @@ def _serve(options: argparse.Namespace) -> int:
     except SettingError as error:
         print(f"internvl serve: {error}", file=sys.stderr)
         return EXIT_USAGE
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from server.doctor import examine
+
+    command = [sys.executable, "-m", "engine.doctor", *([options.model] if options.model else ())]
+    status = subprocess.run(command, check=False).returncode
+    return status or examine()
+
+
+def _plan(options: argparse.Namespace) -> int:
+    given = _given(options)
+    memory = given.pop("gpu_memory")
+    try:
+        settings = with_model(load(given, {}))
+    except SettingError as error:
+        print(f"internvl plan: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    told = msgspec.json.encode(settings.engine).decode()
+    command = [sys.executable, "-m", "engine.sizing", str(memory), told]
+    return subprocess.run(command, check=False).returncode
+
+
+def _memory(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.ASCII | re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory, such as 24GiB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(options).items()
+        if value is not None and name not in ("command", "config")
+    }
 
 
 def _key(name: str) -> int:
@@ -154,6 +202,26 @@ def _parser() -> argparse.ArgumentParser:
         "--api-keys-file to standard output.",
     )
     key.add_argument("name", metavar="NAME", help="whose it is: up to 64 of A-Z a-z 0-9 _ -")
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what this machine has to serve with",
+        description="Say what this machine has to serve with, and what of it would be used. Ends "
+        "with 1 if something keeps a model from being served.",
+    )
+    doctor.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint folder")
+    plan = commands.add_parser(
+        "plan",
+        help="say whether a model fits in a device's memory",
+        description="Say whether a model fits in a device's memory, from its config.json alone: "
+        "neither weights nor device need be here. Ends with 1 if it does not fit.",
+    )
+    plan.add_argument("model", metavar="MODEL", help="a checkpoint folder")
+    plan.add_argument(
+        "--gpu-memory", type=_memory, required=True, metavar="SIZE", help="such as 24GiB"
+    )
+    for _, field, kind in each_setting():
+        if field.name in PLANNED:
+            _add_flag(plan, field, kind)
     commands.add_parser("settings", help="print all settings as Markdown")
     commands.add_parser("version", help="print the version")
     return parser

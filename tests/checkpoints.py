@@ -88,6 +88,31 @@ INTERNVL3_1B = Shape(
     theta=1_000_000.0,
 )
 
+_SIX_B = {
+    "vision_size": 3200, "vision_layers": 45, "vision_heads": 25, "vision_mlp": 12800,
+    "norm": "rms_norm", "qkv_bias": False, "qk_norm": True,
+}  # fmt: skip
+
+
+def _family(size: int, layers: int, heads: tuple[int, int], mlp: int, **other: Any) -> Shape:
+    values = {"head_dim": 128, "size": size, "layers": layers, "mlp": mlp} | other
+    return dataclasses.replace(INTERNVL3_1B, heads=heads[0], kv_heads=heads[1], **values)
+
+
+INTERNVL3 = {
+    "1B": INTERNVL3_1B,
+    "2B": _family(1536, 28, (12, 2), 8960),
+    "8B": _family(3584, 28, (28, 4), 18944),
+    "9B": _family(
+        4096, 48, (32, 2), 10240, backbone="InternLM2ForCausalLM", text_bias=False,
+        vocab=128521, theta=5e7, eps=1e-5,
+    ),
+    "14B": _family(5120, 48, (40, 8), 13824),
+    "38B": _family(5120, 64, (40, 8), 27648, **_SIX_B),
+    "78B": _family(8192, 80, (64, 8), 29568, **_SIX_B),
+}  # fmt: skip
+"""The published shapes, all seven; the vocabulary of the 9B is not known to the last token."""
+
 SIX_B_LIKE = Shape(
     vision_size=60,
     vision_heads=5,

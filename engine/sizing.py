@@ -1,0 +1,158 @@
+"""What a checkpoint takes of a device's memory, from its config.json alone: no weights are read,
+and the device need not be here. ``internvl plan`` prints it.
+
+    python -m engine.sizing MEMORY_IN_BYTES SETTINGS_AS_JSON
+
+Weights and cache are exact. What a step takes is an estimate of its largest tensors; the server
+itself measures it when it starts.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import msgspec
+import torch
+
+from model import CheckpointError, ModelConfig, load_config, skeleton
+from model.kv_cache import KVCache
+from model.ops import Ops
+from wire.settings import EngineSettings
+
+GIB = 1 << 30
+_FP32 = 4
+# Tensors as large as the logits that sampling holds at once: themselves, their sorted values and
+# places (int64), shares and their sums.
+_OF_LOGITS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizing:
+    """Bytes, but for ``parameters`` (by part), ``context`` (tokens) and ``tokens`` that fit in the
+    cache."""
+
+    config: ModelConfig
+    dtype: str
+    parameters: dict[str, int]
+    weights: int
+    token: int  # of the KV cache
+    step: int
+    pictures: int  # encoded ones that are kept
+    usable: int
+    context: int
+
+    @property
+    def cache(self) -> int:
+        """What is left for the KV cache; less than nothing where the model does not fit."""
+        return self.usable - self.weights - self.step - self.pictures
+
+    @property
+    def tokens(self) -> int:
+        """That the cache holds."""
+        return max(self.cache, 0) // self.token
+
+    @property
+    def picture_tokens(self) -> int:
+        """Of the largest picture, with the marks before and behind it."""
+        geometry = self.config.geometry
+        tiles = geometry.tile_limit + (geometry.use_thumbnail and geometry.tile_limit > 1)
+        return tiles * geometry.tokens_per_tile + 2
+
+    @property
+    def fits(self) -> bool:
+        """Whether a sequence of full length can be computed."""
+        return self.tokens >= self.context
+
+
+def size(config: ModelConfig, settings: EngineSettings, memory: int) -> Sizing:
+    """What a model takes of a device with so many bytes of memory."""
+    config = dataclasses.replace(config, geometry=config.geometry.limited(settings.max_tiles))
+    dtype = getattr(torch, config.dtype if settings.dtype == "auto" else settings.dtype)
+    model = skeleton(config, tied=config.text.tied)
+    parts = {
+        "encoder": model.vision,
+        "projector": model.projector,
+        "language model": model.decoder,
+    }
+    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    weights = sum(parameters.values()) * dtype.itemsize
+    if settings.quantization != "none":
+        # A byte for a weight of the decoder's layers.
+        small = sum(p.numel() for p in model.decoder.layers.parameters() if p.dim() > 1)
+        weights -= small * (dtype.itemsize - 1)
+    token = config.text.hidden_size * dtype.itemsize
+    largest = (config.geometry.tile_limit + 1) * config.geometry.tokens_per_tile * token
+    return Sizing(
+        config=config,
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=parameters,
+        weights=weights,
+        token=KVCache.block_bytes(config.text, 1, dtype),
+        step=_step(config, settings, dtype.itemsize),
+        pictures=max(settings.encoder_cache_bytes, largest),
+        usable=int(memory * settings.gpu_memory_utilization),
+        context=settings.max_model_len or config.max_model_len,
+    )
+
+
+def _step(config: ModelConfig, settings: EngineSettings, size: int) -> int:
+    """Encoding, layers and sampling come one behind the other: the most that one of them takes."""
+    text, vision = config.text, config.vision
+    wide = max(2 * (text.heads + 2 * text.kv_heads) * text.head_dim, 3 * text.intermediate_size)
+    layers = settings.max_num_batched_tokens * (3 * text.hidden_size + wide) * size
+    tiles = settings.encoder_chunk_tiles or Ops().tiles_at_once(torch.device("cuda"))
+    patches = tiles * (config.tile_grid**2 + 1)
+    inner = max(4 * vision.hidden_size, vision.intermediate_size)
+    encoder = patches * (3 * vision.hidden_size + inner) * size
+    sampling = settings.max_num_seqs * text.vocab_size * _FP32 * _OF_LOGITS
+    return max(layers, encoder, sampling)
+
+
+def describe(sizing: Sizing, memory: int) -> list[str]:
+    """Lines for people."""
+    config, text = sizing.config, sizing.config.text
+    parts = ", ".join(f"{name} {count / 1e9:.3f}" for name, count in sizing.parameters.items())
+    format_name = "original" if config.format == "chat" else "native"
+    context = sizing.context
+    lines = [
+        f"{format_name} format, {text.backbone}, {text.layers} layers of {text.hidden_size}; "
+        f"encoder {config.vision.layers} layers of {config.vision.hidden_size}",
+        f"parameters        {sum(sizing.parameters.values()) / 1e9:.3f} billion ({parts})",
+        f"weights           {_gib(sizing.weights)} in {sizing.dtype}",
+        f"a step            {_gib(sizing.step)} about; measured when the server starts",
+        f"encoded pictures  {_gib(sizing.pictures)}",
+        f"KV cache          {_gib(max(sizing.cache, 0))} of {_gib(memory)}: {sizing.tokens} tokens "
+        f"of {sizing.token} bytes, {sizing.tokens / context:.1f} sequences of {context}",
+        f"a large picture   {sizing.picture_tokens} tokens: {context // sizing.picture_tokens} in "
+        "a sequence",
+    ]
+    if sizing.fits:
+        return [*lines, "It fits."]
+    if sizing.cache < sizing.token:
+        return [*lines, f"It does not fit: {_gib(sizing.token - sizing.cache)} are missing."]
+    return [
+        *lines,
+        f"It does not fit with a context of {context} tokens; with --max-model-len "
+        f"{sizing.tokens} it does.",
+    ]
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f} GiB"
+
+
+def main() -> int:
+    """Print it; 1 if the model does not fit, 2 if the checkpoint cannot be served."""
+    memory, settings = int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=EngineSettings)
+    try:
+        config = load_config(Path(settings.model))
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return 2
+    sizing = size(config, settings, memory)
+    print("\n".join(describe(sizing, memory)))
+    return 0 if sizing.fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

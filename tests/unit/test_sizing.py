@@ -1,0 +1,132 @@
+"""``internvl plan`` and ``internvl doctor``: what a model takes of a memory, and what there is."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from engine import doctor, sizing
+from engine.sizing import describe, size
+from model import load_config
+from server.cli import main
+from tests.checkpoints import INTERNVL3, make_checkpoint
+from wire.settings import EngineSettings
+
+GIB = 1 << 30
+# Billions of parameters as published, GiB of weights in bfloat16, bytes of keys and values of a
+# token: worked out by hand from the published dimensions.
+PUBLISHED = {
+    "1B": (0.938, 1.75, 12_288),
+    "2B": (2.089, 3.89, 28_672),
+    "8B": (7.944, 14.80, 57_344),
+    "9B": (9.14, 17.03, 49_152),
+    "14B": (15.117, 28.16, 196_608),
+    "38B": (38.388, 71.50, 262_144),
+    "78B": (78.408, 146.05, 327_680),
+}
+
+
+# The 9B has no native conversion.
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [(name, form) for name in PUBLISHED for form in ("chat", "hf") if (name, form) != ("9B", "hf")],
+)
+def test_every_size_takes_what_is_published(tmp_path: Path, name: str, format: str) -> None:
+    shape = INTERNVL3[name]
+    folder = make_checkpoint(tmp_path, format=format, shape=shape, weights=False)
+    found = size(load_config(folder), EngineSettings(), 80 * GIB)
+    billions, weights, token = PUBLISHED[name]
+    assert sum(found.parameters.values()) / 1e9 == pytest.approx(billions, rel=1e-3)
+    assert found.weights / GIB == pytest.approx(weights, abs=0.02)
+    assert found.token == token
+    assert found.picture_tokens == 3330
+    assert found.fits == (name not in ("38B", "78B"))
+
+
+def test_eight_bits_halve_the_layers_alone(tmp_path: Path) -> None:
+    config = load_config(make_checkpoint(tmp_path, shape=INTERNVL3["8B"], weights=False))
+    whole, small = (
+        size(config, EngineSettings(quantization=kind), 24 * GIB) for kind in ("none", "fp8")
+    )
+    # 28 layers of 233 million weights.
+    assert (whole.weights - small.weights) / 1e9 == pytest.approx(28 * 0.233, rel=0.01)
+    assert whole.parameters == small.parameters
+
+
+def test_what_would_fit_is_said(tmp_path: Path) -> None:
+    config = load_config(make_checkpoint(tmp_path, shape=INTERNVL3["8B"], weights=False))
+    short = size(config, EngineSettings(), 18 * GIB)
+    assert 0 < short.tokens < 32768
+    last = describe(short, 18 * GIB)[-1]
+    assert last.endswith(f"with --max-model-len {short.tokens} it does.")
+    held = EngineSettings(max_model_len=short.tokens)
+    assert size(config, held, 18 * GIB).fits
+    assert "are missing" in describe(size(config, EngineSettings(), 8 * GIB), 8 * GIB)[-1]
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "8B", shape=INTERNVL3["8B"], weights=False)
+
+    def run(*words: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "server", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+
+    status, told = run("plan", str(folder), "--gpu-memory", "24GiB", "--max-model-len", "999999")
+    assert status == 1
+    assert "with a context of 999999 tokens" in told
+    status, told = run("doctor", str(folder))
+    assert status == 0
+    assert "checkpoint of the format 'hf', with Qwen2ForCausalLM" in told
+    assert "are decoded" in told
+
+
+def test_what_cannot_be_served_is_said_and_has_its_own_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    settings = msgspec.json.encode(EngineSettings(model=str(tmp_path))).decode()
+    monkeypatch.setattr("sys.argv", ["", "24", settings])
+    assert sizing.main() == 2
+    assert "is not supported" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path)])
+    assert doctor.main() == 1
+    assert "bad   this checkpoint cannot be served" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["24", "24GiB", "24 g", "0.5TB"])
+def test_amounts_of_memory(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        asked.append(command[3])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("server.cli.subprocess.run", run)
+    folder = make_checkpoint(tmp_path, weights=False)
+    assert main(["plan", str(folder), "--gpu-memory", text]) == 0
+    amounts = {"24": 24, "24GiB": 24 << 30, "24 g": 24 * 10**9, "0.5TB": 500 * 10**9}
+    assert asked == [str(amounts[text])]
+
+
+@pytest.mark.parametrize("text", ["", "-3GiB", "24XB", "many", "1e9"])
+def test_what_is_no_amount_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", ".", f"--gpu-memory={text}"])
+    assert "is no amount of memory, such as 24GiB" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_told_apart_from_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("engine.doctor.LIBRARY", None)
+    monkeypatch.setattr("model.ops.native.LIBRARY", None)
+    found = list(doctor.examine())
+    assert [text for state, text in found if state == doctor.POOR] == [
+        "the project's own C was not compiled: install again with a C compiler, such as gcc"
+    ]
+    assert (doctor.OK, "attention: sdpa: is used") in found
+    monkeypatch.setattr("engine.doctor.BACKENDS", {})
+    assert list(doctor.examine())[-1] == (doctor.BAD, "no attention can be used")
