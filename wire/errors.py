@@ -109,9 +109,16 @@ class InvalidRequest(ClientError):
 
 
 class ContextTooLong(ClientError):
-    """Prompt and requested completion do not fit in the context."""
+    """Prompt and requested completion do not fit in the context of so many tokens."""
 
     code = "context_length_exceeded"
+
+    def __init__(self, context: int, message: str, *, param: str) -> None:
+        # OpenAI's words; clients that cut a conversation short look for them, or for Anthropic's
+        # "prompt is too long", and not for the code.
+        super().__init__(
+            f"This model's maximum context length is {context} tokens; {message}", param=param
+        )
 
 
 class MediaRefused(ClientError):

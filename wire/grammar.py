@@ -61,18 +61,24 @@ def complaint(matcher: LLMatcher) -> str | None:
 
 def lark(grammar: Grammar) -> str:
     """The Lark text of a grammar."""
+    if grammar.kind == "lark":
+        return _as_lark(grammar.text) + _OPTIONS
+    return f"start: {rule(grammar)}" + _OPTIONS
+
+
+def rule(grammar: Grammar) -> str:
+    """The right-hand side of the Lark rule of a grammar that is not Lark itself."""
     match grammar.kind:
         case "json_object":
-            start = json_rule({"type": "object"})
+            return json_rule({"type": "object"})
         case "json_schema":
-            start = json_rule(msgspec.json.decode(grammar.text), strict=grammar.strict)
+            return json_rule(msgspec.json.decode(grammar.text), strict=grammar.strict)
         case "regex":
-            start = "/" + regex_to_lark(grammar.text, use_ascii="d") + "/"
+            return "/" + regex_to_lark(grammar.text, use_ascii="d") + "/"
         case "choice":
-            start = " | ".join(quote(text) for text in msgspec.json.decode(grammar.text))
+            return " | ".join(quote(text) for text in msgspec.json.decode(grammar.text))
         case "lark":
-            return _as_lark(grammar.text) + _OPTIONS
-    return f"start: {start}" + _OPTIONS
+            raise ValueError("this is a bug: a grammar of several rules")
 
 
 def _as_lark(text: str) -> str:

@@ -11,6 +11,7 @@ from server.schemas.chat import ChatRequest, Tool
 from server.schemas.generation import BoxesFormat, Generation
 from server.tokenizer import Tokenizer
 from wire.errors import InvalidRequest
+from wire.grammar import rule
 from wire.sampling import Grammar
 
 
@@ -27,11 +28,10 @@ class Demand:
 def demanded(request: Generation, tokenizer: Tokenizer) -> Demand | None:
     """The grammar of a request, if it has one. Raises InvalidRequest if it has two."""
     try:
-        demands = list(_demands(request, tokenizer))
+        formats = list(_formats(request, tokenizer))
+        demands = formats + list(_demands(request))
         if isinstance(request, ChatRequest):
-            demands += _demanded_call(request, tokenizer)
-            if not demands:
-                demands += _strict_tools(request, tokenizer)
+            demands = _with_tools(request, formats, demands, tokenizer)
     except RecursionError:
         raise InvalidRequest("The request holds a JSON schema that is nested too deep.") from None
     if len(demands) > 1:
@@ -65,7 +65,34 @@ def callable_tools(request: ChatRequest) -> list[Tool]:
     return [tool for tool in offered if tool.function.name in choice.names]
 
 
-def _demands(request: Generation, tokenizer: Tokenizer) -> Iterator[Demand]:
+def _with_tools(
+    request: ChatRequest, formats: list[Demand], demands: list[Demand], tokenizer: Tokenizer
+) -> list[Demand]:
+    """``demands``, ``formats`` among them, of an answer that may or must have calls. As OpenAI has
+    it, a format is that of the text: where a call must be made there is none, and where one may be
+    made the answer is either."""
+    calls = list(_demanded_call(request, tokenizer))
+    if calls:
+        return [demand for demand in demands if demand not in formats] + calls
+    if not demands:
+        return list(_strict_tools(request, tokenizer))
+    is_json = demands == formats and demands[0].grammar.kind.startswith("json_")
+    if is_json and callable_tools(request):
+        return [_either(request, demands[0], tokenizer)]
+    return demands
+
+
+def _either(request: ChatRequest, form: Demand, tokenizer: Tokenizer) -> Demand:
+    text = tools.call_grammar(
+        [tool.function for tool in callable_tools(request)],
+        tokenizer,
+        many=request.parallel_tool_calls is not False,
+        answer=rule(form.grammar),
+    )
+    return Demand(form.field, Grammar("lark", text), (form, *_parts(request)))
+
+
+def _formats(request: Generation, tokenizer: Tokenizer) -> Iterator[Demand]:
     form = request.response_format
     if form is not None and form.type == "json_object":
         yield Demand("response_format", Grammar("json_object"))
@@ -89,6 +116,9 @@ def _demands(request: Generation, tokenizer: Tokenizer) -> Iterator[Demand]:
                 code="unsupported_parameter",
             )
         yield Demand("response_format", Grammar("lark", text))
+
+
+def _demands(request: Generation) -> Iterator[Demand]:
     asked = request.structured_outputs
     if asked is not None:
         if asked.json_object:

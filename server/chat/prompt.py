@@ -168,8 +168,7 @@ class PromptBuilder:
         # No token is shorter than a byte, so that few prompts need the second question.
         if len(text) > most and self._tokenizer.least(text, most + 1) > most:
             raise ContextTooLong(
-                f"The prompt has more tokens than fit in this model's context of {most} tokens.",
-                param=param,
+                most, "the prompt is too long: it has more than that.", param=param
             )
 
     def build(

@@ -107,14 +107,16 @@ def fit_sampling(
     name, asked = request.length
     if room < 1:
         raise ContextTooLong(
-            f"The prompt has {length} tokens{shown}; this model's context is {context} tokens, "
-            f"of which at least one must be left for the answer: {1 - room} too many.",
+            context,
+            f"the prompt is too long: it has {length} tokens{shown} and at least one must be left "
+            f"for the answer: {1 - room} too many.",
             param=request.prompt_field,
         )
     if asked is not None and asked > room and not request.shortens:
         raise ContextTooLong(
-            f"The prompt has {length} tokens{shown} and {name} is {asked}; together they must not "
-            f"be more than this model's context of {context} tokens: {name} can be {room} here.",
+            context,
+            f"the prompt has {length} tokens{shown} and {name} is {asked}, together more than "
+            f"that: {name} can be {room} here.",
             param=name,
         )
     most = min(room, request.usual_length or room) if asked is None else max(min(asked, room), 1)

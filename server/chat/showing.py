@@ -267,8 +267,9 @@ async def load_all(
     def check() -> None:
         if tiles * ready.geometry.tokens_per_tile >= ready.max_model_len:
             raise ContextTooLong(
-                f"The pictures and videos have {tiles * ready.geometry.tokens_per_tile} tokens or "
-                f"more; this model's context is {ready.max_model_len} tokens. With 'fit' in each "
+                ready.max_model_len,
+                f"the prompt is too long: its pictures and videos have "
+                f"{tiles * ready.geometry.tokens_per_tile} tokens or more. With 'fit' in each "
                 "part, or a visual_budget, they are shown smaller.",
                 param="messages",
             )

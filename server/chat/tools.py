@@ -57,12 +57,17 @@ class Function(Protocol):
         """Whether a schema that cannot be enforced whole is refused."""
 
 
-def call_grammar(functions: Sequence[Function], tokenizer: Tokenizer, *, many: bool) -> str:
+def call_grammar(
+    functions: Sequence[Function], tokenizer: Tokenizer, *, many: bool, answer: str | None = None
+) -> str:
     """The Lark grammar of one call of one of ``functions`` (or, with ``many``, of several), each
-    written as ``render_call`` does. The tags are tokens where the checkpoint has them."""
+    written as ``render_call`` does; or, where that rule is given, of an ``answer`` instead. The
+    tags are tokens where the checkpoint has them."""
     rules = [arguments_rule(function) for function in functions]
-    start = 'start: call ("\\n" call)*' if many else "start: call"
-    return "\n".join([start, *_calls(functions, rules, tokenizer)])
+    lines = ['start: call ("\\n" call)*' if many else "start: call"]
+    if answer is not None:
+        lines = [f"{lines[0]} | answer", f"answer: {answer}"]
+    return "\n".join([*lines, *_calls(functions, rules, tokenizer)])
 
 
 def free_grammar(functions: Sequence[Function], tokenizer: Tokenizer) -> str | None:
@@ -100,10 +105,14 @@ def _calls(
         yield f"arguments_{number}: {rule}"
 
 
+_NAMING = frozenset({"$schema", "type", "title", "description", "properties", "required"})
+
+
 def arguments_rule(function: Function) -> str:
     """The right-hand side of the rule for a function's arguments, which are always an object."""
     schema = function.parameters
-    if schema is None:  # as OpenAI has it: a function without parameters
+    # As OpenAI has it, a function without parameters takes none; some clients name none instead.
+    if schema is None or (schema.get("properties") == {} and schema.keys() <= _NAMING):
         schema = {"properties": {}, "additionalProperties": False}
     return json_rule({**schema, "type": "object"}, strict=bool(function.strict))
 

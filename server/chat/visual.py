@@ -236,9 +236,10 @@ class Fitter:
             tiles = sum(view.tiles for view in largest)
             advice = f"With a visual_budget of {tiles} max_tiles they would fit."
         raise ContextTooLong(
-            f"The pictures and videos do not fit: they need "
-            f"{listed(map(self._in_prompt.of, asked))} tokens, and {left} of the {limits.context} "
-            f"tokens of this model's context are left for them. {advice}",
+            limits.context,
+            f"the prompt is too long: its pictures and videos need "
+            f"{listed(map(self._in_prompt.of, asked))} tokens, and {left} are left for them. "
+            f"{advice}",
             param="messages",
         )
 

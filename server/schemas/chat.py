@@ -184,11 +184,11 @@ class ToolCallMessage(Form):
 class Message(Form):
     """One message of any role."""
 
-    # Names and numbers, and what answers hold that come back as messages.
+    # Names and numbers, and what answers hold, or clients add to them, that come back as messages.
     ignored = frozenset(
         {
             *("name", "tool_call_id", "refusal", "annotations", "boxes"),
-            *("reasoning", "reasoning_content"),
+            *("reasoning", "reasoning_content", "thinking_blocks", "provider_specific_fields"),
         }
     )
 

@@ -227,14 +227,42 @@ async def test_strict_tools_are_a_grammar_unless_the_answer_has_one(house: House
     strict = {"type": "function", "function": {"name": "time", "strict": True}}
     await house.ask(tools=[WEATHER, strict])
     assert lark(house).startswith("start: TEXT")
-    await house.ask(tools=[WEATHER, strict], response_format={"type": "json_object"})
-    assert house.engine.requests[-1].sampling.grammar == Grammar("json_object")
+    await house.ask(tools=[WEATHER, strict], **REGEX)
+    assert house.engine.requests[-1].sampling.grammar == Grammar("regex", "a")
     for body in ({"tools": [WEATHER]}, {"tools": [strict], "tool_choice": "none"}):
         await house.ask(**body)
         assert house.engine.requests[-1].sampling.grammar is None
     bad = {"name": "x", "strict": True, "parameters": {"properties": {"a": {"not": {}}}}}
     answer = await house.ask(tools=[WEATHER, {"type": "function", "function": bad}])
     assert error_of(answer)["param"] == "tools[1].function.parameters"
+
+
+async def test_an_answer_in_a_format_may_be_a_call_and_a_demanded_call_has_none(
+    house: House,
+) -> None:
+    """Agents send both: they want a call, or the answer in its form."""
+    both = {"tools": [WEATHER, TIME], "response_format": schema_format(schema={"type": "null"})}
+    house.engine.script = say(render_call("time", {}))
+    answer = (await house.ask(**both)).json()["choices"][0]
+    assert lark(house).startswith(
+        'start: call ("\\n" call)* | answer\nanswer: %json {"type": "null"'
+    )
+    assert answer["message"]["tool_calls"][0]["function"]["name"] == "time"
+    house.engine.script = say("null")
+    answer = (await house.ask(**both, parallel_tool_calls=False)).json()["choices"][0]
+    assert lark(house).startswith("start: call | answer\n")
+    assert answer["message"]["content"] == "null"
+    await house.ask(**both, tool_choice=named("time"))
+    assert lark(house).startswith(ONE)
+    await house.ask(**both, tool_choice="none")
+    grammar = house.engine.requests[-1].sampling.grammar
+    assert grammar == Grammar("json_schema", '{"type": "null"}', strict=False)
+    bad = {"properties": {"a": {"pattern": "(?=a)"}}}
+    wrong = {"type": "function", "function": {"name": "x", "parameters": bad}}
+    error = error_of(await house.ask(**both | {"tools": [wrong]}))
+    assert error["param"] == "tools[0].function.parameters"
+    error = error_of(await house.ask(**both | {"response_format": schema_format(schema=bad)}))
+    assert error["param"] == "response_format.json_schema.schema"
 
 
 async def test_tools_that_may_not_be_called_are_not_offered(house: House) -> None:

@@ -213,7 +213,7 @@ async def test_what_a_request_may_say_reaches_the_engine_and_is_told(house: Hous
     assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.5, 0.9, 5)
     assert (sampling.logprobs, sampling.seed) == (3, 3)
     assert sampling.grammar is not None
-    assert sampling.grammar.kind == "json_object"
+    assert sampling.grammar.text.startswith("start: call | answer\n")
     told = answer.json()
     assert (told["temperature"], told["top_p"], told["max_output_tokens"]) == (0.5, 0.9, 5)
     assert told["text"] == {"format": {"type": "json_object"}}

@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 from openai.types.chat import ChatCompletion
 
-from tests.servers import Server
+from tests.servers import Server, draw
 
 ORDER = {
     "type": "function",
@@ -156,3 +156,20 @@ def test_the_other_constraints_hold_too(demo_server: Server) -> None:
     assert text(guided_choice=["left", "right <box>"]) in ("left", "right <box>")
     gbnf = 'root ::= ("tick" | "tock") "!"'
     assert text(structured_outputs={"grammar": gbnf}) in ("tick!", "tock!")
+
+
+def test_with_tools_and_a_format_the_answer_is_a_call_or_in_the_format(demo_server: Server) -> None:
+    """As agents ask, which want a call first and then an answer that they can read."""
+    rooms = {"room": {"type": "string"}, "color": {"type": "string"}}
+    parameters = {"type": "object", "properties": rooms, "required": ["room", "color"]}
+    light = {"type": "function", "function": {"name": "set_light", "parameters": parameters}}
+    options: dict[str, Any] = {"tools": [light], "temperature": 0, "response_format": RESPONSE}
+    answer = ask(demo_server, "Make the light in the kitchen yellow.", **options).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    ((name, arguments),) = calls(answer.message)
+    assert (name, json.loads(arguments)["room"]) == ("set_light", "kitchen")
+    said = demo_server.ask(draw("red", "circle"), "Describe it as JSON.", **options)
+    assert said.startswith('{"shape": "circle"')
+    named: Any = {"type": "function", "function": {"name": "set_light"}}
+    answer = ask(demo_server, "Hello!", **options | {"tool_choice": named}).choices[0]
+    assert calls(answer.message)

@@ -1,6 +1,7 @@
 """Calls in what the model writes, however it arrives, and the grammar of demanded calls."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ from server.chat.tools import (
 from server.schemas.chat import FunctionDefinition
 from server.tokenizer import Tokenizer
 from tests.small_tokenizer import reference, tokenizer_json
-from wire.grammar import compile_grammar, complaint
+from wire.grammar import compile_grammar, complaint, json_rule
 from wire.sampling import Grammar
 
 
@@ -199,6 +200,28 @@ def test_a_demanded_call_is_written_as_models_are_taught_and_keeps_to_its_schema
     if whole:
         names = [name for name, _ in parse(list(text))]
         assert set(names) <= {"get weather", 'say "<hi>"', "loose"}
+
+
+@pytest.mark.parametrize("parameters", [None, {"type": "object", "properties": {}, "title": "x"}])
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        (render_call("nothing", {}), True),
+        (render_call("nothing", {"a": 1}), False),
+        ('{"a": 1}', True),
+        ('{"a": "1"}', False),
+        ("", False),
+    ],
+)
+def test_a_call_of_a_function_that_takes_nothing_or_an_answer(
+    parameters: dict[str, Any] | None, text: str, whole: bool
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    function = FunctionDefinition(name="nothing", parameters=parameters)
+    grammar = call_grammar([function], TOKENS, many=True, answer=json_rule(schema))
+    matcher = compile_grammar(LLTokenizer(tokenizer_json()), Grammar("lark", grammar))
+    assert complaint(matcher) is None
+    assert (matcher.consume_tokens(ids_of(text)) and matcher.is_accepting()) == whole
 
 
 STRICT = WEATHER.model_copy(update={"strict": True})
