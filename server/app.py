@@ -70,6 +70,7 @@ def create_app(
         },
     )
     app.state.service = service
+    app.state.routes = [route for module in MODULES for route in module.router.routes]
     for routes in MODULES:
         app.include_router(routes.router)
     # The last one added is the outermost.

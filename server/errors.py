@@ -6,7 +6,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.schemas.common import (
@@ -121,12 +122,18 @@ async def on_no_route(request: Request, _: Exception) -> Response:
     return error_response(NotFound(f"There is no {request.method} route at this address."))
 
 
-async def on_wrong_method(request: Request, error: Exception) -> Response:
+async def on_wrong_method(request: Request, _: Exception) -> Response:
     """Handler for 405."""
     response = error_response(MethodNotAllowed(f"{request.method} is not allowed at this address."))
-    allowed = (getattr(error, "headers", None) or {}).get("Allow")
-    if allowed:
-        response.headers["Allow"] = allowed.replace("GET", "GET, HEAD")
+    # The library names the methods of one route, and an address may have several.
+    routes: Sequence[BaseRoute] = getattr(request.app.state, "routes", request.app.routes)
+    allowed: set[str] = set()
+    for route in routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            allowed |= route.methods or set()
+    if "GET" in allowed:
+        allowed.add("HEAD")  # see server.head
+    response.headers["Allow"] = ", ".join(sorted(allowed))
     return response
 
 

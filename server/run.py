@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import uuid
 from collections.abc import Coroutine
 from pathlib import Path
 from types import FrameType
@@ -27,14 +28,14 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.admin import Admin
-from server.errors import envelope
+from server.errors import access, envelope
 from server.keys import Keys
 from server.lifecycle import Service
 from server.reload import Reloader
 from server.tls import Certificate
 from wire.errors import InvalidRequest
 from wire.heap import return_what_is_freed
-from wire.logs import say
+from wire.logs import about, say
 from wire.messages import Progress
 from wire.settings import ServerSettings, SettingError, Settings
 
@@ -84,6 +85,7 @@ def _config(
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here depends on who they say has asked
         http=functools.partial(BoundedHttp, head_timeout=settings.head_timeout),  # type: ignore[arg-type]
         ws="none",
         loop="asyncio",
@@ -166,21 +168,27 @@ class BoundedHttp(HttpToolsProtocol):
             self._part = self._parts.popleft()
             super().data_received(self._part)  # type: ignore[arg-type]
         self._part = b""
-        if self._useless <= HEAD_LIMIT or self.transport.is_closing():
-            return
-        if self.cycle is None or self.cycle.response_complete:
+        if self._useless > HEAD_LIMIT and not self.transport.is_closing():
             self.send_400_response("The head of the request is too large.")
-        else:
-            self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, and end the connection."""
+        """Answer what is no HTTP, and end the connection; without a word where an answer is under
+        way, of which it would become a part, or due before."""
+        due = self._running
+        if due is not None and not due.response_complete:
+            is_its_body = due is self.cycle and due.more_body and not due.response_started
+            if not is_its_body:
+                self.transport.abort()
+                return
         body = envelope(InvalidRequest(msg, code="invalid_http"))
         head = (
             b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
-            b"content-length: %d\r\nconnection: close\r\n\r\n"
+            b"content-length: %d\r\nx-request-id: %b\r\nconnection: close\r\n\r\n"
         )
-        self.transport.write(head % len(body) + body)
+        identity = uuid.uuid4().hex
+        with about(identity):
+            access.info("no HTTP status=400: %s", msg)
+        self.transport.write(head % (len(body), identity.encode()) + body)
         self.transport.close()
 
     def _unsupported_upgrade_warning(self) -> None:
@@ -203,6 +211,11 @@ class BoundedHttp(HttpToolsProtocol):
         """Called by the parser."""
         if self.parser.should_upgrade():
             return
+        hosts = [value for name, value in self.headers if name == b"host"]
+        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
+        # A proxy may take the other host, or undo a coding that we would take for the body.
+        if len(hosts) > 1 or any(value.lower() != b"chunked" for value in codings):
+            raise ValueError("no request that everybody reads the same way")
         self._head_arrived()
         super().on_headers_complete()
         if len(self.pipeline) == 1:

@@ -75,6 +75,8 @@ async def _read_body(request: Request) -> bytes:
     # asks. So pages, which have an origin, must say that it is JSON.
     if kind != "application/json" and (kind not in _UNSAID or "origin" in request.headers):
         raise UnsupportedMediaType("Content-Type must be application/json.")
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise UnsupportedMediaType("Content-Encoding must be identity: the body as it is.")
     service: Service = request.app.state.service
     async with service.preparing():
         return await request.body()

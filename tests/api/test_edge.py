@@ -1,6 +1,7 @@
 """What stands around the API: other origins, proxies' paths, and what is no HTTP."""
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -191,3 +192,91 @@ async def test_no_page_without_an_origin_may_ask_unless_all_may(houses: Houses) 
     answer = await all_.http.options("/v1/messages", headers=asked)
     assert answer.headers["access-control-allow-origin"] == "*"
     assert "access-control-allow-credentials" not in answer.headers
+
+
+CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+BODY = b'{"messages": [{"role": "user", "content": "Hello!"}], "stream": true}'
+LENGTH = b"Content-Length: %d\r\n" % len(BODY)
+CHUNKED = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        LENGTH + b"Transfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\n" + LENGTH,
+        LENGTH + LENGTH,
+        LENGTH + b"Content-Length: 3\r\n",
+        b"Content-Length: +5\r\n",
+        b"Content-Length: 99999999999999999999\r\n",
+        b"Transfer-Encoding: gzip, chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: identity\r\n",
+        b"Transfer-Encoding : chunked\r\n",
+        b"Transfer-Encoding: \x0bchunked\r\n",
+        b"Transfer-Encoding:\r\n chunked\r\n",
+        b"Host: y\r\n" + LENGTH,
+        b"A: b\nContent-Length: 0\r\n",
+        b"A: \0\r\n",
+    ],
+)
+async def test_what_a_proxy_may_read_otherwise_is_refused(house: House, headers: bytes) -> None:
+    body = CHUNKED if b"chunked" in headers else BODY
+    status, answer, text = await sent(house, CHAT + headers + b"\r\n" + body + b"GET /live")
+    assert status == 400
+    assert answer["connection"] == "close"
+    assert len(answer["x-request-id"]) == 32
+    assert json.loads(text)["error"]["code"] == "invalid_http"
+    assert not house.engine.requests
+
+
+@pytest.mark.parametrize(
+    ("more", "begun"),
+    [
+        (b"GARBAGE\r\n\r\n", False),
+        (b"GARBAGE\r\n\r\n", True),
+        (b"GET / HTTP/1.1\r\nA: " + b"x" * 70_000, True),
+    ],
+)
+async def test_nonsense_behind_a_request_does_not_become_a_part_of_its_answer(
+    house: House, more: bytes, begun: bool
+) -> None:
+    stuck(house.engine)
+    async with listening(house) as port, asyncio.timeout(5):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        asked = CHAT + LENGTH + b"\r\n" + BODY
+        writer.write(asked if begun else asked + more)
+        if begun:
+            await reader.readuntil(b"Yes")
+            writer.write(more)
+        with contextlib.suppress(ConnectionError):
+            assert b"HTTP/1.1 400" not in await reader.read()
+        writer.transport.abort()
+        await house.service.gate.idle.wait()
+
+
+async def test_nonsense_in_a_body_is_answered(house: House) -> None:
+    body = b"Transfer-Encoding: chunked\r\n\r\n5\r\n{    \r\nxyz\r\n"
+    status, _, text = await sent(house, CHAT + body)
+    assert status == 400
+    assert json.loads(text)["error"]["code"] == "invalid_http"
+
+
+async def test_an_address_says_all_its_methods(house: House) -> None:
+    for path, allowed in (
+        ("/v1/responses/resp_x", "DELETE, GET, HEAD"),
+        ("/v1/files", "GET, HEAD, POST"),
+        ("/v1/messages", "POST"),
+        ("/v1/models", "GET, HEAD"),
+    ):
+        answer = await house.http.patch(path)
+        assert answer.status_code == 405
+        assert answer.headers["allow"] == allowed
+
+
+async def test_a_body_is_taken_as_it_is(house: House) -> None:
+    for coding, status in (("gzip", 415), ("br, gzip", 415), ("identity", 200)):
+        headers = {"Content-Encoding": coding, "Content-Type": "application/json"}
+        answer = await house.http.post("/v1/chat/completions", content=BODY, headers=headers)
+        assert answer.status_code == status
+    assert len(house.engine.requests) == 1
