@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from preprocessing.media import Kind
+from preprocessing.media import Kind, Source
 from preprocessing.sources import Fetcher
 from wire.errors import MediaRefused
 from wire.settings import MediaSettings
@@ -77,7 +77,7 @@ def redirect(target: str, status: int = 302) -> Callable[[Any], None]:
     return lambda handler: answer(handler, status, b"", Location=target)
 
 
-async def fetch(url: str, kind: Kind = "image", **settings: Any) -> bytes:
+async def fetch(url: Source, kind: Kind = "image", **settings: Any) -> bytes:
     """Fetch with the defaults, but from any port, which the sites of these tests need."""
     fetcher = Fetcher(MediaSettings(**{"allowed_media_ports": ()} | settings))
     try:
@@ -86,7 +86,7 @@ async def fetch(url: str, kind: Kind = "image", **settings: Any) -> bytes:
         await fetcher.close()
 
 
-async def refusal(url: str, kind: Kind = "image", **settings: Any) -> MediaRefused:
+async def refusal(url: Source, kind: Kind = "image", **settings: Any) -> MediaRefused:
     """The error, which gives nothing away."""
     with pytest.raises(MediaRefused) as refused:
         await fetch(url, kind, **settings)

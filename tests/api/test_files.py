@@ -14,7 +14,7 @@ from openai.types import FileDeleted, FileObject
 from preprocessing.budget import Budget
 from preprocessing.media import File
 from server.admission import FORM_BYTES
-from server.files import OVERHEAD
+from server.files import OVERHEAD, FileStore
 from tests.api.conftest import House, Houses, listening
 from tests.api.test_life import within
 from tests.api.test_tenants import as_, metric
@@ -341,6 +341,17 @@ async def test_flushing_caches_drops_no_file(house: House) -> None:
     name = await uploaded(house)
     house.service.flush()
     assert (await house.http.get(f"/v1/files/{name}")).status_code == 200
+
+
+async def test_a_file_ends_with_its_time_though_nobody_asks(house: House) -> None:
+    over = asyncio.Event()
+    now = [0.0]
+    store = FileStore(1 << 20, 100, lambda _: over.set(), lambda: now[0])
+    house.service.files = store
+    await uploaded(house)
+    now[0] = 100
+    await within(over.wait())
+    assert store.used == 0
 
 
 async def test_files_and_their_ends_are_counted(houses: Houses) -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from preprocessing import FrameChoice, MediaPart, MediaPipeline, TiledMedia, TiledVideo, pool
 from preprocessing.images import open_picture
-from preprocessing.media import Confine, Confined, FromWorker, Refused, TileJob, TileSettings
+from preprocessing.media import Confine, Confined, File, FromWorker, Refused, TileJob, TileSettings
 from preprocessing.tiling import tile
 from server.chat.showing import load_all
 from tests import clips
@@ -32,6 +32,7 @@ from tests.fake_engine import make_ready
 from tests.process import lying_worker
 from tests.sites import Site, answer
 from wire.channel import Channel
+from wire.digest import content_digest
 from wire.errors import MediaRefused, Unavailable
 from wire.geometry import VisionGeometry
 from wire.settings import MediaSettings
@@ -821,6 +822,49 @@ async def test_the_same_bytes_are_decoded_once() -> None:
         assert media.stats.decoded == 3
         await media.load(part(encode(Image.new("RGB", (300, 200), "blue"))))
         assert media.stats.decoded == 4
+
+
+async def test_a_file_that_is_here_has_the_tiles_of_its_bytes_and_is_not_hashed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with pipeline(tile_cache_bytes=1 << 20) as media:
+        encoded = encode(Image.new("RGB", (300, 200), "red"))
+        first = await media.load(part(encoded))
+        file = File(encoded, content_digest(encoded))
+
+        def never(_: bytes) -> bytes:
+            raise AssertionError("hashed again")
+
+        monkeypatch.setattr("preprocessing.pipeline.content_digest", never)
+        asked = MediaPart(file, PARAM)
+        assert not asked.is_remote
+        assert await media.load(asked) == first
+        opened = await media.open(asked, None)
+        assert await media.tile(asked, opened) == first
+        film = MediaPart((file, file), PARAM, kind="video", choice=FrameChoice(2), max_tiles=12)
+        assert [frame.digest for frame in (await media.load(film)).frames] == [first.digest] * 2
+        assert media.stats.decoded == 1
+
+
+async def test_a_file_is_known_by_its_header_as_a_picture_or_else_a_video(tmp_path: Path) -> None:
+    picture = encode(Image.new("RGB", (30, 20)))
+    clips.frame(1).save(tmp_path / "a.png")
+    clips.ffmpeg("-i", tmp_path / "a.png", "-pix_fmt", "yuv420p", tmp_path / "a.mp4")
+    film = (tmp_path / "a.mp4").read_bytes()
+    async with pipeline() as media:
+        kind, facts = await media.identify(picture, "file")
+        assert (kind, facts.width, facts.height) == ("image", 30, 20)
+        kind, facts = await media.identify(film, "file")
+        assert (kind, facts.width) == ("video", 64)
+        with pytest.raises(MediaRefused, match="neither a picture nor a video") as refused:
+            await media.identify(b"hello", "file")
+        assert (refused.value.code, refused.value.param) == ("unsupported_media", "file")
+        assert media.stats.decoded == 0
+    async with pipeline(max_media_bytes=len(picture) - 1, max_video_bytes=len(film)) as media:
+        assert (await media.identify(film, "file"))[0] == "video"
+        with pytest.raises(MediaRefused, match="The picture has more than") as refused:
+            await media.identify(picture, "file")
+        assert (refused.value.code, refused.value.param) == ("media_too_large", "file")
 
 
 async def test_pictures_that_come_at_once_are_decoded_once() -> None:

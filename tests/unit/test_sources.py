@@ -11,7 +11,7 @@ import pytest
 
 from preprocessing import sources
 from preprocessing.allowance import Allowance
-from preprocessing.media import Kind
+from preprocessing.media import File, Kind
 from preprocessing.sources import Fetcher
 from tests.sites import (
     BODY,
@@ -113,7 +113,7 @@ async def test_each_kind_has_its_own_cap_and_is_called_by_its_name(
     data = f"data:{kind}/x;base64," + base64.b64encode(BODY).decode()
     other = "max_video_bytes" if kind == "image" else "max_media_bytes"
     noun = "picture" if kind == "image" else "video"
-    for url in (data, site.url()):
+    for url in (data, site.url(), File(BODY, b"")):
         assert await fetch(url, kind, **OPEN, **{name: len(BODY), other: 1}) == BODY
         error = await refusal(url, kind, **OPEN, **{name: len(BODY) - 1})
         assert error.message == f"The {noun} has more than {len(BODY) - 1} encoded bytes."
@@ -140,7 +140,7 @@ async def test_parts_of_one_request_share_an_allowance(site: Site) -> None:
         handler.wfile.write(BODY),
     )
     fetcher = Fetcher(MediaSettings(**OPEN, allowed_media_ports=()))
-    for url in (data, site.url(), site.url("/unannounced")):
+    for url in (data, site.url(), site.url("/unannounced"), File(BODY, b"")):
         allowance = Allowance(2 * len(BODY))
         for _ in range(2):
             assert await fetcher.fetch(url, PARAM, "video", allowance) == BODY
