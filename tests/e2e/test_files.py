@@ -114,6 +114,7 @@ def test_anthropics_client_uploads_asks_and_deletes(claude: Anthropic, sdk: Open
         assert made == files.retrieve_metadata(made.id)
         other = files.upload(file=("blue.png", picture("blue", "circle", 3), "image/png"))
         assert {one.id for one in files.list(limit=1)} >= {made.id, other.id}
+        assert [one.id for one in files.list(ids=[made.id, "file-x"])] == [made.id]
         assert files.download(made.id).read() == data
         assert ask("messages", made.id, sdk, claude) == "A red square."
         assert ask("completions", made.id, sdk, claude) == "A red square."
