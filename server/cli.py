@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 
 from wire import logs
-from wire.settings import ENV_PREFIX, SettingError, Settings, each_setting, load
+from wire.loading import ENV_PREFIX, load
+from wire.settings import SettingError, Settings, each_setting
 
 DEMO_NAME = "internvl-demo"
 EXIT_USAGE = 2

@@ -3,22 +3,14 @@
 A setting is a field of a frozen dataclass, grouped by the component that owns it; a component is
 handed its own group and no other. The field's help text is the only description: the command
 line, the environment mirror (``INTERNVL_`` + the name in capitals) and docs/settings.md are
-generated from it. Precedence: command line, environment, TOML file, default. A value that cannot
-be parsed is fatal wherever it came from.
+generated from it. wire.loading reads them from there.
 """
 
 import dataclasses
-import math
 import os
-import re
-import tomllib
-import types
 import typing
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
-
-ENV_PREFIX = "INTERNVL_"
 
 
 class SettingError(ValueError):
@@ -407,7 +399,7 @@ class EngineSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All groups. Build it with ``load``."""
+    """All groups. Build it with ``wire.loading.load``."""
 
     server: ServerSettings = ServerSettings()
     media: MediaSettings = MediaSettings()
@@ -421,88 +413,3 @@ def each_setting() -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
             yield name, field, hints[field.name]
-
-
-def load(cli: Mapping[str, str], env: Mapping[str, str], file: Path | None = None) -> Settings:
-    """Build the settings from the three sources; raises SettingError naming the culprit.
-
-    ``cli`` holds only the flags that were given, as text, keyed by field name.
-    """
-    table = _read_file(file)
-    known = {field.name for _, field, _ in each_setting()}
-    for name in (*cli, *table):
-        if name not in known:
-            raise SettingError(f"unknown setting {name!r}")
-    given: dict[str, dict[str, Any]] = {"server": {}, "media": {}, "engine": {}}
-    for group, field, kind in each_setting():
-        variable = ENV_PREFIX + field.name.upper()
-        if field.name in cli:
-            source, raw = "--" + field.name.replace("_", "-"), cli[field.name]
-        elif variable in env:
-            source, raw = variable, env[variable]
-        elif field.name in table:
-            source, raw = f"{field.name} in the settings file", table[field.name]
-        else:
-            continue
-        given[group][field.name] = _parse(source, raw, kind, field.metadata)
-    server = ServerSettings(**given["server"])
-    _check_weights(server)
-    if server.root_path and not re.fullmatch("(/[A-Za-z0-9._~-]+)+", server.root_path):
-        raise SettingError("root_path must begin with a slash, and not end with one")
-    return Settings(server, MediaSettings(**given["media"]), EngineSettings(**given["engine"]))
-
-
-def _check_weights(server: ServerSettings) -> None:
-    weights = server.api_key_weights
-    if not all(0 < weight < math.inf for weight in weights):
-        raise SettingError("api_key_weights must be numbers above 0")
-    if weights and len(weights) != len(server.api_key):
-        raise SettingError(
-            f"api_key_weights has {len(weights)} numbers for {len(server.api_key)} keys"
-        )
-
-
-def _read_file(file: Path | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingError(f"the settings file cannot be read: {error}") from error
-
-
-def _parse(source: str, raw: Any, kind: Any, metadata: types.MappingProxyType[Any, Any]) -> Any:
-    try:
-        value = _convert(raw, kind)
-    except (TypeError, ValueError):
-        name = kind.__name__ if isinstance(kind, type) else "list"
-        raise SettingError(f"{source}: {raw!r} is not a valid {name}") from None
-    low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
-    if choices and value not in choices:
-        raise SettingError(f"{source}: {value!r} is not one of {', '.join(choices)}")
-    # Negated comparisons, so that NaN is outside every range.
-    too_low = low is not None and not value >= low
-    too_high = high is not None and not value <= high
-    if too_low or too_high:
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise SettingError(f"{source}: {value} must be {bounds}")
-    return value
-
-
-def _convert(raw: Any, kind: Any) -> Any:
-    if kind is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if isinstance(raw, bool):
-            return raw
-        if str(raw).lower() not in words:
-            raise ValueError(raw)
-        return words[str(raw).lower()]
-    if typing.get_origin(kind) is tuple:
-        each, _ = typing.get_args(kind)
-        items = raw if isinstance(raw, list) else str(raw).split(",")
-        return tuple(each(text) for item in items if (text := str(item).strip()))
-    if isinstance(raw, bool) or (kind is not str and not isinstance(raw, str | int | float)):
-        raise TypeError(raw)
-    if kind is int and isinstance(raw, float):
-        raise TypeError(raw)
-    return kind(raw)

@@ -23,7 +23,8 @@ import yaml
 from tests.deploy import chart
 from tests.deploy.chart import HELM, ROOT, SCHEMA, Rendered
 from tests.servers import Server
-from wire.settings import ENV_PREFIX, each_setting, load
+from wire.loading import ENV_PREFIX, load
+from wire.settings import each_setting
 
 pytestmark = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"),

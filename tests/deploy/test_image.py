@@ -21,7 +21,8 @@ import yaml
 from dockerfile_parse import DockerfileParser
 
 from tests.servers import ROOT, Server, free_port
-from wire.settings import ENV_PREFIX, each_setting, load
+from wire.loading import ENV_PREFIX, load
+from wire.settings import each_setting
 
 TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

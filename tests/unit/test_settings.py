@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from wire.loading import ENV_PREFIX, load
 from wire.settings import (
-    ENV_PREFIX,
     EngineSettings,
     MediaSettings,
     ServerSettings,
     SettingError,
     Settings,
     each_setting,
-    load,
 )
 
 
