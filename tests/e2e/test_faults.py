@@ -160,6 +160,34 @@ def test_a_request_that_engines_die_of_fails_alone(house: House) -> None:
     assert house.count("internvl_requests_given_up_total") == before + 1
 
 
+@pytest.mark.parametrize("how", ["messages", "responses"])
+def test_a_request_that_engines_die_of_ends_in_the_words_of_its_api(house: House, how: str) -> None:
+    asked: dict[str, Any] = {"seed": MARKED, "stream": True, "ignore_eos": True}
+    if how == "messages":
+        asked |= {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 400}
+    else:
+        asked |= {"input": "Hello!", "max_output_tokens": 400, "background": True}
+    data = b""
+    with httpx.stream("POST", f"{house.server.url}/v1/{how}", json=asked, timeout=90) as answer:
+        assert answer.status_code == 200
+        for piece in answer.iter_raw():
+            if b"delta" in piece and b"delta" not in data:  # it has begun to be written
+                house.inject(how="main memory", seed=MARKED, once=False)
+            data += piece
+    house.fault.unlink()
+    last = json.loads(data.rpartition(b"data: ")[2])
+    if how == "messages":
+        error = last["error"]
+        assert (error["type"], error["details"]["error_code"]) == ("api_error", "engine_error")
+    else:
+        assert last["type"] == "response.failed"
+        kept = httpx.get(f"{house.server.url}/v1/responses/{last['response']['id']}", timeout=5)
+        assert kept.json() == last["response"]
+        assert kept.json()["error"]["code"] == "server_error"
+        assert kept.json()["output"][0]["status"] == "incomplete"
+    house.is_back()
+
+
 def test_a_row_that_is_not_a_number_fails_alone_and_is_not_found_again(house: House) -> None:
     restarts = house.count("internvl_engine_restarts_total")
     house.inject(how="nan", rows=2, seed=MARKED)

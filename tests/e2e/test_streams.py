@@ -5,11 +5,15 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import resource
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -100,32 +104,105 @@ def test_clients_that_read_nothing_are_ended_long_before_their_time_is_over(
     all_is_free(server)
 
 
-def test_a_stream_is_resumed_while_its_engine_is_replaced(server: Server) -> None:
-    plain = events(httpx.post(server.url + "/v1/chat/completions", json=ASK).content)
-    kept: list[tuple[int, str]] = []
-    resumable = ASK | {"stream_options": {"resumable": True}}
+DIALECTS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {},
+    "/v1/messages": {},
+    "/v1/responses": {"input": "Hello!", "max_output_tokens": 120},
+}
+HOWS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "resumable": {"stream_options": {"resumable": True}},
+    "background": {"background": True},
+}
+KINDS = [(path, how) for path in DIALECTS for how in HOWS if how != "background"]
+KINDS.append(("/v1/responses", "background"))
+
+
+class Stream:
+    """One answer: it loses its connection now and then if it can come back, and waits at ``begun``
+    when its text has begun."""
+
+    def __init__(self, server: Server, path: str, how: str) -> None:
+        self.url = server.url + path
+        of_chat = {name: ASK[name] for name in ("messages", "max_tokens") if path != KINDS[-1][0]}
+        asked = {"temperature": 0, "ignore_eos": True, "stream": True, **of_chat}
+        self.body = asked | DIALECTS[path] | HOWS[how]
+        self.can_come_back = how != "plain"
+        self.kept: list[tuple[int, str]] = []
+        self.text = ""
+
+    def run(self, begun: threading.Barrier | None = None) -> str:
+        with httpx.stream("POST", self.url, json=self.body, timeout=90) as answer:
+            place = answer.url.join(answer.headers.get("content-location", ""))
+            self._take(answer, 4000 if self.can_come_back and begun else 1 << 30, begun)
+        draw = random.Random(self.url)
+        while self.can_come_back and begun:
+            last = str(self.kept[-1][0])
+            at = place.copy_merge_params({"starting_after": last}) if place.query else place
+            headers = {"Last-Event-ID": last}
+            with httpx.stream("GET", at, headers=headers, timeout=90) as answer:
+                if answer.status_code == 204:
+                    break
+                self._take(answer, draw.choice((1, 900, 6000)), None)
+        if self.can_come_back:
+            first = self.kept[0][0]
+            assert [number for number, _ in self.kept] == [*range(first, first + len(self.kept))]
+        return self.text
+
+    def _take(self, answer: httpx.Response, most: int, begun: threading.Barrier | None) -> None:
+        """Whole events, until ``most`` bytes have come."""
+        assert answer.status_code == 200, answer.read()
+        data = b""
+        for piece in answer.iter_raw():
+            data += piece[:most]
+            most -= len(piece)
+            *whole, data = data.split(b"\n\n")
+            found = events(b"".join(event + b"\n\n" for event in whole))
+            self.kept += found
+            self.text += "".join(map(said, found))
+            if begun is not None and self.text:
+                begun.wait(60)
+                begun = None
+            if most <= 0:
+                return
+
+
+def said(event: tuple[int, str]) -> str:
+    """The text of an event of any dialect."""
+    if event[1] == "[DONE]":
+        return ""
+    told = json.loads(event[1])
+    assert told.get("type") != "error", told
+    if "choices" in told:
+        return "".join(choice["delta"].get("content", "") for choice in told["choices"])
+    delta = told.get("delta", "")
+    return str(delta if isinstance(delta, str) else delta.get("text", ""))
+
+
+def test_no_stream_of_any_dialect_notices_that_its_engine_is_replaced(server: Server) -> None:
+    whole = {path: Stream(server, path, "plain").run() for path in DIALECTS}
+    assert len(set(whole.values())) == 1
     (engine,) = server.children("engine")
-    with httpx.stream("POST", server.url + "/v1/chat/completions", json=resumable) as answer:
-        place = answer.url.join(answer.headers["content-location"])
-        kept += events(read(answer, 3000))
-    os.kill(engine, signal.SIGKILL)
-    for most in (1, 400, 5000, 1 << 30):
-        headers = {"Last-Event-ID": str(kept[-1][0])}
-        with httpx.stream("GET", place, headers=headers, timeout=60) as answer:
-            kept += events(read(answer, most))
-    assert [number for number, _ in kept] == list(range(1, len(kept) + 1))
-    assert kept[-1][1] == "[DONE]"
-    assert text(kept) == text(plain)
+    begun = threading.Barrier(len(KINDS) + 1)
+    with ThreadPoolExecutor(len(KINDS)) as pool:
+        streams = [Stream(server, *kind) for kind in KINDS]
+        texts = [pool.submit(stream.run, begun) for stream in streams]
+        begun.wait(60)
+        os.kill(engine, signal.SIGKILL)
+        assert not any(text.done() for text in texts)
+        for kind, text in zip(KINDS, texts, strict=True):
+            assert text.result(90) == whole[kind[0]], kind
+    for stream, (path, how) in zip(streams, KINDS, strict=True):
+        last = stream.kept[-1][1]
+        assert last == "[DONE]" or json.loads(last)["type"] in LAST[path], (path, how)
     server.wait_for_metric("internvl_engine_restarts_total", 1)
 
 
-def read(answer: httpx.Response, most: int) -> bytes:
-    data = b""
-    for piece in answer.iter_raw():
-        data += piece
-        if len(data) >= most:
-            break
-    return data[:most]
+LAST = {
+    "/v1/chat/completions": (),
+    "/v1/messages": ("message_stop",),
+    "/v1/responses": ("response.completed", "response.incomplete"),
+}
 
 
 def events(data: bytes) -> list[tuple[int, str]]:
@@ -136,8 +213,3 @@ def events(data: bytes) -> list[tuple[int, str]]:
         if fields:
             found.append((int(fields.get("id", 0)), fields["data"]))
     return found
-
-
-def text(kept: list[tuple[int, str]]) -> str:
-    chunks = [json.loads(data) for _, data in kept if data != "[DONE]"]
-    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
