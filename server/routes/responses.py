@@ -159,6 +159,8 @@ async def retrieve_response(
     if running is not None:
         return whole(running.response, ())
     found = _kept(service, tenant, response_id)
+    if recording is not None:
+        recording.release()
     if stream:
         raise InvalidRequest(
             "stream: the events of this response were not kept, or are no longer.", param="stream"
@@ -231,8 +233,12 @@ def _kept(service: Service, tenant: bytes, name: str) -> Stored:
 
 
 async def _cancel(service: Service, tenant: bytes, running: Running) -> None:
-    service.handles.abort(tenant, running.response.id)
+    name = running.response.id
+    service.handles.abort(tenant, name)
     await running.over.wait()
+    recording = service.recordings.find(name, tenant)
+    if recording is not None:
+        recording.release()
 
 
 def _no_response() -> NotFound:

@@ -119,7 +119,7 @@ async def test_cancelling_ends_the_work_and_keeps_what_there_is(
     houses: Houses, stream: bool, begun: bool
 ) -> None:
     house = await houses.open(
-        FakeEngine(script=in_two("Yes" if begun else "", asyncio.Event(), "")), resume_grace=0.05
+        FakeEngine(script=in_two("Yes" if begun else "", asyncio.Event(), ""))
     )
     async with client(house) as sdk:
         asked = await sdk.responses.create(**ASK, stream=stream)
@@ -236,16 +236,16 @@ async def test_it_holds_its_keys_place_until_it_is_over_and_is_cancelled_without
     assert not house.service.background._running
 
 
-async def test_a_drain_waits_for_it(houses: Houses) -> None:
+async def test_a_drain_waits_for_it_and_for_somebody_to_ask(houses: Houses) -> None:
     go_on = asyncio.Event()
-    house = await houses.open(FakeEngine(script=in_two("Yes", go_on, " No")), resume_grace=0.05)
+    house = await houses.open(FakeEngine(script=in_two("Yes", go_on, " No")))
     first = await house.sdk.responses.create(**ASK)
     drained = asyncio.ensure_future(house.service.drain())
     await asyncio.sleep(0.1)
     assert not drained.done()
     go_on.set()
-    await within(drained)
-    assert (await house.sdk.responses.retrieve(first.id)).output_text == "Yes No"
+    assert (await over(house, first.id)).output_text == "Yes No"
+    await within(drained)  # at once: nobody has to come back for it any more
 
 
 async def test_a_stream_whose_events_are_not_kept_is_refused(house: House) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import anthropic
+import httpx
 import pytest
 from anthropic import Anthropic
 from pydantic import BaseModel
@@ -62,6 +63,26 @@ def test_it_sees_streams_the_same_and_counts_what_it_reads(sdk: Anthropic) -> No
     assert usage.cache_read_input_tokens
     assert usage.input_tokens + usage.cache_read_input_tokens == counted.input_tokens
     assert streamed.stop_reason == whole.stop_reason == "end_turn"
+
+
+def test_a_stream_that_can_be_resumed_is_read_as_any_other(
+    sdk: Anthropic, demo_server: Server
+) -> None:
+    asked = asking(picture("green", "square"), WHAT)
+    whole = sdk.messages.create(**asked)
+    asked["extra_body"] = GREEDY["extra_body"] | {"stream_options": {"resumable": True}}
+    with sdk.messages.stream(**asked) as stream:
+        started = next(event for event in stream if event.type == "message_start").message
+        streamed = stream.get_final_message()
+        place = stream.response.headers["content-location"]
+    assert streamed.content[0].text == whole.content[0].text
+    # What was found in the cache is known from the beginning.
+    assert started.usage.cache_read_input_tokens
+    assert started.usage.cache_read_input_tokens == streamed.usage.cache_read_input_tokens
+    assert started.usage.input_tokens == streamed.usage.input_tokens
+    again = httpx.get(f"{demo_server.url}/v1/{place}").text
+    assert again.startswith("id: 1\nevent: message_start\n")
+    assert again.endswith('event: message_stop\ndata: {"type":"message_stop"}\n\n')
 
 
 def test_a_stop_sequence_and_a_beginning_of_the_answer(sdk: Anthropic) -> None:

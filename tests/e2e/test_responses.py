@@ -137,6 +137,33 @@ def test_an_answer_that_is_cut_off_is_incomplete(sdk: OpenAI) -> None:
     assert answer.incomplete_details.reason == "max_output_tokens"
 
 
+def test_one_in_the_background_is_left_found_again_and_cancelled(sdk: OpenAI) -> None:
+    asked = asking(turn(picture("red", "circle"), text("What is it?")), background=True)
+    whole = sdk.responses.create(**asking(turn(picture("red", "circle"), text("What is it?"))))
+    numbers, texts = [], []
+    for event in (stream := sdk.responses.create(**asked, stream=True)):
+        if event.type == "response.created":
+            name = event.response.id
+        numbers.append(event.sequence_number)
+        if event.type == "response.output_text.delta":
+            texts.append(event.delta)
+            break
+    stream.close()
+    for event in sdk.responses.retrieve(name, stream=True, starting_after=numbers[-1]):
+        numbers.append(event.sequence_number)
+        if event.type == "response.output_text.delta":
+            texts.append(event.delta)
+    assert numbers == list(range(len(numbers)))
+    assert "".join(texts) == whole.output_text == sdk.responses.retrieve(name).output_text
+    (item,) = sdk.responses.input_items.list(name)
+    assert [part.type for part in item.content] == ["input_image", "input_text"]
+    long = asking(turn(text("Hello!")), background=True, extra_body={"ignore_eos": True})
+    running = sdk.responses.create(**long)
+    assert running.status == "queued"
+    assert sdk.responses.cancel(running.id).status == "cancelled"
+    assert sdk.responses.retrieve(running.id).status == "cancelled"
+
+
 def test_errors_are_the_clients_own_classes(sdk: OpenAI, demo_server: Server) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         sdk.responses.create(model="gpt", input="Hello!")
