@@ -67,6 +67,7 @@ def setup(level: str, process: str, form: str = "text") -> None:
     text = f"%(asctime)s %(levelname)-7s {process} %(request_id)s %(name)s: %(message)s"
     handler.setFormatter(_Json(process) if form == "json" else logging.Formatter(text, "%H:%M:%S"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(form == "json")
     for noisy in ("httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
