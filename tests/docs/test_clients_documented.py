@@ -11,7 +11,8 @@ CLIENTS = ROOT / "tests" / "clients"
 
 def test_the_versions_of_clients_are_those_that_are_locked() -> None:
     text = (CLIENTS / "requirements.txt").read_text(encoding="utf-8")
-    pinned = dict(re.findall(r"^([\w.-]+)(?:\[.*\])?==(\S+)", text, re.MULTILINE))
+    own = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned, main = (dict(re.findall(r"^([\w.-]+)==(\S+)", each, re.M)) for each in (text, own))
     packages = json.loads((CLIENTS / "node" / "package-lock.json").read_text())["packages"]
     installed = {
         name.partition("/")[2]: entry["version"] for name, entry in packages.items() if name
@@ -20,6 +21,9 @@ def test_the_versions_of_clients_are_those_that_are_locked() -> None:
     assert len(table) > 10
     for client, version, over, shown in table:
         name = client.split("`")[1]
-        assert (installed if "(npm)" in client else pinned)[name] == version
+        locked = installed if "(npm)" in client else main if "(Python)" in client else pinned
+        assert locked[name] == version
+        for bring in re.findall(r"bring (\d[\d.]*\d)", shown):
+            assert pinned[name] == bring
         for other, its in re.findall(r"`([@\w/-]+)` (\d+\.\d+\.\d+)", over + shown):
             assert (installed | pinned)[other] == its
