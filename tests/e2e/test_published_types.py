@@ -52,7 +52,7 @@ ANTHROPICS_PICTURE = {
 
 
 def theirs(value: Any, ours: set[str], found: set[str]) -> Any:
-    """``value`` without the fields that are ``ours``; those that were there are added to ``found``."""
+    """``value`` without the fields that are ``ours``; which were there is added to ``found``."""
     if isinstance(value, list):
         return [theirs(each, ours, found) for each in value]
     if not isinstance(value, dict):
