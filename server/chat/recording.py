@@ -25,6 +25,7 @@ from wire.errors import (
     ServiceError,
     Unavailable,
 )
+from wire.logs import about, request_id
 from wire.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Recording:
         self.before = first - 1
         self.over = False
         self.size = 0  # bytes
+        self._origin = request_id.get()
         self._events = events
         self._shelf = shelf
         self._lasting = lasting
@@ -208,7 +210,8 @@ class Recording:
             self.start_timer(self._shelf.grace, self._give_up)
 
     def _give_up(self) -> None:
-        logger.info("request=%s is ended: nobody has come back to read its answer", self.name)
+        with about(self._origin):  # not whoever has read it last
+            logger.info("request=%s is ended: nobody has come back to read its answer", self.name)
         self._shelf.forget(self)
         if self._task is not None:
             self._ending = ClientTooSlow("Nobody has read this answer for too long.")

@@ -4,6 +4,7 @@ comes twice."""
 import asyncio
 import contextlib
 import json
+import logging
 import random
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
@@ -16,6 +17,7 @@ from tests.api.test_life import within
 from tests.fake_engine import EOS, FakeEngine, Script, Step, say
 from tests.small_tokenizer import encode_rendered
 from wire.errors import EngineFailed
+from wire.logs import request_id
 from wire.messages import EngineOutput, EngineRequest
 
 CHAT = "/v1/chat/completions"
@@ -240,6 +242,29 @@ async def test_an_answer_nobody_comes_back_to_is_aborted_after_its_grace(houses:
         await within(house.service.gate.idle.wait())
         assert await reader.read() == 404
     assert "internvl_resumable_bytes 0.0" in (await house.http.get("/metrics")).text
+
+
+async def test_the_end_of_an_unread_answer_is_logged_for_who_asked(houses: Houses) -> None:
+    seen: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+
+    class Sink(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.put_nowait((request_id.get(), record.getMessage()))
+
+    sink, log = Sink(), logging.getLogger("server.chat.recording")
+    log.addHandler(sink)
+    try:
+        house = await houses.open(
+            FakeEngine(script=in_two("Yes", asyncio.Event(), "")), resume_grace=0.3
+        )
+        async with reading(house) as reader:
+            await reader.read(300, **{"X-Request-Id": "who-asked"})
+            assert await reader.read(1, **{"X-Request-Id": "who-came-back"}) == 200
+            identity, message = await within(seen.get())
+    finally:
+        log.removeHandler(sink)
+    assert "nobody has come back" in message
+    assert identity == "who-asked"
 
 
 async def test_who_has_come_back_in_time_may_wait_for_as_long_as_it_takes(houses: Houses) -> None:
