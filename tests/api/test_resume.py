@@ -244,7 +244,9 @@ async def test_an_answer_nobody_comes_back_to_is_aborted_after_its_grace(houses:
     assert "internvl_resumable_bytes 0.0" in (await house.http.get("/metrics")).text
 
 
-async def test_the_end_of_an_unread_answer_is_logged_for_who_asked(houses: Houses) -> None:
+async def test_the_end_of_an_unread_answer_is_logged_for_who_asked(
+    houses: Houses, caplog: pytest.LogCaptureFixture
+) -> None:
     seen: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
 
     class Sink(logging.Handler):
@@ -253,6 +255,7 @@ async def test_the_end_of_an_unread_answer_is_logged_for_who_asked(houses: House
 
     sink, log = Sink(), logging.getLogger("server.chat.recording")
     log.addHandler(sink)
+    caplog.set_level("INFO", log.name)
     try:
         house = await houses.open(
             FakeEngine(script=in_two("Yes", asyncio.Event(), "")), resume_grace=0.3
