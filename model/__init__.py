@@ -41,7 +41,7 @@ def build_model(
     A stored output matrix is used whatever tie_word_embeddings says: published checkpoints have
     the flag wrong, and a dropped matrix gives fluent nonsense.
     """
-    files = WeightFiles(folder)
+    files = WeightFiles(folder, config.awq)
     names = names_for(config, files.shapes)
     tied = names.head not in names.slots
     if tied and not config.text.tied:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from model import awq
 from model.backbones import BACKBONES
 from model.backbones.backbone import Backbone
 from model.schema import (
@@ -49,6 +50,7 @@ TEMPLATES = {
 """The original checkpoints' conversations by name (conversation.py in their repository): the system
 sentence, and what follows the end of a turn."""
 FORMATS = {"InternVLChatModel": "chat", "InternVLForConditionalGeneration": "hf"}
+_QUANTIZED = "quantization_config"
 MODEL_TYPES = {"internvl_chat": "chat", "internvl": "hf"}
 
 
@@ -61,9 +63,10 @@ def load_config(folder: Path) -> ModelConfig:
     chat = format_name == "chat"
     text = root.section("llm_config" if chat else "text_config")
     vision_section = root.section("vision_config")
-    for section in (root, text, vision_section):
-        if section.has("quantization_config"):
-            raise section.error("quantization_config", "is set; only unquantised weights for now")
+    if vision_section.has(_QUANTIZED):
+        raise vision_section.error(_QUANTIZED, "is set; the encoder has 16 bits only")
+    # Quantised copies say so at the top, or where the language model is told of.
+    quantized = [s.section(_QUANTIZED) for s in (root, text) if s.has(_QUANTIZED)]
     text_config = _text(root, text, chat)
     factor = _downsampling(root)
     vision = _chat_vision(root, vision_section) if chat else _hf_vision(root, vision_section)
@@ -89,6 +92,7 @@ def load_config(folder: Path) -> ModelConfig:
         image_token_id=image_token_id,
         eos_token_ids=eos_token_ids,
         dtype=_dtype(root, text),
+        awq=awq.read(quantized[0]) if quantized else None,
     )
 
 

@@ -91,6 +91,14 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AwqConfig:
+    """Weights in four bits (``model.awq``); ``group`` inputs of an output share a scale and a
+    zero."""
+
+    group: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything a checkpoint folder says except its weights.
 
@@ -108,6 +116,7 @@ class ModelConfig:
     image_token_id: int
     eos_token_ids: tuple[int, ...]
     dtype: str
+    awq: AwqConfig | None = None
 
     @property
     def max_model_len(self) -> int:

@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from model.awq import INTEGERS, PARTS, dequantize, joined
 from model.names import Names, Slot
-from model.schema import CheckpointError, read_json
+from model.schema import AwqConfig, CheckpointError, read_json
 
 Progress = Callable[[int, int], None]
 
@@ -24,9 +25,13 @@ _LISTED = 8
 
 
 class WeightFiles:
-    """The safetensors files of a folder: ``shapes`` of all tensors, and the tensors themselves."""
+    """The safetensors files of a folder: ``shapes`` of all tensors, and the tensors themselves.
 
-    def __init__(self, folder: Path) -> None:
+    Those of layers in four bits are told of and given as the weights they stand for.
+    """
+
+    def __init__(self, folder: Path, awq: AwqConfig | None = None) -> None:
+        self._awq = awq
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         index: dict[str, Any] | None = None
@@ -46,15 +51,18 @@ class WeightFiles:
             lost = [key for key in index if key not in self.shapes]
             if lost:
                 raise CheckpointError(f"{folder}: the index lists tensors no file has{_some(lost)}")
+        if awq is not None:
+            self.shapes = joined(self.shapes, awq)
 
     def _read_header(self, path: Path) -> None:
         with _open(path) as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 part = file.get_slice(key)
-                if part.get_dtype() not in _FLOATS:
+                packed = self._awq is not None and key.endswith(INTEGERS)
+                if part.get_dtype() not in ({"I32"} if packed else _FLOATS):
                     raise CheckpointError(
-                        f"{path}: tensor {key} has type {part.get_dtype()}; "
-                        "only unquantised weights for now"
+                        f"{path}: tensor {key} has type {part.get_dtype()}, which config.json does "
+                        "not account for"
                     )
                 if key in self._files:
                     raise CheckpointError(f"{path}: tensor {key} is in another file too")
@@ -67,8 +75,17 @@ class WeightFiles:
         for path in sorted(set(self._files.values())):
             with _open(path) as file:
                 for key in file.keys():  # noqa: SIM118 - not a dict
+                    layer, _, part = key.rpartition(".")
                     if key in keys:
                         yield key, file.get_tensor(key)
+                    elif self._awq is not None and part == PARTS[0] and layer + ".weight" in keys:
+                        parts = [self._tensor(f"{layer}.{name}") for name in PARTS]
+                        yield layer + ".weight", dequantize(parts, self._awq)
+
+    def _tensor(self, key: str) -> torch.Tensor:
+        with _open(self._files[key]) as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+        return tensor
 
 
 def _open(path: Path) -> Any:

@@ -181,10 +181,19 @@ def test_missing_tie_flags_mean_what_the_format_means(
     assert load_config(folder).text.tied is tied
 
 
-@pytest.mark.parametrize("where", ["", "text_config__", "vision_config__"])
-def test_quantised_weights_are_refused_wherever_they_are_mentioned(hf: Path, where: str) -> None:
-    edit(hf, **{where + "quantization_config": {"quant_method": "awq"}})
-    assert "only unquantised weights" in refusal(hf)
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("", "quant_method is 'fp8'; supported: awq"),
+        ("text_config__", "quant_method is 'fp8'; supported: awq"),
+        ("vision_config__", "the encoder has 16 bits only"),
+    ],
+)
+def test_quantised_weights_are_found_wherever_they_are_mentioned(
+    hf: Path, where: str, message: str
+) -> None:
+    edit(hf, **{where + "quantization_config": {"quant_method": "fp8"}})
+    assert message in refusal(hf)
 
 
 def test_an_unknown_architecture_is_refused_with_what_is_known(hf: Path) -> None:

@@ -194,7 +194,7 @@ def test_integer_weights_are_refused(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     message = refusal(folder)
     assert "has type I8" in message
-    assert "only unquantised weights" in message
+    assert "which config.json does not account for" in message
 
 
 def test_keys_of_another_format_are_refused(tmp_path: Path) -> None:
