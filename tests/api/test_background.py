@@ -69,6 +69,21 @@ async def test_it_is_answered_while_nobody_reads(houses: Houses) -> None:
     assert goes_on.status_code == 200
 
 
+async def test_leaving_its_stream_ends_nothing(houses: Houses) -> None:
+    go_on = asyncio.Event()
+    house = await houses.open(FakeEngine(script=in_two("Yes", go_on, " No")), resume_grace=0.05)
+    async with client(house) as sdk:
+        stream = await sdk.responses.create(**ASK, stream=True)
+        async for event in stream:
+            if event.type == "response.output_text.delta":
+                break
+        await stream.close()
+        (running,) = house.service.background._running.values()
+        await asyncio.sleep(0.2)  # longer than a stream that nobody reads
+        go_on.set()
+        assert (await over(house, running.response.id)).output_text == "Yes No"
+
+
 async def test_its_events_are_read_again_from_anywhere(houses: Houses) -> None:
     house = await houses.open(FakeEngine(script=say(f"I look.\n{CALL}")))
     asked: Any = ASK | {"tools": [LOOK]}
@@ -170,6 +185,12 @@ async def test_deleting_one_that_runs_ends_it(houses: Houses) -> None:
     for asked in ({}, {"stream": True}):
         with pytest.raises(openai.NotFoundError):
             await house.sdk.responses.retrieve(first.id, **asked)
+    house.engine.script = say("Yes")
+    first = await house.sdk.responses.create(**ASK)
+    async with asyncio.timeout(5):
+        while house.service.background._running:
+            await asyncio.sleep(0.01)
+    await house.sdk.responses.delete(first.id)
     await within(house.service.gate.idle.wait())
     assert house.service.responses.used == 0
     assert not house.service.recordings._by_name

@@ -246,6 +246,20 @@ async def test_every_token_of_a_text_has_its_log_probability(house: House, strea
     assert {entry["logprob"] for entry in entries} == {-0.5}
 
 
+async def test_the_tokens_of_a_call_are_not_those_of_the_text_around_it(house: House) -> None:
+    tokens = encode_rendered(f"I look. {CALL} I see.")
+    likely = [TokenLogprobs(-0.5, [(token, -0.5)]) for token in tokens]
+    house.engine.script = lambda request: [
+        EngineOutput(request.id, tokens, "length", logprobs=likely)
+    ]
+    output = (await ask(house, tools=[LOOK], top_logprobs=1)).json()["output"]
+    assert [item["type"] for item in output] == ["message", "function_call", "message"]
+    texts = [item["content"][0] for item in (output[0], output[2])]
+    tokens_of = ["".join(entry["token"] for entry in text["logprobs"]) for text in texts]
+    # Nothing was said between the call's end and what follows it.
+    assert tokens_of == [texts[0]["text"], f"\n</tool_call>{texts[1]['text']}"]
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -424,3 +438,12 @@ async def test_deep_values_are_answered_or_refused(house: House, depth: int) -> 
             content="{" + fields + "}",
         )
         assert answer.status_code in (200, 400), answer.text
+
+
+async def test_what_is_kept_goes_when_its_time_is_over_though_nobody_asks(house: House) -> None:
+    house.service.responses._seconds = 0.05
+    await ask(house)
+    assert house.service.responses.used
+    async with asyncio.timeout(10):
+        while house.service.responses.used:  # which forgets nothing itself
+            await asyncio.sleep(0.02)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from anthropic.lib.streaming._messages import accumulate_event
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from openai import omit
 from openai.lib.streaming.chat import ChatCompletionStreamState
@@ -162,6 +162,10 @@ MESSAGES = some(
     GOES_ON,
 )
 
+# The first byte of a character.
+HALF = encode_rendered("🙂")[0]
+CALLED = {"tools": [TOOL], "top_logprobs": 2}
+
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 Told = list[dict[str, Any]]
 
@@ -212,6 +216,7 @@ def joined(chunks: Told, fields: Sequence[str]) -> dict[int, dict[str, Any]]:
 
 
 @FEW
+@example({"n": 3}, encode_rendered("A red circle."), ("length", None), 0)
 @given(body=CHAT, tokens=written, end=ends, seed=st.integers(0, 9))
 async def test_chat(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
     found = await both(
@@ -236,6 +241,8 @@ async def test_chat(house: House, body: Any, tokens: list[int], end: Any, seed: 
 
 
 @FEW
+@example({"logprobs": 0}, [HALF, *encode_rendered("A red")], ("length", None), 0)
+@example({"prompt": [HALF, 5], "echo": True, "logprobs": 0}, RED, ("length", None), 0)
 @given(body=COMPLETIONS, tokens=written, end=ends, seed=st.integers(0, 9))
 async def test_completions(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
     found = await both(house, "/v1/completions", {"prompt": "Once"} | body, tokens, end, seed)
@@ -270,6 +277,7 @@ def _check_offsets(choice: Any) -> None:
 
 
 @FEW
+@example(CALLED, encode_rendered(f"A red. {CALL} So."), ("length", None), 0)
 @given(body=RESPONSES, tokens=written, end=ends, seed=st.integers(0, 9))
 async def test_responses(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
     found = await both(house, "/v1/responses", {"input": "Hello!"} | body, tokens, end, seed)
