@@ -86,6 +86,7 @@ def as_chat(request: CountRequest) -> tuple[ChatRequest, Origins]:
     draft.fields["stop"] = request.stop_sequences
     draft.fields["visual_budget"] = request.visual_budget
     draft.fields["preprocess"] = request.preprocess
+    draft.fields["v2pe_delta"] = request.v2pe_delta
     return draft.finish(_Chat), draft.origins
 
 

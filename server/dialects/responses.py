@@ -102,6 +102,7 @@ def as_chat(request: ResponsesRequest, before: Sequence[bytes]) -> tuple[ChatReq
     draft.fields["top_logprobs"] = request.top_logprobs
     draft.fields["visual_budget"] = request.visual_budget
     draft.fields["preprocess"] = request.preprocess
+    draft.fields["v2pe_delta"] = request.v2pe_delta
     return draft.finish(), draft.origins
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, Bounds, VisualBudget
+from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, Bounds, Delta, VisualBudget
 from server.schemas.form import Form, OrText, clip, one_of, tag_of, wrong
 from server.schemas.generation import MAX_STOPS, Generation, Stop
 
@@ -281,6 +281,7 @@ class CountRequest(Generation):
     # Our own
     visual_budget: VisualBudget | None = None
     preprocess: Literal["normalized", "reference"] | None = None
+    v2pe_delta: Delta | None = None
 
 
 class MessagesRequest(CountRequest):

@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from server.schemas.chat import MAX_PARTS, MAX_TOOLS, Bounds, VisualBudget
+from server.schemas.chat import MAX_PARTS, MAX_TOOLS, Bounds, Delta, VisualBudget
 from server.schemas.form import Form, OrText, clip, one_of, tag_of, wrong
 from server.schemas.generation import Generation, JsonSchemaFormat
 from wire.sampling import MAX_LOGPROBS
@@ -363,6 +363,7 @@ class ResponsesRequest(Generation):
     # Our own
     visual_budget: VisualBudget | None = None
     preprocess: Literal["normalized", "reference"] | None = None
+    v2pe_delta: Delta | None = None
 
     @model_validator(mode="after")
     def _found_again(self) -> "ResponsesRequest":

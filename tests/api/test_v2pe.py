@@ -43,6 +43,23 @@ async def test_operators_say_what_holds_where_nothing_is_asked(houses: Houses) -
     assert step(house) == 1 / 64
 
 
+@pytest.mark.parametrize("where", ["messages", "responses"])
+async def test_the_other_apis_ask_alike(house: House, where: str) -> None:
+    if where == "messages":
+        source = {"type": "base64", "media_type": "image/png", "data": "aaaa"}
+        content: list[dict[str, Any]] = [{"type": "image", "source": source}]
+        body = {"max_tokens": 9, "messages": [{"role": "user", "content": content}]}
+    else:
+        content = [{"type": "input_image", "image_url": "data:image/png;base64,aaaa"}]
+        body = {"input": [{"role": "user", "content": content}]}
+    asked = {"model": "tiny", "v2pe_delta": 0.125} | body
+    assert (await house.http.post(f"/v1/{where}", json=asked)).status_code == 200
+    assert step(house) == 0.125
+    refused = await house.http.post(f"/v1/{where}", json=asked | {"v2pe_delta": 3})
+    assert refused.status_code == 400
+    assert "v2pe_delta must be 'auto' or one of" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("positions", range(18, 48))
 async def test_auto_is_the_largest_step_that_ends_inside_the_positions(
     houses: Houses, positions: int
@@ -74,7 +91,7 @@ async def test_answers_end_where_the_positions_do(houses: Houses) -> None:
     text = [{"role": "user", "content": "a b c d e f g h " * 8}]
     refused = await house.ask(messages=text, v2pe_delta=1 / 256)
     assert refused.status_code == 400
-    assert "context is 60 tokens" in refused.json()["error"]["message"]
+    assert "context length is 60 tokens" in refused.json()["error"]["message"]
     refused = await house.http.post(
         "/v1/completions", json={"model": "tiny", "prompt": "a b c d e f g h " * 8}
     )
