@@ -230,13 +230,13 @@ async def chunks(
                 _check(output)
                 meter.add(index, output)
                 state = states[index]
+                if not state.completion_tokens:
+                    place.begin()  # first: a reader may take its time with what is yielded
                 if not begun:
                     begun = True
                     metrics.time_to_first_token.observe(time.monotonic() - began)
                     for first in await _beginnings(chat, output, chunk):
                         yield first
-                if not state.completion_tokens:
-                    place.begin()
                 for delta, logprobs in state.feed(output):
                     yield chunk(index, delta, logprobs)
                 if state.finish_reason is not None:
