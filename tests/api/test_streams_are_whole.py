@@ -215,16 +215,7 @@ def joined(chunks: Told, fields: Sequence[str]) -> dict[int, dict[str, Any]]:
     return found
 
 
-@FEW
-@example({"n": 3}, encode_rendered("A red circle."), ("length", None), 0)
-@given(body=CHAT, tokens=written, end=ends, seed=st.integers(0, 9))
-async def test_chat(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
-    found = await both(
-        house, "/v1/chat/completions", {"messages": [USER]} | body, tokens, end, seed
-    )
-    if found is None:
-        return
-    whole, chunks = found
+def check_chat(whole: Any, chunks: Told) -> None:
     state = ChatCompletionStreamState()
     for chunk in chunks:
         state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
@@ -241,14 +232,17 @@ async def test_chat(house: House, body: Any, tokens: list[int], end: Any, seed: 
 
 
 @FEW
-@example({"logprobs": 0}, [HALF, *encode_rendered("A red")], ("length", None), 0)
-@example({"prompt": [HALF, 5], "echo": True, "logprobs": 0}, RED, ("length", None), 0)
-@given(body=COMPLETIONS, tokens=written, end=ends, seed=st.integers(0, 9))
-async def test_completions(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
-    found = await both(house, "/v1/completions", {"prompt": "Once"} | body, tokens, end, seed)
-    if found is None:
-        return
-    whole, chunks = found
+@example({"n": 3}, encode_rendered("A red circle."), ("length", None), 0)
+@given(body=CHAT, tokens=written, end=ends, seed=st.integers(0, 9))
+async def test_chat(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
+    found = await both(
+        house, "/v1/chat/completions", {"messages": [USER]} | body, tokens, end, seed
+    )
+    if found is not None:
+        check_chat(*found)
+
+
+def check_completions(whole: Any, chunks: Told) -> None:
     parts = {choice["index"]: choice for choice in whole["choices"]}
     folded = joined(chunks, ("token_ids", "stop_reason", "finish_reason", "prompt_token_ids"))
     assert folded.keys() == parts.keys()
@@ -267,6 +261,16 @@ async def test_completions(house: House, body: Any, tokens: list[int], end: Any,
     assert chunks[-1]["usage"] == whole["usage"]
 
 
+@FEW
+@example({"logprobs": 0}, [HALF, *encode_rendered("A red")], ("length", None), 0)
+@example({"prompt": [HALF, 5], "echo": True, "logprobs": 0}, RED, ("length", None), 0)
+@given(body=COMPLETIONS, tokens=written, end=ends, seed=st.integers(0, 9))
+async def test_completions(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
+    found = await both(house, "/v1/completions", {"prompt": "Once"} | body, tokens, end, seed)
+    if found is not None:
+        check_completions(*found)
+
+
 def _check_offsets(choice: Any) -> None:
     """Whatever bytes there are, a token that is text stands where it is said to be."""
     likely = choice.get("logprobs")
@@ -276,14 +280,7 @@ def _check_offsets(choice: Any) -> None:
             assert shown == token or token.startswith(("bytes:", "<"))
 
 
-@FEW
-@example(CALLED, encode_rendered(f"A red. {CALL} So."), ("length", None), 0)
-@given(body=RESPONSES, tokens=written, end=ends, seed=st.integers(0, 9))
-async def test_responses(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
-    found = await both(house, "/v1/responses", {"input": "Hello!"} | body, tokens, end, seed)
-    if found is None:
-        return
-    whole, events = found
+def check_responses(whole: Any, events: Told) -> None:
     official: Any = TypeAdapter(ResponseStreamEvent)
     state: Any = ResponseStreamState(input_tools=[], text_format=omit)
     for event in events:
@@ -302,13 +299,15 @@ async def test_responses(house: House, body: Any, tokens: list[int], end: Any, s
 
 
 @FEW
-@given(body=MESSAGES, tokens=written, end=ends, seed=st.integers(0, 9))
-async def test_messages(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
-    asked = {"max_tokens": 50, "messages": [USER]} | body
-    found = await both(house, "/v1/messages", asked, tokens, end, seed)
-    if found is None:
-        return
-    whole, events = found
+@example(CALLED, encode_rendered(f"A red. {CALL} So."), ("length", None), 0)
+@given(body=RESPONSES, tokens=written, end=ends, seed=st.integers(0, 9))
+async def test_responses(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
+    found = await both(house, "/v1/responses", {"input": "Hello!"} | body, tokens, end, seed)
+    if found is not None:
+        check_responses(*found)
+
+
+def check_messages(whole: Any, events: Told) -> None:
     folded: Any = None
     buffers: dict[int, bytes] = {}
     for event in events:
@@ -321,3 +320,12 @@ async def test_messages(house: House, body: Any, tokens: list[int], end: Any, se
     assert alike(folded.to_dict()) == alike(whole)
     start = events[0]["message"]["usage"]
     assert start == whole["usage"] | {"output_tokens": 0}
+
+
+@FEW
+@given(body=MESSAGES, tokens=written, end=ends, seed=st.integers(0, 9))
+async def test_messages(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
+    asked = {"max_tokens": 50, "messages": [USER]} | body
+    found = await both(house, "/v1/messages", asked, tokens, end, seed)
+    if found is not None:
+        check_messages(*found)
