@@ -59,9 +59,17 @@ def test_the_warm_up_leaves_nothing_behind(folder: Path, blocks: int) -> None:
     assert not runner._vision._tiles
 
 
+def test_a_context_beyond_the_positions_is_told_apart_from_them(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "engine.runner"):
+        ready = ModelRunner(settings(folder, max_model_len=1025)).ready()
+    assert "beyond 1024 tokens, the model's positions" in caplog.text
+    assert (ready.max_model_len, ready.max_positions) == (1025, 1024)
+    assert (ready.context(), ready.context(saved=1), ready.context(saved=9)) == (1024, 1025, 1025)
+
+
 def test_settings_that_do_not_fit_the_checkpoint_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="positions end at 1024"):
-        ModelRunner(settings(folder, max_model_len=1025))
     with pytest.raises(ValueError, match="no memory for the KV cache"):
         ModelRunner(settings(folder, kv_cache_memory=10))
 
