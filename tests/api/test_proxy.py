@@ -13,7 +13,7 @@ from tests.api.conftest import Houses, listening
 from tests.api.test_life import HELLO, stuck, within
 from tests.servers import free_port
 
-# It packs what it sends, and what it packs it keeps back unless it is told that answers are streams.
+# It packs what it sends, and keeps back what it packs unless it is told that this is a stream.
 NGINX = """
 daemon off; error_log stderr; pid {folder}/pid; worker_processes 1;
 events {{ worker_connections 64; }}
