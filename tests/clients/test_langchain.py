@@ -42,7 +42,7 @@ def untaught(request: pytest.FixtureRequest) -> None:
     untaught = UNTAUGHT if request.cls is TestMessages else UNTAUGHT | UNTAUGHT_KEYS
     reason = untaught.get(request.function.__name__)
     if reason:
-        # Not strict: another processor's last bits may let a small model say what it was not taught.
+        # Not strict: another processor's last bits may let the model say what it was not taught.
         request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
 
 
