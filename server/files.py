@@ -23,6 +23,8 @@ from wire.errors import NotFound
 PREFIX = "file-"
 # What is taken beside its bytes by an entry.
 OVERHEAD = 1024
+# However small they are: to look through more would hold up other requests.
+MAX_FILES = 1 << 15
 
 Reason = Literal["expired", "room"]
 
@@ -42,9 +44,9 @@ class Upload:
     expires_at: float
 
     @property
-    def size(self) -> int:
-        """Bytes that it takes."""
-        return OVERHEAD + len(self.file.data)
+    def place(self) -> tuple[float, str]:
+        """Where it stands among others, the oldest first."""
+        return self.created_at, self.id
 
 
 def as_url(name: str) -> str:
@@ -75,8 +77,8 @@ def no_file(param: str) -> NotFound:
 
 class FileStore:
     """Keeps files by tenant and id: nobody finds those of another. Where there is no room for a new
-    one those go that were used longest ago, of the tenant that takes most; ``evicted`` is told of
-    each, and of each that has expired. Safe in every thread."""
+    one those go that were used longest ago, of the tenant that takes most with it; ``evicted`` is
+    told of each, and of each that has expired. Safe in every thread."""
 
     def __init__(
         self,
@@ -86,6 +88,7 @@ class FileStore:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._most = most
+        self._beside = max(OVERHEAD, most // MAX_FILES)
         self._seconds = seconds
         self._evicted = evicted
         self._clock = clock
@@ -99,7 +102,7 @@ class FileStore:
     @property
     def most_bytes(self) -> int:
         """Of the largest file that there can be room for; less than 1 if there is none."""
-        return self._most - OVERHEAD
+        return self._most - self._beside
 
     @property
     def used(self) -> int:
@@ -139,12 +142,15 @@ class FileStore:
             now = self._clock()
             end = now + min(self._seconds, self._seconds if seconds is None else seconds)
             upload = Upload(name, file, *facts, filename, purpose, now, end)
-            while self._used + upload.size > self._most:
-                # Without the new one: what comes is never what goes.
-                heaviest = max(self._weights, key=self._weights.__getitem__)
+            size = self._size(upload)
+            while self._used + size > self._most:
+                # What comes is never what goes, but counts for whoever has others.
+                heaviest = max(
+                    self._weights, key=lambda one: self._weights[one] + size * (one == tenant)
+                )
                 self._drop(heaviest, next(iter(self._shelves[heaviest])), "room")
             self._shelves.setdefault(tenant, collections.OrderedDict())[name] = upload
-            self._weigh(tenant, upload.size)
+            self._weigh(tenant, size)
             self._first_end = min(self._first_end, end)
             return upload
 
@@ -164,7 +170,7 @@ class FileStore:
             self._expire()
             shelf = self._shelves.get(tenant)
             found = list(shelf.values()) if shelf is not None else []
-        return sorted(found, key=lambda upload: (upload.created_at, upload.id))
+        return sorted(found, key=lambda upload: upload.place)
 
     def delete(self, tenant: bytes, name: str) -> bool:
         """Forget a file; says whether there was one."""
@@ -191,11 +197,14 @@ class FileStore:
         shelf = self._shelves.get(tenant)
         if shelf is None or name not in shelf:
             return False
-        self._weigh(tenant, -shelf.pop(name).size)
+        self._weigh(tenant, -self._size(shelf.pop(name)))
         if not shelf:
             del self._shelves[tenant]
             del self._weights[tenant]
         return True
+
+    def _size(self, upload: Upload) -> int:
+        return self._beside + len(upload.file.data)
 
     def _weigh(self, tenant: bytes, size: int) -> None:
         self._used += size

@@ -12,6 +12,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from preprocessing.budget import Share
+from server.admission import FORM_BYTES
 from server.errors import UnsupportedMediaType
 from server.schemas.form import clip_name
 from wire.errors import BodyTooLarge, InvalidRequest, Unavailable
@@ -56,8 +57,9 @@ async def read_upload(
     parser = MultipartParser(
         boundary, form.callbacks, max_header_count=MAX_HEADERS, max_header_size=MAX_HEADER
     )
-    boundaries = 0
+    boundaries = size = 0
     async for piece in pieces:
+        size += len(piece)
         boundaries += piece.count(b"\r\n--" + boundary)
         if boundaries > MAX_BOUNDARIES:
             raise InvalidRequest("The boundary of the form stands in its file.")
@@ -65,6 +67,9 @@ async def read_upload(
             parser.write(piece)
         except FormParserError:
             raise _broken() from None
+        # It takes the parser long to find that blanks are none of what could stand there.
+        if size - form.size > FORM_BYTES:
+            raise InvalidRequest(f"The form has more than {FORM_BYTES} bytes beside its {FILE}.")
     if not form.is_whole:
         raise _broken()
     return form
@@ -90,6 +95,11 @@ class UploadForm:
         """The bytes of the file, if there is one; without a copy, as a BytesIO lends its own
         buffer."""
         return None if self._file is None else self._file.getvalue()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, as far as it is here."""
+        return 0 if self._file is None else self._file.tell()
 
     @property
     def callbacks(self) -> "MultipartCallbacks":
@@ -154,7 +164,7 @@ class UploadForm:
                 )
             self._field += data[start:end]
         elif self._file is not None:
-            if self._file.tell() + size > self._most:
+            if self.size + size > self._most:
                 raise BodyTooLarge(
                     f"{FILE} must not be larger than {max(self._most, 0)} bytes.", param=FILE
                 )

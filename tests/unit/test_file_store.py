@@ -130,6 +130,26 @@ def test_who_takes_most_gives_first_and_others_keep_what_they_have() -> None:
     assert len(shop.store.all(A)) in (4, 5, 6)  # equal parts, up to the one that comes
 
 
+def test_who_would_take_most_with_what_comes_drops_its_own() -> None:
+    shop = Shop(room(*[10] * 4))
+    others = [shop.put(A, b"%010d" % number) for number in range(2)]
+    own = [shop.put(B, b"%010d" % number) for number in range(3)]
+    assert [shop.has(A, one) for one in others] == [True, True]
+    assert [shop.has(B, one) for one in own] == [False, True, True]
+
+
+def test_there_are_never_more_files_than_can_be_looked_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.files.MAX_FILES", 8)
+    shop = Shop(1 << 20)
+    for number in range(20):
+        shop.put(A, b"%d" % number)
+    assert shop.store.count == 7  # each takes a byte beside its eighth
+    assert shop.put(B, b"x" * shop.store.most_bytes).file.data
+    assert shop.store.count == 1
+
+
 def test_files_are_listed_in_the_order_in_which_they_came() -> None:
     shop = Shop(1 << 20)
     uploads = []
@@ -167,7 +187,7 @@ def test_it_agrees_with_a_plain_model_and_its_sums_are_right(seed: int) -> None:
             alive[tenant, upload.id] = upload.expires_at
             assert shop.has(tenant, upload)
         files = [one for owner in (A, B, C) for one in shop.store.all(owner)]
-        assert shop.store.used == sum(one.size for one in files) <= room(*[50] * 8)
+        assert shop.store.used == room(*[50] * len(files)) <= room(*[50] * 8)
         assert shop.store.count == len(files)
         assert all(one.expires_at > shop.now for one in files)
 
@@ -196,4 +216,4 @@ def test_many_threads_leave_it_whole() -> None:
         thread.join()
     assert not failures
     files = [one for owner in (A, B, C) for one in shop.store.all(owner)]
-    assert shop.store.used == sum(one.size for one in files) <= room(*[100] * 20)
+    assert shop.store.used == room(*[100] * len(files)) <= room(*[100] * 20)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocessing.budget import Budget
+from server.admission import FORM_BYTES
 from server.errors import UnsupportedMediaType
 from server.multipart import MAX_FIELD, MAX_FILENAME, MAX_HEADER, MAX_PARTS, UploadForm, read_upload
 from wire.errors import BodyTooLarge, InvalidRequest, ServiceError, Unavailable
@@ -145,6 +146,22 @@ def test_a_boundary_stands_in_no_file() -> None:
     error = refused(part(FILE, almost * 2) + END)
     assert isinstance(error, InvalidRequest)
     assert "boundary" in error.message
+
+
+def test_what_is_not_the_file_is_bounded() -> None:
+    file = b"x" * (2 * FORM_BYTES)
+    assert read(part(FILE, file) + END)[0] == file
+    blanks = b" " * (FORM_BYTES // 2)
+    padded = b"--" + BOUNDARY + blanks + b"\r\n" + part(FILE, file).partition(b"\r\n")[2]
+    assert read(PURPOSE + padded + END)[0] == file
+    for body in (
+        PURPOSE + padded.replace(blanks, blanks * 2),
+        part(FILE, b"x") + END + blanks * 2,
+        b"\r\n" * FORM_BYTES + part(FILE, b"x") + END,
+    ):
+        error = refused(body)
+        assert isinstance(error, InvalidRequest)
+        assert f"{FORM_BYTES} bytes beside" in error.message
 
 
 def test_there_is_one_file_and_each_field_once() -> None:
