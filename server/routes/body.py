@@ -75,11 +75,16 @@ async def _read_body(request: Request) -> bytes:
     # asks. So pages, which have an origin, must say that it is JSON.
     if kind != "application/json" and (kind not in _UNSAID or "origin" in request.headers):
         raise UnsupportedMediaType("Content-Type must be application/json.")
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise UnsupportedMediaType("Content-Encoding must be identity: the body as it is.")
+    check_unpacked(request)
     service: Service = request.app.state.service
     async with service.preparing():
         return await request.body()
+
+
+def check_unpacked(request: Request) -> None:
+    """Raises UnsupportedMediaType for a body that says it is packed."""
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise UnsupportedMediaType("Content-Encoding must be identity: the body as it is.")
 
 
 async def read_form(arrival: Arrival, form: type[F]) -> tuple[F, list[str]]:

@@ -3,14 +3,16 @@ these routes; Anthropic's clients are known by their ``anthropic-version``."""
 
 import asyncio
 import datetime
+import logging
 import re
 import urllib.parse
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Send
 
 from preprocessing.media import File, PictureFacts
 from server.auth import Tenant
@@ -20,7 +22,7 @@ from server.errors import is_anthropic
 from server.files import Upload, no_file
 from server.lifecycle import Service
 from server.multipart import FILE, UploadForm, read_upload
-from server.routes.body import told
+from server.routes.body import check_unpacked, told
 from server.schemas.files import (
     AnthropicUpload,
     DeletedFile,
@@ -33,10 +35,14 @@ from server.schemas.files import (
 )
 from server.schemas.validate import read_object
 from wire.digest import content_digest
+from wire.errors import InvalidRequest, NotFound
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter()
 
 PIECE = 64 << 10  # bytes of a file that are sent at a time
+_PAGE = re.compile(r"page_([0-9]+\.[0-9]+)_(file-[0-9a-f]{40})")
 _NESTED = re.compile(r"(\w+)\[(\w+)\]")
 # Formats that clients know; the others are bytes.
 _TYPES = {name: f"image/{name.lower()}" for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")}
@@ -50,6 +56,7 @@ async def upload_file(request: Request) -> Response:
     """Keep a picture or a video, to be asked about by its id."""
     service: Service = request.app.state.service
     _check_origin(request, service.settings.server.cors_origins)
+    check_unpacked(request)
     async with service.preparing(), service.media.arriving() as room:
         most = min(service.settings.server.max_file_bytes, service.files.most_bytes)
         content_type = request.headers.get("content-type", "")
@@ -65,13 +72,11 @@ def _check_origin(request: Request, allowed: Sequence[str]) -> None:
 
 
 async def _keep(request: Request, service: Service, form: UploadForm) -> Response:
-    raw: dict[str, object] = dict(form.fields)
-    for name, value in form.fields.items():
-        if nested := _NESTED.fullmatch(name):
-            del raw[name]
-            outer = raw.setdefault(nested[1], {})
-            if isinstance(outer, dict):
-                outer[nested[2]] = value
+    raw: dict[str, Any] = dict(form.fields)
+    for name in form.fields:
+        nested = _NESTED.fullmatch(name)
+        if nested and nested[1] not in (FILE, *form.fields):
+            raw.setdefault(nested[1], {})[nested[2]] = raw.pop(name)
     if form.file is not None:
         raw[FILE] = form.file
     strict = service.settings.server.strict_fields
@@ -102,35 +107,62 @@ async def list_files(
     limit: Annotated[int | None, Query(ge=1, le=10_000)] = None,
     order: Literal["asc", "desc"] = "desc",
     after: str | None = None,
+    after_id: str | None = None,
+    before_id: None = None,
     purpose: str | None = None,
     page: str | None = None,
     ids: Annotated[list[str] | None, Query(alias="ids[]")] = None,
 ) -> Response:
-    """The files of this API key, the newest first; ``after`` or ``page`` is the id of the last one
-    of the page before."""
+    """The files of this API key, the newest first. ``after``, or ``after_id`` for Anthropic's
+    earlier clients, is the id of the last one of the page before, and ``page`` its
+    ``next_page``."""
     service: Service = request.app.state.service
     found = service.files.all(request.state.tenant.id)
     if order == "desc":
         found.reverse()
-    last = after if page is None else page
-    if last is not None:
-        places = [at for at, upload in enumerate(found) if upload.id == last]
-        if not places:
-            raise no_file("after" if page is None else "page")
-        found = found[places[0] + 1 :]
+    last: tuple[float, str] | None = None
+    if page is not None:
+        last = _read_page(page)
+    elif after is not None:
+        last = _place(found, after, "after")
+    elif after_id is not None:
+        last = _place(found, after_id, "after_id")
+    wanted = None if ids is None else set(ids)
     found = [
         upload
         for upload in found
-        if purpose in (None, upload.purpose) and (ids is None or upload.id in ids)
+        if purpose in (None, upload.purpose)
+        and (wanted is None or upload.id in wanted)
+        and (last is None or (upload.place < last if order == "desc" else upload.place > last))
     ]
-    most = limit or (20 if is_anthropic(request.scope) else 10_000)
+    most = limit or (20 if is_anthropic(request.scope) and ids is None else 10_000)
     has_more, found = len(found) > most, found[:most]
+    first_id, last_id = (found[0].id, found[-1].id) if found else (None, None)
     if is_anthropic(request.scope):
-        return _json(
-            FilePage([_metadata(one) for one in found], found[-1].id if has_more else None)
-        )
-    first, last = (found[0].id, found[-1].id) if found else (None, None)
-    return _json(FileList([_object(upload) for upload in found], has_more, first, last))
+        next_page = _page(found[-1]) if has_more else None
+        files = [_metadata(one) for one in found]
+        return _json(FilePage(files, next_page, has_more, first_id, last_id))
+    return _json(FileList([_object(upload) for upload in found], has_more, first_id, last_id))
+
+
+def _place(found: Sequence[Upload], name: str, param: str) -> tuple[float, str]:
+    places = [upload.place for upload in found if upload.id == name]
+    if not places:
+        raise no_file(param)
+    return places[0]
+
+
+def _page(last: Upload) -> str:
+    """What names the page behind ``last``, even when that is gone: some clients delete what they
+    list."""
+    return f"page_{last.created_at!r}_{last.id}"
+
+
+def _read_page(name: str) -> tuple[float, str]:
+    found = _PAGE.fullmatch(name)
+    if found is None:
+        raise InvalidRequest("page must be the next_page of the page before.", param="page")
+    return float(found[1]), found[2]
 
 
 @router.get("/v1/files/{file_id}")
@@ -141,19 +173,20 @@ async def retrieve_file(file_id: str, request: Request) -> Response:
 
 @router.get("/v1/files/{file_id}/content")
 async def download_file(file_id: str, request: Request) -> Response:
-    """The bytes of a file, as they were uploaded."""
+    """The bytes of a file, as they were uploaded. Ends in the middle when the file is forgotten
+    meanwhile: otherwise clients that do not read could keep any number of those."""
     upload = _find(request, file_id)
-    data = upload.file.data
+    size = len(upload.file.data)
     name = urllib.parse.quote(upload.filename, safe="")
     headers = {
         # Nobody's browser shall show what others have sent.
         "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
-        "Content-Length": str(len(data)),
+        "Content-Length": str(size),
         "Content-Security-Policy": "sandbox; default-src 'none'",
         "X-Content-Type-Options": "nosniff",
         "Cache-Control": "private, no-store",
     }
-    return StreamingResponse(_pieces(data), headers=headers, media_type=_BYTES)
+    return _Download(_pieces(request, file_id, size), headers=headers, media_type=_BYTES)
 
 
 @router.delete("/v1/files/{file_id}")
@@ -165,10 +198,31 @@ async def delete_file(file_id: str, request: Request) -> Response:
     return _json(DeletedFile(file_id) if is_anthropic(request.scope) else FileDeleted(file_id))
 
 
-async def _pieces(data: bytes) -> AsyncIterator[bytes]:
-    """A client that does not read keeps no more than one of them."""
-    for start in range(0, len(data), PIECE):
-        yield data[start : start + PIECE]
+class _Forgotten(Exception):
+    """A file is gone while it is sent."""
+
+
+class _Download(StreamingResponse):
+    async def stream_response(self, send: Send) -> None:
+        """Leaves an answer unfinished whose file is gone; then the connection ends."""
+        try:
+            await super().stream_response(send)
+        except _Forgotten:
+            logger.info("a file was forgotten while it was sent; its connection has ended")
+
+
+async def _pieces(request: Request, name: str, size: int) -> AsyncIterator[bytes]:
+    """A client that does not read keeps no more than one of them. Another upload of this name has
+    the same bytes."""
+    for start in range(0, size, PIECE):
+        yield _piece(request, name, start)
+
+
+def _piece(request: Request, name: str, start: int) -> bytes:
+    try:
+        return _find(request, name).file.data[start : start + PIECE]
+    except NotFound:
+        raise _Forgotten from None
 
 
 def _find(request: Request, name: str) -> Upload:

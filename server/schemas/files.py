@@ -106,10 +106,14 @@ class FileMetadata(msgspec.Struct):
 
 
 class FilePage(msgspec.Struct):
-    """A page of files in Anthropic's form; ``next_page`` asks for the next one."""
+    """A page of files in Anthropic's form; ``next_page`` asks for the next one, and ``last_id``
+    where the client is an earlier one."""
 
     data: list[FileMetadata]
     next_page: str | None
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
 
 
 class DeletedFile(msgspec.Struct):

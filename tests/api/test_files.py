@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -87,7 +88,13 @@ async def test_anthropics_clients_are_told_in_their_own_form(house: House) -> No
     assert (found.expires_at - found.created_at).total_seconds() == 3600
     assert found.created_at.utcoffset() is not None
     listed = await house.http.get("/v1/files", headers=CLAUDE)
-    assert listed.json() == {"data": [answer.json()], "next_page": None}
+    assert listed.json() == {
+        "data": [answer.json()],
+        "next_page": None,
+        "has_more": False,
+        "first_id": found.id,
+        "last_id": found.id,
+    }
     same = await house.http.get(f"/v1/files/{found.id}")  # the same file for both
     assert same.json()["purpose"] == "user_data"
     gone = await house.http.delete(f"/v1/files/{found.id}", headers=CLAUDE)
@@ -155,6 +162,47 @@ async def test_lists_go_page_by_page_in_either_order(house: House) -> None:
         assert allowed in answer.json()["error"]["message"]
 
 
+async def test_who_deletes_what_a_page_lists_is_told_the_next_page(house: House) -> None:
+    names = {await uploaded(house, b"%d" % number) for number in range(45)}
+    seen = []
+    query: dict[str, str] = {}
+    while True:
+        page = (await house.http.get("/v1/files", params=query, headers=CLAUDE)).json()
+        for one in page["data"]:
+            seen.append(one["id"])
+            await house.http.delete(f"/v1/files/{one['id']}")
+        if page["next_page"] is None:
+            break
+        query = {"page": page["next_page"]}
+    assert len(seen) == 45
+    assert set(seen) == names
+    for wrong in ("", "x", "page_nan_" + NOBODYS, "page_1.0_x", "page_" + "1" * 400 + ".0"):
+        answer = await house.http.get("/v1/files", params={"page": wrong})
+        assert error(answer) == (400, "invalid_value", "page")
+
+
+async def test_anthropics_earlier_clients_turn_pages_by_ids(house: House) -> None:
+    names = [await uploaded(house, b"%d" % number) for number in range(5)][::-1]
+
+    async def listed(**query: Any) -> Any:
+        return (await house.http.get("/v1/files", params=query, headers=CLAUDE)).json()
+
+    page = await listed(limit=3)
+    assert (page["first_id"], page["last_id"], page["has_more"]) == (names[0], names[2], True)
+    page = await listed(limit=3, after_id=page["last_id"])
+    assert ([one["id"] for one in page["data"]], page["has_more"]) == (names[3:], False)
+    answer = await house.http.get("/v1/files", params={"before_id": names[0]})
+    assert error(answer) == (400, "invalid_value", "before_id")
+
+
+async def test_files_that_are_asked_for_by_id_come_on_one_page(house: House) -> None:
+    names = [await uploaded(house, b"%d" % number) for number in range(25)]
+    query = {"ids[]": [*names[1:], NOBODYS]}
+    page = (await house.http.get("/v1/files", params=query, headers=CLAUDE)).json()
+    assert [one["id"] for one in page["data"]] == names[:0:-1]
+    assert page["next_page"] is None
+
+
 async def test_the_content_comes_back_and_no_browser_shows_it(house: House) -> None:
     page = b"<script>alert(1)</script>" * 9000
     answer = await upload(house, page, name='"; filename="x.html')
@@ -214,12 +262,22 @@ async def test_a_form_lacks_nothing(house: House) -> None:
     assert error(answer) == (415, "unsupported_media_type", None)
     answer = await house.http.post("/v1/files")
     assert error(answer) == (415, "unsupported_media_type", None)
+    answer = await house.http.post(
+        "/v1/files",
+        files={"file": ("a.png", DATA)},
+        data={"purpose": "vision"},
+        headers={"Content-Encoding": "gzip"},
+    )
+    assert error(answer) == (415, "unsupported_media_type", None)
+    assert "Content-Encoding" in answer.json()["error"]["message"]
 
 
 async def test_unknown_fields_are_told_or_refused(houses: Houses) -> None:
     house = await houses.open()
     answer = await upload(house, colour="red")
     assert answer.headers["X-InternVL-Ignored-Fields"] == "colour"
+    answer = await upload(house, **{"purpose[x]": "y", "file[x]": "y"})
+    assert answer.headers["X-InternVL-Ignored-Fields"] == "purpose[x], file[x]"
     house = await houses.open(strict_fields=True)
     assert error(await upload(house, colour="red")) == (400, "unknown_parameter", "colour")
 
@@ -600,18 +658,25 @@ async def test_a_file_that_is_deleted_while_it_is_shown_is_shown(house: House) -
     assert error(answer) == (404, "file_not_found", "messages[0].content[0].image_url.url")
 
 
-async def test_a_download_goes_on_when_its_file_is_deleted(house: House) -> None:
-    data = bytes(range(256)) * 8192  # more than any buffer on the way takes
+async def test_a_download_ends_and_keeps_nothing_when_its_file_is_deleted(house: House) -> None:
+    data = bytes(range(256)) * (1 << 16)  # more than any buffer on the way takes
+    house.media.room = Budget(1 << 25)
     async with listening(house) as port:
-        house.media.room = Budget(1 << 22)
         name = await uploaded(house, data)
+        upload = house.service.files.get(b"", name)
+        assert upload is not None
+        file = weakref.ref(upload.file)
+        del upload
         async with (
             httpx.AsyncClient() as client,
             client.stream("GET", f"http://127.0.0.1:{port}/v1/files/{name}/content") as answer,
         ):
+            pieces = answer.aiter_bytes()
+            assert data.startswith(await anext(pieces))
             assert (await house.http.delete(f"/v1/files/{name}")).status_code == 200
-            found = b"".join([piece async for piece in answer.aiter_bytes()])
-    assert found == data
+            assert file() is None  # though nobody reads on
+            with pytest.raises(httpx.RemoteProtocolError):
+                assert len([piece async for piece in pieces]) < len(data)
 
 
 async def test_many_at_once_upload_ask_and_delete(houses: Houses) -> None:
