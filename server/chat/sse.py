@@ -24,6 +24,13 @@ OnError = Callable[[ServiceError], bytes]
 
 DONE = b"data: [DONE]\n\n"
 _COMMENT = b": keep-alive\n\n"
+# They end no line of a stream, but for clients that split it with ``str.splitlines``, as httpx's
+# ``iter_lines`` does. JSON can say them in other words.
+_LINE_ENDS = (
+    (b"\xc2\x85", b"\\u0085"),
+    (b"\xe2\x80\xa8", b"\\u2028"),
+    (b"\xe2\x80\xa9", b"\\u2029"),
+)
 
 
 class ClientGone(Exception):
@@ -119,6 +126,7 @@ class EventStream(StreamingResponse):
                     ended = True
                 begun = True
                 self._due = clock() + self._keep_alive
+                event = _inert(event)
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         finally:
             comments.cancel()
@@ -134,6 +142,15 @@ class EventStream(StreamingResponse):
                 continue
             self._due = clock() + self._keep_alive
             await send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
+
+
+def _inert(event: bytes) -> bytes:
+    """The same JSON, without what somebody may take for the end of a line."""
+    if not event.isascii():
+        for raw, escaped in _LINE_ENDS:
+            if raw in event:
+                event = event.replace(raw, escaped)
+    return event
 
 
 def known(error: Exception) -> ServiceError:

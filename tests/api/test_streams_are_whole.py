@@ -162,6 +162,8 @@ MESSAGES = some(
     GOES_ON,
 )
 
+# Ends of lines for some, but no ends of an event's lines.
+LINES = encode_rendered("a\u2028b\u2029c\x85d")
 # The first byte of a character.
 HALF = encode_rendered("🙂")[0]
 CALLED = {"tools": [TOOL], "top_logprobs": 2}
@@ -184,7 +186,8 @@ async def both(
         assert whole.status_code == 400
         assert streamed.json()["error"] == whole.json()["error"]
         return None
-    datas = [line[6:] for line in streamed.text.split("\n") if line.startswith("data: ")]
+    lines = streamed.text.splitlines()  # as httpx does it, and clients that use it
+    datas = [line[6:] for line in lines if line.startswith("data: ")]
     return whole.json(), [json.loads(data) for data in datas if data != "[DONE]"]
 
 
@@ -233,6 +236,7 @@ def check_chat(whole: Any, chunks: Told) -> None:
 
 @FEW
 @example({"n": 3}, encode_rendered("A red circle."), ("length", None), 0)
+@example({}, LINES, ("length", None), 0)
 @given(body=CHAT, tokens=written, end=ends, seed=st.integers(0, 9))
 async def test_chat(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
     found = await both(
@@ -264,6 +268,7 @@ def check_completions(whole: Any, chunks: Told) -> None:
 @FEW
 @example({"logprobs": 0}, [HALF, *encode_rendered("A red")], ("length", None), 0)
 @example({"prompt": [HALF, 5], "echo": True, "logprobs": 0}, RED, ("length", None), 0)
+@example({}, LINES, ("length", None), 1)
 @given(body=COMPLETIONS, tokens=written, end=ends, seed=st.integers(0, 9))
 async def test_completions(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
     found = await both(house, "/v1/completions", {"prompt": "Once"} | body, tokens, end, seed)
@@ -300,6 +305,7 @@ def check_responses(whole: Any, events: Told) -> None:
 
 @FEW
 @example(CALLED, encode_rendered(f"A red. {CALL} So."), ("length", None), 0)
+@example({}, LINES, ("length", None), 0)
 @given(body=RESPONSES, tokens=written, end=ends, seed=st.integers(0, 9))
 async def test_responses(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
     found = await both(house, "/v1/responses", {"input": "Hello!"} | body, tokens, end, seed)
@@ -323,6 +329,7 @@ def check_messages(whole: Any, events: Told) -> None:
 
 
 @FEW
+@example({}, LINES, ("length", None), 1)
 @given(body=MESSAGES, tokens=written, end=ends, seed=st.integers(0, 9))
 async def test_messages(house: House, body: Any, tokens: list[int], end: Any, seed: int) -> None:
     asked = {"max_tokens": 50, "messages": [USER]} | body
