@@ -77,9 +77,9 @@ def size(config: ModelConfig, settings: EngineSettings, memory: int) -> Sizing:
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     weights = sum(parameters.values()) * dtype.itemsize
     if settings.quantization != "none":
-        # A byte for a weight of the decoder's layers.
+        bits = 4 if settings.quantization == "bnb-4bit" else 8
         small = sum(p.numel() for p in model.decoder.layers.parameters() if p.dim() > 1)
-        weights -= small * (dtype.itemsize - 1)
+        weights -= small * (8 * dtype.itemsize - bits) // 8
     token = config.text.hidden_size * dtype.itemsize
     largest = (config.geometry.tile_limit + 1) * config.geometry.tokens_per_tile * token
     return Sizing(

@@ -35,8 +35,9 @@ def build_model(
 ) -> InternVL:
     """Load a checkpoint folder's weights. Raises CheckpointError if they do not fit ``config``.
 
-    ``quantization`` is "none", "fp8" (``model.quantize``) or "int8" (``model.ops.native``); raises
-    ValueError where the device cannot compute it.
+    ``quantization`` is "none", "fp8" (``model.quantize``), "bnb-8bit" or "bnb-4bit"
+    (``model.bnb``), or "int8" (``model.ops.native``); raises ValueError where the device cannot
+    compute it.
 
     A stored output matrix is used whatever tie_word_embeddings says: published checkpoints have
     the flag wrong, and a dropped matrix gives fluent nonsense.
@@ -51,8 +52,8 @@ def build_model(
     model.parameter_count = sum(parameter.numel() for parameter in model.parameters())
     model.vision.fit(config.tile_grid)
     model.vision.fold()
-    if quantization == "fp8":
-        quantize_layers(model.decoder.layers)
+    if quantization not in ("none", "int8"):  # which is the operations' own
+        quantize_layers(model.decoder.layers, quantization)
     model.ops = choose(device, dtype, quantization)
     model.ops.prepare(list(model.modules()), model.decoder.output)
     return model.eval()

@@ -5,12 +5,14 @@ and for each token, and products add in fp32. Only the decoder's layers are quan
 head, encoder and projector stay as they are.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model import bnb
 from model import triton as kernels
 from model.layers import Linear, Router
 from model.schema import CheckpointError
@@ -81,16 +83,22 @@ class Fp8Linear(Linear):
         return found.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def quantize_layers(decoder_layers: nn.ModuleList) -> None:
-    """Replace the linear layers of the decoder's layers by such in float8.
+def quantize_layers(decoder_layers: nn.ModuleList, kind: str) -> None:
+    """Replace the linear layers of the decoder's layers: by such in float8 for "fp8", or by
+    bitsandbytes' (``model.bnb``).
 
-    Raises CheckpointError where the device, or the model's shape, does not allow it.
+    Raises CheckpointError where the device, the model's shape or what is installed does not allow
+    it.
     """
-    product = _product(decoder_layers)
+    quantized: Callable[[Linear], Linear]
+    if kind == "fp8":
+        quantized = functools.partial(Fp8Linear, product=_product(decoder_layers))
+    else:
+        quantized = functools.partial(bnb.BnbLinear, kind=kind, library=bnb.library())
     for owner in list(decoder_layers.modules()):
         for name, child in list(owner.named_children()):
             if isinstance(child, Linear) and not isinstance(child, Router):
-                setattr(owner, name, Fp8Linear(child, product))
+                setattr(owner, name, quantized(child))
 
 
 def _product(decoder_layers: nn.ModuleList) -> Product:

@@ -139,8 +139,8 @@ def random_model(
     model.parameter_count = sum(parameter.numel() for parameter in model.parameters())
     model.vision.fit(config.tile_grid)
     model.vision.fold()
-    if quantization == "fp8":
-        quantize_layers(model.decoder.layers)
+    if quantization != "none":
+        quantize_layers(model.decoder.layers, quantization)
     model.ops = choose(device, dtype)
     model.ops.prepare(list(model.modules()), model.decoder.output)
     return model.eval()
