@@ -22,7 +22,8 @@ def read_delta(setting: str) -> Asked:
 def place(items: Sequence[VisionItem], asked: Asked, length: int, ready: Ready) -> list[VisionItem]:
     """The pictures of a sequence of ``length`` tokens with their step: the one asked for, or the
     largest with which the sequence ends inside the positions that the model was trained with; the
-    smallest if none does."""
+    smallest if none does. No sequence is longer than the context, whatever was asked for."""
+    length = min(length, ready.max_model_len)
     for step in STEPS if asked == "auto" else (asked,):
         placed = [msgspec.structs.replace(item, step=step) for item in items]
         if length <= ready.max_positions + all_saved(placed):

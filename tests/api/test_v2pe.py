@@ -82,6 +82,15 @@ async def test_auto_is_the_largest_step_that_ends_inside_the_positions(
     assert len(request.prompt) + 5 - all_saved(request.items) <= positions
 
 
+async def test_auto_does_not_count_what_the_context_cuts_off(houses: Houses) -> None:
+    house = await houses.open(FakeEngine(make_ready(max_model_len=60)))
+    source = {"type": "base64", "media_type": "image/png", "data": "aaaa"}
+    message = {"role": "user", "content": [{"type": "image", "source": source}]}
+    body = {"max_tokens": 10**6, "messages": [message], "v2pe_delta": "auto"}
+    assert (await house.http.post("/v1/messages", json=body)).status_code == 200
+    assert step(house) == 1
+
+
 async def test_answers_end_where_the_positions_do(houses: Houses) -> None:
     house = await houses.open(short_of(60))
     await house.ask(messages=TWO, v2pe_delta=1 / 256)
