@@ -19,6 +19,7 @@ from typing import NoReturn
 from engine.core import EngineCore, MakeRunner
 from engine.watch import Watch
 from wire.channel import Channel, ChannelClosed
+from wire.errors import Unservable
 from wire.messages import Fault, Profile, Profiled, ToEngine
 from wire.settings import EngineSettings
 
@@ -85,7 +86,7 @@ def serve(sock: socket.socket, make_runner: MakeRunner) -> int:
     except ChannelClosed:
         return 0
     except Exception as error:
-        logger.exception("the engine fails")
+        logger.error("the engine fails", exc_info=not isinstance(error, Unservable))
         if core is not None:
             core.log_suspects()
         text = f"{type(error).__name__}: {error}"

@@ -8,6 +8,7 @@ itself measures it when it starts.
 """
 
 import dataclasses
+import signal
 import sys
 from pathlib import Path
 
@@ -155,4 +156,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have read enough
     sys.exit(main())

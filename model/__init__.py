@@ -60,9 +60,15 @@ def build_model(
 
 
 def skeleton(config: ModelConfig, *, tied: bool) -> InternVL:
-    """The model without memory: every parameter on the meta device."""
-    with torch.device("meta"):
-        return InternVL(config, tied=tied)
+    """The model without memory: every parameter on the meta device.
+
+    Raises CheckpointError for one that no machine could address.
+    """
+    try:
+        with torch.device("meta"):
+            return InternVL(config, tied=tied)
+    except RuntimeError as error:
+        raise CheckpointError(f"config.json is of no model: {error}") from None
 
 
 def count_parameters(config: ModelConfig) -> int:

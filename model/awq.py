@@ -42,11 +42,11 @@ def joined(shapes: Mapping[str, tuple[int, ...]], config: AwqConfig) -> dict[str
         if not key.endswith(".qweight"):
             continue
         layer = key.removesuffix(".qweight")
-        inputs, outputs = shape[0], shape[-1] * 8
-        groups = inputs // config.group
-        expected = [(inputs, outputs // 8), (groups, outputs // 8), (groups, outputs)]
         parts = [found.pop(f"{layer}.{part}", ()) for part in PARTS]
-        if parts != expected or inputs % config.group:
+        inputs, words = shape if len(shape) == 2 else (0, 0)
+        groups, outputs = inputs // config.group, words * 8
+        expected = [(groups * config.group, words), (groups, words), (groups, outputs)]
+        if parts != expected:
             raise CheckpointError(
                 f"{layer}: its {', '.join(PARTS)} are {', '.join(str(list(p)) for p in parts)}; "
                 f"that is no layer with groups of {config.group}"

@@ -16,6 +16,7 @@ from model.backbones import BACKBONES
 from model.backbones.backbone import Backbone
 from model.schema import (
     DTYPES,
+    MOST_PARTS,
     CheckpointError,
     ModelConfig,
     ProjectorConfig,
@@ -56,8 +57,11 @@ MODEL_TYPES = {"internvl_chat": "chat", "internvl": "hf"}
 
 def load_config(folder: Path) -> ModelConfig:
     """Read a checkpoint folder's configuration. Raises CheckpointError saying what is wrong."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder")
+    try:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder")
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from None
     root = read_json(folder / "config.json")
     format_name = _format(root)
     chat = format_name == "chat"
@@ -139,7 +143,7 @@ def _text(root: Section, text: Section, chat: bool) -> TextConfig:
 
 def _downsampling(root: Section) -> int:
     ratio = root.number("downsample_ratio", 0.5)
-    factor = round(1 / ratio)
+    factor = round(1 / max(ratio, 1e-6))
     if factor < 1 or abs(factor * ratio - 1) > 1e-6:
         raise root.error("downsample_ratio", f"must be 1 over a whole number, got {ratio}")
     return factor
@@ -184,7 +188,7 @@ def _vision(
     final_norm: bool,
 ) -> VisionConfig:
     section.choice("hidden_act", "gelu", ("gelu",))
-    stored = section.integer("num_hidden_layers")
+    stored = section.integer("num_hidden_layers", high=MOST_PARTS)
     # Layer 0 is the embedding's output, so -1 means all layers and -2 all but the last.
     layers = selected if isinstance(selected, int) else -1 - stored
     layers = layers + stored + 1 if layers < 0 else layers
@@ -313,7 +317,9 @@ def _tokenizer(folder: Path) -> tuple[Path, Callable[[str], int | None]]:
     if path.exists():
         try:
             return path, Tokenizer.from_file(str(path)).token_to_id
-        except Exception as error:  # the library raises bare Exception
+        except BaseException as error:  # the library raises bare Exception, and panics are none
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not slow.exists():
         raise CheckpointError(f"{folder} has no tokenizer.json")

@@ -6,16 +6,22 @@ checkpoint format. No value here comes from a model's name, only from its files.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wire.errors import Unservable
 from wire.geometry import PromptFormat, VisionGeometry
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Of any size; positions are exact in fp32 up to here.
+_MOST = 1 << 24
+MOST_PARTS = 512
+"""Layers, and experts of a layer: each is built before its weights can be missed."""
 
 
-class CheckpointError(Exception):
+class CheckpointError(Unservable):
     """The checkpoint folder cannot be served. The message is for the operator."""
 
 
@@ -156,18 +162,20 @@ class Section:
             raise self.error(key, "is missing" if value is None else "must be an object")
         return Section(value, f"{self.name}: {key}")
 
-    def integer(self, key: str, default: int | None = None, *, low: int = 1) -> int:
-        """A whole number of at least ``low``."""
+    def integer(self, key: str, default: int | None = None, *, high: int = _MOST) -> int:
+        """A whole number from 1 to ``high``."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise self.error(key, f"must be a whole number of at least {low}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise self.error(key, f"must be a whole number from 1 to {high}, got {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number above zero."""
+        """A finite number above zero."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise self.error(key, f"must be a number above zero, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(key, f"must be a number, got {value!r}")
+        if not 0 < value <= sys.float_info.max:
+            raise self.error(key, f"must be a finite number above zero, got {value!r}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:

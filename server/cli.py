@@ -47,6 +47,16 @@ capitals) or in a TOML file; the flag wins, then the variable. `internvl serve -
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has read enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     given = list(sys.argv[1:] if argv is None else argv)
     if not given:
@@ -160,8 +170,12 @@ def with_model(settings: Settings) -> Settings:
     name = settings.server.served_model_name
     if not folder:
         folder, name = str(_demo_checkpoint()), name or DEMO_NAME
-    path = Path(folder).expanduser().resolve()
-    if not (path / "config.json").is_file():
+    try:
+        path = Path(folder).expanduser().resolve()
+        found = (path / "config.json").is_file()
+    except (OSError, RuntimeError) as error:  # of a home or a link that leads nowhere
+        raise SettingError(f"--model: {folder} cannot be read: {error}") from None
+    if not found:
         raise SettingError(f"--model: {folder} is not a checkpoint folder (no config.json in it)")
     return dataclasses.replace(
         settings,

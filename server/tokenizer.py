@@ -52,9 +52,9 @@ class Tokenizer:
         """Read the tokenizer in ``folder``; raises TokenizerError. Slow: call it in a thread."""
         try:
             return cls(json.loads(read_tokenizer_json(folder)))
-        except TokenizerError:
+        except (TokenizerError, KeyboardInterrupt):
             raise
-        except Exception as error:  # the Rust library raises plain Exception
+        except BaseException as error:  # the Rust library raises plain Exception, and panics
             raise TokenizerError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
     def encode(self, text: str) -> list[int]:

@@ -22,6 +22,11 @@ path, an address or the text of somebody else's exception.
 
 from typing import Literal
 
+
+class Unservable(Exception):
+    """Something that an operator has to put right; the message says all there is to say."""
+
+
 Code = Literal[
     "aborted_by_operator",
     "client_too_slow",

@@ -9,7 +9,7 @@ from model.backbones.backbone import (
     rope_theta,
     rotary_buffers,
 )
-from model.schema import Section, TextConfig
+from model.schema import MOST_PARTS, Section, TextConfig
 
 
 def text_config(section: Section, tied: bool) -> TextConfig:
@@ -28,7 +28,7 @@ def text_config(section: Section, tied: bool) -> TextConfig:
     return TextConfig(
         backbone="Qwen2ForCausalLM",
         hidden_size=hidden_size,
-        layers=section.integer("num_hidden_layers"),
+        layers=section.integer("num_hidden_layers", high=MOST_PARTS),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -7,7 +7,7 @@ import dataclasses
 
 from model.backbones.backbone import Slot, Tensors, in_layers
 from model.backbones.qwen2 import QWEN2, attention, ends, mlp, text_config
-from model.schema import ExpertsConfig, Section, TextConfig
+from model.schema import MOST_PARTS, ExpertsConfig, Section, TextConfig
 
 
 def _dense(section: Section, tied: bool) -> TextConfig:
@@ -26,7 +26,7 @@ def _dense(section: Section, tied: bool) -> TextConfig:
 
 def _sparse(section: Section, tied: bool) -> TextConfig:
     config = _dense(section, tied)
-    count = section.integer("num_experts")
+    count = section.integer("num_experts", high=MOST_PARTS)
     chosen = section.integer("num_experts_per_tok")
     if chosen > count:
         raise section.error("num_experts_per_tok", f"{chosen} is above num_experts {count}")

@@ -60,7 +60,7 @@ async def test_a_model_is_served_killed_and_goes_on_where_it_stopped(
 
 
 async def test_a_folder_without_a_checkpoint_fails_with_a_reason_for_the_operator(
-    tmp_path: Path,
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     client = ProcessEngine(EngineSettings(model=str(tmp_path)))
     await client.start()
@@ -70,5 +70,8 @@ async def test_a_folder_without_a_checkpoint_fails_with_a_reason_for_the_operato
         assert str(tmp_path) not in str(caught.value)
         assert client.failure is not None
         assert client.failure.startswith("load: CheckpointError: ")
+        told = capfd.readouterr().err
+        assert "the engine fails" in told
+        assert "Traceback" not in told
     finally:
         await client.stop()

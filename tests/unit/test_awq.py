@@ -107,7 +107,7 @@ def test_the_config_may_say_so_at_the_top(tmp_path: Path) -> None:
         ({"bits": 8}, "bits is 8; supported: 4"),
         ({"version": "marlin"}, "version is 'marlin'; supported: gemm"),
         ({"zero_point": False}, "zero_point false is not supported"),
-        ({"group_size": 0}, "group_size must be a whole number of at least 1"),
+        ({"group_size": 0}, "group_size must be a whole number from 1 to"),
     ],
 )
 def test_other_ways_of_quantising_are_refused_by_name(
@@ -115,6 +115,16 @@ def test_other_ways_of_quantising_are_refused_by_name(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         load_config(made(tmp_path, awq=change))
+
+
+def test_a_layer_that_is_a_single_number_is_refused(tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        in_four_bits(tensors, plain=False)
+        key = "language_model.model.layers.1.mlp.down_proj.qweight"
+        tensors[key] = torch.tensor(7, dtype=torch.int32)
+
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.down_proj: its qweight, .* are \[\],"):
+        load(made(tmp_path, change=change))
 
 
 def test_layers_that_do_not_fit_together_are_named(tmp_path: Path) -> None:

@@ -1,17 +1,22 @@
 """config.json of both formats, in the spellings that exist."""
 
+import errno
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
-from model import CheckpointError, ModelConfig, load_config
+from model import CheckpointError, ModelConfig, load_config, skeleton
 from model.config import EARLY_SYSTEM_SENTENCE, SYSTEM_SENTENCE
+from server.cli import with_model
+from server.tokenizer import Tokenizer
 from tests import small_tokenizer
 from tests.checkpoints import INTERNVL3_1B, SIX_B_LIKE, Shape, make_checkpoint
 from wire.geometry import PromptFormat
+from wire.settings import EngineSettings, SettingError, Settings
+from wire.tokenizer_file import TokenizerError
 
 
 def edit(folder: Path, name: str = "config.json", **changes: Any) -> Path:
@@ -233,6 +238,15 @@ def test_a_bias_in_the_mlp_is_refused(tmp_path: Path) -> None:
         ({"text_config__hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"text_config__hidden_size": "64"}, "hidden_size must be a whole number"),
         ({"text_config__num_hidden_layers": None}, "num_hidden_layers is missing"),
+        ({"text_config__num_hidden_layers": -1}, "must be a whole number from 1 to 512"),
+        # Each would be built before its weights are missed.
+        ({"text_config__num_hidden_layers": 10**9}, "must be a whole number from 1 to 512"),
+        ({"vision_config__num_hidden_layers": 10**9}, "must be a whole number from 1 to 512"),
+        ({"text_config__vocab_size": 10**30}, "vocab_size must be a whole number from 1 to"),
+        ({"text_config__rms_norm_eps": 10**400}, "rms_norm_eps must be a finite number"),
+        ({"text_config__rms_norm_eps": float("inf")}, "rms_norm_eps must be a finite number"),
+        ({"text_config__rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number"),
+        ({"downsample_ratio": 1e-320}, "downsample_ratio must be 1 over a whole number"),
         ({"text_config__num_key_value_heads": 3}, "does not divide"),
         ({"vision_config__hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
         ({"vision_config__norm_type": "batch"}, "norm_type is 'batch'"),
@@ -250,6 +264,44 @@ def test_a_bias_in_the_mlp_is_refused(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_served_is_named(hf: Path, changes: dict[str, Any], message: str) -> None:
     assert message in refusal(edit(hf, **changes))
+
+
+def test_experts_without_number_are_refused(tmp_path: Path) -> None:
+    shape = Shape(backbone="Qwen3MoeForCausalLM", text_bias=False, experts=4)
+    folder = make_checkpoint(tmp_path, shape=shape, weights=False)
+    assert "num_experts must be" in refusal(edit(folder, text_config__num_experts=10**9))
+
+
+def test_a_model_beyond_all_memory_is_refused(hf: Path) -> None:
+    most = 1 << 24
+    edit(hf, text_config__head_dim=most, text_config__num_attention_heads=most)
+    edit(hf, text_config__num_key_value_heads=most, text_config__hidden_size=most)
+    config = load_config(hf)
+    with pytest.raises(CheckpointError, match=r"config.json is of no model: .* overflowed"):
+        skeleton(config, tied=False)
+
+
+def test_a_folder_that_may_not_be_entered_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stat(path: Path, *, follow_symlinks: bool = True) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(Path, "is_dir", stat)
+    assert refusal(tmp_path) == f"{tmp_path} cannot be read: Permission denied"
+    with pytest.raises(SettingError, match=r"--model: .* cannot be read: .*Permission denied"):
+        with_model(Settings(engine=EngineSettings(model=str(tmp_path))))
+
+
+def test_a_tokenizer_that_its_library_panics_at_is_refused(hf: Path) -> None:
+    path = hf / "tokenizer.json"
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    spec["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "YWJj"}
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    assert "tokenizer.json cannot be read" in refusal(hf)
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        Tokenizer.load(hf)
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """``internvl plan`` and ``internvl doctor``: what a model takes of a memory, and what there is."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,19 @@ def test_the_commands(tmp_path: Path) -> None:
     assert status == 0
     assert "checkpoint of the format 'hf', with Qwen2ForCausalLM" in told
     assert "are decoded" in told
+
+
+@pytest.mark.parametrize("command", [["plan", "", "--gpu-memory", "1GiB"], ["settings"]])
+def test_whoever_reads_may_have_read_enough(command: list[str]) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(
+        [sys.executable, "-m", "server", *command],
+        stdout=theirs, stderr=subprocess.PIPE, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    os.close(theirs)
+    assert done.returncode != 0
+    assert done.stderr == ""
 
 
 def test_what_cannot_be_served_is_said_and_has_its_own_status(
