@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import hashlib
 import math
+import operator
 import threading
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ Reason = Literal["expired", "room"]
 @dataclasses.dataclass(frozen=True)
 class Upload:
     """A file, and what its last upload said of it. ``format`` is what its header says, times are
-    seconds since 1970."""
+    seconds since 1970; no two files have the same ``created_at``."""
 
     id: str
     file: File
@@ -42,11 +43,6 @@ class Upload:
     purpose: str
     created_at: float
     expires_at: float
-
-    @property
-    def place(self) -> tuple[float, str]:
-        """Where it stands among others, the oldest first."""
-        return self.created_at, self.id
 
 
 def as_url(name: str) -> str:
@@ -94,6 +90,7 @@ class FileStore:
         self._clock = clock
         self._lock = threading.Lock()
         self._used = 0
+        self._newest = 0.0  # when it came
         self._first_end = math.inf  # nothing expires before
         # Of each tenant, the one that was used longest ago first.
         self._shelves: dict[bytes, collections.OrderedDict[str, Upload]] = {}
@@ -141,7 +138,8 @@ class FileStore:
             self._take(tenant, name)
             now = self._clock()
             end = now + min(self._seconds, self._seconds if seconds is None else seconds)
-            upload = Upload(name, file, *facts, filename, purpose, now, end)
+            self._newest = max(now, math.nextafter(self._newest, math.inf))
+            upload = Upload(name, file, *facts, filename, purpose, self._newest, end)
             size = self._size(upload)
             while self._used + size > self._most:
                 # What comes is never what goes, but counts for whoever has others.
@@ -170,7 +168,7 @@ class FileStore:
             self._expire()
             shelf = self._shelves.get(tenant)
             found = list(shelf.values()) if shelf is not None else []
-        return sorted(found, key=lambda upload: upload.place)
+        return sorted(found, key=operator.attrgetter("created_at"))
 
     def delete(self, tenant: bytes, name: str) -> bool:
         """Forget a file; says whether there was one."""

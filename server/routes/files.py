@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 router = APIRouter()
 
 PIECE = 64 << 10  # bytes of a file that are sent at a time
-_PAGE = re.compile(r"page_([0-9]+\.[0-9]+)_(file-[0-9a-f]{40})")
+_PAGE = re.compile(r"page_[0-9]+\.[0-9]+")
 _NESTED = re.compile(r"(\w+)\[(\w+)\]")
 # Formats that clients know; the others are bytes.
 _TYPES = {name: f"image/{name.lower()}" for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")}
@@ -120,20 +120,23 @@ async def list_files(
     found = service.files.all(request.state.tenant.id)
     if order == "desc":
         found.reverse()
-    last: tuple[float, str] | None = None
+    last: float | None = None
     if page is not None:
         last = _read_page(page)
     elif after is not None:
-        last = _place(found, after, "after")
+        last = _created(found, after, "after")
     elif after_id is not None:
-        last = _place(found, after_id, "after_id")
+        last = _created(found, after_id, "after_id")
     wanted = None if ids is None else set(ids)
     found = [
         upload
         for upload in found
         if purpose in (None, upload.purpose)
         and (wanted is None or upload.id in wanted)
-        and (last is None or (upload.place < last if order == "desc" else upload.place > last))
+        and (
+            last is None
+            or (last > upload.created_at if order == "desc" else last < upload.created_at)
+        )
     ]
     most = limit or (20 if is_anthropic(request.scope) and ids is None else 10_000)
     has_more, found = len(found) > most, found[:most]
@@ -145,24 +148,23 @@ async def list_files(
     return _json(FileList([_object(upload) for upload in found], has_more, first_id, last_id))
 
 
-def _place(found: Sequence[Upload], name: str, param: str) -> tuple[float, str]:
-    places = [upload.place for upload in found if upload.id == name]
-    if not places:
-        raise no_file(param)
-    return places[0]
+def _created(found: Sequence[Upload], name: str, param: str) -> float:
+    for upload in found:
+        if upload.id == name:
+            return upload.created_at
+    raise no_file(param)
 
 
 def _page(last: Upload) -> str:
     """What names the page behind ``last``, even when that is gone: some clients delete what they
     list."""
-    return f"page_{last.created_at!r}_{last.id}"
+    return f"page_{last.created_at!r}"
 
 
-def _read_page(name: str) -> tuple[float, str]:
-    found = _PAGE.fullmatch(name)
-    if found is None:
+def _read_page(name: str) -> float:
+    if not _PAGE.fullmatch(name):
         raise InvalidRequest("page must be the next_page of the page before.", param="page")
-    return float(found[1]), found[2]
+    return float(name.removeprefix("page_"))
 
 
 @router.get("/v1/files/{file_id}")

@@ -176,7 +176,7 @@ async def test_who_deletes_what_a_page_lists_is_told_the_next_page(house: House)
         query = {"page": page["next_page"]}
     assert len(seen) == 45
     assert set(seen) == names
-    for wrong in ("", "x", "page_nan_" + NOBODYS, "page_1.0_x", "page_" + "1" * 400 + ".0"):
+    for wrong in ("", "x", "page_nan", "page_1e9", NOBODYS):
         answer = await house.http.get("/v1/files", params={"page": wrong})
         assert error(answer) == (400, "invalid_value", "page")
 

@@ -156,6 +156,10 @@ def test_files_are_listed_in_the_order_in_which_they_came() -> None:
     for number in range(5):
         shop.now += 1
         uploads.append(shop.put(A, b"%d" % number))
+    uploads.append(shop.put(A, b"at the same time"))
+    shop.now -= 2.5  # somebody sets the clock
+    uploads.append(shop.put(A, b"later"))
+    assert len({upload.created_at for upload in uploads}) == 7
     shop.store.get(A, uploads[0].id)  # is used, not uploaded
     assert shop.store.all(A) == uploads
     shop.now += 1
