@@ -53,6 +53,9 @@ UNSENT = 16 << 10
 CONNECTIONS = 1 << 16
 # After the drain's own deadline; what still runs then is cancelled.
 SHUTDOWN_TIMEOUT = 2
+# Of seconds between requests. Longer than clients and proxies go on using a connection (5 of httpx,
+# 60 of nginx and of load balancers): what they send while it is closed here is lost.
+IDLE_TIMEOUT = 75
 
 
 def serve(app: FastAPI, settings: Settings) -> int:
@@ -89,6 +92,7 @@ def _config(
         http=functools.partial(BoundedHttp, head_timeout=settings.head_timeout),  # type: ignore[arg-type]
         ws="none",
         loop="asyncio",
+        timeout_keep_alive=IDLE_TIMEOUT,
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
         **options,
     )

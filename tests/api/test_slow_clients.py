@@ -11,8 +11,8 @@ import pytest
 
 from server.chat.sse import EventStream
 from server.chat.stream import events, fold
-from server.run import HEAD_LIMIT
-from tests.api.conftest import Houses, listening
+from server.run import HEAD_LIMIT, _config
+from tests.api.conftest import House, Houses, listening
 from tests.api.test_life import within
 from tests.fake_engine import FakeEngine, Step
 from tests.small_tokenizer import encode_rendered
@@ -338,3 +338,9 @@ async def test_a_reader_that_stops_closes_the_source_at_once(whole: bool) -> Non
     with pytest.raises(AttributeError):
         await reading
     assert closed
+
+
+def test_connections_are_kept_for_longer_than_clients_and_proxies_go_on_using_them(
+    house: House,
+) -> None:
+    assert _config(house.app, house.service.settings.server, None).timeout_keep_alive > 60
