@@ -117,7 +117,8 @@ class Recording:
         self, after: int, held: contextlib.AsyncExitStack | None = None
     ) -> AsyncGenerator[bytes, None]:
         """The events behind number ``after``, as they come. Raises what the answer failed with
-        before its first event, and ClientTooSlow where the reader falls behind what is kept.
+        before its first event. A reader that falls behind what is kept, or gives way to others, is
+        told so at the number of the last event that it has got: there it may go on.
 
         What ``held`` holds is taken over by the first to follow.
         """
@@ -129,7 +130,8 @@ class Recording:
                 while after < self.last:
                     if after + 1 < self._first:
                         raise ClientTooSlow(
-                            "The answer was read too slowly; what comes next is no longer kept."
+                            "What comes next is no longer kept: the answer was read too slowly, or "
+                            "is too large."
                         )
                     piece, after = self._piece(after)
                     yield piece
@@ -142,6 +144,10 @@ class Recording:
                 more.clear()
                 if more not in self._readers:
                     raise ClientTooSlow("Others have begun to read this answer.", code="superseded")
+        except ClientTooSlow as error:
+            if error is self._error:
+                raise
+            yield self.on_error(error, after)
         finally:
             if more in self._readers:
                 self._readers.remove(more)
@@ -184,7 +190,7 @@ class Recording:
         if self.last == self.before:
             self._error = error
             return
-        for event in self.on_error(error).split(b"\n\n")[:-1]:
+        for event in self.on_error(error, self.last + 1).split(b"\n\n")[:-1]:
             self._keep(event + b"\n\n")
 
     def _keep(self, event: bytes) -> None:

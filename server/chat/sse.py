@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-OnError = Callable[[ServiceError], bytes]
-"""How a stream of some form ends with an error."""
+OnError = Callable[[ServiceError, int], bytes]
+"""How a stream of some form ends with an error, at the event of this number."""
 
 DONE = b"data: [DONE]\n\n"
 _COMMENT = b": keep-alive\n\n"
@@ -65,7 +65,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def last_words(error: ServiceError) -> bytes:
+def last_words(error: ServiceError, _: int) -> bytes:
     """How a stream of OpenAI's form ends with an error."""
     return b"data: " + envelope(error) + b"\n\n" + DONE
 
@@ -122,7 +122,7 @@ class EventStream(StreamingResponse):
                 except StopAsyncIteration:
                     break
                 except Exception as error:
-                    event = self._on_error(known(error))
+                    event = self._on_error(known(error), 0)
                     ended = True
                 begun = True
                 self._due = clock() + self._keep_alive

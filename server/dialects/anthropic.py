@@ -282,6 +282,6 @@ def frame(event: Event) -> bytes:
 _TAGS = {kind: str(kind.__struct_config__.tag).encode() for kind in Event.__args__}
 
 
-def last_words(error: ServiceError) -> bytes:
+def last_words(error: ServiceError, _: int) -> bytes:
     """How a stream ends with an error."""
     return b"event: error\ndata: " + anthropic_envelope(error) + b"\n\n"

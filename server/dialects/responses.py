@@ -457,6 +457,7 @@ def _framed(event: Event) -> bytes:
 _TAGS = {kind: str(kind.__struct_config__.tag).encode() for kind in Event.__args__}
 
 
-def last_words(error: ServiceError) -> bytes:
-    """How a stream ends with an error before its first event."""
-    return _framed(StreamError(error.code, error.message, error.param))
+def last_words(error: ServiceError, number: int) -> bytes:
+    """How a stream ends with an error that is not the response's: before its first event, or of who
+    reads it."""
+    return _framed(StreamError(error.code, error.message, error.param, number))

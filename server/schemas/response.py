@@ -204,12 +204,12 @@ class CallArgumentsDone(msgspec.Struct, tag="response.function_call_arguments.do
 
 
 class StreamError(msgspec.Struct, tag="error"):
-    """The stream failed before the response began."""
+    """The stream failed before the response began, or is read no further."""
 
     code: str
     message: str
     param: str | None
-    sequence_number: int = 0
+    sequence_number: int
 
 
 Event = (

@@ -128,6 +128,34 @@ async def test_one_that_is_not_asked_for_its_stream_can_be_streamed_too(houses: 
     assert "".join(texts) == "Yes No"
 
 
+async def test_who_gives_way_to_other_readers_may_go_on_where_it_was(houses: Houses) -> None:
+    go_on = asyncio.Event()
+    house = await houses.open(FakeEngine(script=in_two("Yes", go_on, " No")))
+    async with client(house) as sdk:
+        name = (await sdk.responses.create(**ASK)).id
+
+        async def read(after: int | None = None) -> list[Any]:
+            at = {} if after is None else {"starting_after": after}
+            stream = await sdk.responses.retrieve(name, stream=True, **at)
+            return [event async for event in stream]
+
+        first = asyncio.ensure_future(read())
+        (recording,) = house.service.recordings._by_name.values()
+        others = []
+        async with asyncio.timeout(5):
+            for number in range(1, 5):
+                while len(recording._readers) < number:
+                    await asyncio.sleep(0.01)
+                others.append(asyncio.ensure_future(read()))
+        seen = await within(first)
+        assert seen[-1].code == "superseded"
+        assert seen[-1].sequence_number == seen[-2].sequence_number
+        go_on.set()
+        whole = await within(asyncio.gather(*others))
+        rest = await read(seen[-1].sequence_number)
+    assert whole == [seen[:-1] + rest] * 4
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("begun", [False, True])
 async def test_cancelling_ends_the_work_and_keeps_what_there_is(
