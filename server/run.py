@@ -222,6 +222,7 @@ class BoundedHttp(HttpToolsProtocol):
             raise ValueError("no request that everybody reads the same way")
         self._head_arrived()
         super().on_headers_complete()
+        self.headers = []  # trailers, which the parser takes for headers, are none of the request's
         if len(self.pipeline) == 1:
             # One request ahead of its turn is no reason to be deaf for the end of the connection.
             self.flow.resume_reading()

@@ -83,7 +83,8 @@ async def _read_body(request: Request) -> bytes:
 
 def check_unpacked(request: Request) -> None:
     """Raises UnsupportedMediaType for a body that says it is packed."""
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+    codings = request.headers.getlist("content-encoding") or ["identity"]
+    if any(coding.strip().lower() != "identity" for coding in codings):
         raise UnsupportedMediaType("Content-Encoding must be identity: the body as it is.")
 
 
