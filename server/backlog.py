@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from server.limits import Spending
 from server.metrics import Metrics
-from wire.errors import Code, TooManyRequests
+from wire.errors import Code, ServiceError, TooManyRequests
 from wire.settings import ServerSettings
 
 # Seconds of the past from which the drain rate is known, and the longest that anybody is sent away.
@@ -76,11 +76,10 @@ class Backlog:
         self.check(tenant, requests, tokens)
         return self._place(tenant, requests, tokens, spending)
 
-    def together(self, tenant: bytes, requests: int, tokens: int) -> "Together":
-        """Let in a request whose parts enter one by one, as one: a part must not be kept out by
-        those before it. Raises TooManyRequests."""
-        self.check(tenant, requests, tokens)
-        return Together(self)
+    def together(self, check: Callable[[], None]) -> "Together":
+        """A door for a request whose parts enter one by one, and are let in or refused as one: a
+        part must not be kept out by those before it. ``check`` raises where they are refused."""
+        return Together(self, check)
 
     def _place(
         self, tenant: bytes, requests: int, tokens: int, spending: Spending | None
@@ -121,15 +120,27 @@ class Backlog:
 
 
 class Together:
-    """The door for the parts of a request that was let in."""
+    """The door for the parts of one request. The first that enters is checked for all of them, then
+    and not before: others may have entered since the request was prepared."""
 
-    def __init__(self, backlog: Backlog) -> None:
+    def __init__(self, backlog: Backlog, check: Callable[[], None]) -> None:
         self._backlog = backlog
+        self._check = check
+        self._is_checked = False
+        self._refusal: ServiceError | None = None
 
     def enter(
         self, tenant: bytes, requests: int, tokens: int, spending: Spending | None = None
     ) -> "Place":
-        """As that of the backlog, without its limits."""
+        """As that of the backlog."""
+        if not self._is_checked:
+            self._is_checked = True
+            try:
+                self._check()
+            except ServiceError as error:
+                self._refusal = error
+        if self._refusal is not None:
+            raise self._refusal
         return self._backlog._place(tenant, requests, tokens, spending)
 
 

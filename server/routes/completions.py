@@ -35,8 +35,13 @@ async def _answer(arrival: Arrival) -> Response:
                 request, identity, model, grammars, arrival.run, tenant, handle
             )
     tokens = sum(len(chat.engine.prompt) for chat in chats)
-    backlog = service.backlog.together(tenant.id, sum(chat.n for chat in chats), tokens)
-    Spending.of_all([chat.spending for chat in chats]).check()
+    spending = Spending.of_all([chat.spending for chat in chats])
+
+    def check() -> None:
+        service.backlog.check(tenant.id, sum(chat.n for chat in chats), tokens)
+        spending.check()
+
+    backlog = service.backlog.together(check)
     source = text_chunks(
         request,
         identity,

@@ -141,6 +141,24 @@ async def test_a_list_of_prompts_waits_as_one_and_is_let_in_where_nothing_waits(
         assert await metric(house, "internvl_queued_requests") == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_of_lists_that_come_at_once_no_more_are_let_in_than_may_wait(
+    houses: Houses, stream: bool
+) -> None:
+    house = await houses.open(max_num_queued_reqs=12)
+    go_on = silent(house.engine)
+    asked = {"model": "tiny", "prompt": ["Hello!"] * 5, "max_tokens": 2, "stream": stream}
+    waiting = [asyncio.create_task(house.http.post("/v1/completions", json=asked)) for _ in "12345"]
+    async with asyncio.timeout(5):
+        while len(house.engine.requests) < 10 or sum(task.done() for task in waiting) < 3:
+            await asyncio.sleep(0)
+    assert len(house.engine.requests) == 10
+    go_on.set()
+    answers = [await within(task) for task in waiting]
+    assert sorted(answer.status_code for answer in answers) == [200] * 2 + [429] * 3
+    assert await metric(house, "internvl_queued_requests") == 0
+
+
 async def test_every_choice_counts(houses: Houses) -> None:
     house = await houses.open(max_num_queued_reqs=4)
     go_on = silent(house.engine)
