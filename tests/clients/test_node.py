@@ -20,6 +20,10 @@ UNREACHABLE = (
     "ETIMEDOUT",
     "E403",
     "EHOSTUNREACH",
+    "ENETUNREACH",
+    "network timeout",
+    "ERR_SOCKET_TIMEOUT",
+    "CERT",  # a proxy that nobody told npm to trust
 )
 
 
