@@ -132,6 +132,10 @@ class Server:
         """Seconds that all its threads have run."""
         return time.clock_gettime((~self.pid << 3) | 2)  # as clock_getcpuclockid(3) has it
 
+    def check(self) -> None:
+        """Whether it runs."""
+        assert self._process.poll() is None, "the server has ended"
+
     def close(self) -> None:
         self._process.send_signal(signal.SIGTERM)
         self._process.wait()

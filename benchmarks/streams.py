@@ -11,13 +11,16 @@ nothing while the engine offers them 1,500 tokens each. Prints JSON; memory in M
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
+import resource
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ from tests.servers import Server
 TOKENS = 64
 STALLED_TOKENS = 1500
 OFFERED = 50_000.0
+# That this process, or the server, has open beside its connections.
+OTHER_FILES = 100
 
 
 def resident(pid: int) -> float:
@@ -69,7 +74,25 @@ def demo(streams: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def all_descriptors() -> Iterator[int]:
+    """Have this process open as many files as it may; how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 1 << 16 if hard == resource.RLIM_INFINITY else hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    try:
+        yield most
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def stalled(count: int, tokens: int, flags: list[str], folder: Path) -> dict[str, Any]:
+    """``count`` clients, or as many as this machine lets a process have."""
+    with all_descriptors() as most:
+        return _stalled(min(count, most - OTHER_FILES), tokens, flags, folder)
+
+
+def _stalled(count: int, tokens: int, flags: list[str], folder: Path) -> dict[str, Any]:
     server = frontend.Server(count, OFFERED, folder, ["--send-timeout", "600", *flags])
     clients = []
     try:
@@ -83,6 +106,7 @@ def stalled(count: int, tokens: int, flags: list[str], folder: Path) -> dict[str
         seen = []
         while not server.sent.exists():
             time.sleep(1)
+            server.check()
             seen.append((resident(server.pid), in_sockets()))
         return {
             "clients": count,

@@ -115,11 +115,10 @@ def test_the_log_level_and_a_profile(server: Server) -> None:
     page = act(server, "POST", "/profile?seconds=0.2").text
     assert "function calls" in page
     assert "(run_once)" in page or "_run_once" in page
-    asked = threading.Thread(target=server.ask, args=("Hello!",), kwargs=LONG | {"max_tokens": 500})
-    asked.start()
-    page = act(server, "POST", "/profile?seconds=1&of=engine").text
-    assert "(plan)" in page
-    asked.join(60)
+    asked = body | {"max_tokens": 1500, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", address, json=asked, timeout=60) as answer:
+        assert answer.status_code == 200
+        assert "(plan)" in act(server, "POST", "/profile?seconds=1&of=engine").text
     assert "key=ops" in server.log.read_text()
 
 
@@ -136,9 +135,11 @@ def test_a_trace_ends_with_the_engine_and_that_of_the_next_has_what_the_model_co
         assert taken.result(60).status_code == 503
         server.wait_for_status("/ready", 200)
         assert not act(server, "GET", "/state").json()["profiling"]
-        asked = pool.submit(server.ask, "Hello!", **LONG | {"max_tokens": 300})
-        answer = act(server, "POST", trace)
-        asked.result(60)
+        taken = pool.submit(act, server, "POST", trace)
+        while not act(server, "GET", "/state").json()["profiling"]:
+            assert not taken.done()
+        server.ask("Hello!", **LONG | {"max_tokens": 300})
+        answer = taken.result(60)
     assert answer.headers["content-type"] == "application/gzip"
     names = Counter(
         event.get("name") for event in json.loads(gzip.decompress(answer.content))["traceEvents"]
