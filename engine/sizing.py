@@ -78,9 +78,10 @@ def size(config: ModelConfig, settings: EngineSettings, memory: int) -> Sizing:
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     weights = sum(parameters.values()) * dtype.itemsize
     if settings.quantization != "none":
-        bits = 4 if settings.quantization == "bnb-4bit" else 8
+        # With the fp32 scale that 64 of them share.
+        bits = 4.5 if settings.quantization == "bnb-4bit" else 8
         small = sum(p.numel() for p in model.decoder.layers.parameters() if p.dim() > 1)
-        weights -= small * (8 * dtype.itemsize - bits) // 8
+        weights -= int(small * (8 * dtype.itemsize - bits) / 8)
     token = config.text.hidden_size * dtype.itemsize
     largest = (config.geometry.tile_limit + 1) * config.geometry.tokens_per_tile * token
     return Sizing(
@@ -130,7 +131,9 @@ def describe(sizing: Sizing, memory: int) -> list[str]:
     if sizing.fits:
         return [*lines, "It fits."]
     if sizing.cache < sizing.token:
-        return [*lines, f"It does not fit: {_gib(sizing.token - sizing.cache)} are missing."]
+        # Of the device's: only a share of them would be used.
+        missing = (sizing.token - sizing.cache) * memory // max(sizing.usable, 1)
+        return [*lines, f"It does not fit: at least {_gib(missing)} are missing."]
     return [
         *lines,
         f"It does not fit with a context of {context} tokens; with --max-model-len "

@@ -67,10 +67,11 @@ def load_config(folder: Path) -> ModelConfig:
     chat = format_name == "chat"
     text = root.section("llm_config" if chat else "text_config")
     vision_section = root.section("vision_config")
-    if vision_section.has(_QUANTIZED):
+    if vision_section.values.get(_QUANTIZED):
         raise vision_section.error(_QUANTIZED, "is set; the encoder has 16 bits only")
-    # Quantised copies say so at the top, or where the language model is told of.
-    quantized = [s.section(_QUANTIZED) for s in (root, text) if s.has(_QUANTIZED)]
+    # Quantised copies say so at the top, or where the language model is told of; others may say
+    # null or {}.
+    quantized = [s.section(_QUANTIZED) for s in (root, text) if s.values.get(_QUANTIZED)]
     text_config = _text(root, text, chat)
     factor = _downsampling(root)
     vision = _chat_vision(root, vision_section) if chat else _hf_vision(root, vision_section)

@@ -103,7 +103,11 @@ def quantize_layers(decoder_layers: nn.ModuleList, kind: str) -> None:
 
 def _product(decoder_layers: nn.ModuleList) -> Product:
     """The first product that computes what it should for one of the layers."""
-    linears = [child for child in decoder_layers.modules() if isinstance(child, Linear)]
+    linears = [
+        child
+        for child in decoder_layers.modules()
+        if isinstance(child, Linear) and not isinstance(child, Router)
+    ]
     if any(size % _STEP for linear in linears for size in linear.weight.shape):
         raise CheckpointError(f"fp8 wants a model whose sizes are multiples of {_STEP}")
     weight = linears[0].weight

@@ -129,7 +129,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _memory(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.ASCII | re.IGNORECASE)
-    if found is None:
+    if found is None or not float(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory, such as 24GiB")
     number, unit, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))

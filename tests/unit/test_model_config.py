@@ -201,6 +201,12 @@ def test_quantised_weights_are_found_wherever_they_are_mentioned(
     assert message in refusal(hf)
 
 
+@pytest.mark.parametrize("where", ["", "text_config__", "vision_config__"])
+def test_an_empty_mention_is_none(hf: Path, where: str) -> None:
+    edit(hf, **{where + "quantization_config": {}})
+    assert load_config(hf).awq is None
+
+
 def test_an_unknown_architecture_is_refused_with_what_is_known(hf: Path) -> None:
     edit(hf, architectures=["LlavaForConditionalGeneration"])
     message = refusal(hf)

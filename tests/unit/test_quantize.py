@@ -14,6 +14,7 @@ from demo import CHECKPOINT
 from engine.runner import ModelRunner
 from model import InternVL, build_model, load_config
 from model.layers import Linear
+from model.mlp import Experts
 from model.ops import Ops, choose
 from model.quantize import PRODUCTS, Fp8Linear, to_fp8
 from model.schema import CheckpointError
@@ -121,6 +122,17 @@ def test_a_product_that_cannot_be_used_is_passed_over(
     assert used._product is PRODUCTS[1]
     with pytest.raises(CheckpointError, match="needs another device; it is wrong by"):
         use(fails, shifted)
+
+
+def test_experts_are_quantised_and_the_choice_among_them_is_not(tmp_path: Path) -> None:
+    shape = Shape(backbone="Qwen3MoeForCausalLM", text_bias=False, experts=6)
+    model = build(make_checkpoint(tmp_path, shape=shape), "fp8")
+    mixture = model.decoder.layers[0].mlp
+    assert isinstance(mixture, Experts)
+    assert not isinstance(mixture.router, Fp8Linear)
+    assert all(isinstance(expert.down, Fp8Linear) for expert in mixture.experts)
+    ids, tiles = prompt(shape, [2])
+    assert bool(run(model, ids, tiles).isfinite().all())
 
 
 def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """``internvl plan`` and ``internvl doctor``: what a model takes of a memory, and what there is."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,10 @@ def test_eight_bits_halve_the_layers_alone(tmp_path: Path) -> None:
     )
     # 28 layers of 233 million weights.
     assert (whole.weights - small.weights) / 1e9 == pytest.approx(28 * 0.233, rel=0.01)
+    least = size(config, EngineSettings(quantization="bnb-4bit"), 24 * GIB)
+    # Each a half byte, and an fp32 scale with 63 others.
+    saved = 28 * 0.233 * (2 - 0.5 - 4 / 64)
+    assert (whole.weights - least.weights) / 1e9 == pytest.approx(saved, rel=0.01)
     assert whole.parameters == small.parameters
 
 
@@ -64,7 +69,13 @@ def test_what_would_fit_is_said(tmp_path: Path) -> None:
     assert last.endswith(f"with --max-model-len {short.tokens} it does.")
     held = EngineSettings(max_model_len=short.tokens)
     assert size(config, held, 18 * GIB).fits
-    assert "are missing" in describe(size(config, EngineSettings(), 8 * GIB), 8 * GIB)[-1]
+    half = EngineSettings(gpu_memory_utilization=0.5)
+    told = describe(size(config, half, 8 * GIB), 8 * GIB)[-1]
+    found = re.fullmatch(r"It does not fit: at least (.*) GiB are missing.", told)
+    assert found
+    enough = 8 + float(found[1])
+    assert not size(config, half, int((enough - 0.1) * GIB)).tokens
+    assert size(config, half, int((enough + 0.1) * GIB)).tokens
 
 
 def test_the_commands(tmp_path: Path) -> None:
@@ -125,7 +136,7 @@ def test_amounts_of_memory(text: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert asked == [str(amounts[text])]
 
 
-@pytest.mark.parametrize("text", ["", "-3GiB", "24XB", "many", "1e9"])
+@pytest.mark.parametrize("text", ["", "0", "0.0GiB", "-3GiB", "24XB", "many", "1e9"])
 def test_what_is_no_amount_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["plan", ".", f"--gpu-memory={text}"])
