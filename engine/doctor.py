@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from engine.memory import free_memory
+from engine.runner import choose_dtype
 from model import CheckpointError, load_config, ops
 from model import triton as kernels
 from model.attention import BACKENDS
@@ -63,19 +64,20 @@ def examine(checkpoint: str = "") -> Iterator[Finding]:
             POOR,
             "the project's own C was not compiled: install again with a C compiler, such as gcc",
         )
-    text = _USUAL
+    text, dtype = _USUAL, torch.bfloat16
     if checkpoint:
         try:
             config = load_config(Path(checkpoint))
         except CheckpointError as error:
             yield BAD, f"this checkpoint cannot be served: {error}"
         else:
-            text = config.text
+            text, dtype = config.text, choose_dtype(EngineSettings(), config, device)
             yield OK, f"checkpoint of the format {config.format!r}, with {text.backbone}"
-    yield OK, f"operations: {ops.choose(device, torch.bfloat16).name}"
+    yield OK, f"computed in {str(dtype).removeprefix('torch.')}"
+    yield OK, f"operations: {ops.choose(device, dtype).name}"
     chosen = False
     for name, backend in BACKENDS.items():
-        reason = backend(text).supports(device, torch.bfloat16, EngineSettings.block_size)
+        reason = backend(text).supports(device, dtype, EngineSettings.block_size)
         found = reason or ("could be used" if chosen else "is used")
         chosen = chosen or reason is None
         yield OK, f"attention: {name}: {found}"

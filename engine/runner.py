@@ -106,7 +106,7 @@ class ModelRunner:
             torch.set_num_threads(settings.threads or _threads(config))
         if settings.quantization == "fp8" and device.type != "cuda":
             raise ValueError("quantization fp8 needs a CUDA device")
-        dtype = _dtype(settings, config, device)
+        dtype = choose_dtype(settings, config, device)
         self._model = build_model(
             config,
             folder,
@@ -431,7 +431,10 @@ def _threads(config: ModelConfig) -> int:
     return 1 if count_parameters(config) <= _SMALL else len(os.sched_getaffinity(0))
 
 
-def _dtype(settings: EngineSettings, config: ModelConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(
+    settings: EngineSettings, config: ModelConfig, device: torch.device
+) -> torch.dtype:
+    """What a checkpoint is computed in there."""
     name = settings.dtype
     if name == "auto":
         small = device.type == "cpu" and count_parameters(config) <= _SMALL

@@ -10,10 +10,11 @@ import msgspec
 import pytest
 
 from engine import doctor, sizing
+from engine.runner import ModelRunner
 from engine.sizing import describe, size
 from model import load_config
 from server.cli import main
-from tests.checkpoints import INTERNVL3, make_checkpoint
+from tests.checkpoints import INTERNVL3, Shape, make_checkpoint
 from wire.settings import EngineSettings
 
 GIB = 1 << 30
@@ -141,6 +142,15 @@ def test_what_is_no_amount_is_refused(text: str, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["plan", ".", f"--gpu-memory={text}"])
     assert "is no amount of memory, such as 24GiB" in capsys.readouterr().err
+
+
+def test_what_is_said_of_a_checkpoint_is_what_it_is_served_with(tmp_path: Path) -> None:
+    # So small that a CPU computes it in float32, which not all attention can do.
+    folder = make_checkpoint(tmp_path, shape=Shape(head_dim=32))
+    found = [text for _, text in doctor.examine(str(folder))]
+    runner = ModelRunner(EngineSettings(model=str(folder)))
+    assert f"computed in {runner.ready().dtype}" in found
+    assert f"attention: {runner.ready().attention}: is used" in found
 
 
 def test_what_is_missing_is_told_apart_from_what_is_wrong(
