@@ -9,7 +9,6 @@ import urllib.parse
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
-import msgspec
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
@@ -22,7 +21,7 @@ from server.errors import is_anthropic
 from server.files import Upload, no_file
 from server.lifecycle import Service
 from server.multipart import FILE, UploadForm, read_upload
-from server.routes.body import check_unpacked, told
+from server.routes.body import check_unpacked, whole
 from server.schemas.files import (
     AnthropicUpload,
     DeletedFile,
@@ -98,7 +97,7 @@ async def _keep(request: Request, service: Service, form: UploadForm) -> Respons
         asked.purpose,
         asked.seconds,
     )
-    return told(_described(request, upload), unknown)
+    return whole(_described(request, upload), unknown)
 
 
 @router.get("/v1/files")
@@ -144,8 +143,9 @@ async def list_files(
     if is_anthropic(request.scope):
         next_page = _page(found[-1]) if has_more else None
         files = [_metadata(one) for one in found]
-        return _json(FilePage(files, next_page, has_more, first_id, last_id))
-    return _json(FileList([_object(upload) for upload in found], has_more, first_id, last_id))
+        return whole(FilePage(files, next_page, has_more, first_id, last_id), ())
+    objects = [_object(upload) for upload in found]
+    return whole(FileList(objects, has_more, first_id, last_id), ())
 
 
 def _created(found: Sequence[Upload], name: str, param: str) -> float:
@@ -170,7 +170,7 @@ def _read_page(name: str) -> float:
 @router.get("/v1/files/{file_id}")
 async def retrieve_file(file_id: str, request: Request) -> Response:
     """What is known of a file."""
-    return _described(request, _find(request, file_id))
+    return whole(_described(request, _find(request, file_id)), ())
 
 
 @router.get("/v1/files/{file_id}/content")
@@ -197,7 +197,7 @@ async def delete_file(file_id: str, request: Request) -> Response:
     service: Service = request.app.state.service
     if not service.files.delete(request.state.tenant.id, file_id):
         raise no_file("file_id")
-    return _json(DeletedFile(file_id) if is_anthropic(request.scope) else FileDeleted(file_id))
+    return whole(DeletedFile(file_id) if is_anthropic(request.scope) else FileDeleted(file_id), ())
 
 
 class _Forgotten(Exception):
@@ -235,8 +235,8 @@ def _find(request: Request, name: str) -> Upload:
     return upload
 
 
-def _described(request: Request, upload: Upload) -> Response:
-    return _json(_metadata(upload) if is_anthropic(request.scope) else _object(upload))
+def _described(request: Request, upload: Upload) -> FileMetadata | FileObject:
+    return _metadata(upload) if is_anthropic(request.scope) else _object(upload)
 
 
 def _object(upload: Upload) -> FileObject:
@@ -263,7 +263,3 @@ def _metadata(upload: Upload) -> FileMetadata:
 
 def _rfc3339(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(int(seconds), datetime.UTC).isoformat()
-
-
-def _json(value: msgspec.Struct) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -2,11 +2,11 @@
 
 import datetime
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server.chat.prepare import ServedModel
 from server.lifecycle import Service
+from server.routes.body import whole
 from server.schemas.common import Model, ModelList
 from wire.errors import NotFound
 
@@ -18,7 +18,7 @@ async def list_models(request: Request) -> Response:
     """The one model that is served."""
     service: Service = request.app.state.service
     model = _describe(service.served())
-    return _json(ModelList([model], model.id, model.id))
+    return whole(ModelList([model], model.id, model.id), ())
 
 
 @router.get("/v1/models/{model:path}")
@@ -32,14 +32,10 @@ async def retrieve_model(model: str, request: Request) -> Response:
             param="model",
             code="model_not_found",
         )
-    return _json(_describe(served))
+    return whole(_describe(served), ())
 
 
 def _describe(model: ServedModel) -> Model:
     created = datetime.datetime.fromtimestamp(model.created, datetime.UTC)
     length = model.ready.max_model_len
     return Model(model.name, model.created, length, model.name, created.isoformat(), length)
-
-
-def _json(value: object) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

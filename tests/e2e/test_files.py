@@ -121,6 +121,9 @@ def test_anthropics_client_uploads_asks_and_deletes(claude: Anthropic, sdk: Open
         assert files.delete(made.id).type == "file_deleted"
         with pytest.raises(anthropic.NotFoundError):
             files.retrieve_metadata(made.id)
+        for one in files.list(limit=1):  # page by page, each gone before the next is asked for
+            files.delete(one.id)
+        assert list(files.list()) == []
 
 
 def test_a_video_is_shown_as_frames_and_an_animation_as_either(

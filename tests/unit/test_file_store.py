@@ -9,13 +9,11 @@ from preprocessing.media import File
 from server.files import OVERHEAD, FileStore, Upload
 from wire.digest import content_digest
 
-FACTS = ("image", "PNG")
 A, B, C = b"tenant a", b"tenant b", b"tenant c"
 
 
 class Shop:
-    """A store with a clock that the test winds; ``most`` bytes besides what ``most`` files of one
-    byte take would be ``room(most)``."""
+    """A store with a clock that the test winds."""
 
     def __init__(self, most: int, seconds: float = 100.0) -> None:
         self.now = 1000.0
