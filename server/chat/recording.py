@@ -178,6 +178,9 @@ class Recording:
             async with held, contextlib.aclosing(self._events):
                 async for event in self._events:
                     self._keep(event)
+                    if len(event) > PIECE:
+                        # The last events of a response may be megabytes each: others go on between.
+                        await asyncio.sleep(0)
         except asyncio.CancelledError:
             # Somebody may have come back between the end of the patience and this one.
             self._fail(self._ending)

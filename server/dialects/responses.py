@@ -62,7 +62,7 @@ from server.schemas.responses import (
     UserItem,
 )
 from server.schemas.validate import decode
-from wire.errors import EngineFailed, InvalidRequest, RequestAborted, ServiceError
+from wire.errors import BodyTooLarge, EngineFailed, InvalidRequest, RequestAborted, ServiceError
 
 LOGPROBS = "message.output_text.logprobs"
 BEFORE = "previous_response_id"
@@ -84,7 +84,12 @@ def as_chat(request: ResponsesRequest, before: Sequence[bytes]) -> tuple[ChatReq
         draft.message("system", "instructions")
         draft.text(request.instructions, "instructions")
     # All at once: what bounds the work for one body holds for a conversation too.
-    whole = decode(b"[" + b",".join(before) + b"]")
+    try:
+        whole = decode(b"[" + b",".join(before) + b"]")
+    except BodyTooLarge:
+        raise BodyTooLarge(
+            f"{BEFORE}: the conversation has too many parts to go on with.", param=BEFORE
+        ) from None
     earlier = [(ITEM.validate_python(item), BEFORE) for item in whole]
     now = [(item, f"input[{number}]") for number, item in enumerate(request.input)]
     items = [*earlier, *now]
@@ -216,6 +221,19 @@ def page(
 def items_of(request: ResponsesRequest) -> tuple[bytes, ...]:
     """The items of a request as JSON, which ``ITEM`` reads again."""
     return tuple(msgspec.json.encode(_complete(item)) for item in request.input)
+
+
+def answers_of(response: ResponseObject) -> tuple[bytes, ...]:
+    """The items of an answer likewise. Log-probabilities are no part of a conversation, and would
+    be most of it."""
+    return tuple(msgspec.json.encode(_without_logprobs(item)) for item in response.output)
+
+
+def _without_logprobs(item: OutputMessage | OutputCall) -> OutputMessage | OutputCall:
+    if isinstance(item, OutputCall):
+        return item
+    parts = [msgspec.structs.replace(part, logprobs=[]) for part in item.content]
+    return msgspec.structs.replace(item, content=parts)
 
 
 _PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}

@@ -14,6 +14,7 @@ from server.dialects.background import Running
 from server.dialects.responses import (
     BEFORE,
     PICTURES,
+    answers_of,
     as_chat,
     begun,
     items_of,
@@ -90,8 +91,7 @@ async def _answer(arrival: Arrival) -> Response:
 
 
 def _entry(response: ResponseObject, items: tuple[bytes, ...]) -> Stored:
-    output = tuple(map(msgspec.json.encode, response.output))
-    return Stored(msgspec.json.encode(response), (*items, *output), len(items))
+    return Stored(msgspec.json.encode(response), (*items, *answers_of(response)), len(items))
 
 
 def _check(arrival: Arrival, chat: PreparedChat, entry: Stored) -> None:
@@ -192,7 +192,7 @@ async def cancel_response(response_id: str, request: Request) -> Response:
         await _cancel(service, tenant, running)
         return whole(running.response, ())
     found = _kept(service, tenant, response_id)
-    if not msgspec.json.decode(found.body)["background"]:
+    if not msgspec.json.decode(found.body, type=_Mode).background:
         raise InvalidRequest(
             "Only a response with background: true can be cancelled.", param="response_id"
         )
@@ -219,6 +219,11 @@ async def list_input_items(
         items = running.items
     shown = functools.partial(page, descending=order == "desc", pictures=PICTURES in include)
     return whole(await asyncio.to_thread(shown, items, after, limit), ())
+
+
+class _Mode(msgspec.Struct):
+    # The rest, which may be megabytes, is passed over.
+    background: bool
 
 
 def _asked(request: Request) -> tuple[Service, bytes]:

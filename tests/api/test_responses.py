@@ -168,6 +168,26 @@ async def test_what_a_response_goes_on_from_has_no_more_parts_than_a_body_may_ha
         answer = await ask(house, input=parts, previous_response_id=identity)
         assert answer.status_code == status
         identity = answer.json().get("id")
+    assert answer.json()["error"]["param"] == "previous_response_id"
+
+
+async def test_a_conversation_holds_no_log_probabilities(house: House) -> None:
+    """They are so many parts that it could not go on."""
+    (token,) = encode_rendered(" circle")
+    likely = TokenLogprobs(-0.5, [(token, -0.5)] * 20)
+    house.engine.script = lambda request: [
+        EngineOutput(request.id, [token] * 400, "length", logprobs=[likely] * 400)
+    ]
+    first = (await ask(house, top_logprobs=20)).json()
+    path = f"/v1/responses/{first['id']}"
+    assert (await house.http.get(path)).json() == first
+    assert len(first["output"][0]["content"][0]["logprobs"]) == 400
+    house.engine.script = say("Yes.")
+    second = await ask(house, previous_response_id=first["id"])
+    assert second.status_code == 200, second.text
+    items = (await house.http.get(f"/v1/responses/{second.json()['id']}/input_items")).json()
+    (part,) = items["data"][1]["content"]
+    assert part == first["output"][0]["content"][0] | {"logprobs": []}
 
 
 async def test_nobody_finds_the_responses_of_another_key(houses: Houses) -> None:
