@@ -33,6 +33,8 @@ STALLED_TOKENS = 1500
 OFFERED = 50_000.0
 # That this process, or the server, has open beside its connections.
 OTHER_FILES = 100
+# Seconds in which every stalled client must have been offered its tokens.
+PATIENCE = 300.0
 
 
 def resident(pid: int) -> float:
@@ -104,7 +106,9 @@ def _stalled(count: int, tokens: int, flags: list[str], folder: Path) -> dict[st
             client.sendall(request(number, tokens))
             clients.append(client)
         seen = []
+        end = time.monotonic() + PATIENCE
         while not server.sent.exists():
+            assert time.monotonic() < end, "the engine could not send its tokens"
             time.sleep(1)
             server.check()
             seen.append((resident(server.pid), in_sockets()))

@@ -90,10 +90,11 @@ def test_every_line_about_a_request_has_its_id_and_no_other_line_has(server: Ser
 
 
 def test_a_request_that_loses_its_memory_or_its_client_is_named(server: Server) -> None:
-    names = ask_together(server, "squeezed-0", "squeezed-1", max_tokens=150)
+    squeezed = [f"squeezed-{i}" for i in range(3)]
+    names = ask_together(server, *squeezed, max_tokens=170)
     taken = [line for line in lines(server) if " preempted " in line["message"]]
     assert taken
-    origins = {f"request={name}": f"squeezed-{i}" for i, name in enumerate(names)}
+    origins = {f"request={name}": origin for name, origin in zip(names, squeezed, strict=True)}
     for line in taken:
         assert line["request_id"] == origins[line["message"].split()[0]]
     headers = {"X-Request-Id": "gone"}
@@ -108,7 +109,7 @@ def test_what_an_engine_dies_of_and_what_its_successor_goes_on_with_is_named(
 ) -> None:
     server = house.server
     house.inject(how="raise", rows=2)
-    names = ask_together(server, "survivor-a", "survivor-b", max_tokens=60)
+    names = ask_together(server, "survivor-a", "survivor-b", max_tokens=190)
     for origin, name in zip(("survivor-a", "survivor-b"), names, strict=True):
         found = about(server, name, "was being computed when the engine failed")
         assert {line["request_id"] for line in found} == {origin}
