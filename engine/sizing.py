@@ -69,7 +69,8 @@ def size(config: ModelConfig, settings: EngineSettings, memory: int) -> Sizing:
     """What a model takes of a device with so many bytes of memory."""
     config = dataclasses.replace(config, geometry=config.geometry.limited(settings.max_tiles))
     dtype = getattr(torch, config.dtype if settings.dtype == "auto" else settings.dtype)
-    model = skeleton(config, tied=config.text.tied)
+    # Native ones have an output matrix whatever they say: the flag is its class's default.
+    model = skeleton(config, tied=config.text.tied and config.format == "chat")
     parts = {
         "encoder": model.vision,
         "projector": model.projector,

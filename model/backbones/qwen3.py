@@ -26,10 +26,12 @@ def _dense(section: Section, tied: bool) -> TextConfig:
 
 def _sparse(section: Section, tied: bool) -> TextConfig:
     config = _dense(section, tied)
-    count = section.integer("num_experts", high=MOST_PARTS)
+    # As published, and as transformers 5 writes it.
+    name = "num_local_experts" if section.has("num_local_experts") else "num_experts"
+    count = section.integer(name, high=MOST_PARTS)
     chosen = section.integer("num_experts_per_tok")
     if chosen > count:
-        raise section.error("num_experts_per_tok", f"{chosen} is above num_experts {count}")
+        raise section.error("num_experts_per_tok", f"{chosen} is above {name} {count}")
     step = section.integer("decoder_sparse_step", 1)
     named = section.values.get("mlp_only_layers") or []
     if not isinstance(named, list) or not all(type(index) is int for index in named):

@@ -272,6 +272,16 @@ def test_what_cannot_be_served_is_named(hf: Path, changes: dict[str, Any], messa
     assert message in refusal(edit(hf, **changes))
 
 
+def test_experts_are_counted_under_either_name(tmp_path: Path) -> None:
+    shape = Shape(backbone="Qwen3MoeForCausalLM", text_bias=False, experts=4)
+    folder = make_checkpoint(tmp_path, shape=shape, weights=False)
+    before = load_config(folder)
+    edit(folder, text_config__num_experts=None, text_config__num_local_experts=4)
+    assert load_config(folder) == before
+    edit(folder, text_config__num_experts_per_tok=5)
+    assert "5 is above num_local_experts 4" in refusal(folder)
+
+
 def test_experts_without_number_are_refused(tmp_path: Path) -> None:
     shape = Shape(backbone="Qwen3MoeForCausalLM", text_bias=False, experts=4)
     folder = make_checkpoint(tmp_path, shape=shape, weights=False)

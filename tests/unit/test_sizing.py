@@ -48,6 +48,13 @@ def test_every_size_takes_what_is_published(tmp_path: Path, name: str, format: s
     assert found.fits == (name not in ("38B", "78B"))
 
 
+def test_a_native_checkpoint_has_a_head_whatever_it_says(tmp_path: Path) -> None:
+    says = {"tie_word_embeddings": True}
+    folder = make_checkpoint(tmp_path, shape=INTERNVL3["8B"], weights=False, config=says)
+    found = size(load_config(folder), EngineSettings(), GIB)
+    assert found.weights / GIB == pytest.approx(14.80, abs=0.02)
+
+
 def test_eight_bits_halve_the_layers_alone(tmp_path: Path) -> None:
     config = load_config(make_checkpoint(tmp_path, shape=INTERNVL3["8B"], weights=False))
     whole, small = (
