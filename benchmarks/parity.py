@@ -1,11 +1,11 @@
-"""Compare our model with transformers on the true InternVL3-1B shape, weights random.
+"""Compare our model with transformers on a published shape of InternVL3, weights random.
 
-    python -m benchmarks.parity_1b --work DIR --out result.json
+    python -m benchmarks.parity --size 1B --work DIR --out result.json
 
-Makes both checkpoint formats in DIR (2 x 1.9 GB, kept for the next run), then compares logits in
-fp32 and bf16, greedy tokens through the engine's runner, and our logits between the formats.
-Needs about 7 GB of memory and some five minutes of one core. ``--hf`` and ``--chat`` name
-checkpoints to use instead.
+Makes both checkpoint formats in DIR (the 1B: 2 x 1.9 GB, kept for the next run), then compares
+logits in fp32 and bf16, greedy tokens through the engine's runner, and our logits between the
+formats. The 1B needs about 7 GB of memory and some five minutes of one core. ``--hf`` and
+``--chat`` name checkpoints to use instead.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.checkpoints import INTERNVL3_1B, make_checkpoint
+from tests.checkpoints import INTERNVL3, Shape, make_checkpoint
 from tests.parity.direct import load, prompt, run
 from tests.parity.driver import Driver
 from tests.parity.reference import Reference
@@ -29,6 +29,9 @@ PROMPTS = {"text": [], "picture": [1], "pictures": [1, 1]}
 def main() -> None:
     """Parse the command line and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "--size", choices=[name for name in INTERNVL3 if name != "9B"], default="1B"
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
     parser.add_argument("--hf", type=Path, help="checkpoint in the native format")
     parser.add_argument("--chat", type=Path, help="the same weights in the original format")
@@ -37,18 +40,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    hf = arguments.hf or _made(arguments.work / "hf", "hf")
-    chat = arguments.chat or _made(arguments.work / "chat", "chat")
-    prompts = {name: prompt(INTERNVL3_1B, tiles) for name, tiles in PROMPTS.items()}
+    shape = INTERNVL3[arguments.size]
+    hf = arguments.hf or _made(arguments.work / "hf", "hf", shape)
+    chat = arguments.chat or _made(arguments.work / "chat", "chat", shape)
+    prompts = {name: prompt(shape, tiles) for name, tiles in PROMPTS.items()}
     result = compare(hf, chat, prompts, arguments.tokens, arguments.threads)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 
-def _made(folder: Path, format: str) -> Path:
+def _made(folder: Path, format: str, shape: Shape) -> Path:
     if not (folder / "model.safetensors").exists():
         print(f"making {folder}")
-        make_checkpoint(folder, format=format, shape=INTERNVL3_1B, dtype=torch.bfloat16)
+        make_checkpoint(folder, format=format, shape=shape, dtype=torch.bfloat16)
     return folder
 
 
