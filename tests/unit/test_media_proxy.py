@@ -224,6 +224,8 @@ async def test_a_proxy_that_is_not_there_or_hangs_is_one_refusal() -> None:
 async def test_proxies_of_the_environment_are_not_used(
     site: Site, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
     for name in VARIABLES:
         monkeypatch.setenv(name, proxy.url)
     assert await fetch(site.url(), allow_private_media=True) == BODY
