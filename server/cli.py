@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from server import hub
 from wire import logs
 from wire.loading import ENV_PREFIX, load
 from wire.settings import SettingError, Settings, each_setting
@@ -23,7 +24,14 @@ EXIT_USAGE = 2
 
 # Settings that a plan depends on.
 PLANNED = (
-    *("dtype", "quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+    *(
+        "revision",
+        "dtype",
+        "quantization",
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+    ),
     *("max_tiles", "encoder_chunk_tiles", "encoder_cache_bytes", "gpu_memory_utilization"),
 )
 
@@ -118,7 +126,7 @@ def _plan(options: argparse.Namespace) -> int:
     given = _given(options)
     memory = given.pop("gpu_memory")
     try:
-        settings = with_model(load(given, {}))
+        settings = with_model(load(given, {}), weights=False)
     except SettingError as error:
         print(f"internvl plan: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -163,13 +171,17 @@ def _version() -> int:
     return 0
 
 
-def with_model(settings: Settings) -> Settings:
-    """Settings that name a folder: the demo checkpoint where none was given. Raises
-    SettingError if there is no such folder."""
+def with_model(settings: Settings, *, weights: bool = True) -> Settings:
+    """Settings that name a folder: the demo checkpoint where none was given, and one of the cache
+    for a model of a hub, of which ``weights`` may be left out. Raises SettingError if there is no
+    such folder."""
     folder = settings.engine.model
     name = settings.server.served_model_name
     if not folder:
         folder, name = str(_demo_checkpoint()), name or DEMO_NAME
+    elif hub.is_name(folder):
+        name = name or folder
+        folder = str(hub.fetch(folder, settings.engine.revision, weights=weights))
     try:
         path = Path(folder).expanduser().resolve()
         found = (path / "config.json").is_file()

@@ -299,7 +299,12 @@ def _cores() -> int:
 class EngineSettings:
     """Model, memory and scheduling."""
 
-    model: str = knob("", "Checkpoint folder (internvl_chat or -hf); default: the demo model.")
+    model: str = knob(
+        "",
+        "Checkpoint folder (internvl_chat or -hf), or the name of one on the model hub, such as "
+        "OpenGVLab/InternVL3-2B; default: the demo model.",
+    )
+    revision: str = knob("", "Branch, tag or commit of a model of the hub; default: the newest.")
     device: str = knob("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
     dtype: str = knob(
         "auto",
