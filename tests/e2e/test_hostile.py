@@ -231,7 +231,7 @@ def odd_requests() -> Iterator[bytes]:
         {"X-Request-Id": "<script>"},
         {"Range": "bytes=0-18446744073709551615"},
         {"Accept": "text/html"},
-        {"Upgrade": "websocket", "Connection": "Upgrade"},
+        {"Upgrade": "websocket", "Connection": "Upgrade, close"},
         {"X": "y" * 70_000},
     ):
         yield request("POST", chat, b"{}", headers)
