@@ -32,17 +32,22 @@ class Share:
 
 
 class Budget:
-    """``total`` bytes. Belongs to one event loop, but for ``Share.grow``."""
+    """``total`` bytes. Belongs to one event loop, but for ``Share.grow``.
 
-    def __init__(self, total: int) -> None:
-        self._total = self._left = total
+    Bytes of a budget ``within`` another one are bytes of both. Its shares begin empty and grow:
+    nobody would wake them when the other has bytes again.
+    """
+
+    def __init__(self, total: int, within: "Budget | None" = None) -> None:
+        self.total = self._left = total
+        self._within = within
         self._lock = threading.Lock()
         self._waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
 
     @property
     def used(self) -> int:
         """Bytes that are held."""
-        return self._total - self._left
+        return self.total - self._left
 
     @contextlib.asynccontextmanager
     async def share(self, size: int, patience: float | None = None) -> AsyncIterator[Share]:
@@ -50,7 +55,7 @@ class Budget:
 
         Raises TimeoutError if they cannot be had within ``patience`` seconds.
         """
-        share = Share(self, min(size, self._total))
+        share = Share(self, min(size, self.total))
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append((share.size, turn))
         self._admit()
@@ -63,7 +68,7 @@ class Budget:
 
     def _take(self, size: int) -> bool:
         with self._lock:
-            if size > self._left:
+            if size > self._left or (self._within and not self._within._take(size)):
                 return False
             self._left -= size
             return True
@@ -71,6 +76,8 @@ class Budget:
     def _give_back(self, size: int) -> None:
         with self._lock:
             self._left += size
+        if self._within:
+            self._within._give_back(size)
         self._admit()
 
     def _admit(self) -> None:

@@ -68,6 +68,8 @@ class MediaPipeline:
         # whoever sends the files waits for none.
         half = -(-settings.media_memory // 2)
         self._memory, self._downloads = Budget(half), Budget(half)
+        # So do uploads; whoever sends many and never ends them leaves downloads their room.
+        self._uploads = Budget(half // 2, within=self._downloads)
         self._cache = TileCache(settings.tile_cache_bytes)
         self._locks = weakref.WeakValueDictionary[bytes, asyncio.Lock]()
         self._geometry: VisionGeometry | None = None
@@ -135,10 +137,15 @@ class MediaPipeline:
             async with self._room(sum(map(self._most_encoded, parts)), "messages"):
                 yield None
 
+    @property
+    def most_arriving(self) -> int:
+        """Bytes of the largest upload that there can be room for."""
+        return self._uploads.total
+
     def arriving(self) -> contextlib.AbstractAsyncContextManager[Share]:
         """Room that is taken from as bytes arrive, at once or not at all, as fast as their sender
         likes."""
-        return self._downloads.share(0)
+        return self._uploads.share(0)
 
     async def identify(self, encoded: bytes, param: str) -> tuple[Kind, Facts]:
         """What a file is, by its header: a picture, or else a video. Raises MediaRefused for what

@@ -207,6 +207,10 @@ class FakeMedia:
         await self._arrive(part)
         return self._picture(part, 1 if part.max_tiles == 1 else 2)
 
+    @property
+    def most_arriving(self) -> int:
+        return self.room.total
+
     def arriving(self) -> contextlib.AbstractAsyncContextManager[Share]:
         return self.room.share(0)
 

@@ -55,6 +55,10 @@ class Media(Protocol):
     async def load(self, part: MediaPart) -> Loaded:
         """Tiles of one part; raises MediaRefused."""
 
+    @property
+    def most_arriving(self) -> int:
+        """Bytes of the largest upload that there can be room for."""
+
     def arriving(self) -> AbstractAsyncContextManager[Share]:
         """Room for the bytes of an upload, taken from as they come."""
 

@@ -57,7 +57,11 @@ async def upload_file(request: Request) -> Response:
     _check_origin(request, service.settings.server.cors_origins)
     check_unpacked(request)
     async with service.preparing(), service.media.arriving() as room:
-        most = min(service.settings.server.max_file_bytes, service.files.most_bytes)
+        most = min(
+            service.settings.server.max_file_bytes,
+            service.files.most_bytes,
+            service.media.most_arriving,
+        )
         content_type = request.headers.get("content-type", "")
         form = await read_upload(content_type, request.stream(), most, room)
         return await unless_gone(request.receive, _keep(request, service, form))

@@ -268,6 +268,19 @@ async def test_a_server_that_never_answers_keeps_no_picture_waiting(site: Site) 
                 await asyncio.gather(*slow, return_exceptions=True)
 
 
+async def test_uploads_that_never_end_leave_downloads_their_room(site: Site) -> None:
+    body = encode(NOISE)
+    site.pages["/"] = lambda handler: answer(handler, body=body)
+    memory = {"media_memory": 5 * len(body)}
+    settings = {"allow_private_media": True, "allowed_media_ports": ()} | memory
+    async with pipeline(**settings) as media, media.arriving() as one, media.arriving() as other:
+        assert one.grow(media.most_arriving)
+        assert not other.grow(1)
+        assert (await media.load(MediaPart(site.url("/"), PARAM))).size
+        one.keep(0)
+        assert other.grow(1)
+
+
 async def test_downloads_that_find_no_memory_are_told_to_come_again(site: Site) -> None:
     """None waits for another: each could hold what the other needs."""
     body = encode(NOISE)

@@ -36,6 +36,22 @@ class Holder:
         await settle()
 
 
+async def test_bytes_of_a_budget_within_another_are_bytes_of_both() -> None:
+    whole = Budget(10)
+    part = Budget(6, within=whole)
+    async with part.share(0) as one, part.share(0) as two, whole.share(0) as other:
+        assert one.grow(4)
+        assert (part.used, whole.used) == (4, 4)
+        assert not two.grow(3)  # of the part there is less
+        assert other.grow(5)
+        assert not two.grow(2)  # of the whole there is less
+        assert two.grow(1)
+        assert (part.used, whole.used) == (5, 10)
+        one.keep(1)
+        assert other.grow(3)
+    assert (part.used, whole.used) == (0, 0)
+
+
 async def test_whoever_asks_first_is_served_first_even_if_less_would_fit() -> None:
     budget = Budget(10)
     first, large, small = (Holder(budget, size) for size in (6, 5, 1))
