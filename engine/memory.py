@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from engine.plan import EncodeItem, NewRow, StepPlan, Work
-from model import InternVL
+from model import InternVL, ModelConfig
 from model.kv_cache import KVCache
 from wire.geometry import VisionGeometry
 from wire.messages import EngineRequest, VisionItem
@@ -119,16 +119,21 @@ def measure(device: torch.device, run: Callable[[], None]) -> int:
     return status["VmHWM"] - status["VmRSS"]
 
 
+def encoded_pictures(settings: EngineSettings, config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that encoded pictures may take: the largest one is encoded even if it is larger than
+    the budget."""
+    token = config.text.hidden_size * dtype.itemsize
+    largest = (config.geometry.tile_limit + 1) * config.geometry.tokens_per_tile * token
+    return max(settings.encoder_cache_bytes, largest)
+
+
 def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, step: int) -> int:
     """Blocks of the cache beside a step of ``step`` bytes, as ``measure`` found it.
 
     Raises ValueError if there is no room for a single one, or not for as many as were asked for.
     """
     geometry = model.config.geometry
-    token = model.config.text.hidden_size * model.dtype.itemsize
-    # The largest picture is encoded even if it is larger than the budget.
-    largest = (geometry.tile_limit + 1) * geometry.tokens_per_tile * token
-    rest = step + max(settings.encoder_cache_bytes, largest)
+    rest = step + encoded_pictures(settings, model.config, model.dtype)
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(model.device)

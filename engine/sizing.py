@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from engine.memory import encoded_pictures
 from model import CheckpointError, ModelConfig, load_config, skeleton
 from model.kv_cache import KVCache
 from model.ops import Ops
@@ -83,8 +84,6 @@ def size(config: ModelConfig, settings: EngineSettings, memory: int) -> Sizing:
         bits = 4.5 if settings.quantization == "bnb-4bit" else 8
         small = sum(p.numel() for p in model.decoder.layers.parameters() if p.dim() > 1)
         weights -= int(small * (8 * dtype.itemsize - bits) / 8)
-    token = config.text.hidden_size * dtype.itemsize
-    largest = (config.geometry.tile_limit + 1) * config.geometry.tokens_per_tile * token
     return Sizing(
         config=config,
         dtype=str(dtype).removeprefix("torch."),
@@ -92,7 +91,7 @@ def size(config: ModelConfig, settings: EngineSettings, memory: int) -> Sizing:
         weights=weights,
         token=KVCache.block_bytes(config.text, 1, dtype),
         step=_step(config, settings, dtype.itemsize),
-        pictures=max(settings.encoder_cache_bytes, largest),
+        pictures=encoded_pictures(settings, config, dtype),
         usable=int(memory * settings.gpu_memory_utilization),
         context=settings.max_model_len or config.max_model_len,
     )

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Collection
 
 from model.backbones import BACKBONES
-from model.backbones.backbone import Slot, Tensors
+from model.backbones.backbone import Slot, Tensors, below
 from model.schema import CheckpointError, ModelConfig, VisionConfig
 
 
@@ -75,10 +75,7 @@ def names_for(config: ModelConfig, keys: Collection[str]) -> Names:
     for key, name in projector.items():
         for kind in ("weight", "bias"):
             slots[f"{prefixes.projector}{key}.{kind}"] = Slot(f"projector.{name}.{kind}")
-    for key, slot in backbone.tensors(config.text).items():
-        slots[prefixes.body + key] = dataclasses.replace(
-            slot, parameter="decoder." + slot.parameter
-        )
+    slots |= below(prefixes.body, backbone.tensors(config.text), parameter="decoder.")
     head = prefixes.head + backbone.head
     if head in keys:
         slots[head] = Slot("decoder.head.weight")

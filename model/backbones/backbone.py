@@ -48,15 +48,22 @@ def parts(config: TextConfig) -> tuple[Rows, Rows, Rows]:
     return (0, query), (query, query + key), (query + key, query + 2 * key)
 
 
-def in_layers(config: TextConfig, layer: Tensors, key: str = "layers") -> Tensors:
-    """What stands in every layer, under the whole keys."""
+def below(prefix: str, table: Tensors, *, parameter: str | None = None) -> Tensors:
+    """A table with ``prefix`` before every key, and before every parameter unless another one is
+    given for those."""
+    before = prefix if parameter is None else parameter
     return {
-        f"{key}.{index}.{name}": dataclasses.replace(
-            slot, parameter=f"layers.{index}.{slot.parameter}"
-        )
-        for index in range(config.layers)
-        for name, slot in layer.items()
+        prefix + key: dataclasses.replace(slot, parameter=before + slot.parameter)
+        for key, slot in table.items()
     }
+
+
+def in_layers(config: TextConfig, layer: Tensors) -> Tensors:
+    """What stands in every layer, under the whole keys."""
+    found: Tensors = {}
+    for index in range(config.layers):
+        found |= below(f"layers.{index}.", layer)
+    return found
 
 
 def rotary_buffers(config: TextConfig) -> set[str]:

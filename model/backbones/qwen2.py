@@ -4,6 +4,7 @@ from model.backbones.backbone import (
     Backbone,
     Slot,
     Tensors,
+    below,
     in_layers,
     parts,
     rope_theta,
@@ -45,7 +46,7 @@ def text_config(section: Section, tied: bool) -> TextConfig:
 
 def tensors(config: TextConfig) -> Tensors:
     """Llama's names, which Qwen2 and Qwen3 share."""
-    layer = {**attention(config), **mlp(config.intermediate_size)}
+    layer = {**attention(config), **below("mlp.", mlp(config.intermediate_size))}
     return {**ends(), **in_layers(config, layer)}
 
 
@@ -74,11 +75,11 @@ def attention(config: TextConfig) -> Tensors:
 
 
 def mlp(size: int) -> Tensors:
-    """The MLP of a layer, ``size`` wide."""
+    """An MLP, ``size`` wide."""
     return {
-        "mlp.gate_proj.weight": Slot("mlp.gate_up.weight", (0, size)),
-        "mlp.up_proj.weight": Slot("mlp.gate_up.weight", (size, 2 * size)),
-        "mlp.down_proj.weight": Slot("mlp.down.weight"),
+        "gate_proj.weight": Slot("gate_up.weight", (0, size)),
+        "up_proj.weight": Slot("gate_up.weight", (size, 2 * size)),
+        "down_proj.weight": Slot("down.weight"),
     }
 
 

@@ -5,7 +5,7 @@ Queries and keys are normed head by head; attention has no biases unless the con
 
 import dataclasses
 
-from model.backbones.backbone import Slot, Tensors, in_layers
+from model.backbones.backbone import Slot, Tensors, below, in_layers
 from model.backbones.qwen2 import QWEN2, attention, ends, mlp, text_config
 from model.schema import MOST_PARTS, ExpertsConfig, Section, TextConfig
 
@@ -50,21 +50,13 @@ def _sparse(section: Section, tied: bool) -> TextConfig:
 def _sparse_tensors(config: TextConfig) -> Tensors:
     assert config.experts is not None  # noqa: S101 - for the type checker
     table = {**ends(), **in_layers(config, attention(config))}
-    size = config.experts.intermediate_size
+    dense = below("mlp.", mlp(config.intermediate_size))
+    sparse: Tensors = {"mlp.gate.weight": Slot("mlp.router.weight")}
+    for expert in range(config.experts.count):
+        sparse |= below(f"mlp.experts.{expert}.", mlp(config.experts.intermediate_size))
     for index in range(config.layers):
-        layer = mlp(config.intermediate_size)
-        if index not in config.experts.dense:
-            layer = {"mlp.gate.weight": Slot("mlp.router.weight")}
-            for expert in range(config.experts.count):
-                for key, slot in mlp(size).items():
-                    name = slot.parameter.removeprefix("mlp.")
-                    layer[key.replace("mlp.", f"mlp.experts.{expert}.")] = dataclasses.replace(
-                        slot, parameter=f"mlp.experts.{expert}.{name}"
-                    )
-        for key, slot in layer.items():
-            table[f"layers.{index}.{key}"] = dataclasses.replace(
-                slot, parameter=f"layers.{index}.{slot.parameter}"
-            )
+        layer = dense if index in config.experts.dense else sparse
+        table |= below(f"layers.{index}.", layer)
     return table
 
 
