@@ -44,6 +44,7 @@ from engine.vision import EncoderOutputs, Encoding
 from model import ModelConfig, build_model, count_parameters, load_config
 from model.attention import choose
 from model.kv_cache import KVCache
+from model.parallel import Group
 from model.transfer import to_device, to_host
 from wire.channel import Buffer
 from wire.heap import return_what_is_freed
@@ -56,6 +57,7 @@ logger = logging.getLogger(__name__)
 # Up to this many parameters the CPU computes in fp32: exact, and no slower at that size.
 _SMALL = 100_000_000
 _NOT_FINITE = "the model's output is not a number"
+_ALONE = Group()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +92,17 @@ class ModelRunner:
     """Loads the model of ``settings`` and runs steps.
 
     Raises CheckpointError if the checkpoint cannot be served, ValueError if a setting does not
-    fit it. ``progress`` is told how far loading is.
+    fit it. ``progress`` is told how far loading is. Every rank of ``group`` makes one of the same
+    settings, and calls it with the same plans.
     """
 
     def __init__(
-        self, settings: EngineSettings, progress: Callable[[Progress], None] = lambda _: None
+        self,
+        settings: EngineSettings,
+        progress: Callable[[Progress], None] = lambda _: None,
+        group: Group = _ALONE,
     ) -> None:
+        self._group = group
         device = torch.device(_device(settings))
         progress(Progress("config"))
         folder = Path(settings.model)
