@@ -128,7 +128,8 @@ def encoded_pictures(settings: EngineSettings, config: ModelConfig, dtype: torch
 
 
 def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, step: int) -> int:
-    """Blocks of the cache beside a step of ``step`` bytes, as ``measure`` found it.
+    """Blocks of the cache beside a step of ``step`` bytes, as ``measure`` found it: as many as the
+    rank with the least memory can have.
 
     Raises ValueError if there is no room for a single one, or not for as many as were asked for.
     """
@@ -140,11 +141,11 @@ def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, ste
         ours = int(total * settings.gpu_memory_utilization) - (total - free)
     else:
         # Of what is free, not of all: this memory belongs to other programs too.
-        free = free_memory()
+        free = free_memory() // model.group.neighbours
         ours = int(free * settings.cpu_memory_utilization)
         context = max_model_len // geometry.tokens_per_tile * geometry.tile_bytes
         rest += max(settings.request_tile_bytes, context) + _HELD
-    size = KVCache.block_bytes(model.config.text, settings.block_size, model.dtype)
+    size = KVCache.block_bytes(model.text, settings.block_size, model.dtype)
     useful = settings.max_num_seqs * -(-max_model_len // settings.block_size)
     explicit = settings.num_kv_blocks * size or settings.kv_cache_memory
     memory = explicit or ours - rest
@@ -163,7 +164,7 @@ def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, ste
             f"a KV cache of {blocks} blocks takes {blocks * size} bytes; with {rest} for the "
             f"largest step and for pictures that is more than the {free} bytes that are free"
         )
-    return blocks
+    return model.group.least(blocks)
 
 
 def free_memory() -> int:

@@ -103,14 +103,14 @@ class ModelRunner:
         group: Group = _ALONE,
     ) -> None:
         self._group = group
-        device = torch.device(_device(settings))
+        device = group.device or torch.device(choose_device(settings))
         progress(Progress("config"))
         folder = Path(settings.model)
         config = load_config(folder)
         config = dataclasses.replace(config, geometry=config.geometry.limited(settings.max_tiles))
         if device.type == "cpu":
             return_what_is_freed(LARGE)
-            torch.set_num_threads(settings.threads or _threads(config))
+            torch.set_num_threads(settings.threads or default_threads(config))
         if settings.quantization == "fp8" and device.type != "cuda":
             raise ValueError("quantization fp8 needs a CUDA device")
         dtype = choose_dtype(settings, config, device)
@@ -121,15 +121,17 @@ class ModelRunner:
             dtype=dtype,
             quantization=settings.quantization,
             progress=_reporter(progress),
+            group=group,
         )
         self._attention = choose(
-            settings.attention_backend, config.text, device, dtype, settings.block_size
+            settings.attention_backend, self._model.text, device, dtype, settings.block_size
         )
         progress(Progress("cache"))
         limit = _max_model_len(settings, config)
         # No more than a step may draw for: memory is set aside for the logits of so many.
         self._score_at_once = min(64, settings.max_num_seqs)
-        self._grammars = Grammars.load(folder, config.eos_token_ids)
+        self._draws = group.rank == 0
+        self._grammars = Grammars.load(folder, config.eos_token_ids) if self._draws else None
         if settings.num_kv_blocks:
             limit = _within(settings.num_kv_blocks, settings, limit)
         step = self._profile(settings, limit)
@@ -159,12 +161,13 @@ class ModelRunner:
         self._warm_up(settings)
         # Without the warm-up's picture.
         self._make_vision(settings)
-        if settings.step_budget_ms:
+        # Where there are ranks, who leads them must do this with all of them.
+        if settings.step_budget_ms and group.size == 1:
             self._cost = Trial(self, settings).fit()
 
     def _allocate(self, settings: EngineSettings, blocks: int, max_model_len: int) -> None:
         """Make everything that steps work on, empty."""
-        text, device, size = self._model.config.text, self._model.device, settings.block_size
+        text, device, size = self._model.text, self._model.device, settings.block_size
         text = dataclasses.replace(text, layers=len(self._model.decoder.layers))
         self._kv = KVCache(
             text, blocks=blocks, block_size=size, device=device, dtype=self._model.dtype
@@ -298,14 +301,12 @@ class ModelRunner:
         begun, self._begun = self._begun, None
         tokens, likely = torch.zeros(0), None
         if begun.logits is not None:
-            rows = [self._rows.sample_row(name) for name in begun.names]
-            if begun.graph is not None and self._rows.are_plain(begun.names):
-                tokens = begun.graph.sample(draws(rows, begun.graph.size))[: len(rows)]
+            if self._draws:
+                tokens, likely = self._draw(begun, begun.logits)
+                self._group.broadcast(tokens)
             else:
-                logits = begun.logits[: len(rows)]
-                tokens = sample(logits, rows)
-                self._device_rows.last[self._rows.lines(begun.names)] = tokens.clamp(min=0)
-                likely = logprobs(logits, tokens, rows)
+                tokens = self._device_rows.last.new_empty(len(begun.names))
+                self._note(begun.names, self._group.broadcast(tokens))
         # Copied now, behind the draw: a copy asked for later would stand behind the next step.
         tokens, likely = to_host(tokens), likely and likely.to_host()
         scored = begun.scored and begun.scored.to_host()
@@ -316,6 +317,20 @@ class ModelRunner:
             begun.step, begun.began, ended, begun.names, tokens, likely, scored, begun.encoding,
             arrived,
         )  # fmt: skip
+
+    def _draw(self, begun: _Begun, logits: Tensor) -> tuple[Tensor, Likely | None]:
+        """The next tokens [R] of the step's rows, and their logprobs if any asks."""
+        rows = [self._rows.sample_row(name) for name in begun.names]
+        if begun.graph is not None and self._rows.are_plain(begun.names):
+            return begun.graph.sample(draws(rows, begun.graph.size))[: len(rows)], None
+        logits = logits[: len(rows)]
+        tokens = sample(logits, rows)
+        self._note(begun.names, tokens)
+        return tokens, logprobs(logits, tokens, rows)
+
+    def _note(self, names: list[str], tokens: Tensor) -> None:
+        """Keep the rows' last tokens where the next step finds them."""
+        self._device_rows.last[self._rows.lines(names)] = tokens.clamp(min=0)
 
     def finish(self) -> StepResult:
         """Wait for the tokens of the step that was sampled; rows that live get theirs."""
@@ -382,7 +397,7 @@ class ModelRunner:
         )
         return self._graphs.pick(len(plan.work)) if self._graphs and plain else None
 
-    def _score(self, scoring: Sequence[tuple[Work, Tensor]]) -> Scored:
+    def _score(self, scoring: Sequence[tuple[Work, Tensor]]) -> Scored | None:
         """Look up the prompts' tokens; each work comes with its hidden states."""
         parts, rows, tokens = [], [], []
         for work, hidden in scoring:
@@ -391,8 +406,13 @@ class ModelRunner:
             parts.append((len(following), row.params.prompt_logprobs))
             rows.append(hidden[: len(following)])
             tokens.append(following)
-        found = to_device(np.concatenate(tokens), rows[0].device)
-        return score(self._model.logits, torch.cat(rows), found, parts, self._score_at_once)
+        hidden, at_once = torch.cat(rows), self._score_at_once
+        if not self._draws:
+            for part in hidden.split(at_once):
+                self._model.logits(part)
+            return None
+        found = to_device(np.concatenate(tokens), hidden.device)
+        return score(self._model.logits, hidden, found, parts, at_once)
 
     def _embed(self, plan: StepPlan, batch: StepBatch) -> Tensor:
         ids = batch.ids
@@ -425,7 +445,8 @@ def _within(blocks: int, settings: EngineSettings, max_model_len: int) -> int:
     return min(capacity, max_model_len)
 
 
-def _device(settings: EngineSettings) -> str:
+def choose_device(settings: EngineSettings) -> str:
+    """Its type. Raises ValueError."""
     if settings.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -433,7 +454,7 @@ def _device(settings: EngineSettings) -> str:
     return settings.device
 
 
-def _threads(config: ModelConfig) -> int:
+def default_threads(config: ModelConfig) -> int:
     """One per core; but a small model's operations are shorter than waking a second thread."""
     return 1 if count_parameters(config) <= _SMALL else len(os.sched_getaffinity(0))
 

@@ -86,8 +86,7 @@ class EncoderOutputs:
         began = moment(self._model.device)
         parts = [self._tiles[item.digest][item.start : item.start + item.tiles] for item in items]
         tiles = torch.cat([part.to(self._model.device, non_blocking=True) for part in parts])
-        encode = self._graphs or self._model.encode_tiles
-        encoded = torch.cat([encode(part) for part in tiles.split(self.chunk)])
+        encoded = self._encode(tiles) if self._model.group.size == 1 else self._shared_out(tiles)
         counts = [item.tiles for item in items]
         for item, part in zip(items, encoded.split(counts), strict=True):
             tokens = part.shape[1]
@@ -97,6 +96,21 @@ class EncoderOutputs:
                 output = self._outputs[item.digest] = part.new_empty(size)
             output[item.start * tokens :][: item.tiles * tokens] = part.flatten(0, 1)
         return Encoding(counts, began, moment(self._model.device))
+
+    def _encode(self, tiles: Tensor) -> Tensor:
+        encode = self._graphs or self._model.encode_tiles
+        return torch.cat([encode(part) for part in tiles.split(self.chunk)])
+
+    def _shared_out(self, tiles: Tensor) -> Tensor:
+        """The same, where every rank encodes some of the tiles; the last ones may have none."""
+        group, config = self._model.group, self._model.config
+        count = -(-len(tiles) // group.size)
+        shape = count, config.geometry.tokens_per_tile, config.text.hidden_size
+        encoded = torch.zeros(shape, dtype=self._model.dtype, device=tiles.device)
+        own = tiles[group.rank * count :][:count]
+        if len(own):
+            encoded[: len(own)] = self._encode(own)
+        return group.gather(encoded, 0)[: len(tiles)]
 
     def place(
         self, embeddings: Tensor, spans: Sequence[VisionSpan], position: int, at: int, count: int

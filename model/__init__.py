@@ -9,6 +9,7 @@ from model.config import load_config
 from model.internvl import InternVL
 from model.names import names_for
 from model.ops import choose
+from model.parallel import Group, cuts
 from model.quantize import quantize_layers
 from model.schema import CheckpointError, ModelConfig
 from model.weights import WeightFiles, fill
@@ -32,12 +33,14 @@ def build_model(
     dtype: torch.dtype,
     quantization: str = "none",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    group: Group | None = None,
 ) -> InternVL:
-    """Load a checkpoint folder's weights. Raises CheckpointError if they do not fit ``config``.
+    """Load a checkpoint folder's weights, or what a rank of ``group`` needs of them. Raises
+    CheckpointError if they do not fit ``config``.
 
     ``quantization`` is "none", "fp8" (``model.quantize``), "bnb-8bit" or "bnb-4bit"
     (``model.bnb``), or "int8" (``model.ops.native``); raises ValueError where the device cannot
-    compute it.
+    compute it, or where the decoder cannot be divided among so many ranks.
 
     A stored output matrix is used whatever tie_word_embeddings says: published checkpoints have
     the flag wrong, and a dropped matrix gives fluent nonsense.
@@ -47,9 +50,12 @@ def build_model(
     tied = names.head not in names.slots
     if tied and not config.text.tied:
         raise CheckpointError(f"the weights do not fit config.json: missing (1): {names.head}")
-    model = skeleton(config, tied=tied)
-    fill(model, names, files, device=device, dtype=dtype, progress=progress)
-    model.parameter_count = sum(parameter.numel() for parameter in model.parameters())
+    group = group or Group()
+    model = skeleton(config, tied=tied, group=group)
+    parts = cuts(config.text, group.rank, group.size)
+    model.parameter_count = fill(
+        model, names, files, parts, device=device, dtype=dtype, progress=progress
+    )
     model.vision.fit(config.tile_grid)
     model.vision.fold()
     if quantization not in ("none", "int8"):  # which is the operations' own
@@ -59,14 +65,14 @@ def build_model(
     return model.eval()
 
 
-def skeleton(config: ModelConfig, *, tied: bool) -> InternVL:
+def skeleton(config: ModelConfig, *, tied: bool, group: Group | None = None) -> InternVL:
     """The model without memory: every parameter on the meta device.
 
     Raises CheckpointError for one that no machine could address.
     """
     try:
         with torch.device("meta"):
-            return InternVL(config, tied=tied)
+            return InternVL(config, tied=tied, group=group or Group())
     except RuntimeError as error:
         raise CheckpointError(f"config.json is of no model: {error}") from None
 

@@ -10,6 +10,7 @@ from model.attention.base import AttentionStep
 from model.layers import Embedding, Linear, RMSNorm
 from model.mlp import MLP, Experts
 from model.ops import Ops
+from model.parallel import Group
 from model.schema import TextConfig
 
 
@@ -33,10 +34,14 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One block. Its last sum is left to the next norm, which computes both at once."""
+    """One block. Its last sum is left to the next norm, which computes both at once.
 
-    def __init__(self, config: TextConfig, layer: int) -> None:
+    Attention and MLP may be a rank's part of them, which is added up over the group.
+    """
+
+    def __init__(self, config: TextConfig, layer: int, group: Group) -> None:
         super().__init__()
+        self._group = group
         self.norm1 = RMSNorm(config.hidden_size, config.eps)
         self.attention = Attention(config)
         self.norm2 = RMSNorm(config.hidden_size, config.eps)
@@ -52,28 +57,30 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Hidden states ``[N, hidden]`` and what is to be added to them, in and out."""
         hidden, normed = ops.add_norm(hidden, delta, self.norm1)
-        delta = self.attention(normed, step, layer, ops)
+        delta = self._group.sum(self.attention(normed, step, layer, ops))
         hidden, normed = ops.add_norm(hidden, delta, self.norm2)
-        return hidden, self.mlp(normed, ops)
+        return hidden, self._group.sum(self.mlp(normed, ops))
 
 
 class Decoder(nn.Module):
     """Embeddings ``[N, hidden]`` to the last hidden states ``[N, hidden]``.
 
-    With ``tied`` the embedding's matrix is the head's too.
+    With ``tied`` the embedding's matrix is the head's too. ``config`` is of one rank's part.
     """
 
-    def __init__(self, config: TextConfig, *, tied: bool) -> None:
+    def __init__(self, config: TextConfig, *, tied: bool, group: Group) -> None:
         super().__init__()
+        self._alone = group.size == 1
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, group) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.eps)
         self.head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, embeddings: Tensor, step: AttentionStep, ops: Ops) -> Tensor:
-        whole = step.through(self.layers, self.norm, embeddings, ops)
-        if whole is not None:
-            return whole
+        if self._alone:
+            whole = step.through(self.layers, self.norm, embeddings, ops)
+            if whole is not None:
+                return whole
         hidden, delta = embeddings, None
         for index, layer in enumerate(self.layers):
             hidden, delta = layer(hidden, delta, step, index, ops)

@@ -11,6 +11,7 @@ from model.attention.base import AttentionBackend, AttentionBatch, AttentionStep
 from model.decoder import Decoder
 from model.kv_cache import KVCache
 from model.ops import Ops
+from model.parallel import Group, share
 from model.projector import Projector
 from model.rotary import angles, inverse_frequencies
 from model.schema import ModelConfig
@@ -19,17 +20,22 @@ from model.vision import VisionModel
 
 
 class InternVL(nn.Module):
-    """InternViT, projector and decoder. Built by ``model.build_model``, which fills it."""
+    """InternViT, projector and decoder. Built by ``model.build_model``, which fills it.
 
-    def __init__(self, config: ModelConfig, *, tied: bool) -> None:
+    ``text`` is this rank's part of the decoder; ``config`` tells of the whole.
+    """
+
+    def __init__(self, config: ModelConfig, *, tied: bool, group: Group) -> None:
         super().__init__()
         self.config = config
+        self.text = share(config.text, group.size)
+        self.group = group
         self.ops = Ops()
         self.parameter_count = 0  # as stored
         self._statistics: tuple[Tensor, Tensor] | None = None  # of pixels: mean and deviation
         self.vision = VisionModel(config.vision)
         self.projector = Projector(config.projector)
-        self.decoder = Decoder(config.text, tied=tied)
+        self.decoder = Decoder(self.text, tied=tied, group=group)
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +60,14 @@ class InternVL(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids ``[N]`` to embeddings ``[N, hidden]``."""
-        return self.ops.embed(self.decoder.embedding, ids)
+        embedding, group = self.decoder.embedding, self.group
+        if group.size == 1:
+            return self.ops.embed(embedding, ids)
+        # Each rank knows some, and has zeros for the others.
+        rows = ids - group.rank * self.text.vocab_size
+        others = (rows < 0) | (rows >= self.text.vocab_size)
+        found = self.ops.embed(embedding, rows.masked_fill(others, 0))
+        return group.sum(found.masked_fill(others[:, None], 0))
 
     def forward(
         self,
@@ -66,12 +79,16 @@ class InternVL(nn.Module):
     ) -> Tensor:
         """Embeddings ``[N, hidden]`` to hidden states ``[N, hidden]``, at ``positions`` [N], which
         may be fractions in fp32."""
-        text = self.config.text
+        text = self.text
         # A step's few cosines cost less than a table that has to follow the device about.
         frequencies = inverse_frequencies(text.head_dim, text.rope_theta, positions.device)
         step = AttentionStep(attention, batch, kv, angles(positions, frequencies))
         return self.ops.keep(self.decoder(embeddings, step, self.ops))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states ``[M, hidden]`` to fp32 logits ``[M, vocab]``."""
-        return self.ops.logits(self.decoder.output, hidden)
+        """Hidden states ``[M, hidden]`` to fp32 logits ``[M, vocab]``, on the first rank; what
+        others get is no use to them."""
+        logits = self.ops.logits(self.decoder.output, hidden)
+        if self.group.size == 1:
+            return logits
+        return self.group.collect(logits)[:, : self.config.vocab_size].contiguous()

@@ -3,17 +3,31 @@ heads, of the MLPs and of the vocabulary.
 
 ``Group`` is what the layers and the engine know of it: a few collectives, which all ranks call in
 the same order. A rank that is alone sends nothing.
+
+Rows of a matrix are shared out where its results are a rank's own (queries, keys and values, gates
+and what they gate), columns where a sum over the ranks follows (``attention.out``, ``down``), rows
+of the vocabulary with the embedding and the head. Norms, routers, encoder and projector are whole
+on every rank.
 """
 
+import dataclasses
 import datetime
+import hashlib
 import ipaddress
 import os
 import socket
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.backbones.backbone import Rows, parts
+from model.schema import TextConfig
+
+# Rows of the vocabulary on a rank are a multiple of this: products like round numbers.
+_VOCABULARY_STEP = 64
 # Ranks wait for each other's loading; that one has died is seen by those who watch its process.
 _PATIENCE = datetime.timedelta(hours=4)
 
@@ -23,6 +37,10 @@ class Group:
 
     rank = 0
     size = 1
+    neighbours = 1
+    """Ranks on this machine, this one included: they share its memory and its cores."""
+    device: torch.device | None = None
+    """What the ranks met to compute on; None leaves the choice."""
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' tensors of one shape: the same bits on every rank.
@@ -33,6 +51,10 @@ class Group:
 
     def gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """All ranks' tensors of one shape, in their order, one behind the other along ``dim``."""
+        return x
+
+    def collect(self, x: Tensor) -> Tensor:
+        """The same along the last dimension for the first rank; others may get anything."""
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -53,11 +75,13 @@ class _Joined(Group):
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank = rank
         self.size = size
-        self._device = device
+        self.device = device
+        machine = torch.tensor([_machine()], device=device)
+        self.neighbours = int((self.gather(machine) == machine).sum())
 
     def sum(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        if self._device.type == "cuda" or self.size == 2:
+        if x.is_cuda or self.size == 2:
             dist.all_reduce(x)
             return x
         # In the ranks' order: a row's sum depends on no other row and not on how many there are,
@@ -71,6 +95,14 @@ class _Joined(Group):
     def gather(self, x: Tensor, dim: int = -1) -> Tensor:
         return torch.cat(self._all(x.contiguous()), dim)
 
+    def collect(self, x: Tensor) -> Tensor:
+        if x.is_cuda:  # inside graphs too, where all ranks must do the same
+            return self.gather(x)
+        x = x.contiguous()
+        found = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(x, found)
+        return torch.cat(found, -1) if found else x
+
     def _all(self, x: Tensor) -> list[Tensor]:
         found = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(found, x)
@@ -81,7 +113,7 @@ class _Joined(Group):
         return x
 
     def least(self, number: int) -> int:
-        found = torch.tensor(number, device=self._device)
+        found = torch.tensor(number, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MIN)
         return int(found)
 
@@ -132,8 +164,121 @@ def join(
     return _Joined(rank, size, device)
 
 
+def _machine() -> int:
+    """A number that is the same for all processes of a machine, also where each has a network of
+    its own, and for no others."""
+    try:
+        name = Path("/proc/sys/kernel/random/boot_id").read_text("ascii")
+    except OSError:
+        name = socket.gethostname()
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A rank's part of a parameter that has ``whole`` rows (``dim`` 0) or columns (1): ``ranges``
+    of them, one behind the other. What these leave of the rank's parameter is zero."""
+
+    dim: int
+    whole: int
+    ranges: tuple[Rows, ...]
+
+
+def share(config: TextConfig, size: int) -> TextConfig:
+    """The decoder that each of ``size`` ranks computes. Where there are more ranks than key heads,
+    several have the same one; the vocabulary is padded.
+
+    Raises ValueError where the heads or the MLPs cannot be divided.
+    """
+    if size == 1:
+        return config
+    if not _divides(config, size):
+        possible = [n for n in range(1, config.heads + 1) if _divides(config, n)]
+        widths = " and ".join(map(str, _widths(config)))
+        raise ValueError(
+            f"tensor_parallel_size {size} does not divide the model: it has {config.heads} query "
+            f"heads, {config.kv_heads} key heads and MLPs {widths} wide; possible: "
+            + ", ".join(map(str, possible))
+        )
+    experts = config.experts
+    if experts is not None:
+        inner = experts.intermediate_size // size
+        experts = dataclasses.replace(experts, intermediate_size=inner)
+    rows = -(-config.vocab_size // size)
+    return dataclasses.replace(
+        config,
+        heads=config.heads // size,
+        kv_heads=max(1, config.kv_heads // size),
+        intermediate_size=config.intermediate_size // size,
+        vocab_size=-(-rows // _VOCABULARY_STEP) * _VOCABULARY_STEP,
+        experts=experts,
+    )
+
+
+def _divides(config: TextConfig, size: int) -> bool:
+    heads, kv_heads = config.heads % size, config.kv_heads
+    return not (
+        heads or (kv_heads % size and size % kv_heads) or any(w % size for w in _widths(config))
+    )
+
+
+def _widths(config: TextConfig) -> list[int]:
+    """Of the MLPs that there are."""
+    experts = config.experts
+    dense = [config.intermediate_size] if experts is None or experts.dense else []
+    return dense + ([experts.intermediate_size] if experts else [])
+
+
+def cuts(config: TextConfig, rank: int, size: int) -> dict[str, Cut]:
+    """What a rank holds of each parameter of ``InternVL`` that it does not hold whole; parameters
+    that only other models have are among them."""
+    if size == 1:
+        return {}
+    part, hidden = share(config, size), config.hidden_size
+    rows = _rank_rows(rank, part.vocab_size, config.vocab_size)
+    vocabulary = Cut(0, config.vocab_size, (rows,))
+    found = {"decoder.embedding.weight": vocabulary, "decoder.head.weight": vocabulary}
+    layer = _attention(config, part, rank, size) | _mlp(
+        "mlp.", config.intermediate_size, rank, size
+    )
+    # Added once.
+    layer["attention.out.bias"] = Cut(0, hidden, ((0, hidden),) if rank == 0 else ())
+    if (experts := config.experts) is not None:
+        for index in range(experts.count):
+            layer |= _mlp(f"mlp.experts.{index}.", experts.intermediate_size, rank, size)
+    for index in range(config.layers):
+        found |= {f"decoder.layers.{index}.{name}": cut for name, cut in layer.items()}
+    return found
+
+
+def _attention(config: TextConfig, part: TextConfig, rank: int, size: int) -> dict[str, Cut]:
+    queries, keys, values = parts(config)
+    query = _rank_rows(rank, part.heads * config.head_dim)
+    first, count = rank * config.kv_heads // size * config.head_dim, part.kv_heads * config.head_dim
+    same = [(start + first, start + first + count) for start, _ in (keys, values)]
+    qkv = Cut(0, values[1], (query, *same))
+    return {
+        "attention.qkv.weight": qkv,
+        "attention.qkv.bias": qkv,
+        "attention.out.weight": Cut(1, queries[1], (query,)),
+    }
+
+
+def _mlp(prefix: str, width: int, rank: int, size: int) -> dict[str, Cut]:
+    start, end = _rank_rows(rank, width // size)
+    return {
+        f"{prefix}gate_up.weight": Cut(0, 2 * width, ((start, end), (width + start, width + end))),
+        f"{prefix}down.weight": Cut(1, width, ((start, end),)),
+    }
+
+
+def _rank_rows(rank: int, count: int, most: int = sys.maxsize) -> Rows:
+    """Of a rank that has ``count``, where there are ``most`` in all."""
+    return min(rank * count, most), min((rank + 1) * count, most)

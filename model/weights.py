@@ -1,4 +1,4 @@
-"""Fills the skeleton from safetensors files, one tensor at a time.
+"""Fills the skeleton from safetensors files, one tensor at a time; a rank reads its part of each.
 
 Names and shapes are compared before anything is copied, and the comparison is strict: whatever
 is missing, unexpected or of another shape is listed and nothing is loaded. Only safetensors is
@@ -6,7 +6,7 @@ read: other formats can run code.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from model.awq import INTEGERS, PARTS, dequantize, joined
+from model.backbones.backbone import Rows
 from model.names import Names, Slot
+from model.parallel import Cut
 from model.schema import AwqConfig, CheckpointError, read_json
 
 Progress = Callable[[int, int], None]
@@ -69,15 +71,16 @@ class WeightFiles:
                 self._files[key] = path
                 self.shapes[key] = tuple(part.get_shape())
 
-    def each(self, wanted: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
-        """Yield the wanted tensors, file by file."""
+    def each(self, wanted: Iterable[str]) -> Iterator[tuple[str, Any]]:
+        """Yield the wanted tensors, file by file, as something that slices of are tensors; of most
+        only what is sliced is read."""
         keys = set(wanted)
         for path in sorted(set(self._files.values())):
             with _open(path) as file:
                 for key in file.keys():  # noqa: SIM118 - not a dict
                     layer, _, part = key.rpartition(".")
                     if key in keys:
-                        yield key, file.get_tensor(key)
+                        yield key, file.get_slice(key)
                     elif self._awq is not None and part == PARTS[0] and layer + ".weight" in keys:
                         parts = [self._tensor(f"{layer}.{name}") for name in PARTS]
                         yield layer + ".weight", dequantize(parts, self._awq)
@@ -112,49 +115,88 @@ def fill(
     skeleton: nn.Module,
     names: Names,
     files: WeightFiles,
+    cuts: Mapping[str, Cut],
     *,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
-) -> None:
-    """Give every parameter of a meta-device ``skeleton`` its values.
+) -> int:
+    """Give every parameter of a meta-device ``skeleton`` its values, and return how many there are
+    in the whole model. Of parameters in ``cuts`` the skeleton has a part.
 
     ``progress`` is called with bytes copied and bytes in all, as stored in the model.
     """
     meta = dict(skeleton.named_parameters())
-    _compare(meta, names, files)
+    whole = {name: _whole(tuple(value.shape), cuts.get(name)) for name, value in meta.items()}
+    _compare(whole, names, files)
     filled: dict[str, nn.Parameter] = {}
     total = sum(parameter.numel() for parameter in meta.values()) * dtype.itemsize
     done = 0
     progress(0, total)
-    for key, tensor in files.each(names.slots):
+    for key, stored in files.each(names.slots):
         slot = names.slots[key]
+        cut = cuts.get(slot.parameter)
         if slot.parameter not in filled:
-            empty = torch.empty(meta[slot.parameter].shape, device=device, dtype=dtype)
+            empty = _empty(meta[slot.parameter], cut, device, dtype)
             filled[slot.parameter] = nn.Parameter(empty, requires_grad=False)
             owner, _, leaf = slot.parameter.rpartition(".")
             setattr(skeleton.get_submodule(owner), leaf, filled[slot.parameter])
         target = filled[slot.parameter].data
-        if slot.pieces:
-            tensor = torch.cat([tensor[slice(*rows)] for rows in slot.pieces])
-        (target if slot.rows is None else target[slice(*slot.rows)]).copy_(tensor)
-        done += tensor.numel() * dtype.itemsize
+        for source, rows in _copies(slot, files.shapes[key][0], cut):
+            tensor = stored[source]
+            target[rows].copy_(tensor)
+            done += tensor.numel() * dtype.itemsize
         progress(done, total)
+    progress(total, total)  # what pads the vocabulary is in no file
+    return sum(map(math.prod, whole.values()))
 
 
-def _expected_shape(slot: Slot, meta: dict[str, nn.Parameter]) -> tuple[int, ...]:
-    shape = tuple(meta[slot.parameter].shape)
+Shape = tuple[int, ...]
+
+
+def _whole(shape: Shape, cut: Cut | None) -> Shape:
+    """The shape of a parameter that has ``shape`` on this rank."""
+    return shape if cut is None else (*shape[: cut.dim], cut.whole, *shape[cut.dim + 1 :])
+
+
+def _empty(
+    parameter: nn.Parameter, cut: Cut | None, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    shape = parameter.shape
+    full = cut is None or sum(end - start for start, end in cut.ranges) == shape[cut.dim]
+    return (torch.empty if full else torch.zeros)(shape, device=device, dtype=dtype)
+
+
+def _copies(slot: Slot, stored: int, cut: Cut | None) -> Iterator[tuple[tuple[slice, ...], slice]]:
+    """What to take of a stored tensor of so many rows, and the rows of the rank's parameter that
+    it fills."""
+    columns = () if cut is None or cut.dim == 0 else (slice(*cut.ranges[0]),)
+    at = slot.rows[0] if slot.rows else 0  # in the whole parameter
+    kept: tuple[Rows, ...] = ((0, at + stored),) if cut is None or cut.dim else cut.ranges
+    for first, end in slot.pieces or ((0, stored),):
+        place = 0  # on this rank
+        for low, high in kept:
+            start, stop = max(low, at), min(high, at + end - first)
+            if start < stop:
+                source = slice(first + start - at, first + stop - at)
+                yield (source, *columns), slice(place + start - low, place + stop - low)
+            place += high - low
+        at += end - first
+
+
+def _expected_shape(slot: Slot, whole: Mapping[str, Shape]) -> Shape:
+    shape = whole[slot.parameter]
     return shape if slot.rows is None else (slot.rows[1] - slot.rows[0], *shape[1:])
 
 
-def _compare(meta: dict[str, nn.Parameter], names: Names, files: WeightFiles) -> None:
+def _compare(whole: Mapping[str, Shape], names: Names, files: WeightFiles) -> None:
     missing = [key for key in names.slots if key not in files.shapes]
     unexpected = [
         key for key in files.shapes if key not in names.slots and key not in names.ignored
     ]
     wrong = []
     for key, slot in names.slots.items():
-        shape = _expected_shape(slot, meta)
+        shape = _expected_shape(slot, whole)
         if key in files.shapes and files.shapes[key] != shape:
             wrong.append(f"{key} is {list(files.shapes[key])} instead of {list(shape)}")
     problems = [
@@ -166,7 +208,7 @@ def _compare(meta: dict[str, nn.Parameter], names: Names, files: WeightFiles) ->
         raise CheckpointError("the weights do not fit config.json: " + "; ".join(problems))
     covered: dict[str, int] = {}
     for slot in names.slots.values():
-        size = math.prod(_expected_shape(slot, meta))
+        size = math.prod(_expected_shape(slot, whole))
         covered[slot.parameter] = covered.get(slot.parameter, 0) + size
-    if covered != {name: parameter.numel() for name, parameter in meta.items()}:
+    if covered != {name: math.prod(shape) for name, shape in whole.items()}:
         raise AssertionError("the name table does not cover the model: this is a bug")

@@ -1,0 +1,117 @@
+"""Ranks in processes of their own, over gloo on loopback, that take every call this process makes
+to its own part of a model: it is rank 0 itself."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from engine.cost import CostModel
+from engine.plan import StepPlan, StepResult
+from engine.runner import ModelRunner
+from model.parallel import Group, join
+from wire.channel import Buffer
+from wire.messages import EngineRequest, Ready
+from wire.settings import EngineSettings
+
+CPU = torch.device("cpu")
+
+
+class Workers:
+    """Processes that ``meet`` makes ranks of, more than once."""
+
+    def __init__(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def meet(self, size: int) -> tuple[Group, list[Connection]]:
+        """A group of so many ranks, and the pipes to all but this one."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        pipes = self._pipes[: size - 1]
+        for rank, pipe in enumerate(pipes, 1):
+            pipe.send(("join", (rank, size, listener.getsockname(), CPU)))
+        return join(0, size, listener.getsockname(), CPU, listener), pipes
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join()
+
+
+class Together:
+    """A Runner: each call goes to all ranks."""
+
+    def __init__(self, group: Group, pipes: Sequence[Connection], settings: EngineSettings) -> None:
+        self._pipes = pipes
+        self._tell("load", settings)
+        self.own = ModelRunner(settings, group=group)
+
+    def _tell(self, name: str, *arguments: Any) -> None:
+        for pipe in self._pipes:
+            pipe.send((name, arguments))
+
+    def ask(self, question: Callable[[ModelRunner], Any]) -> list[Any]:
+        """What a function of a module answers about each rank's part."""
+        self._tell("ask", question)
+        return [question(self.own), *(pipe.recv() for pipe in self._pipes)]
+
+    def ready(self) -> Ready:
+        return self.own.ready()
+
+    def prepare(self, request: EngineRequest) -> Future[object] | None:
+        return self.own.prepare(request)
+
+    def cost(self) -> CostModel | None:
+        return None
+
+    def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
+        self._tell("upload", request, buffers)
+        self.own.upload(request, buffers)
+
+    def begin(self, plan: StepPlan) -> None:
+        self._tell("begin", plan)
+        self.own.begin(plan)
+
+    def sample(self) -> None:
+        self._tell("sample")
+        self.own.sample()
+
+    def finish(self) -> StepResult:
+        self._tell("finish")
+        return self.own.finish()
+
+
+def _work(pipe: Connection) -> None:
+    group, runner = Group(), None
+    try:
+        while True:
+            name, arguments = pipe.recv()
+            if name == "join":
+                group.leave()
+                group = join(*arguments)
+            elif name == "load":
+                runner = ModelRunner(*arguments, group=group)
+            elif name == "ask":
+                pipe.send(arguments[0](runner))
+            else:
+                getattr(runner, name)(*arguments)
+    except EOFError:
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # rank 0 sees the connections close
