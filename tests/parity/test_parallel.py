@@ -8,18 +8,28 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
+from torch import Tensor
 
 from engine.core import EngineCore, Runner
 from engine.runner import ModelRunner
-from tests.checkpoints import Shape, make_checkpoint
-from tests.parity.ranks import Together, Workers
+from model import CheckpointError, InternVL, build_model, load_config, weights
+from model.native import LIBRARY
+from model.parallel import Group, share
+from tests.checkpoints import INTERNVL3, Shape, make_checkpoint
+from tests.parity.ranks import CPU, Together, Workers
 from tests.parity.test_scheduled import requests
+from tests.unit import test_awq
 from wire.messages import EngineRequest, PromptLogprobs
+from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
 
 SIZES = (2, 4)
-# Sums in another order. What log-probabilities differ by in fp32, and in bf16 on average.
-EXACT, ROUNDED = 1e-4, 2e-2
+# Of log-probabilities in fp32, whose sums are made in another order.
+EXACT = 1e-4
+# Of the error that rounding or quantising makes of them on one rank, and how much of it several
+# ranks may have: their parts are rounded and quantised each by itself.
+LIKE_ONE = 1.5
 # Two key heads for four ranks, and a vocabulary of which the last of four ranks has none.
 QWEN2 = Shape(heads=8, head_dim=16, vocab=517)
 SHAPES = {
@@ -36,6 +46,8 @@ SHAPES = {
     ),
 }
 FORMATS = {"InternLM2, biases": "chat", "tied": "chat"}
+# The C wants sizes like these on each rank.
+WIDE = Shape(vision_size=64, heads=4, kv_heads=4, head_dim=64, mlp=512, size=128)
 CRAMPED = {"num_kv_blocks": 24, "block_size": 4, "max_num_batched_tokens": 11}
 
 
@@ -139,7 +151,7 @@ def test_every_architecture_answers_as_on_one_rank(
     assert found.prompts
 
 
-@pytest.mark.parametrize("pipelined", ["off", "on"])
+@pytest.mark.parametrize(("meeting", "pipelined"), [(2, "off"), (4, "on")], indirect=["meeting"])
 def test_chunks_preemption_and_overlap_change_nothing(
     meeting: Meeting, folders: dict[str, Path], alone: dict[str, Answers], pipelined: str
 ) -> None:
@@ -148,3 +160,192 @@ def test_chunks_preemption_and_overlap_change_nothing(
     found = answers(Together(*meeting, options), options)
     found.equal(alone[name], EXACT)
     assert found.preemptions > 0
+
+
+def scores(runner: Runner, options: EngineSettings) -> Tensor:
+    """Log-probabilities of the tokens of prompts, which no draw changes."""
+    core = EngineCore(options, runner, runner.ready())
+    for request, buffers in requests():
+        sampling = SamplingParams(max_tokens=1, prompt_logprobs=1)
+        core.add(msgspec.structs.replace(request, sampling=sampling), buffers)
+    found: dict[str, list[float]] = {}
+    while (report := core.step()) is not None:
+        for output in report.outputs:
+            found[output.id] = [entry.logprob for entry in output.prompt_logprobs or []]
+    return torch.tensor([value for name in sorted(found) for value in found[name]])
+
+
+def exactly(folder: Path, **other: Any) -> Tensor:
+    """What one rank finds."""
+    options = settings(folder, **other)
+    return scores(ModelRunner(options), options)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("wide"), shape=WIDE)
+
+
+PRECISIONS = [
+    (2, {"dtype": "bfloat16", "block_size": 32}),
+    (4, {"dtype": "bfloat16", "block_size": 32}),
+    (4, {"quantization": "int8", "block_size": 32}),
+    (2, {"quantization": "bnb-8bit"}),
+    (2, {"quantization": "bnb-4bit"}),
+]
+
+
+def names(runner: ModelRunner) -> tuple[str, str]:
+    return runner._model.ops.name, runner._attention.name
+
+
+@pytest.mark.parametrize(("meeting", "precision"), PRECISIONS, indirect=["meeting"])
+def test_precisions_lose_no_more_than_on_one_rank(
+    meeting: Meeting, wide: Path, precision: dict[str, Any]
+) -> None:
+    if "int8" in precision.values() and not LIBRARY:
+        pytest.skip("there was no C compiler")
+    options = settings(wide, **precision)
+    runner = Together(*meeting, options)
+    if "block_size" in precision and LIBRARY:
+        assert set(runner.ask(names)) == {("native", "native")}
+    found, exact = scores(runner, options), exactly(wide)
+    lost = (exactly(wide, **precision) - exact).abs().mean()
+    assert 0 < (found - exact).abs().mean() < LIKE_ONE * lost
+
+
+def test_weights_in_four_bits_are_cut_as_what_they_stand_for(
+    meeting: Meeting, tmp_path: Path
+) -> None:
+    options = settings(test_awq.made(tmp_path, test_awq.INTERNLM))
+    alone = answers(ModelRunner(options), options)
+    answers(Together(*meeting, options), options).equal(alone, EXACT)
+
+
+def parameters(runner: ModelRunner) -> tuple[int, int, int]:
+    """Of the decoder and of all else, and bytes of the cache."""
+    model, cache = runner._model, runner._kv
+    held = sum(p.numel() for p in model.decoder.parameters())
+    rest = sum(p.numel() for p in model.parameters()) - held
+    return held, rest, sum(layer.nbytes for layer in cache.layers)
+
+
+def test_each_rank_holds_its_share(meeting: Meeting, wide: Path) -> None:
+    group, _ = meeting
+    options = settings(wide)
+    one = ModelRunner(options)
+    held, rest, cache = parameters(one)
+    ranks = Together(*meeting, options)
+    norms = (2 * WIDE.layers + 1) * WIDE.size
+    assert (
+        ranks.ask(parameters)
+        == [((held - norms) // group.size + norms, rest, cache // group.size)] * group.size
+    )
+    # Says so of the whole model.
+    assert ranks.ready().parameters == one.ready().parameters
+    assert ranks.ready().vocab_size == one.ready().vocab_size
+
+
+class Place(Group):
+    """A rank of a group that never meets: enough to load what it needs."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+def load(folder: Path, rank: int, size: int) -> InternVL:
+    config = load_config(folder)
+    return build_model(config, folder, device=CPU, dtype=torch.float32, group=Place(rank, size))
+
+
+class Watched:
+    """A safetensors file that only slices are taken of, and counts their bytes."""
+
+    read = 0
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __enter__(self) -> "Watched":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def keys(self) -> list[str]:
+        return list(self._file.keys())
+
+    def get_slice(self, key: str) -> "Watched":
+        return Watched(self._file.get_slice(key))
+
+    def get_shape(self) -> list[int]:
+        return list(self._file.get_shape())
+
+    def get_dtype(self) -> str:
+        return str(self._file.get_dtype())
+
+    def __getitem__(self, at: Any) -> Tensor:
+        found: Tensor = self._file[at]
+        Watched.read += found.nbytes
+        return found
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_each_rank_reads_its_share(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder, size = folders[name], 4
+    open_file = weights.safe_open
+    monkeypatch.setattr(weights, "safe_open", lambda *a, **b: Watched(open_file(*a, **b)))
+    read, models = [], []
+    for rank in range(size):
+        Watched.read = 0
+        models.append(load(folder, rank, size))
+        read.append(Watched.read)
+    whole = load(folder, 0, 1)
+    decoder = 4 * sum(p.numel() for p in whole.decoder.parameters())
+    rest = 4 * sum(p.numel() for p in whole.parameters()) - decoder
+    # Norms, routers and key heads are there more than once.
+    for count in read:
+        assert count - rest < 0.45 * decoder
+    if SHAPES[name].kv_heads % size == 0:
+        assert sum(count - rest for count in read) < 1.1 * decoder
+    assert {model.parameter_count for model in models} == {whole.parameter_count}
+    # Three ranks know all of 517 tokens, by 192 each.
+    assert models[-1].decoder.embedding.weight.any() == (SHAPES[name].vocab == 512)
+
+
+def test_shapes_are_compared_with_the_whole(tmp_path: Path) -> None:
+    key = "model.language_model.layers.1.mlp.down_proj.weight"
+
+    def halve(tensors: dict[str, Tensor]) -> None:
+        tensors[key] = tensors[key][:, ::2].contiguous()
+
+    folder = make_checkpoint(tmp_path, change=halve)
+    with pytest.raises(CheckpointError, match=r"down_proj.weight is \[64, 48\] instead"):
+        load(folder, 0, 2)
+
+
+# What divides heads, key heads (or is divided by them) and the MLP of the published sizes.
+POSSIBLE = {
+    "1B": "1, 2", "2B": "1, 2, 4", "8B": "1, 2, 4", "9B": "1, 2, 4, 8, 16, 32",
+    "14B": "1, 2, 4, 8", "38B": "1, 2, 4, 8", "78B": "1, 2, 4, 8, 16, 32, 64",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POSSIBLE)
+def test_sizes_that_do_not_divide_are_refused_with_those_that_do(tmp_path: Path, name: str) -> None:
+    text = load_config(make_checkpoint(tmp_path, shape=INTERNVL3[name], weights=False)).text
+    with pytest.raises(ValueError, match=f"size 3 does not .* possible: {POSSIBLE[name]}$"):
+        share(text, 3)
+
+
+def test_the_refusal_has_the_numbers(tmp_path: Path) -> None:
+    shape = dataclasses.replace(SHAPES["mixture"], expert_mlp=36)
+    text = load_config(make_checkpoint(tmp_path, shape=shape, weights=False)).text
+    expected = (
+        "tensor_parallel_size 8 does not divide the model: it has 8 query heads, 2 key heads and "
+        "MLPs 96 and 36 wide; possible: 1, 2, 4"
+    )
+    with pytest.raises(ValueError, match=expected):
+        share(text, 8)
