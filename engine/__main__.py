@@ -3,37 +3,33 @@
 FD is the inherited end of a socket pair. The process leaves when the other end closes.
 """
 
-import ctypes
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable
 
 from engine.core import Runner
-from engine.process import serve
+from engine.process import end_with_parent, serve
+from engine.ranks import Ranks
 from wire import logs
-from wire.messages import Progress
+from wire.messages import Fault, Progress
 from wire.settings import EngineSettings
 
-_PR_SET_PDEATHSIG = 1
 
-
-def load(settings: EngineSettings, progress: Callable[[Progress], None]) -> Runner:
+def load(settings: EngineSettings, tell: Callable[[Progress | Fault], None]) -> Runner:
     """Import torch and load the model, when the socket is already being watched."""
+    if settings.tensor_parallel_size > 1:
+        return Ranks(settings, tell)
     from engine.runner import ModelRunner
 
-    return ModelRunner(settings, progress)
+    return ModelRunner(settings, tell)
 
 
 def main() -> None:
     """Serve the socket named on the command line."""
     level, form = os.environ.get(logs.LEVEL_VARIABLE), os.environ.get(logs.FORMAT_VARIABLE)
     logs.setup(level or "info", "engine", form or "text")
-    if sys.platform == "linux":
-        # A second net under the socket's end of file, for a parent that is killed while this
-        # process is stuck in a library call and its inbox thread cannot run.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(os.getppid())
     status = serve(socket.socket(fileno=int(sys.argv[1])), load)
     # Nothing is left to save, and tearing down a device context can take seconds.
     sys.stderr.flush()

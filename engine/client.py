@@ -355,7 +355,7 @@ class ProcessEngine(BaseEngine):
             str(sock.fileno()),
             pass_fds=[sock.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
-            env=_environment()
+            env=environment()
             | {LEVEL_VARIABLE: self._log_level, FORMAT_VARIABLE: self._log_format}
             | _QUIET,
         )
@@ -432,8 +432,9 @@ class ProcessEngine(BaseEngine):
                 await asyncio.wait_for(process.wait(), _KILL_TIMEOUT)
 
 
-def _environment() -> dict[str, str]:
-    """Ours, and the folder of this package first on the path: the child runs the same code."""
+def environment() -> dict[str, str]:
+    """For processes that run the same code: ours, and the folder of this package first on the
+    path."""
     root = str(Path(__file__).resolve().parent.parent)
     path = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": os.pathsep.join([root, path] if path else [root])}

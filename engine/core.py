@@ -24,6 +24,7 @@ from wire.messages import (
     EngineOutput,
     EngineRequest,
     EngineStats,
+    Fault,
     Flush,
     LogLevel,
     Progress,
@@ -63,8 +64,9 @@ class Runner(Protocol):
         """Wait for the tokens of the step that was sampled."""
 
 
-MakeRunner = Callable[[EngineSettings, Callable[[Progress], None]], Runner]
-"""Loads a model, reporting progress; ``ModelRunner`` itself is one."""
+MakeRunner = Callable[[EngineSettings, Callable[[Progress | Fault], None]], Runner]
+"""Loads a model, reporting progress; ``ModelRunner`` itself is one. A Fault is the last word of a
+process whose main thread may be unable to say it."""
 
 
 _Preparing = tuple[Future[object], EngineRequest, Sequence[Buffer]]

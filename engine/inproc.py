@@ -13,7 +13,7 @@ from engine.client import BaseEngine
 from engine.core import EngineCore, MakeRunner
 from wire.channel import Buffer
 from wire.errors import EngineFailed
-from wire.messages import Progress, Ready, StepReport, ToEngine
+from wire.messages import Fault, Progress, Ready, StepReport, ToEngine
 from wire.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,9 @@ class InprocEngine(BaseEngine):
         ready = runner.ready()
         return EngineCore(self._settings, runner, ready), ready
 
-    def _report_progress(self, progress: Progress) -> None:
-        self.progress = progress
+    def _report_progress(self, message: Progress | Fault) -> None:
+        if isinstance(message, Progress):
+            self.progress = message
 
 
 def _step(core: EngineCore, inbox: Sequence[Message]) -> StepReport | None:

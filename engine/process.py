@@ -7,14 +7,16 @@ process exits at once.
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import queue
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Generic, NoReturn, TypeVar
 
 from engine.core import EngineCore, MakeRunner
 from engine.watch import Watch
@@ -25,20 +27,23 @@ from wire.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 
-Incoming = tuple[ToEngine, list[bytearray]]
+T = TypeVar("T")
+
+_PR_SET_PDEATHSIG = 1
 
 
-class Inbox:
-    """Messages from the front end, read by a thread of its own so that a step delays none.
+class Inbox(Generic[T]):
+    """Messages from whom this process works for, read by a thread of its own so that a step delays
+    none.
 
     Its end of file ends the process on the spot, mid-step or mid-load: nothing here outlives
-    the front end, and there is nothing to save. Whatever else ends the thread is raised by
+    the other end, and there is nothing to save. Whatever else ends the thread is raised by
     ``take``, so that the step loop never waits for a reader that is gone.
     """
 
-    def __init__(self, channel: Channel[ToEngine]) -> None:
+    def __init__(self, channel: Channel[T]) -> None:
         self._channel = channel
-        self._queue: queue.SimpleQueue[Incoming | Exception] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[T, list[bytearray]] | Exception] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def _read(self) -> None:
@@ -51,7 +56,7 @@ class Inbox:
         except Exception as error:
             self._queue.put(error)
 
-    def take(self, *, wait: bool) -> Iterator[Incoming]:
+    def take(self, *, wait: bool) -> Iterator[tuple[T, list[bytearray]]]:
         """Yield what has arrived; with ``wait``, block until there is at least one message."""
         while True:
             try:
@@ -62,6 +67,15 @@ class Inbox:
                 raise arrived
             wait = False
             yield arrived
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel end this process with the one of that id, which has started it: a second net
+    under the socket's end of file, for one that is stuck in a library call meanwhile."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was too late for that
+        os._exit(0)
 
 
 def serve(sock: socket.socket, make_runner: MakeRunner) -> int:
@@ -96,7 +110,7 @@ def serve(sock: socket.socket, make_runner: MakeRunner) -> int:
     return 1
 
 
-def _run(core: EngineCore, inbox: Inbox, channel: Channel[ToEngine]) -> NoReturn:
+def _run(core: EngineCore, inbox: Inbox[ToEngine], channel: Channel[ToEngine]) -> NoReturn:
     """Step while there is work, sleep on the inbox while there is none."""
     watch: Watch | None = None
     while True:

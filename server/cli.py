@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import msgspec
 
 from server import hub
 from wire import logs
-from wire.loading import ENV_PREFIX, load
+from wire.loading import ENV_PREFIX, check_ranks, load
 from wire.settings import SettingError, Settings, each_setting
 
 DEMO_NAME = "internvl-demo"
@@ -35,6 +35,12 @@ PLANNED = (
     *("max_tiles", "encoder_chunk_tiles", "encoder_cache_bytes", "gpu_memory_utilization"),
 )
 
+# What a host of ranks can be told; everything else comes from the leader.
+OF_A_RANK = (
+    *("model", "revision", "tensor_parallel_size", "nodes", "rank_port", "rank_secret_file"),
+    *("log_level", "log_format"),
+)
+
 _GROUPS = {"server": "HTTP", "media": "pictures", "engine": "model, memory and scheduling"}
 
 _ABOUT = """\
@@ -47,6 +53,7 @@ An OpenAI-compatible inference server for InternVL3.
   internvl key alice >> keys.toml         make a key for --api-keys-file
   internvl doctor                         what this machine has to serve with
   internvl plan /models/InternVL3-8B --gpu-memory 24GiB    whether a model fits
+  internvl rank --leader 10.0.0.1         a further host of one model (--nodes)
 
 Every setting can be given as a flag, as an environment variable (INTERNVL_ and its name in
 capitals) or in a TOML file; the flag wins, then the variable. `internvl serve --help` lists them.
@@ -82,6 +89,8 @@ def _run(argv: Sequence[str] | None) -> int:
     if options.command == "settings":
         print(settings_page(), end="")
         return 0
+    if options.command == "rank":
+        return _rank(options)
     return _serve(options)
 
 
@@ -92,9 +101,7 @@ def _serve(options: argparse.Namespace) -> int:
         print(f"internvl serve: {error}", file=sys.stderr)
         return EXIT_USAGE
     logs.setup(settings.server.log_level, "api", settings.server.log_format)
-    for _, field, _ in each_setting():
-        if field.metadata["secret"]:  # no process that is started needs to know it
-            os.environ.pop(ENV_PREFIX + field.name.upper(), None)
+    _forget_secrets()
     # Imported late: `internvl --help` should not wait for a web framework.
     from engine.client import ProcessEngine
     from preprocessing import MediaPipeline
@@ -112,6 +119,76 @@ def _serve(options: argparse.Namespace) -> int:
     except SettingError as error:
         print(f"internvl serve: {error}", file=sys.stderr)
         return EXIT_USAGE
+
+
+def _forget_secrets() -> None:
+    """No process that is started needs to know them."""
+    for _, field, _ in each_setting():
+        if field.metadata["secret"]:
+            os.environ.pop(ENV_PREFIX + field.name.upper(), None)
+
+
+def _rank(options: argparse.Namespace) -> int:
+    from engine.client import environment
+
+    try:
+        told = host_of_ranks(_given(options), os.environ)
+    except SettingError as error:
+        print(f"internvl rank: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    _forget_secrets()
+    sys.stdout.flush()
+    command = [sys.executable, "-P", "-m", "engine.node", msgspec.json.encode(told).decode()]
+    # In place of this process, so that signals reach it directly.
+    return os.execve(command[0], command, environment())  # noqa: S606
+
+
+def host_of_ranks(given: dict[str, str], env: Mapping[str, str]) -> dict[str, Any]:
+    """What ``engine.node`` is told, from flags, settings, and the variables that LeaderWorkerSet or
+    a launcher of PyTorch has set. Raises SettingError."""
+    leader, node = given.pop("leader", ""), given.pop("node", "")
+    settings = load(given, env)
+    engine, port = settings.engine, str(settings.engine.rank_port)
+    if not leader and not (leader := env.get("LWS_LEADER_ADDRESS", "")):
+        leader, port = env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", port)
+    found = re.fullmatch(r"\[([^]]+)\](?::(\d+))?|([^:]+)(?::(\d+))?", leader)
+    if found is None:
+        raise SettingError("--leader, LWS_LEADER_ADDRESS or MASTER_ADDR must say where rank 0 is")
+    port = found[2] or found[4] or port
+    if engine.nodes == 1:
+        nodes = _number(
+            "--nodes, LWS_GROUP_SIZE or WORLD_SIZE", _first(env, "LWS_GROUP_SIZE", "WORLD_SIZE")
+        )
+        engine = dataclasses.replace(engine, nodes=nodes)
+    number = _number(
+        "--node, LWS_WORKER_INDEX or RANK", node or _first(env, "LWS_WORKER_INDEX", "RANK")
+    )
+    if not 0 < number < engine.nodes:
+        raise SettingError(
+            f"--node: {number} is not one of {engine.nodes} nodes; the leader's is 0"
+        )
+    check_ranks(engine)
+    model = with_model(settings).engine.model if engine.model else ""
+    return {
+        "leader": found[1] or found[3],
+        "port": _number("the leader's port", port),
+        "node": number,
+        "processes": engine.tensor_parallel_size // engine.nodes,
+        "model": model,
+        "secret_file": engine.rank_secret_file,
+        "log_level": settings.server.log_level,
+        "log_format": settings.server.log_format,
+    }
+
+
+def _first(env: Mapping[str, str], *names: str) -> str:
+    return next((env[name] for name in names if env.get(name)), "")
+
+
+def _number(what: str, text: str) -> int:
+    if not re.fullmatch(r"\d{1,5}", text, re.ASCII):
+        raise SettingError(f"{what}: {text!r} is no number" if text else f"{what} must be given")
+    return int(text)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -249,6 +326,27 @@ def _parser() -> argparse.ArgumentParser:
     for _, field, kind in each_setting():
         if field.name in PLANNED:
             _add_flag(plan, field, kind)
+    rank = commands.add_parser(
+        "rank",
+        help="be a further host of one model",
+        description="Run the processes of this host for a model that is split over several hosts, "
+        "for the server on the leader, which has the same --tensor-parallel-size and --nodes. It "
+        "joins again whenever the leader starts again, until it gets SIGTERM.",
+    )
+    rank.add_argument(
+        "--leader",
+        metavar="HOST[:PORT]",
+        help="where the server's host is, and its rank_port "
+        "[LWS_LEADER_ADDRESS, or MASTER_ADDR and MASTER_PORT]",
+    )
+    rank.add_argument(
+        "--node",
+        metavar="N",
+        help="the number of this host, from 1 on [LWS_WORKER_INDEX, or RANK]",
+    )
+    for _, field, kind in each_setting():
+        if field.name in OF_A_RANK:
+            _add_flag(rank, field, kind)
     commands.add_parser("settings", help="print all settings as Markdown")
     commands.add_parser("version", help="print the version")
     return parser

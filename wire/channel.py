@@ -39,18 +39,22 @@ class Bounds(NamedTuple):
     total: int
 
 
+_encoder = msgspec.msgpack.Encoder()
+
+
+def frame(message: object, buffers: Sequence[Buffer] = ()) -> list[Buffer]:
+    """One message and its buffers, in the pieces that are written one after the other."""
+    payload = _encoder.encode(message)
+    pieces: list[Buffer] = [_HEADER.pack(len(payload), len(buffers)) + payload]
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")
+        pieces += [_LENGTH.pack(view.nbytes), view]
+    return pieces
+
+
 class _Codec(Generic[T]):
     def __init__(self, receives: Any) -> None:
-        self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
-
-    def frames(self, message: object, buffers: Sequence[Buffer]) -> list[Buffer]:
-        payload = self._encoder.encode(message)
-        frames: list[Buffer] = [_HEADER.pack(len(payload), len(buffers)) + payload]
-        for buffer in buffers:
-            view = memoryview(buffer).cast("B")
-            frames += [_LENGTH.pack(view.nbytes), view]
-        return frames
 
     def check(self, number: int, limit: int) -> None:
         if number > limit:
@@ -79,11 +83,14 @@ class Channel(Generic[T]):
 
     def send(self, message: object, buffers: Sequence[Buffer] = ()) -> None:
         """Write one message and its buffers. Raises ChannelClosed when the peer is gone."""
-        frames = self._codec.frames(message, buffers)
+        self.write(frame(message, buffers))
+
+    def write(self, pieces: Sequence[Buffer]) -> None:
+        """Write a message that ``frame`` has made, as ``send`` does."""
         try:
             with self._lock:
-                for frame in frames:
-                    self._sock.sendall(frame)
+                for piece in pieces:
+                    self._sock.sendall(piece)
         except OSError as error:
             raise ChannelClosed("the peer is gone") from error
 
@@ -148,11 +155,11 @@ class AsyncChannel(Generic[T]):
 
     async def send(self, message: object, buffers: Sequence[Buffer] = ()) -> None:
         """Write one message and its buffers; waits while the peer does not keep up."""
-        frames = self._codec.frames(message, buffers)
+        pieces = frame(message, buffers)
         try:
             async with self._lock:
-                for frame in frames:
-                    view = memoryview(frame)
+                for piece in pieces:
+                    view = memoryview(piece)
                     for at in range(0, len(view), _PIECE):
                         self._writer.write(view[at : at + _PIECE])
                         await self._writer.drain()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wire.handshake import read_secret
 from wire.settings import (
     EngineSettings,
     MediaSettings,
@@ -48,7 +49,9 @@ def load(cli: Mapping[str, str], env: Mapping[str, str], file: Path | None = Non
     _check_weights(server)
     if server.root_path and not re.fullmatch("(/[A-Za-z0-9._~-]+)+", server.root_path):
         raise SettingError("root_path must begin with a slash, and not end with one")
-    return Settings(server, MediaSettings(**given["media"]), EngineSettings(**given["engine"]))
+    engine = EngineSettings(**given["engine"])
+    check_ranks(engine)
+    return Settings(server, MediaSettings(**given["media"]), engine)
 
 
 def _check_weights(server: ServerSettings) -> None:
@@ -59,6 +62,17 @@ def _check_weights(server: ServerSettings) -> None:
         raise SettingError(
             f"api_key_weights has {len(weights)} numbers for {len(server.api_key)} keys"
         )
+
+
+def check_ranks(engine: EngineSettings) -> None:
+    """Raise SettingError where the ranks cannot be spread as the settings say."""
+    size, nodes = engine.tensor_parallel_size, engine.nodes
+    if size % nodes:
+        raise SettingError(
+            f"tensor_parallel_size: {size} processes cannot be spread evenly over {nodes} nodes"
+        )
+    if nodes > 1:
+        read_secret(engine.rank_secret_file)
 
 
 def _read_file(file: Path | None) -> dict[str, Any]:

@@ -185,7 +185,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Fault(msgspec.Struct, frozen=True, tag="fault"):
-    """The engine is about to exit: ``kind`` is "load" or "step"; ``text`` is for the log only.
+    """The engine is about to exit: ``kind`` is "load" or "step", or "exit" where one of its
+    processes has ended; ``text`` is for the log only.
 
     ``suspects`` are the requests that were being computed; one of them is likely the cause.
     """

@@ -400,7 +400,34 @@ class EngineSettings:
         low=1,
     )
     threads: int = knob(
-        0, "CPU threads of the engine; 0: one per core, or one for a small model.", low=0
+        0,
+        "CPU threads of each process of the engine; 0: one per core, which the processes of a host "
+        "share, or one for a small model.",
+        low=0,
+    )
+    tensor_parallel_size: int = knob(
+        1, "Processes that the model is split over, with a GPU each on CUDA.", low=1, high=64
+    )
+    nodes: int = knob(
+        1,
+        "Hosts that these processes are spread over evenly, this one included; `internvl rank` "
+        "runs on each of the others. Needs rank_secret_file.",
+        low=1,
+        high=64,
+    )
+    rank_host: str = knob(
+        "0.0.0.0",  # noqa: S104 - with several nodes only, and who comes must know a secret
+        "Address where the processes of other hosts are awaited, in a network that nobody else "
+        "can reach.",
+    )
+    rank_port: int = knob(29500, "TCP port for the same.", low=1, high=65535)
+    rank_timeout: float = knob(
+        600.0, "Seconds in which the processes of other hosts must have come.", low=1
+    )
+    rank_secret_file: str = knob(
+        "",
+        "File with what the processes of other hosts must know: 16 bytes or more, the same on "
+        "each host.",
     )
 
 
