@@ -5,11 +5,8 @@ import asyncio
 import collections
 import contextlib
 import functools
-import importlib.util
 import ipaddress
-import json
 import logging
-import os
 import resource
 import signal
 import socket
@@ -17,7 +14,6 @@ import sys
 import threading
 import uuid
 from collections.abc import Coroutine
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -28,6 +24,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.admin import Admin
+from server.announce import announce
 from server.errors import access, envelope
 from server.keys import Keys
 from server.lifecycle import Service
@@ -36,7 +33,6 @@ from server.tls import Certificate
 from wire.errors import InvalidRequest
 from wire.heap import return_what_is_freed
 from wire.logs import about, say
-from wire.messages import Progress
 from wire.settings import ServerSettings, SettingError, Settings
 
 logger = logging.getLogger(__name__)
@@ -44,7 +40,6 @@ logger = logging.getLogger(__name__)
 EXIT_FAILED = 1
 # What glibc starts with; a tile of a picture has more, and bodies that hold pictures.
 LARGE = 128 << 10
-REFRESH = 0.2
 # Bytes of a request's head, and of what else is no body: chunks' headers, and trailers.
 HEAD_LIMIT = 64 << 10
 # Bytes of an answer that wait in this process for their client, and in the kernel before they are
@@ -367,86 +362,3 @@ class _Server(uvicorn.Server):
     async def _drain(self) -> None:
         await self.service.drain()
         self.should_exit = True
-
-
-async def announce(service: Service, host: str, port: int, scheme: str = "http") -> None:
-    """Tell the operator how loading goes, and then what to do with the server."""
-    address = f"{scheme}://{_reachable(host)}:{port}"
-    say(f"listening on {address}, loading {service.name}")
-    shown = ""
-    while not service.settled.is_set():
-        shown = _show(service.engine.progress, shown)
-        await asyncio.sleep(REFRESH)
-    _end_line(shown)
-    if service.model is None:
-        return
-    ready = service.model.ready
-    say(
-        f"ready: {service.model.name}, {ready.parameters / 1e6:.1f} M parameters, {ready.dtype} on "
-        f"{ready.device}, attention by {ready.attention}, context {ready.max_model_len} tokens, "
-        f"cache for {ready.blocks_total * ready.block_size}"
-    )
-    if service.media.missing:
-        lacking = ", ".join(service.media.missing)
-        say(f"WARNING: pictures are decoded without these layers of the sandbox: {lacking}")
-    say(f"API at {address}/v1; try:\n\n{example(address, service)}\n")
-
-
-def example(address: str, service: Service) -> str:
-    """A command to paste into a shell: with a picture from the repository where there is one."""
-    text: list[object] = [{"type": "text", "text": "What is in this picture?"}]
-    picture = _picture()
-    if picture is None:
-        text = [{"type": "text", "text": "Hello! What can you do?"}]
-    else:
-        text.insert(0, {"type": "image_url", "image_url": {"url": "data:image/png;base64,PICTURE"}})
-    body = {"model": service.name, "messages": [{"role": "user", "content": text}]}
-    # Escaped for printf, then for the single quotes around it.
-    form = json.dumps(body).replace("\\", "\\\\").replace("%", "%%").replace("'", "'\\''")
-    form = form.replace("base64,PICTURE", "base64,%s")
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if service.keys.needed else ""
-    data = "" if picture is None else f" \"$(base64 < '{picture}' | tr -d '\\n')\""
-    return (
-        f"printf '{form}'{data} |\n"
-        f"  curl -s {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d @-"
-    )
-
-
-def _picture() -> str | None:
-    """A picture of the demo package, as short as it can be named from here."""
-    spec = importlib.util.find_spec("demo")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        for file in sorted(Path(place, "samples").glob("*.png")):
-            near = os.path.relpath(file)
-            return near if not near.startswith("..") else str(file)
-    return None
-
-
-def _reachable(host: str) -> str:
-    """An address that works on this machine for one that is listened on."""
-    if host in ("0.0.0.0", ""):  # noqa: S104 - compared, not bound
-        return "127.0.0.1"
-    if host == "::":
-        return "[::1]"
-    return f"[{host}]" if ":" in host else host
-
-
-def _show(progress: Progress | None, shown: str) -> str:
-    """Write progress: over the same line on a terminal, else one line per stage."""
-    if progress is None:
-        return shown
-    share = f" {100 * progress.done // progress.total}%" if progress.total else ""
-    if sys.stderr.isatty():
-        line = f"  {progress.stage}{share}"
-        if line != shown:
-            sys.stderr.write(f"\r{line:<{len(shown)}}")
-            sys.stderr.flush()
-        return line
-    if progress.stage != shown:
-        say(f"  {progress.stage}")
-    return progress.stage
-
-
-def _end_line(shown: str) -> None:
-    if shown and sys.stderr.isatty():
-        say("")

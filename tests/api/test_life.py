@@ -2,17 +2,19 @@
 the moment matters."""
 
 import asyncio
+import io
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from server import lifecycle
-from server.run import announce
+from server.announce import announce
 from tests.api.conftest import House, Houses
 from tests.fake_engine import EOS, FakeEngine, make_ready
 from tests.small_tokenizer import encode_rendered
-from wire.messages import EngineOutput
+from wire.messages import EngineOutput, Progress
 
 HELLO = {"messages": [{"role": "user", "content": "Hello!"}]}
 
@@ -57,6 +59,11 @@ class Client:
 async def within(work: Any) -> Any:
     """Nothing in these tests may wait for long."""
     return await asyncio.wait_for(work, 5)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    while not holds():
+        await asyncio.sleep(0.01)
 
 
 def stuck(engine: FakeEngine) -> asyncio.Event:
@@ -183,6 +190,27 @@ async def test_the_start_says_what_the_sandbox_lacks(
     said = capsys.readouterr().err
     assert "WARNING: pictures are decoded without" in said
     assert "landlock, seccomp" in said
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+async def test_loading_is_shown_with_its_rate_and_as_a_bar_on_a_terminal(
+    houses: Houses, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    console = io.StringIO()
+    monkeypatch.setattr(console, "isatty", lambda: terminal)
+    monkeypatch.setattr("sys.stderr", console)
+    engine = FakeEngine()
+    engine.load.clear()
+    house = await houses.open(engine, wait=False)
+    engine.progress = Progress("weights", 3_000_000_000, 6_000_000_000)
+    telling = asyncio.ensure_future(announce(house.service, "127.0.0.1", 8000))
+    if terminal:
+        await within(until(lambda: "50%" in console.getvalue()))
+        assert "3.00G/6.00G" in console.getvalue()
+    engine.load.set()
+    await within(telling)
+    assert "  weights: 6.00 GB in " in console.getvalue()
+    assert ("%" in console.getvalue().split("ready:")[0]) == terminal
 
 
 async def test_while_it_loads_it_lives_but_is_not_ready(houses: Houses) -> None:

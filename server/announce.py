@@ -1,0 +1,116 @@
+"""What the operator is told at the console: how loading goes, then what to do with the server."""
+
+import asyncio
+import importlib.util
+import json
+import os
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from server.lifecycle import Service
+from wire.logs import say
+from wire.messages import Progress
+
+REFRESH = 0.2
+
+
+class _Loading:
+    """A line for every stage. Bytes have a bar on a terminal, and are told with their rate."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._began = 0.0
+        self._bar: tqdm | None = None
+
+    def show(self, progress: Progress | None) -> None:
+        if progress is None:
+            return
+        if progress.stage != self._stage:
+            self.end()
+            self._stage, self._began = progress.stage, time.monotonic()
+            if not progress.total:
+                say(f"  {self._stage}")
+                return
+            self._bar = tqdm(
+                desc=f"  {self._stage}",
+                total=progress.total,
+                unit="B",
+                unit_scale=True,
+                leave=False,
+                disable=None,  # where there is no terminal
+            )
+        if self._bar is not None:
+            self._bar.update(progress.done - self._bar.n)
+
+    def end(self) -> None:
+        """The stage is over."""
+        if self._bar is None:
+            return
+        self._bar.close()
+        size, seconds = self._bar.total / 1e9, time.monotonic() - self._began
+        say(f"  {self._stage}: {size:.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s")
+        self._bar = None
+
+
+async def announce(service: Service, host: str, port: int, scheme: str = "http") -> None:
+    """Tell the operator how loading goes, and then what to do with the server."""
+    address = f"{scheme}://{_reachable(host)}:{port}"
+    say(f"listening on {address}, loading {service.name}")
+    loading = _Loading()
+    while not service.settled.is_set():
+        loading.show(service.engine.progress)
+        await asyncio.sleep(REFRESH)
+    loading.end()
+    if service.model is None:
+        return
+    ready = service.model.ready
+    say(
+        f"ready: {service.model.name}, {ready.parameters / 1e6:.1f} M parameters, {ready.dtype} on "
+        f"{ready.device}, attention by {ready.attention}, context {ready.max_model_len} tokens, "
+        f"cache for {ready.blocks_total * ready.block_size}"
+    )
+    if service.media.missing:
+        lacking = ", ".join(service.media.missing)
+        say(f"WARNING: pictures are decoded without these layers of the sandbox: {lacking}")
+    say(f"API at {address}/v1; try:\n\n{example(address, service)}\n")
+
+
+def example(address: str, service: Service) -> str:
+    """A command to paste into a shell: with a picture from the repository where there is one."""
+    text: list[object] = [{"type": "text", "text": "What is in this picture?"}]
+    picture = _picture()
+    if picture is None:
+        text = [{"type": "text", "text": "Hello! What can you do?"}]
+    else:
+        text.insert(0, {"type": "image_url", "image_url": {"url": "data:image/png;base64,PICTURE"}})
+    body = {"model": service.name, "messages": [{"role": "user", "content": text}]}
+    # Escaped for printf, then for the single quotes around it.
+    form = json.dumps(body).replace("\\", "\\\\").replace("%", "%%").replace("'", "'\\''")
+    form = form.replace("base64,PICTURE", "base64,%s")
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if service.keys.needed else ""
+    data = "" if picture is None else f" \"$(base64 < '{picture}' | tr -d '\\n')\""
+    return (
+        f"printf '{form}'{data} |\n"
+        f"  curl -s {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d @-"
+    )
+
+
+def _picture() -> str | None:
+    """A picture of the demo package, as short as it can be named from here."""
+    spec = importlib.util.find_spec("demo")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(place, "samples").glob("*.png")):
+            near = os.path.relpath(file)
+            return near if not near.startswith("..") else str(file)
+    return None
+
+
+def _reachable(host: str) -> str:
+    """An address that works on this machine for one that is listened on."""
+    if host in ("0.0.0.0", ""):  # noqa: S104 - compared, not bound
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host
