@@ -18,6 +18,7 @@ from model.awq import INTEGERS, PARTS, dequantize, joined
 from model.backbones.backbone import Rows
 from model.names import Names, Slot
 from model.parallel import Cut
+from model.readahead import read_ahead
 from model.schema import AwqConfig, CheckpointError, read_json
 
 Progress = Callable[[int, int], None]
@@ -76,7 +77,7 @@ class WeightFiles:
         only what is sliced is read."""
         keys = set(wanted)
         for path in sorted(set(self._files.values())):
-            with _open(path) as file:
+            with _open(path) as file, read_ahead(path):
                 for key in file.keys():  # noqa: SIM118 - not a dict
                     layer, _, part = key.rpartition(".")
                     if key in keys:
