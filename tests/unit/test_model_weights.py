@@ -1,5 +1,7 @@
 """Loading: strict about names and shapes, streamed, safetensors only."""
 
+import ctypes
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -202,3 +204,29 @@ def test_keys_of_another_format_are_refused(tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "hf")
     (other / "model.safetensors").replace(folder / "model.safetensors")
     assert "language_model.model.embed_tokens.weight" in refusal(folder)
+
+
+def test_loading_takes_no_more_memory_than_the_weights_and_one_file(tmp_path: Path) -> None:
+    shape = Shape(size=512, mlp=2048, layers=12, head_dim=64, heads=8)
+    folder = make_checkpoint(tmp_path, shape=shape, shards=6, dtype=torch.bfloat16)
+    largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
+    seen = []
+
+    def anonymous() -> int:
+        """Bytes of this process that are in no file."""
+        status = Path("/proc/self/status").read_text("ascii")
+        return next(int(row.split()[1]) << 10 for row in status.splitlines() if "RssAnon" in row)
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or it is freed memory that is taken
+    before = anonymous()
+    model = build_model(
+        load_config(folder),
+        folder,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        progress=lambda done, total: seen.append(anonymous() - before),
+    )
+    weights = model.parameter_count * 2
+    assert weights > 2 * largest > 10 << 20
+    assert max(seen) < weights + largest
