@@ -1,7 +1,7 @@
 """Brings a file into the page cache by several reads at once, ahead of whoever maps it.
 
-A mapping is read where it is touched, a little at a time. Disks give twice as much to many readers
-(docs/performance.md), and network file systems more.
+A mapping is read where it is touched, a little at a time. A disk that others use too gives twice as
+much to many readers (docs/performance.md, "Loading").
 """
 
 import contextlib
