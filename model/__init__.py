@@ -10,7 +10,7 @@ from model.internvl import InternVL
 from model.names import names_for
 from model.ops import choose
 from model.parallel import Group, cuts
-from model.quantize import quantize_layers
+from model.quantize import quantize_layer, quantizer
 from model.schema import CheckpointError, ModelConfig
 from model.weights import WeightFiles, fill
 
@@ -53,13 +53,18 @@ def build_model(
     group = group or Group()
     model = skeleton(config, tied=tied, group=group)
     parts = cuts(config.text, group.rank, group.size)
+    quantized = quantizer(model.decoder.layers, quantization, device)
+
+    def filled(name: str) -> None:
+        below, _, rest = name.partition(".")
+        if quantized is not None and below == "decoder":
+            quantize_layer(model.decoder, rest, quantized)
+
     model.parameter_count = fill(
-        model, names, files, parts, device=device, dtype=dtype, progress=progress
+        model, names, files, parts, device=device, dtype=dtype, progress=progress, filled=filled
     )
     model.vision.fit(config.tile_grid)
     model.vision.fold()
-    if quantization not in ("none", "int8"):  # which is the operations' own
-        quantize_layers(model.decoder.layers, quantization)
     model.ops = choose(device, dtype, quantization)
     model.ops.prepare(list(model.modules()), model.decoder.output)
     return model.eval()

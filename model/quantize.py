@@ -23,12 +23,17 @@ _LARGEST = torch.finfo(_FP8).max
 _LEAST = 1e-12
 # Multiples that the kernels want of rows and columns of a weight.
 _STEP = 16
+# Rows of the weight that a product is tried with.
+_TRIED = 512
 # Of the products' deviation; what rounding to bfloat16 takes is a tenth of it.
 _NEAR = 0.03
 
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Tokens ``[N, inputs]`` and weights ``[outputs, inputs]`` in float8, their scales ``[N, 1]`` and
 ``[1, outputs]`` fp32, and a bias in bfloat16: ``[N, outputs]`` bfloat16."""
+
+Quantizer = Callable[[Linear], Linear]
+"""A layer with its weights to one that takes its place."""
 
 
 def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,38 +88,43 @@ class Fp8Linear(Linear):
         return found.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def quantize_layers(decoder_layers: nn.ModuleList, kind: str) -> None:
-    """Replace the linear layers of the decoder's layers: by such in float8 for "fp8", or by
-    bitsandbytes' (``model.bnb``).
+def quantizer(decoder_layers: nn.ModuleList, kind: str, device: torch.device) -> Quantizer | None:
+    """What takes the place of the linear layers of the decoder's layers, made when they have their
+    weights: in float8 for "fp8", or by bitsandbytes (``model.bnb``). None for other kinds.
 
     Raises CheckpointError where the device, the model's shape or what is installed does not allow
     it.
     """
-    quantized: Callable[[Linear], Linear]
     if kind == "fp8":
-        quantized = functools.partial(Fp8Linear, product=_product(decoder_layers))
-    else:
-        quantized = functools.partial(bnb.BnbLinear, kind=kind, library=bnb.library())
-    for owner in list(decoder_layers.modules()):
-        for name, child in list(owner.named_children()):
-            if isinstance(child, Linear) and not isinstance(child, Router):
-                setattr(owner, name, quantized(child))
+        return functools.partial(Fp8Linear, product=_product(decoder_layers, device))
+    if kind.startswith("bnb"):
+        return functools.partial(bnb.BnbLinear, kind=kind, library=bnb.library())
+    return None
 
 
-def _product(decoder_layers: nn.ModuleList) -> Product:
-    """The first product that computes what it should for one of the layers."""
-    linears = [
-        child
+def quantize_layer(decoder: nn.Module, name: str, quantized: Quantizer) -> None:
+    """Replace the layer of this name, if it is one that is quantised. One by one, so that memory
+    never holds all layers as they were stored."""
+    layer = decoder.get_submodule(name)
+    if name.startswith("layers.") and isinstance(layer, Linear) and not isinstance(layer, Router):
+        decoder.set_submodule(name, quantized(layer))
+
+
+def _product(decoder_layers: nn.ModuleList, device: torch.device) -> Product:
+    """The first product that computes what it should for a layer as wide as one of these."""
+    shapes = [
+        child.weight.shape
         for child in decoder_layers.modules()
         if isinstance(child, Linear) and not isinstance(child, Router)
     ]
-    if any(size % _STEP for linear in linears for size in linear.weight.shape):
+    if any(size % _STEP for shape in shapes for size in shape):
         raise CheckpointError(f"fp8 wants a model whose sizes are multiples of {_STEP}")
-    weight = linears[0].weight
-    x = torch.linspace(-1, 1, 3 * weight.shape[1], device=weight.device).cos().view(3, -1)
+    outputs, inputs = min(shapes[0][0], _TRIED), shapes[0][1]
+    weight = torch.arange(outputs * inputs, device=device).sin().view(outputs, inputs)
+    x = torch.linspace(-1, 1, 3 * inputs, device=device).cos().view(3, -1)
     (rows, x_scale), (held, scale) = to_fp8(x), to_fp8(weight)
     expected = (rows.double() * x_scale) @ (held.double() * scale).T
-    bias = torch.zeros(len(weight), dtype=torch.bfloat16, device=weight.device)
+    bias = torch.zeros(len(weight), dtype=torch.bfloat16, device=device)
     reasons = []
     for product in PRODUCTS:
         try:

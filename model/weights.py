@@ -5,6 +5,8 @@ is missing, unexpected or of another shape is listed and nothing is loaded. Only
 read: other formats can run code.
 """
 
+import collections
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -72,12 +74,13 @@ class WeightFiles:
                 self._files[key] = path
                 self.shapes[key] = tuple(part.get_shape())
 
-    def each(self, wanted: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    def each(self, wanted: Iterable[str], *, whole: bool) -> Iterator[tuple[str, Any]]:
         """Yield the wanted tensors, file by file, as something that slices of are tensors; of most
-        only what is sliced is read."""
+        only what is sliced is read, unless ``whole`` says that all will be."""
         keys = set(wanted)
         for path in sorted(set(self._files.values())):
-            with _open(path) as file, read_ahead(path):
+            ahead = read_ahead(path) if whole else contextlib.nullcontext()
+            with _open(path) as file, ahead:
                 for key in file.keys():  # noqa: SIM118 - not a dict
                     layer, _, part = key.rpartition(".")
                     if key in keys:
@@ -121,38 +124,47 @@ def fill(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
+    filled: Callable[[str], None] = lambda name: None,
 ) -> int:
     """Give every parameter of a meta-device ``skeleton`` its values, and return how many there are
     in the whole model. Of parameters in ``cuts`` the skeleton has a part.
 
-    ``progress`` is called with bytes copied and bytes in all, as stored in the model.
+    ``progress`` is called with bytes copied and bytes in all, as stored in the model; ``filled``
+    with the name of each module whose own parameters all have their values.
     """
     meta = dict(skeleton.named_parameters())
     whole = {name: _whole(tuple(value.shape), cuts.get(name)) for name, value in meta.items()}
     _compare(whole, names, files)
-    filled: dict[str, nn.Parameter] = {}
+    left = collections.Counter(_module(slot) for slot in names.slots.values())
     total = sum(parameter.numel() for parameter in meta.values()) * dtype.itemsize
     done = 0
     progress(0, total)
-    for key, stored in files.each(names.slots):
+    for key, stored in files.each(names.slots, whole=not cuts):
         slot = names.slots[key]
         cut = cuts.get(slot.parameter)
-        if slot.parameter not in filled:
+        owner, _, leaf = slot.parameter.rpartition(".")
+        module = skeleton.get_submodule(owner)
+        if getattr(module, leaf).is_meta:
             empty = _empty(meta[slot.parameter], cut, device, dtype)
-            filled[slot.parameter] = nn.Parameter(empty, requires_grad=False)
-            owner, _, leaf = slot.parameter.rpartition(".")
-            setattr(skeleton.get_submodule(owner), leaf, filled[slot.parameter])
-        target = filled[slot.parameter].data
+            setattr(module, leaf, nn.Parameter(empty, requires_grad=False))
+        target = getattr(module, leaf).data
         for source, rows in _copies(slot, files.shapes[key][0], cut):
             tensor = stored[source]
             target[rows].copy_(tensor)
             done += tensor.numel() * dtype.itemsize
+        left[owner] -= 1
+        if not left[owner]:
+            filled(owner)
         progress(done, total)
     progress(total, total)  # what pads the vocabulary is in no file
     return sum(map(math.prod, whole.values()))
 
 
 Shape = tuple[int, ...]
+
+
+def _module(slot: Slot) -> str:
+    return slot.parameter.rpartition(".")[0]
 
 
 def _whole(shape: Shape, cut: Cut | None) -> Shape:

@@ -19,7 +19,7 @@ from engine.runner import ModelRunner
 from model import ModelConfig, load_config, skeleton
 from model.internvl import InternVL
 from model.ops import choose
-from model.quantize import quantize_layers
+from model.quantize import quantize_layer, quantizer
 from tests.checkpoints import INTERNVL3_1B, Shape, make_checkpoint
 from wire.messages import EngineRequest
 from wire.sampling import SamplingParams
@@ -127,8 +127,9 @@ def random_model(
     dtype: torch.dtype,
     quantization: str = "none",
     progress: Any = None,
+    group: Any = None,
 ) -> InternVL:
-    """In place of ``build_model``: seeded weights, made on the device."""
+    """In place of ``build_model``: seeded weights, made on the device; one rank alone."""
     model = skeleton(config, tied=config.text.tied).to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -139,8 +140,9 @@ def random_model(
     model.parameter_count = sum(parameter.numel() for parameter in model.parameters())
     model.vision.fit(config.tile_grid)
     model.vision.fold()
-    if quantization != "none":
-        quantize_layers(model.decoder.layers, quantization)
+    if (quantized := quantizer(model.decoder.layers, quantization, device)) is not None:
+        for name, _ in list(model.decoder.named_modules()):
+            quantize_layer(model.decoder, name, quantized)
     model.ops = choose(device, dtype)
     model.ops.prepare(list(model.modules()), model.decoder.output)
     return model.eval()

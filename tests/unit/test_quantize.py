@@ -1,5 +1,6 @@
 """Linear layers in float8, by torch's own products, which the CPU has too; and the gate."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,26 @@ def test_the_decoders_layers_are_quantised_and_nothing_else(folder: Path) -> Non
     true, found = (run(one, ids, tiles).double() for one in (exact, model))
     wrong = (found - true).abs().mean() / true.std()
     assert 0 < wrong < 0.1
+
+
+def test_a_layer_is_quantised_before_the_next_is_read(tmp_path: Path) -> None:
+    """Or a model that fits in eight bits would have to fit in sixteen first."""
+    folder = make_checkpoint(tmp_path, shape=Shape(layers=20))
+    config, held = load_config(folder), []
+
+    def layers(*_: int) -> None:
+        linear = [found for found in gc.get_objects() if type(found) is Linear]
+        held.append(sum(one.weight.shape == (128, 64) and not one.weight.is_meta for one in linear))
+
+    build_model(
+        config,
+        folder,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        quantization="fp8",
+        progress=layers,
+    )
+    assert 0 < max(held) <= 2
 
 
 def test_operations_that_pack_weights_leave_quantised_layers_alone(
