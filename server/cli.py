@@ -36,10 +36,8 @@ PLANNED = (
 )
 
 # What a host of ranks can be told; everything else comes from the leader.
-OF_A_RANK = (
-    *("model", "revision", "tensor_parallel_size", "nodes", "rank_port", "rank_secret_file"),
-    *("log_level", "log_format"),
-)
+_OF_RANKS = ("tensor_parallel_size", "nodes", "rank_port", "rank_secret_file")
+OF_A_RANK = ("model", "revision", *_OF_RANKS, "log_level", "log_format")
 
 _GROUPS = {"server": "HTTP", "media": "pictures", "engine": "model, memory and scheduling"}
 
@@ -54,6 +52,7 @@ An OpenAI-compatible inference server for InternVL3.
   internvl doctor                         what this machine has to serve with
   internvl plan /models/InternVL3-8B --gpu-memory 24GiB    whether a model fits
   internvl rank --leader 10.0.0.1         a further host of one model (--nodes)
+  internvl verify /models/InternVL3-2B    compare its answers with transformers'
 
 Every setting can be given as a flag, as an environment variable (INTERNVL_ and its name in
 capitals) or in a TOML file; the flag wins, then the variable. `internvl serve --help` lists them.
@@ -82,9 +81,9 @@ def _run(argv: Sequence[str] | None) -> int:
         return _version()
     if options.command == "key":
         return _key(options.name)
-    if options.command in ("doctor", "plan"):
+    if options.command in ("doctor", "plan", "verify"):
         # The model's side is never imported here: it is a process of its own, as the engine is.
-        run = {"doctor": _doctor, "plan": _plan}[options.command]
+        run = {"doctor": _doctor, "plan": _plan, "verify": _verify}[options.command]
         return run(options)
     if options.command == "settings":
         print(settings_page(), end="")
@@ -210,6 +209,20 @@ def _plan(options: argparse.Namespace) -> int:
     told = msgspec.json.encode(settings.engine).decode()
     command = [sys.executable, "-m", "engine.sizing", str(memory), told]
     return subprocess.run(command, check=False).returncode
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from server.verify import verify
+
+    given = _given(options)
+    against, tokens, out = (given.pop(name, None) for name in ("against", "tokens", "out"))
+    try:
+        settings = with_model(load(given, {}))
+        other = settings if against is None else with_model(load({"model": against}, {}))
+    except SettingError as error:
+        print(f"internvl verify: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    return verify(settings, Path(other.engine.model), tokens, out)
 
 
 def _memory(text: str) -> int:
@@ -347,9 +360,33 @@ def _parser() -> argparse.ArgumentParser:
     for _, field, kind in each_setting():
         if field.name in OF_A_RANK:
             _add_flag(rank, field, kind)
+    _add_verify(commands)
     commands.add_parser("settings", help="print all settings as Markdown")
     commands.add_parser("version", help="print the version")
     return parser
+
+
+def _add_verify(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="compare a model's answers with transformers'",
+        description="Send fixed pictures and prompts through this server's pipeline and through "
+        "transformers' own, and print how tiles, pixels, prompts, logits and greedy tokens differ. "
+        "Ends with 1 if something is out of bounds, with 2 if it cannot be computed.",
+    )
+    verify.add_argument("model", metavar="MODEL", help="a checkpoint folder")
+    verify.add_argument(
+        "--against",
+        metavar="FOLDER",
+        help="what transformers reads instead: the same model, such as in the other format",
+    )
+    verify.add_argument(
+        "--tokens", type=int, default=16, metavar="N", help="greedy tokens to compare [16]"
+    )
+    verify.add_argument("--out", type=Path, metavar="FILE", help="write what was found as JSON")
+    for name, field, kind in each_setting():
+        if name == "engine" and field.name not in ("model", *_OF_RANKS):
+            _add_flag(verify, field, kind)
 
 
 def _add_flag(group: Any, field: "dataclasses.Field[Any]", kind: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -461,3 +462,36 @@ def _chat_config(shape: Shape) -> dict[str, Any]:
             "layer_norm_eps": 1e-6,
         },
     }
+
+
+def packed(numbers: np.ndarray) -> Tensor:
+    """Eight numbers of a row to a word: column 0, 2, 4, 6, 1, 3, 5, 7 from its lowest bits on."""
+    rows, columns = numbers.shape
+    words = np.zeros((rows, columns // 8), dtype=np.uint32)
+    for word in range(columns // 8):
+        for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+            words[:, word] |= numbers[:, 8 * word + column].astype(np.uint32) << (4 * nibble)
+    return torch.from_numpy(words.view(np.int32))
+
+
+def in_four_bits(tensors: Tensors, group: int, *, plain: bool = False) -> None:
+    """Replace the decoder's layers by such in four bits, with a scale for every ``group`` inputs,
+    or, ``plain``, by what those stand for."""
+    for key in list(tensors):
+        layer = key.removesuffix(".weight")
+        if ".layers." not in key or "vision" in key or "norm" in key or layer == key:
+            continue
+        weight = tensors.pop(key).float().numpy().T  # [inputs, outputs]
+        groups = weight.reshape(-1, group, weight.shape[1])
+        low, high = groups.min(1), groups.max(1)
+        scales = ((high - low) / 15).astype(np.float16)
+        zeros = np.clip(np.rint(-low / scales), 0, 15)
+        numbers = np.clip(np.rint(groups / scales[:, None]) + zeros[:, None], 0, 15)
+        if plain:
+            stands_for = (numbers - zeros[:, None]) * scales[:, None].astype(np.float64)
+            whole = stands_for.reshape(weight.shape).T
+            tensors[key] = torch.from_numpy(np.ascontiguousarray(whole)).float()
+        else:
+            tensors[layer + ".qweight"] = packed(numbers.reshape(weight.shape))
+            tensors[layer + ".qzeros"] = packed(zeros)
+            tensors[layer + ".scales"] = torch.from_numpy(np.ascontiguousarray(scales))

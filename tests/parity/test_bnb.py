@@ -36,7 +36,7 @@ def build(folder: Path, kind: str) -> InternVL:
 def replaced(folder: Path, kind: str) -> Reference:
     """The oracle, with each of the decoder's linear layers by itself in bitsandbytes' hands."""
     reference = Reference(folder)
-    layers = reference._model.model.language_model.layers
+    layers = reference.model.model.language_model.layers
     for owner in list(layers.modules()):
         for name, child in list(owner.named_children()):
             if not isinstance(child, torch.nn.Linear):

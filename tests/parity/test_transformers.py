@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoints import SIX_B_LIKE, Shape, make_checkpoint
+from engine.reference import NoReference
+from tests.checkpoints import (
+    IMAGE_TOKEN,
+    SIX_B_LIKE,
+    Shape,
+    Tensors,
+    in_four_bits,
+    make_checkpoint,
+)
 from tests.parity.direct import load, prompt, run
 from tests.parity.reference import Reference
 
@@ -122,3 +130,46 @@ def test_both_formats_and_all_spellings_give_the_same_bits(tmp_path: Path) -> No
             outcomes.append(run(load(folder), ids, pixels))
         assert torch.equal(outcomes[0], outcomes[1])
         assert torch.equal(outcomes[0], outcomes[2])
+
+
+@pytest.mark.parametrize("shape", [BASE, SIX_B_LIKE, INTERNLM2, MIXTURE], ids=lambda s: s.backbone)
+def test_the_reference_reads_original_checkpoints_as_native_ones(
+    shape: Shape, tmp_path: Path
+) -> None:
+    """By itself: what both read wrongly would not be found by comparing."""
+    native = shape
+    if shape is INTERNLM2:
+        native = dataclasses.replace(shape, backbone="LlamaForCausalLM")
+    chat = make_checkpoint(tmp_path / "chat", format="chat", shape=shape, shards=2)
+    hf = make_checkpoint(tmp_path / "hf", shape=native, spelling="old")
+    ids, pixels = prompt(shape, [1, 2])
+    found = Reference(chat, image_token=IMAGE_TOKEN).logits(ids, pixels)
+    assert torch.equal(found, Reference(hf).logits(ids, pixels))
+
+
+def test_the_reference_reads_four_bits(tmp_path: Path) -> None:
+    ids, pixels = prompt(BASE, [1])
+    found = []
+    for plain in (False, True):
+
+        def change(tensors: Tensors, plain: bool = plain) -> None:
+            in_four_bits(tensors, 16, plain=plain)
+
+        folder = make_checkpoint(tmp_path / f"{plain}", change=change)
+        found.append(Reference(folder).logits(ids, pixels))
+    assert torch.equal(*found)
+
+
+def test_the_reference_says_what_it_has_not(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "v1", format="chat", config={"ps_version": "v1"})
+    with pytest.raises(NoReference, match="no pixel shuffle but v2"):
+        Reference(folder)
+    folder = make_checkpoint(tmp_path / "more", change=_add_a_tensor)
+    with pytest.raises(NoReference, match="other tensors"):
+        Reference(folder)
+    with pytest.raises(NoReference, match="no layers to quantise"):
+        Reference(make_checkpoint(tmp_path / "moe", shape=MIXTURE), quantization="int8")
+
+
+def _add_a_tensor(tensors: Tensors) -> None:
+    tensors["model.surplus.weight"] = torch.zeros(3)

@@ -6,13 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from model import CheckpointError, load_config
-from tests.checkpoints import Shape, Tensors, make_checkpoint
+from tests.checkpoints import Shape, Tensors, in_four_bits, make_checkpoint
 from tests.parity.direct import load, prompt, run
 
 GROUP = 16
@@ -21,38 +19,6 @@ AWQ = {
 }  # fmt: skip
 QWEN = Shape()
 INTERNLM = dataclasses.replace(QWEN, backbone="InternLM2ForCausalLM", text_bias=False)
-
-
-def packed(numbers: np.ndarray) -> Tensor:
-    """Eight numbers of a row to a word: column 0, 2, 4, 6, 1, 3, 5, 7 from its lowest bits on."""
-    rows, columns = numbers.shape
-    words = np.zeros((rows, columns // 8), dtype=np.uint32)
-    for word in range(columns // 8):
-        for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
-            words[:, word] |= numbers[:, 8 * word + column].astype(np.uint32) << (4 * nibble)
-    return torch.from_numpy(words.view(np.int32))
-
-
-def in_four_bits(tensors: Tensors, *, plain: bool) -> None:
-    """Replace the decoder's layers by such in four bits or, ``plain``, by what those stand for."""
-    for key in list(tensors):
-        layer = key.removesuffix(".weight")
-        if ".layers." not in key or "vision" in key or "norm" in key or layer == key:
-            continue
-        weight = tensors.pop(key).float().numpy().T  # [inputs, outputs]
-        groups = weight.reshape(-1, GROUP, weight.shape[1])
-        low, high = groups.min(1), groups.max(1)
-        scales = ((high - low) / 15).astype(np.float16)
-        zeros = np.clip(np.rint(-low / scales), 0, 15)
-        numbers = np.clip(np.rint(groups / scales[:, None]) + zeros[:, None], 0, 15)
-        if plain:
-            stands_for = (numbers - zeros[:, None]) * scales[:, None].astype(np.float64)
-            whole = stands_for.reshape(weight.shape).T
-            tensors[key] = torch.from_numpy(np.ascontiguousarray(whole)).float()
-        else:
-            tensors[layer + ".qweight"] = packed(numbers.reshape(weight.shape))
-            tensors[layer + ".qzeros"] = packed(zeros)
-            tensors[layer + ".scales"] = torch.from_numpy(np.ascontiguousarray(scales))
 
 
 def made(folder: Path, shape: Shape = QWEN, format: str = "chat", **other: Any) -> Path:
@@ -64,7 +30,7 @@ def made(folder: Path, shape: Shape = QWEN, format: str = "chat", **other: Any) 
         folder / "packed",
         shape=shape,
         format=format,
-        change=other.pop("change", lambda tensors: in_four_bits(tensors, plain=False)),
+        change=other.pop("change", lambda tensors: in_four_bits(tensors, GROUP, plain=False)),
         config={text: values[text]},
         **other,
     )
@@ -81,7 +47,7 @@ def test_the_model_is_the_one_that_the_integers_stand_for(
         tmp_path / "plain",
         shape=shape,
         format=format,
-        change=lambda tensors: in_four_bits(tensors, plain=True),
+        change=lambda tensors: in_four_bits(tensors, GROUP, plain=True),
     )
     ids, tiles = prompt(shape, [1, 2])
     # The parts of a layer may be in different files.
@@ -94,7 +60,7 @@ def test_the_model_is_the_one_that_the_integers_stand_for(
 def test_the_config_may_say_so_at_the_top(tmp_path: Path) -> None:
     folder = make_checkpoint(
         tmp_path,
-        change=lambda tensors: in_four_bits(tensors, plain=False),
+        change=lambda tensors: in_four_bits(tensors, GROUP, plain=False),
         config={"quantization_config": AWQ},
     )
     assert load(folder).parameter_count == load(make_checkpoint(tmp_path / "b")).parameter_count
@@ -119,7 +85,7 @@ def test_other_ways_of_quantising_are_refused_by_name(
 
 def test_a_layer_that_is_a_single_number_is_refused(tmp_path: Path) -> None:
     def change(tensors: Tensors) -> None:
-        in_four_bits(tensors, plain=False)
+        in_four_bits(tensors, GROUP, plain=False)
         key = "language_model.model.layers.1.mlp.down_proj.qweight"
         tensors[key] = torch.tensor(7, dtype=torch.int32)
 
@@ -129,7 +95,7 @@ def test_a_layer_that_is_a_single_number_is_refused(tmp_path: Path) -> None:
 
 def test_layers_that_do_not_fit_together_are_named(tmp_path: Path) -> None:
     def change(tensors: Tensors) -> None:
-        in_four_bits(tensors, plain=False)
+        in_four_bits(tensors, GROUP, plain=False)
         del tensors["language_model.model.layers.1.mlp.down_proj.qzeros"]
 
     with pytest.raises(CheckpointError, match=r"layers.1.mlp.down_proj: its qweight, qzeros"):
@@ -137,6 +103,8 @@ def test_layers_that_do_not_fit_together_are_named(tmp_path: Path) -> None:
 
 
 def test_integers_without_a_config_that_tells_of_them_are_refused(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, change=lambda tensors: in_four_bits(tensors, plain=False))
+    folder = make_checkpoint(
+        tmp_path, change=lambda tensors: in_four_bits(tensors, GROUP, plain=False)
+    )
     with pytest.raises(CheckpointError, match=r"type I32, which config\.json does not account for"):
         load(folder)
