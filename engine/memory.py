@@ -167,6 +167,16 @@ def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, ste
     return model.group.least(blocks)
 
 
+def within(blocks: int, settings: EngineSettings, max_model_len: int) -> int:
+    """``max_model_len``, or as much of it as fits in so many blocks."""
+    capacity = blocks * settings.block_size
+    if capacity < max_model_len:
+        logger.warning(
+            "max_model_len=%d reduced to the KV cache's %d tokens", max_model_len, capacity
+        )
+    return min(capacity, max_model_len)
+
+
 def free_memory() -> int:
     """Bytes of main memory that can be had without swapping; a container's limit counts too."""
     machine = _table(_PROC / "meminfo")

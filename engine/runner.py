@@ -34,7 +34,7 @@ from engine.graphs import (
     row_sizes,
     tile_sizes,
 )
-from engine.memory import LARGE, kv_blocks, largest_step, measure, shallow
+from engine.memory import LARGE, kv_blocks, largest_step, measure, shallow, within
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import DeviceRows, Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, logprobs, score
@@ -57,7 +57,6 @@ logger = logging.getLogger(__name__)
 # Up to this many parameters the CPU computes in fp32: exact, and no slower at that size.
 _SMALL = 100_000_000
 _NOT_FINITE = "the model's output is not a number"
-_ALONE = Group()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +99,9 @@ class ModelRunner:
         self,
         settings: EngineSettings,
         progress: Callable[[Progress], None] = lambda _: None,
-        group: Group = _ALONE,
+        group: Group | None = None,
     ) -> None:
-        self._group = group
+        self._group = group = group or Group()
         device = group.device or torch.device(choose_device(settings))
         progress(Progress("config"))
         folder = Path(settings.model)
@@ -133,10 +132,10 @@ class ModelRunner:
         self._draws = group.rank == 0
         self._grammars = Grammars.load(folder, config.eos_token_ids) if self._draws else None
         if settings.num_kv_blocks:
-            limit = _within(settings.num_kv_blocks, settings, limit)
+            limit = within(settings.num_kv_blocks, settings, limit)
         step = self._profile(settings, limit)
         blocks = kv_blocks(settings, self._model, limit, step)
-        limit = _within(blocks, settings, limit)
+        limit = within(blocks, settings, limit)
         self._allocate(settings, blocks, limit)
         self._ready = Ready(
             geometry=config.geometry,
@@ -193,7 +192,9 @@ class ModelRunner:
         return capture_on(self._model.device) if settings.cuda_graphs else None
 
     def _capture(self, settings: EngineSettings, *, largest: bool = False) -> None:
-        """Make the graphs, or the largest ones alone. Where one cannot be, go on without."""
+        """Make the graphs, or the largest ones alone. Where one cannot be, go on without: but raise
+        RuntimeError if there are other ranks, which may have theirs and would compute more rows.
+        """
         capture = self._capturer(settings)
         if capture is None:
             return
@@ -209,6 +210,8 @@ class ModelRunner:
                         self._model, self._kv, self._attention, self._device_rows, rows, capture
                     )
         except RuntimeError as error:
+            if self._group.size > 1:
+                raise RuntimeError("no CUDA graphs (--cuda-graphs false goes without)") from error
             self._graphs = self._tile_graphs = None
             logger.warning("no graphs: %s", (str(error) or repr(error)).splitlines()[0])
             return
@@ -433,16 +436,6 @@ class ModelRunner:
         if reason == NOTHING_LEFT:
             return Sampled(name, 0, stuck=True)
         return Sampled(name, 0, _NOT_FINITE)
-
-
-def _within(blocks: int, settings: EngineSettings, max_model_len: int) -> int:
-    """``max_model_len``, or as much of it as fits in so many blocks."""
-    capacity = blocks * settings.block_size
-    if capacity < max_model_len:
-        logger.warning(
-            "max_model_len=%d reduced to the KV cache's %d tokens", max_model_len, capacity
-        )
-    return min(capacity, max_model_len)
 
 
 def choose_device(settings: EngineSettings) -> str:

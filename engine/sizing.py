@@ -1,5 +1,6 @@
 """What a checkpoint takes of a device's memory, from its config.json alone: no weights are read,
-and the device need not be here. ``internvl plan`` prints it.
+and the device need not be here. ``internvl plan`` prints it. Of several devices, which compute one
+model together (``model.parallel``), all take as much as the first.
 
     python -m engine.sizing MEMORY_IN_BYTES SETTINGS_AS_JSON
 
@@ -16,9 +17,11 @@ import msgspec
 import torch
 
 from engine.memory import encoded_pictures
-from model import CheckpointError, ModelConfig, load_config, skeleton
+from model import CheckpointError, InternVL, ModelConfig, load_config, skeleton
 from model.kv_cache import KVCache
 from model.ops import Ops
+from model.parallel import possible_sizes, share
+from model.schema import TextConfig
 from wire.settings import EngineSettings
 
 GIB = 1 << 30
@@ -30,10 +33,16 @@ _OF_LOGITS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Sizing:
-    """Bytes, but for ``parameters`` (by part), ``context`` (tokens) and ``tokens`` that fit in the
-    cache."""
+    """Bytes of a device, but for ``parameters`` of the whole model (by part), ``context`` (tokens)
+    and ``tokens`` that fit in the cache.
+
+    ``config`` tells of the whole model, ``text`` of the part that each of ``devices`` has of its
+    decoder.
+    """
 
     config: ModelConfig
+    text: TextConfig
+    devices: int
     dtype: str
     parameters: dict[str, int]
     weights: int
@@ -67,18 +76,19 @@ class Sizing:
 
 
 def size(config: ModelConfig, settings: EngineSettings, memory: int) -> Sizing:
-    """What a model takes of a device with so many bytes of memory."""
+    """What a model takes of a device with so many bytes of memory.
+
+    Raises ValueError where it cannot be divided among so many devices.
+    """
     config = dataclasses.replace(config, geometry=config.geometry.limited(settings.max_tiles))
     dtype = getattr(torch, config.dtype if settings.dtype == "auto" else settings.dtype)
     # Native ones have an output matrix whatever they say: the flag is its class's default.
-    model = skeleton(config, tied=config.text.tied and config.format == "chat")
-    parts = {
-        "encoder": model.vision,
-        "projector": model.projector,
-        "language model": model.decoder,
-    }
-    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    weights = sum(parameters.values()) * dtype.itemsize
+    tied = config.text.tied and config.format == "chat"
+    devices = settings.tensor_parallel_size
+    text = share(config.text, devices)
+    model = skeleton(dataclasses.replace(config, text=text), tied=tied)
+    parameters = _parameters(skeleton(config, tied=tied))
+    weights = sum(_parameters(model).values()) * dtype.itemsize
     if settings.quantization != "none":
         # With the fp32 scale that 64 of them share.
         bits = 4.5 if settings.quantization == "bnb-4bit" else 8
@@ -86,33 +96,55 @@ def size(config: ModelConfig, settings: EngineSettings, memory: int) -> Sizing:
         weights -= int(small * (8 * dtype.itemsize - bits) / 8)
     return Sizing(
         config=config,
+        text=text,
+        devices=devices,
         dtype=str(dtype).removeprefix("torch."),
         parameters=parameters,
         weights=weights,
-        token=KVCache.block_bytes(config.text, 1, dtype),
-        step=_step(config, settings, dtype.itemsize),
+        token=KVCache.block_bytes(text, 1, dtype),
+        step=_step(config, text, settings, dtype.itemsize),
         pictures=encoded_pictures(settings, config, dtype),
         usable=int(memory * settings.gpu_memory_utilization),
         context=settings.max_model_len or config.max_model_len,
     )
 
 
-def _step(config: ModelConfig, settings: EngineSettings, size: int) -> int:
+def _parameters(model: InternVL) -> dict[str, int]:
+    parts = {
+        "encoder": model.vision,
+        "projector": model.projector,
+        "language model": model.decoder,
+    }
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def _step(config: ModelConfig, text: TextConfig, settings: EngineSettings, size: int) -> int:
     """Encoding, layers and sampling come one behind the other: the most that one of them takes."""
-    text, vision = config.text, config.vision
+    vision = config.vision
     wide = max(2 * (text.heads + 2 * text.kv_heads) * text.head_dim, 3 * text.intermediate_size)
     layers = settings.max_num_batched_tokens * (3 * text.hidden_size + wide) * size
     tiles = settings.encoder_chunk_tiles or Ops().tiles_at_once(torch.device("cuda"))
     patches = tiles * (config.tile_grid**2 + 1)
     inner = max(4 * vision.hidden_size, vision.intermediate_size)
     encoder = patches * (3 * vision.hidden_size + inner) * size
-    sampling = settings.max_num_seqs * text.vocab_size * _FP32 * _OF_LOGITS
+    # One rank draws from the logits of all.
+    sampling = settings.max_num_seqs * config.vocab_size * _FP32 * _OF_LOGITS
     return max(layers, encoder, sampling)
+
+
+def devices_needed(config: ModelConfig, settings: EngineSettings, memory: int) -> int | None:
+    """How many devices with so much memory each are enough; None: it cannot be divided so far."""
+    for count in possible_sizes(config.text):
+        if count > settings.tensor_parallel_size:
+            several = dataclasses.replace(settings, tensor_parallel_size=count)
+            if size(config, several, memory).fits:
+                return count
+    return None
 
 
 def describe(sizing: Sizing, memory: int) -> list[str]:
     """Lines for people."""
-    config, text = sizing.config, sizing.config.text
+    config, text, part = sizing.config, sizing.config.text, sizing.text
     parts = ", ".join(f"{name} {count / 1e9:.3f}" for name, count in sizing.parameters.items())
     format_name = "original" if config.format == "chat" else "native"
     context = sizing.context
@@ -128,6 +160,12 @@ def describe(sizing: Sizing, memory: int) -> list[str]:
         f"a large picture   {sizing.picture_tokens} tokens: {context // sizing.picture_tokens} in "
         "a sequence",
     ]
+    if sizing.devices > 1:
+        each = (
+            f"on each of {sizing.devices:<8}{part.heads} of {text.heads} query heads, "
+            f"{part.kv_heads} of {text.kv_heads} key heads, the whole encoder; bytes are of one"
+        )
+        lines.insert(2, each)
     if sizing.fits:
         return [*lines, "It fits."]
     if sizing.cache < sizing.token:
@@ -150,11 +188,13 @@ def main() -> int:
     memory, settings = int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=EngineSettings)
     try:
         config = load_config(Path(settings.model))
-    except CheckpointError as error:
+        sizing = size(config, settings, memory)
+    except (CheckpointError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    sizing = size(config, settings, memory)
     print("\n".join(describe(sizing, memory)))
+    if not sizing.fits and (enough := devices_needed(config, settings, memory)):
+        print(f"On {enough} such devices it does (--tensor-parallel-size {enough}).")
     return 0 if sizing.fits else 1
 
 

@@ -86,9 +86,8 @@ class InternVL(nn.Module):
         return self.ops.keep(self.decoder(embeddings, step, self.ops))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states ``[M, hidden]`` to fp32 logits ``[M, vocab]``, on the first rank; what
-        others get is no use to them."""
+        """Hidden states ``[M, hidden]`` to fp32 logits ``[M, vocab]``."""
         logits = self.ops.logits(self.decoder.output, hidden)
         if self.group.size == 1:
             return logits
-        return self.group.collect(logits)[:, : self.config.vocab_size].contiguous()
+        return self.group.gather(logits)[:, : self.config.vocab_size].contiguous()

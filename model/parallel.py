@@ -13,8 +13,6 @@ on every rank.
 import dataclasses
 import datetime
 import hashlib
-import ipaddress
-import os
 import socket
 import sys
 from pathlib import Path
@@ -51,10 +49,6 @@ class Group:
 
     def gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """All ranks' tensors of one shape, in their order, one behind the other along ``dim``."""
-        return x
-
-    def collect(self, x: Tensor) -> Tensor:
-        """The same along the last dimension for the first rank; others may get anything."""
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -95,14 +89,6 @@ class _Joined(Group):
     def gather(self, x: Tensor, dim: int = -1) -> Tensor:
         return torch.cat(self._all(x.contiguous()), dim)
 
-    def collect(self, x: Tensor) -> Tensor:
-        if x.is_cuda:  # inside graphs too, where all ranks must do the same
-            return self.gather(x)
-        x = x.contiguous()
-        found = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(x, found)
-        return torch.cat(found, -1) if found else x
-
     def _all(self, x: Tensor) -> list[Tensor]:
         found = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(found, x)
@@ -139,8 +125,6 @@ def join(
     if rank == 0:
         listener = listener or socket.create_server(address)
         port = listener.getsockname()[1]
-    if _is_loopback(host):  # or gloo would listen where the machine's name leads
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.TCPStore(  # type: ignore[attr-defined]  # it is public all the same
         host,
         port,
@@ -174,13 +158,6 @@ def _machine() -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 @dataclasses.dataclass(frozen=True)
 class Cut:
     """A rank's part of a parameter that has ``whole`` rows (``dim`` 0) or columns (1): ``ranges``
@@ -200,12 +177,11 @@ def share(config: TextConfig, size: int) -> TextConfig:
     if size == 1:
         return config
     if not _divides(config, size):
-        possible = [n for n in range(1, config.heads + 1) if _divides(config, n)]
         widths = " and ".join(map(str, _widths(config)))
         raise ValueError(
             f"tensor_parallel_size {size} does not divide the model: it has {config.heads} query "
             f"heads, {config.kv_heads} key heads and MLPs {widths} wide; possible: "
-            + ", ".join(map(str, possible))
+            + ", ".join(map(str, possible_sizes(config)))
         )
     experts = config.experts
     if experts is not None:
@@ -220,6 +196,11 @@ def share(config: TextConfig, size: int) -> TextConfig:
         vocab_size=-(-rows // _VOCABULARY_STEP) * _VOCABULARY_STEP,
         experts=experts,
     )
+
+
+def possible_sizes(config: TextConfig) -> list[int]:
+    """How many ranks there may be."""
+    return [size for size in range(1, config.heads + 1) if _divides(config, size)]
 
 
 def _divides(config: TextConfig, size: int) -> bool:

@@ -28,6 +28,7 @@ PLANNED = (
         "revision",
         "dtype",
         "quantization",
+        "tensor_parallel_size",
         "max_model_len",
         "max_num_seqs",
         "max_num_batched_tokens",
@@ -39,6 +40,7 @@ PLANNED = (
 _OF_RANKS = ("tensor_parallel_size", "nodes", "rank_port", "rank_secret_file")
 OF_A_RANK = ("model", "revision", *_OF_RANKS, "log_level", "log_format")
 
+_ALIASES = {"tensor_parallel_size": ("--tp",)}
 _GROUPS = {"server": "HTTP", "media": "pictures", "engine": "model, memory and scheduling"}
 
 _ABOUT = """\
@@ -393,6 +395,7 @@ def _add_flag(group: Any, field: "dataclasses.Field[Any]", kind: Any) -> None:
     choices = field.metadata["choices"]
     group.add_argument(
         flag(field),
+        *_ALIASES.get(field.name, ()),
         dest=field.name,
         nargs="?" if kind is bool else None,
         const="true" if kind is bool else None,

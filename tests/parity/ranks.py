@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from engine.cost import CostModel
+from engine.network import LOOPBACK, use_interface
 from engine.plan import StepPlan, StepResult
 from engine.runner import ModelRunner
 from model.parallel import Group, join
@@ -38,9 +39,15 @@ class Workers:
             self._pipes.append(ours)
             self._processes.append(process)
 
+    def do(self, action: Callable[[], None], size: int) -> None:
+        """Have the ranks of a group of so many, but this one, call a function of a module."""
+        for pipe in self._pipes[: size - 1]:
+            pipe.send(("do", (action,)))
+
     def meet(self, size: int) -> tuple[Group, list[Connection]]:
         """A group of so many ranks, and the pipes to all but this one."""
-        listener = socket.create_server(("127.0.0.1", 0))
+        use_interface(LOOPBACK)
+        listener = socket.create_server((LOOPBACK, 0))
         pipes = self._pipes[: size - 1]
         for rank, pipe in enumerate(pipes, 1):
             pipe.send(("join", (rank, size, listener.getsockname(), CPU)))
@@ -97,6 +104,7 @@ class Together:
 
 
 def _work(pipe: Connection) -> None:
+    use_interface(LOOPBACK)
     group, runner = Group(), None
     try:
         while True:
@@ -106,6 +114,8 @@ def _work(pipe: Connection) -> None:
                 group = join(*arguments)
             elif name == "load":
                 runner = ModelRunner(*arguments, group=group)
+            elif name == "do":
+                arguments[0]()
             elif name == "ask":
                 pipe.send(arguments[0](runner))
             else:

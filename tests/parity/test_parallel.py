@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine import runner
 from engine.core import EngineCore, Runner
 from engine.runner import ModelRunner
 from model import CheckpointError, InternVL, build_model, load_config, weights
@@ -19,6 +20,7 @@ from model.parallel import Group, share
 from tests.checkpoints import INTERNVL3, Shape, make_checkpoint
 from tests.parity.ranks import CPU, Together, Workers
 from tests.parity.test_scheduled import requests
+from tests.replay import MaskedAttention, Replays
 from tests.unit import test_awq
 from wire.messages import EngineRequest, PromptLogprobs
 from wire.sampling import SamplingParams
@@ -112,8 +114,8 @@ class Answers:
                 assert [value for _, value in ours.top] == pytest.approx(best, abs=tolerance)
 
 
-def answers(runner: Runner, options: EngineSettings) -> Answers:
-    core = EngineCore(options, runner, runner.ready())
+def answers(model: Runner, options: EngineSettings) -> Answers:
+    core = EngineCore(options, model, model.ready())
     found = Answers({}, {}, {}, 0)
     for item in asked():
         core.add(*item)
@@ -162,9 +164,48 @@ def test_chunks_preemption_and_overlap_change_nothing(
     assert found.preemptions > 0
 
 
-def scores(runner: Runner, options: EngineSettings) -> Tensor:
+def replay() -> None:
+    """Steps are replayed, CUDA being stood in for."""
+    runner.capture_on = lambda device: Replays()
+    runner.choose = lambda name, config, *_: MaskedAttention(config)
+
+
+def compute() -> None:
+    runner.capture_on, runner.choose = EAGER
+
+
+EAGER = runner.capture_on, runner.choose
+
+
+@pytest.mark.parametrize("meeting", [2], indirect=True)
+def test_steps_are_replayed_on_all_ranks(
+    workers: Workers, meeting: Meeting, folders: dict[str, Path], alone: dict[str, Answers]
+) -> None:
+    options = settings(folders["tied"], async_scheduling="on")
+    try:
+        workers.do(replay, 2)
+        replay()
+        found = answers(Together(*meeting, options), options)
+    finally:
+        workers.do(compute, 2)
+        compute()
+    found.equal(alone["tied"], EXACT)
+
+
+def test_no_rank_goes_on_without_graphs_that_others_may_have(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(function: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(runner, "capture_on", lambda device: fails)
+    with pytest.raises(RuntimeError, match="--cuda-graphs false goes without"):
+        ModelRunner(settings(folders["tied"]), group=Place(0, 2))
+
+
+def scores(model: Runner, options: EngineSettings) -> Tensor:
     """Log-probabilities of the tokens of prompts, which no draw changes."""
-    core = EngineCore(options, runner, runner.ready())
+    core = EngineCore(options, model, model.ready())
     for request, buffers in requests():
         sampling = SamplingParams(max_tokens=1, prompt_logprobs=1)
         core.add(msgspec.structs.replace(request, sampling=sampling), buffers)
@@ -195,8 +236,8 @@ PRECISIONS = [
 ]
 
 
-def names(runner: ModelRunner) -> tuple[str, str]:
-    return runner._model.ops.name, runner._attention.name
+def names(own: ModelRunner) -> tuple[str, str]:
+    return own._model.ops.name, own._attention.name
 
 
 @pytest.mark.parametrize(("meeting", "precision"), PRECISIONS, indirect=["meeting"])
@@ -206,10 +247,10 @@ def test_precisions_lose_no_more_than_on_one_rank(
     if "int8" in precision.values() and not LIBRARY:
         pytest.skip("there was no C compiler")
     options = settings(wide, **precision)
-    runner = Together(*meeting, options)
+    ranks = Together(*meeting, options)
     if "block_size" in precision and LIBRARY:
-        assert set(runner.ask(names)) == {("native", "native")}
-    found, exact = scores(runner, options), exactly(wide)
+        assert set(ranks.ask(names)) == {("native", "native")}
+    found, exact = scores(ranks, options), exactly(wide)
     lost = (exactly(wide, **precision) - exact).abs().mean()
     assert 0 < (found - exact).abs().mean() < LIKE_ONE * lost
 
@@ -222,9 +263,9 @@ def test_weights_in_four_bits_are_cut_as_what_they_stand_for(
     answers(Together(*meeting, options), options).equal(alone, EXACT)
 
 
-def parameters(runner: ModelRunner) -> tuple[int, int, int]:
+def parameters(own: ModelRunner) -> tuple[int, int, int]:
     """Of the decoder and of all else, and bytes of the cache."""
-    model, cache = runner._model, runner._kv
+    model, cache = own._model, own._kv
     held = sum(p.numel() for p in model.decoder.parameters())
     rest = sum(p.numel() for p in model.parameters()) - held
     return held, rest, sum(layer.nbytes for layer in cache.layers)
@@ -247,10 +288,13 @@ def test_each_rank_holds_its_share(meeting: Meeting, wide: Path) -> None:
 
 
 class Place(Group):
-    """A rank of a group that never meets: enough to load what it needs."""
+    """A rank of a group that never meets: the others send what it has itself."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
+
+    def gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        return torch.cat([x] * self.size, dim)
 
 
 def load(folder: Path, rank: int, size: int) -> InternVL:

@@ -69,6 +69,29 @@ def test_eight_bits_halve_the_layers_alone(tmp_path: Path) -> None:
     assert whole.parameters == small.parameters
 
 
+def test_devices_share_the_decoder_and_have_the_encoder_each(tmp_path: Path) -> None:
+    config = load_config(make_checkpoint(tmp_path, shape=INTERNVL3["38B"], weights=False))
+    whole = size(config, EngineSettings(), 80 * GIB)
+    four = size(config, EngineSettings(tensor_parallel_size=4), 80 * GIB)
+    assert four.parameters == whole.parameters
+    encoder = 2 * (whole.parameters["encoder"] + whole.parameters["projector"])
+    # The norms are there four times: 64 layers with two, and one more, of 5120.
+    norms = 2 * 129 * 5120
+    assert four.weights - encoder == pytest.approx(
+        (whole.weights - encoder - norms) / 4 + norms, rel=1e-4
+    )
+    assert four.token == whole.token // 4
+    assert (whole.fits, four.fits) == (False, True)
+    told = describe(four, 80 * GIB)
+    assert "on each of 4       10 of 40 query heads, 2 of 8 key heads, the whole encoder" in told[2]
+
+
+def test_a_key_head_is_never_divided(tmp_path: Path) -> None:
+    config = load_config(make_checkpoint(tmp_path, shape=INTERNVL3["2B"], weights=False))
+    sizes = [size(config, EngineSettings(tensor_parallel_size=n), GIB).token for n in (1, 2, 4)]
+    assert sizes == [28_672, 14_336, 14_336]
+
+
 def test_what_would_fit_is_said(tmp_path: Path) -> None:
     config = load_config(make_checkpoint(tmp_path, shape=INTERNVL3["8B"], weights=False))
     short = size(config, EngineSettings(), 18 * GIB)
@@ -116,6 +139,27 @@ def test_whoever_reads_may_have_read_enough(command: list[str]) -> None:
     assert done.stderr == ""
 
 
+def test_how_many_devices_are_enough_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(tmp_path, shape=INTERNVL3["8B"], weights=False)
+
+    def plan(gib: int, devices: int) -> tuple[int, str]:
+        settings = EngineSettings(model=str(folder), tensor_parallel_size=devices)
+        told = msgspec.json.encode(settings).decode()
+        monkeypatch.setattr("sys.argv", ["", str(gib * GIB), told])
+        status = sizing.main()
+        captured = capsys.readouterr()
+        return status, (captured.out + captured.err).splitlines()[-1]
+
+    assert plan(12, 1) == (1, "On 2 such devices it does (--tensor-parallel-size 2).")
+    assert plan(12, 2) == (0, "It fits.")
+    assert plan(2, 1)[1].endswith("are missing.")
+    status, told = plan(12, 3)
+    assert status == 2
+    assert told.startswith("tensor_parallel_size 3 does not divide the model: it has 28 query")
+
+
 def test_what_cannot_be_served_is_said_and_has_its_own_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,11 +179,13 @@ def test_amounts_of_memory(text: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
         asked.append(command[3])
+        told = msgspec.json.decode(command[4], type=EngineSettings)
+        assert told.tensor_parallel_size == 2
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr("server.cli.subprocess.run", run)
     folder = make_checkpoint(tmp_path, weights=False)
-    assert main(["plan", str(folder), "--gpu-memory", text]) == 0
+    assert main(["plan", str(folder), "--gpu-memory", text, "--tp", "2"]) == 0
     amounts = {"24": 24, "24GiB": 24 << 30, "24 g": 24 * 10**9, "0.5TB": 500 * 10**9}
     assert asked == [str(amounts[text])]
 
