@@ -37,8 +37,8 @@ PLANNED = (
 )
 
 # What a host of ranks can be told; everything else comes from the leader.
-_OF_RANKS = ("tensor_parallel_size", "nodes", "rank_port", "rank_secret_file")
-OF_A_RANK = ("model", "revision", *_OF_RANKS, "log_level", "log_format")
+_SHARED = ("tensor_parallel_size", "nodes", "rank_port", "rank_secret_file")
+OF_A_RANK = ("model", "revision", *_SHARED, "log_level", "log_format")
 
 _ALIASES = {"tensor_parallel_size": ("--tp",)}
 _GROUPS = {"server": "HTTP", "media": "pictures", "engine": "model, memory and scheduling"}
@@ -387,7 +387,7 @@ def _add_verify(commands: Any) -> None:
     )
     verify.add_argument("--out", type=Path, metavar="FILE", help="write what was found as JSON")
     for name, field, kind in each_setting():
-        if name == "engine" and field.name not in ("model", *_OF_RANKS):
+        if name == "engine" and field.name not in ("model", *_SHARED, "rank_host", "rank_timeout"):
             _add_flag(verify, field, kind)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
+from server.announce import announce, example
 from server.app import create_app
 from server.cli import flag, main, settings_page, with_model
-from server.run import announce, example
 from tests import small_tokenizer
 from tests.fake_engine import FakeEngine, FakeMedia
 from wire.settings import (
