@@ -121,8 +121,9 @@ def test_strangers_take_no_place_and_delay_nobody(house: House) -> None:
 
 def test_however_many_strangers_wait_there_is_room(house: House) -> None:
     crowd = [house.knock() for _ in range(300)]
+    for sock in crowd[:100]:  # who has waited longest makes room
+        assert len(read(sock, CHALLENGE + 1)) in (0, CHALLENGE)
     whole(house)
-    assert len(crowd) == 300
 
 
 @pytest.mark.parametrize(
@@ -147,10 +148,10 @@ def test_who_does_not_fit_is_told_why(house: House, offer: Offer, why: str) -> N
 def test_who_leaves_gives_up_its_place_and_who_is_missing_is_named(tmp_path: Path) -> None:
     house = House(tmp_path, timeout=1.5)
     with contextlib.closing(house):
-        house.come(GOOD)
         left = house.come(GOOD._replace(process=1))
         read(left, PROOF)
         left.close()
+        house.come(GOOD)
         with pytest.raises(RanksMissing, match=r"1 of 2 .* 1\.5 seconds .*: process 1 of node 1$"):
             house.found()
 
