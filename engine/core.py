@@ -5,6 +5,7 @@ both call it from one thread at a time. It joins the Scheduler, which decides, t
 computes, and knows nothing of either's insides.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -230,6 +231,11 @@ class EngineCore:
         for ids in (request.prompt, request.output, [*request.sampling.named_tokens()]):
             if ids and not (min(ids) >= 0 and max(ids) < self._ready.vocab_size):
                 raise Refused("the request names an id that the model does not know")
+        lookup = request.sampling.lookup
+        if lookup is not None:
+            ends = (-1, *lookup.at, len(request.prompt) - 1)
+            if not lookup.ids or any(a >= b for a, b in itertools.pairwise(ends)):
+                raise Refused("what is looked up in a prompt is not there")
         geometry = self._ready.geometry
         end = 0
         for item in request.items:

@@ -53,7 +53,7 @@ class Draft:
         """Compute the next ``count`` positions of a sequence, and draw where they end it."""
         start = sequence.num_planned
         sample = start + count == sequence.num_known
-        score = sequence.scores is not None and start < sequence.prompt_len - 1
+        score = sequence.scores is not None and sequence.scores_in(start, count)
         self.work.append(Work(sequence.id, start, count, new_blocks, sample, score))
         self.sequences.append(sequence)
         sequence.num_planned += count

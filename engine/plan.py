@@ -45,8 +45,8 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     ``new_blocks`` are appended to the row's block table before. With ``sample`` the last
     position computed is the sequence's last token, and the next one is drawn and appended to
     the row by the runner itself. The token at ``start`` may be one that the step before draws.
-    With ``score`` the tokens of the prompt that follow these positions are looked up in their
-    logits.
+    With ``score`` the tokens of the prompt that follow these positions, or those of them that its
+    lookup names, are looked up in their logits.
     """
 
     id: str
@@ -103,7 +103,8 @@ class Sampled(msgspec.Struct, frozen=True, gc=False):
 
 class StepResult(msgspec.Struct, frozen=True):
     """The runner's answer: one Sampled per Work with ``sample``, in the plan's order, and for each
-    with ``score`` an entry per position that another token of the prompt follows.
+    with ``score`` an entry per position that another token of the prompt follows, or per one of
+    these that its lookup names.
     ``encode_seconds`` has what each EncodeItem took, ``seconds`` what the step did; 0: unknown."""
 
     step: int

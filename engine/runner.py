@@ -37,7 +37,7 @@ from engine.graphs import (
 from engine.memory import LARGE, kv_blocks, largest_step, measure, shallow, within
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import DeviceRows, Rows, StepBatch
-from engine.sampling.logprobs import Likely, Scored, logprobs, score
+from engine.sampling.logprobs import Likely, Part, Scored, logprobs, score
 from engine.sampling.sampler import NOTHING_LEFT, draws, sample
 from engine.trial import Trial
 from engine.vision import EncoderOutputs, Encoding
@@ -406,8 +406,14 @@ class ModelRunner:
         for work, hidden in scoring:
             row = self._rows.sample_row(work.id)
             following = row.prompt[work.start + 1 : work.start + 1 + work.count]
-            parts.append((len(following), row.params.prompt_logprobs))
-            rows.append(hidden[: len(following)])
+            hidden = hidden[: len(following)]
+            names: tuple[int, ...] = ()
+            if (lookup := row.params.lookup) is not None:
+                at = [p - work.start for p in lookup.at if 0 <= p - work.start < len(following)]
+                following, names = following[at], lookup.ids
+                hidden = hidden[to_device(at, hidden.device)]
+            parts.append(Part(len(following), max(row.params.prompt_logprobs, 0), names))
+            rows.append(hidden)
             tokens.append(following)
         hidden, at_once = torch.cat(rows), self._score_at_once
         if not self._draws:

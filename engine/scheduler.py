@@ -293,8 +293,8 @@ class Scheduler:
             return []
         self._name_blocks(sequence)
         most = len(sequence.token_ids) - 1
-        if sequence.unscored:
-            most = len(sequence.scores or ())
+        if (unscored := sequence.first_unscored) is not None:
+            most = unscored
         return self._pool.match(sequence.digests[: most // self._block_size])
 
     def _name_blocks(self, sequence: Sequence) -> None:

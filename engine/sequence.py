@@ -5,6 +5,7 @@ engine. It has no phase: ``num_computed`` positions are in the KV cache and must
 ``token_ids``, whether those came from the prompt or were generated.
 """
 
+import bisect
 import enum
 
 from engine.plan import NewRow, VisionSpan
@@ -35,7 +36,7 @@ class Sequence:
     of its tokens as far as they were needed; the first ``num_published`` of ``blocks`` can be
     found by them. ``num_cached`` prompt positions were not computed but found, at the start.
     ``scores`` are the log-probabilities of the prompt as far as they are known, from its second
-    token on; None if nobody waits for them.
+    token on, or those of its ``lookup``; None if nobody waits for them.
     ``encode_seconds`` is what its pictures took of the encoder since the last output.
     ``num_charged`` tokens were charged to the tenant, by this engine or one that died.
     """
@@ -49,6 +50,7 @@ class Sequence:
         "id",
         "items",
         "last_step",
+        "lookup",
         "max_len",
         "next_span",
         "num_cached",
@@ -93,19 +95,34 @@ class Sequence:
         self.num_cached = 0
         self.num_charged = len(self.token_ids) if request.output else 0
         # One that goes on behind some output has reported them.
-        asked = request.sampling.prompt_logprobs >= 0 and not request.output
+        self.lookup = request.sampling.lookup
+        asked = request.sampling.prompt_logprobs >= 0 or self.lookup is not None
+        asked = asked and not request.output
         self.scores: list[PromptLogprobs] | None = [] if asked else None
         self.encode_seconds: list[float] | None = None
 
     @property
-    def unscored(self) -> bool:
-        """Whether log-probabilities of the prompt are missing."""
-        return self.scores is not None and len(self.scores) < self.prompt_len - 1
+    def first_unscored(self) -> int | None:
+        """The first position whose log-probabilities are missing."""
+        known = self.prompt_len if self.scores is None else len(self.scores)
+        if self.lookup is None:
+            return known if known < self.prompt_len - 1 else None
+        return self.lookup.at[known] if known < len(self.lookup.at) else None
+
+    def scores_in(self, start: int, count: int) -> bool:
+        """Whether somebody waits for log-probabilities behind so many positions."""
+        if self.scores is None:
+            return False
+        end = min(start + count, self.prompt_len - 1)
+        return self._scored_before(start) < self._scored_before(end)
 
     def take_scores(self, start: int, scores: list[PromptLogprobs]) -> None:
         """Add those from position ``start`` on; some may be known from before a preemption."""
         if self.scores is not None:
-            self.scores += scores[len(self.scores) - start :]
+            self.scores += scores[len(self.scores) - self._scored_before(start) :]
+
+    def _scored_before(self, position: int) -> int:
+        return position if self.lookup is None else bisect.bisect_left(self.lookup.at, position)
 
     def charge_encoding(self, digest: bytes, seconds: float) -> None:
         """A picture was encoded for this sequence; the first item that shows it pays."""

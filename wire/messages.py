@@ -90,7 +90,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probability of a token of the prompt, how many tokens were at least as likely in its
-    place, and (id, log-probability) of the likeliest, best first."""
+    place, and (id, log-probability) of the likeliest, best first, or of those that were named."""
 
     logprob: float
     rank: int
@@ -104,7 +104,8 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     One that is "stuck" allows no token to come next: its own parameters contradict each other here.
     ``error`` says what went wrong when the reason is "error". ``cached_tokens`` positions of
     the prompt were found in the prefix cache. ``logprobs`` has an entry per token if asked for;
-    ``prompt_logprobs`` stands in the first output, with one per token of the prompt but the first.
+    ``prompt_logprobs`` stands in the first output, with one per token of the prompt but the first,
+    or per position of a lookup.
     ``encode_seconds`` has an entry per item of the request: what encoding it took since the last
     output. None where nothing was encoded.
     """

@@ -62,6 +62,14 @@ def _nesting(value: object) -> int:
     return depth
 
 
+class Lookup(msgspec.Struct, frozen=True):
+    """The log-probabilities of the tokens ``ids`` behind the positions ``at`` of a prompt, which
+    ascend and end before its last one."""
+
+    at: tuple[int, ...]
+    ids: tuple[int, ...]
+
+
 class SamplingParams(msgspec.Struct, frozen=True):
     """How to choose the next token of one sequence.
 
@@ -74,7 +82,8 @@ class SamplingParams(msgspec.Struct, frozen=True):
     to add), ``bad_words`` token sequences that are never completed; without
     ``allowed_token_ids`` all are allowed. ``logprobs`` is how many of the likeliest tokens to
     report beside the drawn one; -1 reports nothing. ``prompt_logprobs`` is the same for each token
-    of the prompt but the first.
+    of the prompt but the first; a ``lookup`` is in its place where few positions of the prompt, and
+    tokens that are known, are asked about.
 
     With a ``grammar`` the text is a sentence of it, or the beginning of one where ``max_tokens``
     cuts it off: no other token is drawn, and stop tokens only where a sentence may end. A stop
@@ -97,6 +106,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     allowed_token_ids: tuple[int, ...] = ()
     logprobs: int = -1
     prompt_logprobs: int = -1
+    lookup: Lookup | None = None
     grammar: Grammar | None = None
 
     @property
@@ -112,6 +122,8 @@ class SamplingParams(msgspec.Struct, frozen=True):
             yield token
         for word in self.bad_words:
             yield from word
+        if self.lookup is not None:
+            yield from self.lookup.ids
 
     def check(self) -> None:
         """Raise InvalidRequest for a value outside its range."""

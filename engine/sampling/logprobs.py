@@ -7,6 +7,7 @@ They are those of the model itself, before any penalty, bias, filter or temperat
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,11 +56,20 @@ def logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[SampleRow]) -> Likel
     return Likely(asking, counts, drawn, values, ids)
 
 
+class Part(NamedTuple):
+    """One piece of work: how many tokens, how many of the likeliest to name beside each, or which
+    ``names`` instead."""
+
+    count: int
+    likeliest: int
+    names: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class Scored:
-    """M tokens of prompts; ``parts`` are (how many, likeliest to name) of each piece of work."""
+    """M tokens of prompts, in ``parts``. The last columns are for what these name."""
 
-    parts: list[tuple[int, int]]
+    parts: list[Part]
     own: Tensor  # [M] fp32
     ranks: Tensor  # [M] int64
     values: Tensor  # [M, K] fp32
@@ -74,32 +84,45 @@ class Scored:
         """The entries of each piece of work."""
         lines = (tensor.tolist() for tensor in (self.own, self.ranks, self.values, self.ids))
         entries = zip(*lines, strict=True)
-        return [
-            [
-                PromptLogprobs(own, rank, list(zip(ids[:most], best[:most], strict=True)))
-                for own, rank, best, ids in itertools.islice(entries, count)
-            ]
-            for count, most in self.parts
-        ]
+        likeliest = self.ids.shape[1] - max(len(part.names) for part in self.parts)
+        found = []
+        for count, most, names in self.parts:
+            shown = slice(likeliest, likeliest + len(names)) if names else slice(most)
+            found.append(
+                [
+                    PromptLogprobs(own, rank, list(zip(ids[shown], best[shown], strict=True)))
+                    for own, rank, best, ids in itertools.islice(entries, count)
+                ]
+            )
+        return found
 
 
 def score(
     to_logits: Callable[[Tensor], Tensor],
     hidden: Tensor,
     tokens: Tensor,
-    parts: list[tuple[int, int]],
+    parts: list[Part],
     at_once: int = 64,
 ) -> Scored:
     """Look ``tokens`` [M] up in the logits of the positions before them, ``hidden`` [M, H].
 
     The logits are made of ``at_once`` rows at a time, whatever M is.
     """
-    most = max(most for _, most in parts)
+    most = max(part.likeliest for part in parts)
+    width = max(len(part.names) for part in parts)
+    named = tokens.new_empty(len(tokens), 0)
+    if width:
+        padded = [[(*part.names, *[0] * (width - len(part.names)))] * part.count for part in parts]
+        named = to_device(list(itertools.chain(*padded)), hidden.device)
     found = []
-    for rows, wanted in zip(hidden.split(at_once), tokens.split(at_once), strict=True):
+    for rows, wanted, names in zip(
+        hidden.split(at_once), tokens.split(at_once), named.split(at_once), strict=True
+    ):
         logits = to_logits(rows)
         total = logits.logsumexp(-1, keepdim=True)
         own = logits.gather(-1, wanted[:, None])
         values, ids = logits.topk(min(most, logits.shape[-1]), dim=-1)
+        values = torch.cat([values, logits.gather(-1, names)], dim=-1)
+        ids = torch.cat([ids, names], dim=-1)
         found.append(((own - total)[:, 0], (logits >= own).sum(-1), values - total, ids))
     return Scored(parts, *(torch.cat(tensors) for tensors in zip(*found, strict=True)))

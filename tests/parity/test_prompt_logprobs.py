@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from tests.parity.direct import prompt
 from tests.parity.reference import Reference
 from tests.parity.test_transformers import TOLERANCE
 from wire.messages import EngineRequest, PromptLogprobs, VisionItem
-from wire.sampling import SamplingParams
+from wire.sampling import Lookup, SamplingParams
 from wire.settings import EngineSettings
 
 SHAPE = Shape()
@@ -125,6 +126,71 @@ def test_what_is_cached_is_computed_again_for_them_and_for_nobody_else(
     assert core._scheduler.stats.cached_tokens > before
     assert not none
     assert first == again == third
+
+
+def looked_up(name: str, index: int) -> tuple[EngineRequest, list[bytes]]:
+    """Few positions, the first and the last that can be among them, and as many tokens as differ
+    from request to request."""
+    plain, buffers = request(name, index, -1)
+    last = len(plain.prompt) - 2
+    lookup = Lookup((0, last // 2, last - 1, last), tuple(range(3, 5 + index)))
+    sampling = msgspec.structs.replace(plain.sampling, lookup=lookup)
+    return msgspec.structs.replace(plain, sampling=sampling), buffers
+
+
+def assert_found(found: list[PromptLogprobs], expected: Tensor, asked: EngineRequest) -> None:
+    lookup = asked.sampling.lookup
+    assert lookup is not None
+    assert len(found) == len(lookup.at)
+    for entry, position in zip(found, lookup.at, strict=True):
+        row = expected[position]
+        own = row[asked.prompt[position + 1]].item()
+        assert entry.logprob == pytest.approx(own, abs=TOLERANCE)
+        assert tuple(name for name, _ in entry.top) == lookup.ids
+        values = [row[name].item() for name in lookup.ids]
+        assert [value for _, value in entry.top] == pytest.approx(values, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_named_tokens_are_looked_up_at_named_positions(
+    folder: Path, expected: list[Tensor], name: str
+) -> None:
+    core = make_core(folder, **SETTINGS[name])
+    asked = [looked_up(f"r{i}", i) for i in range(len(PROMPTS))]
+    mixed = [request(f"all {i}", i, LIKELIEST) for i in (0, 3)]
+    scores, _ = serve(core, [*asked[:3], *mixed, *asked[3:]])
+    for i, (sent, _) in enumerate(asked):
+        assert_found(scores[sent.id], expected[i], sent)
+    for i, (sent, _) in zip((0, 3), mixed, strict=True):
+        assert_equal(scores[sent.id], expected[i], sent.prompt)
+    if "blocks" in name:
+        assert core._scheduler.stats.preemptions > 0
+
+
+def test_a_lookup_finds_in_the_cache_what_is_before_it_and_computes_the_rest(
+    folder: Path, expected: list[Tensor]
+) -> None:
+    core = make_core(folder, block_size=4)
+    index = len(PROMPTS) - 1
+    plain, buffers = request("plain", index, -1)
+    serve(core, [(plain, buffers)])
+    at = (101, len(plain.prompt) - 2)
+    sampling = msgspec.structs.replace(plain.sampling, lookup=Lookup(at, (3, 4)))
+    sent = msgspec.structs.replace(plain, id="again", sampling=sampling)
+    scores, _ = serve(core, [(sent, buffers)])
+    assert core._scheduler.stats.cached_tokens == 100
+    assert_found(scores["again"], expected[index], sent)
+
+
+@pytest.mark.parametrize("lookup", [Lookup((5, 4), (3,)), Lookup((10**6,), (3,)), Lookup((1,), ())])
+def test_a_lookup_of_what_is_not_there_is_refused(folder: Path, lookup: Lookup) -> None:
+    core = make_core(folder)
+    plain, _ = request("wrong", 0, -1)
+    sampling = msgspec.structs.replace(plain.sampling, lookup=lookup)
+    core.add(msgspec.structs.replace(plain, sampling=sampling), [])
+    report = core.step()
+    assert report is not None
+    assert [output.finish_reason for output in report.outputs] == ["error"]
 
 
 def test_the_logits_of_a_long_prompt_are_not_held_at_once(

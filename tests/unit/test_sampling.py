@@ -24,7 +24,7 @@ from transformers import (
 from engine.sampling import FILTERS, SHAPING
 from engine.sampling.base import SampleRow, Step
 from engine.sampling.filters import MinP, Temperature, TopK, TopP
-from engine.sampling.logprobs import logprobs, score
+from engine.sampling.logprobs import Part, logprobs, score
 from engine.sampling.noise import exponentials, key
 from engine.sampling.sampler import sample
 from engine.sampling.shaping import MinTokens
@@ -406,7 +406,7 @@ def test_scores_are_looked_up_in_pieces_and_ties_count_as_likely() -> None:
     tokens = torch.arange(150) % 30
     expected = hidden.double().log_softmax(-1)
     first, second, third = score(
-        lambda part: part, hidden, tokens, [(1, 0), (100, 3), (49, 2)]
+        lambda part: part, hidden, tokens, [Part(1, 0), Part(100, 3), Part(49, 2)]
     ).read()
     assert [len(first), len(second), len(third)] == [1, 100, 49]
     for at_row, entry in enumerate([*first, *second, *third]):
