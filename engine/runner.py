@@ -37,7 +37,7 @@ from engine.graphs import (
 from engine.memory import LARGE, kv_blocks, largest_step, measure, shallow, within
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import DeviceRows, Rows, StepBatch
-from engine.sampling.logprobs import Likely, Part, Scored, logprobs, score
+from engine.sampling.logprobs import Likely, Scored, asked, logprobs, score
 from engine.sampling.sampler import NOTHING_LEFT, draws, sample
 from engine.trial import Trial
 from engine.vision import EncoderOutputs, Encoding
@@ -404,21 +404,14 @@ class ModelRunner:
         """Look up the prompts' tokens; each work comes with its hidden states."""
         parts, rows, tokens = [], [], []
         for work, hidden in scoring:
-            row = self._rows.sample_row(work.id)
-            following = row.prompt[work.start + 1 : work.start + 1 + work.count]
-            hidden = hidden[: len(following)]
-            names: tuple[int, ...] = ()
-            if (lookup := row.params.lookup) is not None:
-                at = [p - work.start for p in lookup.at if 0 <= p - work.start < len(following)]
-                following, names = following[at], lookup.ids
-                hidden = hidden[to_device(at, hidden.device)]
-            parts.append(Part(len(following), max(row.params.prompt_logprobs, 0), names))
+            part, following, hidden = asked(self._rows.sample_row(work.id), work.start, hidden)
+            parts.append(part)
             rows.append(hidden)
             tokens.append(following)
         hidden, at_once = torch.cat(rows), self._score_at_once
         if not self._draws:
-            for part in hidden.split(at_once):
-                self._model.logits(part)
+            for some in hidden.split(at_once):
+                self._model.logits(some)
             return None
         found = to_device(np.concatenate(tokens), hidden.device)
         return score(self._model.logits, hidden, found, parts, at_once)

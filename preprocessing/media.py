@@ -59,6 +59,7 @@ class MediaPart:
     model's own (for a frame one tile, as in the reference). ``choice`` is there for a video. A part
     that may be made to ``fit`` gets fewer frames or tiles where it otherwise would not. Parts of
     one request share an ``allowance``. Only parts with the same ``salt`` have digests in common.
+    With a ``geometry`` it is cut for another model than the one that is served.
     The URL may hold a whole picture: it stays out of the repr, and so out of every log.
     """
 
@@ -72,6 +73,7 @@ class MediaPart:
     choice: FrameChoice | None = None
     fit: bool = False
     allowance: Allowance | None = dataclasses.field(default=None, repr=False, compare=False)
+    geometry: VisionGeometry | None = None
 
     @property
     def urls(self) -> tuple[Source, ...]:

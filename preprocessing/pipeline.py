@@ -194,7 +194,7 @@ class MediaPipeline:
     def _settings_of(self, part: MediaPart) -> TileSettings:
         if self._geometry is None:
             raise Unavailable("The decoder of pictures is not running.", retry_after=5)
-        settings = TileSettings.for_part(self._geometry, part)
+        settings = TileSettings.for_part(part.geometry or self._geometry, part)
         fast = self._settings.image_decoding == "fast" and part.treatment == "normalized"
         return msgspec.structs.replace(settings, fast=fast)
 

@@ -112,7 +112,8 @@ class Admin:
         if level not in LEVELS:
             raise InvalidRequest(f"level must be one of {', '.join(LEVELS)}.", param="level")
         logging.getLogger().setLevel(level.upper())
-        self._service.engine.set_log_level(level)
+        for engine in self._service.engines:
+            engine.set_log_level(level)
         return await self.state(request)
 
     async def profile(self, request: Request) -> Response:

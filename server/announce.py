@@ -60,7 +60,7 @@ async def announce(service: Service, host: str, port: int, scheme: str = "http")
     say(f"listening on {address}, loading {service.name}")
     loading = _Loading()
     while not service.settled.is_set():
-        loading.show(service.engine.progress)
+        loading.show(service.progress)
         await asyncio.sleep(REFRESH)
     loading.end()
     if service.model is None:

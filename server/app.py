@@ -35,12 +35,16 @@ from wire.settings import Settings
 
 
 def create_app(
-    settings: Settings, engine: EngineClient, media: Media, clock: Clock = time.monotonic
+    settings: Settings,
+    engine: EngineClient,
+    media: Media,
+    clock: Clock = time.monotonic,
+    critic: EngineClient | None = None,
 ) -> FastAPI:
     """The application, with its ``Service`` as ``app.state.service``. The lifespan starts and
-    ends ``engine`` and ``media``; it does not wait for the model. ``clock`` is that of the keys'
-    limits. Raises SettingError."""
-    service = Service(settings, engine, media, clock)
+    ends ``engine``, that of a ``critic``, and ``media``; it does not wait for the model. ``clock``
+    is that of the keys' limits. Raises SettingError."""
+    service = Service(settings, engine, media, clock, critic)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

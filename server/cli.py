@@ -17,7 +17,7 @@ import msgspec
 from server import hub
 from wire import logs
 from wire.loading import ENV_PREFIX, check_ranks, load
-from wire.settings import SettingError, Settings, each_setting
+from wire.settings import EngineSettings, SettingError, Settings, each_setting
 
 DEMO_NAME = "internvl-demo"
 EXIT_USAGE = 2
@@ -41,7 +41,12 @@ _SHARED = ("tensor_parallel_size", "nodes", "rank_port", "rank_secret_file")
 OF_A_RANK = ("model", "revision", *_SHARED, "log_level", "log_format")
 
 _ALIASES = {"tensor_parallel_size": ("--tp",)}
-_GROUPS = {"server": "HTTP", "media": "pictures", "engine": "model, memory and scheduling"}
+_GROUPS = {
+    "server": "HTTP",
+    "media": "pictures",
+    "engine": "model, memory and scheduling",
+    "critic": "critic",
+}
 
 _ABOUT = """\
 An OpenAI-compatible inference server for InternVL3.
@@ -97,7 +102,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     try:
-        settings = with_model(load(_given(options), os.environ, options.config))
+        settings = with_critic(with_model(load(_given(options), os.environ, options.config)))
     except SettingError as error:
         print(f"internvl serve: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -109,14 +114,21 @@ def _serve(options: argparse.Namespace) -> int:
     from server.app import create_app
     from server.run import serve
 
-    engine = ProcessEngine(
-        settings.engine,
-        log_level=settings.server.log_level,
-        log_format=settings.server.log_format,
-        max_unread=settings.server.max_unread_tokens,
-    )
+    def engine_of(group: EngineSettings) -> ProcessEngine:
+        return ProcessEngine(
+            group,
+            log_level=settings.server.log_level,
+            log_format=settings.server.log_format,
+            max_unread=settings.server.max_unread_tokens,
+        )
+
+    critic = None
+    if settings.critic.critic_model:
+        critic = engine_of(settings.critic_engine)
+    media = MediaPipeline(settings.media)
     try:
-        return serve(create_app(settings, engine, MediaPipeline(settings.media)), settings)
+        app = create_app(settings, engine_of(settings.engine), media, critic=critic)
+        return serve(app, settings)
     except SettingError as error:
         print(f"internvl serve: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -274,18 +286,37 @@ def with_model(settings: Settings, *, weights: bool = True) -> Settings:
     elif hub.is_name(folder):
         name = name or folder
         folder = str(hub.fetch(folder, settings.engine.revision, weights=weights))
-    try:
-        path = Path(folder).expanduser().resolve()
-        found = (path / "config.json").is_file()
-    except (OSError, RuntimeError) as error:  # of a home or a link that leads nowhere
-        raise SettingError(f"--model: {folder} cannot be read: {error}") from None
-    if not found:
-        raise SettingError(f"--model: {folder} is not a checkpoint folder (no config.json in it)")
+    path = _checkpoint(folder, "--model")
     return dataclasses.replace(
         settings,
         engine=dataclasses.replace(settings.engine, model=str(path)),
         server=dataclasses.replace(settings.server, served_model_name=name or path.name),
     )
+
+
+def with_critic(settings: Settings) -> Settings:
+    """The same for the critic's folder, if there is to be one."""
+    critic = settings.critic
+    folder = critic.critic_model
+    if not folder:
+        return settings
+    if hub.is_name(folder):
+        folder = str(hub.fetch(folder, critic.critic_revision))
+    path = _checkpoint(folder, "--critic-model")
+    critic = dataclasses.replace(critic, critic_model=str(path))
+    return dataclasses.replace(settings, critic=critic)
+
+
+def _checkpoint(folder: str, flag: str) -> Path:
+    """The folder that was named. Raises SettingError where there is none."""
+    try:
+        path = Path(folder).expanduser().resolve()
+        found = (path / "config.json").is_file()
+    except (OSError, RuntimeError) as error:  # of a home or a link that leads nowhere
+        raise SettingError(f"{flag}: {folder} cannot be read: {error}") from None
+    if not found:
+        raise SettingError(f"{flag}: {folder} is not a checkpoint folder (no config.json in it)")
+    return path
 
 
 def _demo_checkpoint() -> Path:

@@ -22,7 +22,8 @@ class Handle:
 
     @contextlib.asynccontextmanager
     async def preparing(self) -> AsyncIterator[None]:
-        """What is done before the engine hears of it. Raises RequestAborted, wherever it waits."""
+        """What is done before the engine hears of it, or when it has done its part. Raises
+        RequestAborted, wherever it waits."""
         self._preparing = asyncio.timeout(None)
         try:
             async with self._preparing:
@@ -44,9 +45,10 @@ class Handle:
     def abort(self, engine: EngineClient) -> bool:
         """End it; whoever waits for it gets a RequestAborted. False if it has ended already."""
         self._aborted = True
+        ended = [engine.abort(identity, _aborted()) for identity in self._submitted]
         if self._preparing is not None and not self._preparing.expired():
             self._preparing.reschedule(0)
-        ended = [engine.abort(identity, _aborted()) for identity in self._submitted]
+            return True
         return any(ended) or not (ended or self._refused)
 
 

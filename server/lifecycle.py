@@ -13,6 +13,7 @@ from engine.client import EngineClient
 from preprocessing.budget import Budget, Share
 from server.admission import Gate
 from server.backlog import Backlog
+from server.chat.critic import Critic
 from server.chat.prepare import ServedModel
 from server.chat.recording import Recordings
 from server.chat.showing import Media
@@ -25,6 +26,7 @@ from server.keys import Keys
 from server.limits import Clock
 from server.metrics import Metrics
 from wire.errors import Code, ServiceError, TooManyRequests, Unavailable
+from wire.messages import Progress
 from wire.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -47,14 +49,16 @@ class Service:
         engine: EngineClient,
         media: Media,
         clock: Clock = time.monotonic,
+        critic: EngineClient | None = None,
     ) -> None:
         self.settings = settings
         self.engine = engine
+        self.critic = None if critic is None else Critic(critic, settings.critic)
         self.media = media
         self.handles = Handles(engine)
         self.grammars = GrammarChecker()
         self.keys = Keys.of(settings.server, clock)
-        self.metrics = Metrics(engine, lambda: media.stats, self.keys)
+        self.metrics = Metrics(engine, lambda: media.stats, self.keys, critic)
         fair = settings.engine.scheduling_policy == "fair"
         self.gate = Gate(settings.server.max_concurrent_requests, self.metrics, fair=fair)
         self.backlog = Backlog(settings.server, self.metrics, fair=fair)
@@ -94,6 +98,8 @@ class Service:
                 ready = await self.engine.wait_ready()  # raises when the engine is lost for good
                 if self.model is None or self.model.ready != ready:
                     await self.media.start(ready.geometry)
+                    if self.critic is not None:  # when it is known what the first one leaves
+                        await self.critic.start()
                     self.model = await asyncio.to_thread(
                         ServedModel.load, self.name, self._created, ready, self.settings
                     )
@@ -121,6 +127,12 @@ class Service:
         # A successor of an engine that died may have less room: its facts count, or none.
         known = self.model is not None and self.model.ready == self.engine.ready
         return "ready" if known and self.engine.state == "ready" else "starting"
+
+    @property
+    def progress(self) -> Progress | None:
+        """Of the engine that is being loaded."""
+        loaded = self.engine.state == "ready" and self.model is None
+        return self.critic.engine.progress if loaded and self.critic else self.engine.progress
 
     @property
     def reason(self) -> str:
@@ -205,7 +217,13 @@ class Service:
         """Forget tiles, encoded pictures and prefixes of earlier requests. What clients have given
         to be kept, responses and files, is no cache."""
         self.media.forget()
-        self.engine.flush()
+        for engine in self.engines:
+            engine.flush()
+
+    @property
+    def engines(self) -> list[EngineClient]:
+        """All that there are."""
+        return [self.engine, *([self.critic.engine] if self.critic else ())]
 
     async def drain(self) -> None:
         """Take no new work; return when the running work is done or its time is over."""
@@ -225,6 +243,7 @@ class Service:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self.recordings.close()
-        await self.engine.stop()
+        for engine in self.engines:
+            await engine.stop()
         await self.media.close()
         await self.grammars.close()

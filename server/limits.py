@@ -233,6 +233,12 @@ class Spending:
         if bucket is not None and "tokens" in self._taken:
             bucket.take(self._prompt + completion - self._taken["tokens"])
 
+    def add(self, tokens: int) -> None:
+        """So many more were computed for a request that has ended."""
+        bucket = self._account._buckets.get("tokens")
+        if bucket is not None and "tokens" in self._taken:
+            bucket.take(tokens)
+
     def _never(self, kind: str, amount: int, limit: int) -> InvalidRequest:
         self._account.usage.refused += 1
         parts = f"{self._prompt} of the prompt, {self._visual} of these for pictures"

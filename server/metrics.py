@@ -64,7 +64,13 @@ _KEYS = {
 class Metrics:
     """Counters and histograms of the front end; attribute names are metric names."""
 
-    def __init__(self, engine: EngineClient, decoders: Callable[[], PoolStats], keys: Keys) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        decoders: Callable[[], PoolStats],
+        keys: Keys,
+        critic: EngineClient | None = None,
+    ) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "internvl_requests", "Answered HTTP requests.", ["status"], registry=self.registry
@@ -144,6 +150,15 @@ class Metrics:
         self.encode_time = self._seconds(
             "encode", "Of the encoder for the pictures of a request.", _SHORT
         )
+        self.critic_time = self._seconds("critic", "To choose one of the answers of a request.")
+        self.compared = Counter(
+            "internvl_best_of", "Answers chosen, by the critic.", ["critic"], registry=self.registry
+        )
+        if critic is not None:
+            restarts = Gauge(
+                "internvl_critic_restarts", "Critics' engines replaced.", registry=self.registry
+            )
+            restarts.set_function(lambda: critic.restarts)
         self.tiles = Histogram(
             "internvl_request_tiles",
             "Tiles of a request that has pictures.",

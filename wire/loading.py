@@ -12,6 +12,7 @@ from typing import Any
 
 from wire.handshake import read_secret
 from wire.settings import (
+    CriticSettings,
     EngineSettings,
     MediaSettings,
     ServerSettings,
@@ -33,7 +34,9 @@ def load(cli: Mapping[str, str], env: Mapping[str, str], file: Path | None = Non
     for name in (*cli, *table):
         if name not in known:
             raise SettingError(f"unknown setting {name!r}")
-    given: dict[str, dict[str, Any]] = {"server": {}, "media": {}, "engine": {}}
+    given: dict[str, dict[str, Any]] = {
+        name: {} for name in ("server", "media", "engine", "critic")
+    }
     for group, field, kind in each_setting():
         variable = ENV_PREFIX + field.name.upper()
         if field.name in cli:
@@ -51,7 +54,8 @@ def load(cli: Mapping[str, str], env: Mapping[str, str], file: Path | None = Non
         raise SettingError("root_path must begin with a slash, and not end with one")
     engine = EngineSettings(**given["engine"])
     check_ranks(engine)
-    return Settings(server, MediaSettings(**given["media"]), engine)
+    critic = CriticSettings(**given["critic"])
+    return Settings(server, MediaSettings(**given["media"]), engine, critic)
 
 
 def _check_weights(server: ServerSettings) -> None:

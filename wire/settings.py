@@ -12,25 +12,9 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-
-class SettingError(ValueError):
-    """A setting has an unknown name or a value that is not allowed."""
-
-
-def knob(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    secret: bool = False,
-) -> Any:
-    """A dataclass field that is a setting; ``low`` and ``high`` are inclusive bounds."""
-    return dataclasses.field(
-        default=default,
-        metadata={"help": help, "choices": choices, "low": low, "high": high, "secret": secret},
-    )
+from wire.critic import CriticSettings as CriticSettings
+from wire.knob import SettingError as SettingError
+from wire.knob import knob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -438,11 +422,37 @@ class Settings:
     server: ServerSettings = ServerSettings()
     media: MediaSettings = MediaSettings()
     engine: EngineSettings = EngineSettings()
+    critic: CriticSettings = dataclasses.field(default_factory=CriticSettings)
+
+    @property
+    def critic_engine(self) -> EngineSettings:
+        """Of the critic's engine, next to the first one: one process, whatever that one has."""
+        critic = self.critic
+        return dataclasses.replace(
+            self.engine,
+            model=critic.critic_model,
+            revision=critic.critic_revision,
+            device=critic.critic_device,
+            quantization=critic.critic_quantization,
+            max_model_len=critic.critic_max_model_len,
+            kv_cache_memory=critic.critic_kv_cache_memory,
+            gpu_memory_utilization=critic.critic_gpu_memory_utilization,
+            cpu_memory_utilization=critic.critic_cpu_memory_utilization,
+            num_kv_blocks=0,
+            max_tiles=0,
+            tensor_parallel_size=1,
+            nodes=1,
+        )
 
 
 def each_setting() -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
     """Yield (group name, field, its type) for every setting, in documentation order."""
-    groups = {"server": ServerSettings, "media": MediaSettings, "engine": EngineSettings}
+    groups = {
+        "server": ServerSettings,
+        "media": MediaSettings,
+        "engine": EngineSettings,
+        "critic": CriticSettings,
+    }
     for name, group in groups.items():
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,9 +61,22 @@ class Part(NamedTuple):
     """One piece of work: how many tokens, how many of the likeliest to name beside each, or which
     ``names`` instead."""
 
-    count: int
+    length: int
     likeliest: int
     names: tuple[int, ...] = ()
+
+
+def asked(row: SampleRow, start: int, hidden: Tensor) -> tuple[Part, np.ndarray, Tensor]:
+    """What ``row`` asks of the positions of its prompt from ``start`` on, which have the states
+    ``hidden`` [T, H]: the tokens [M] that follow those it asks about, and the states [M, H] of
+    these."""
+    following = row.prompt[start + 1 : start + 1 + len(hidden)]
+    lookup = row.params.lookup
+    if lookup is None:
+        part = Part(len(following), row.params.prompt_logprobs)
+        return part, following, hidden[: len(following)]
+    at = [position - start for position in lookup.at if 0 <= position - start < len(following)]
+    return Part(len(at), 0, lookup.ids), following[at], hidden[to_device(at, hidden.device)]
 
 
 @dataclass(frozen=True)
@@ -112,7 +126,7 @@ def score(
     width = max(len(part.names) for part in parts)
     named = tokens.new_empty(len(tokens), 0)
     if width:
-        padded = [[(*part.names, *[0] * (width - len(part.names)))] * part.count for part in parts]
+        padded = [[(*part.names, *[0] * (width - len(part.names)))] * part.length for part in parts]
         named = to_device(list(itertools.chain(*padded)), hidden.device)
     found = []
     for rows, wanted, names in zip(

@@ -17,6 +17,7 @@ from preprocessing.allowance import Allowance
 from preprocessing.media import Treatment
 from server.auth import Tenant
 from server.chat.conversation import Conversation, Viewing, read_conversation
+from server.chat.critic import Contest, Critic, question_of
 from server.chat.demands import Demand, callable_tools, demanded
 from server.chat.grounding import BoxReader
 from server.chat.positions import Asked, place, read_delta
@@ -33,6 +34,7 @@ from server.schemas.generation import Generation
 from server.tokenizer import Tokenizer
 from wire.channel import Buffer
 from wire.errors import InvalidRequest, NotFound
+from wire.geometry import VisionGeometry
 from wire.messages import EngineRequest, Ready, VisionItem
 from wire.positions import all_saved
 from wire.sampling import Grammar, SamplingParams
@@ -40,6 +42,9 @@ from wire.settings import MediaSettings, Settings
 
 _T = TypeVar("_T")
 
+# Of answers that are compared, if neither the request nor the checkpoint has one above 0: what the
+# model's authors are reported to draw them with.
+COMPARED_TEMPERATURE = 0.7
 # Of finding out which of many tools is wrong: each can take as long to compile as all together.
 BLAME_TIMEOUT = 2.0
 
@@ -91,7 +96,7 @@ class PreparedChat:
     """A request that can be generated and answered. ``buffers`` travel beside ``engine``, the
     request of the first of ``n`` choices, and ``meter`` counts for all. ``echo`` stands before what
     is generated, which ``continues`` a message if that was asked for. A copy of ``boxes`` reads a
-    choice."""
+    choice. With a ``contest`` one of the choices is the answer."""
 
     engine: EngineRequest
     buffers: list[Buffer]
@@ -114,6 +119,8 @@ class PreparedChat:
     meter: Meter
     media_seconds: float
     spending: Spending
+    shows_logprobs: bool = True
+    contest: Contest | None = None
     handle: Handle = dataclasses.field(default_factory=Handle)
 
 
@@ -128,11 +135,16 @@ async def prepare(
     tenant: Tenant,
     files: FileStore,
     room: Room,
+    critic: Critic | None = None,
 ) -> PreparedChat:
     """Check, fetch, tokenise; ``run`` does what takes longer for longer texts, ``room`` waits for
-    room for tiles. Raises ClientErrors; when one picture fails, the others stop."""
+    room for tiles. Raises ClientErrors, and Unavailable; when one picture fails, the others
+    stop."""
+    judge = _critic(request, critic)
     sampling = await settle(request, model, grammars, run, tenant)
     conversation, canvas = await read_prompt(request, model, limits, run, tenant, files)
+    if judge is not None:
+        question_of(conversation)
     began = time.monotonic()
     gallery = await show(media, conversation, canvas, limits.decode_workers + 2, room)
     media_seconds = time.monotonic() - began
@@ -146,12 +158,27 @@ async def prepare(
     boxes = _box_reader(request, gallery, model)
     if request.continues:
         await run(boxes.skip, model.prompts.last_turn(prompt.ids))
+    contest = None
+    if request.best_of is not None:
+        contest = Contest(request.best_of)
+        if judge is not None:
+            if not judge.sees_as(model.ready.geometry):
+                viewing = _viewing(request, judge.ready.geometry, limits, tenant, files)
+                conversation, gallery = await _show_again(
+                    request, judge, viewing, media, limits, run, room
+                )
+            case = await run(judge.case, conversation, gallery)
+            contest = Contest(request.best_of, judge, case)
+        if request.best_of.critic != "visualprm":
+            # Zero: those of the drawn tokens alone.
+            logprobs = max(sampling.logprobs, 0)
+            sampling = msgspec.structs.replace(sampling, logprobs=logprobs)
     options = request.stream_options
     named = request.tool_choice is not None and request.tool_choice.single
     return PreparedChat(
         engine=engine_request(request, identity, prompt.ids, items, sampling, tenant),
         buffers=[picture.tiles for picture in prompt.buffers],
-        n=either(request.n, 1),
+        n=request.choices,
         model=model,
         stops=tuple(request.stop or ()),
         show_stop=bool(request.include_stop_str_in_output),
@@ -170,7 +197,55 @@ async def prepare(
         meter=Meter(items, shown),
         media_seconds=media_seconds,
         spending=spending(request, sampling, len(prompt.ids), items, tenant),
+        shows_logprobs=request.likeliest >= 0,
+        contest=contest,
     )
+
+
+def _critic(request: ChatRequest, critic: Critic | None) -> Critic | None:
+    """The model that shall judge the answers, if one shall. Raises InvalidRequest for what cannot
+    be judged as it is asked for, and Unavailable."""
+    if request.best_of is None or request.best_of.critic == "logprob":
+        return None
+    name = request.best_of.critic
+    if callable_tools(request):
+        raise InvalidRequest(
+            f"tools: the critic {name!r} compares texts, not calls; 'logprob' compares both.",
+            param="tools",
+        )
+    if name == "vote":
+        return None
+    if critic is None:
+        raise InvalidRequest(
+            "best_of.critic: this server was started without --critic-model; it has the critics "
+            "'logprob' and 'vote'.",
+            param="best_of.critic",
+            code="unsupported_parameter",
+        )
+    _ = critic.ready  # raises where there is none
+    return critic
+
+
+async def _show_again(
+    request: ChatRequest,
+    critic: Critic,
+    viewing: Viewing,
+    media: Media,
+    limits: MediaSettings,
+    run: Run,
+    room: Room,
+) -> tuple[Conversation, Gallery]:
+    """The conversation with its parts cut as the critic sees them. Raises as ``show``."""
+    ready, budget = critic.ready, request.visual_budget
+    conversation = await run(read_conversation, request.messages, viewing)
+    cut = [
+        [dataclasses.replace(part, geometry=ready.geometry) for part in parts]
+        for parts in (conversation.pictures, conversation.videos)
+    ]
+    conversation = Conversation(conversation.turns, *cut)
+    segments = await run(critic.segments, conversation, [""])
+    canvas = Canvas(critic.prompts, segments, ready, budget, request.length[1])
+    return conversation, await show(media, conversation, canvas, limits.decode_workers + 2, room)
 
 
 def spending(
@@ -188,7 +263,7 @@ def spending(
         answer = min(longest, sampling.max_tokens)  # which was made to fit
     fields = request.prompt_field, None if longest is None else field
     visual = sum(item.length for item in items)
-    return Spending(tenant.account, prompt, visual, answer * either(request.n, 1), fields)
+    return Spending(tenant.account, prompt, visual, answer * request.choices, fields)
 
 
 def _priority(request: Generation, tenant: Tenant) -> int:
@@ -210,7 +285,7 @@ async def settle(
         )
     # Tokenising bad words takes longer than their number of bytes suggests.
     sampling = await (asyncio.to_thread if request.bad_words else run)(
-        read_sampling, request, model.defaults, model.ready, model.tokenizer
+        read_sampling, request, _defaults(request, model), model.ready, model.tokenizer
     )
     demand = await run(demanded, request, model.tokenizer)
     if demand is not None:
@@ -262,16 +337,36 @@ async def read_prompt(
     """The conversation of a request, and the prompt that its parts stand in. Raises
     InvalidRequest, NotFound, ContextTooLong."""
     ending = _ending(request)
-    treatment = cast(Treatment, request.preprocess or limits.preprocess)
-    allowance = Allowance(limits.max_request_media_bytes)
-    find = functools.partial(files.get, tenant.id)
-    viewing = Viewing(limits, model.ready.geometry, treatment, tenant.salt, allowance, find)
+    viewing = _viewing(request, model.ready.geometry, limits, tenant, files)
     conversation = await run(read_conversation, request.messages, viewing)
     segments = await run(_render, request, conversation, model, ending)
     _, answer = request.length
     delta = either(request.v2pe_delta, model.delta)
     budget = request.visual_budget
     return conversation, Canvas(model.prompts, segments, model.ready, budget, answer, delta)
+
+
+def _viewing(
+    request: ChatRequest,
+    geometry: VisionGeometry,
+    limits: MediaSettings,
+    tenant: Tenant,
+    files: FileStore,
+) -> Viewing:
+    treatment = cast(Treatment, request.preprocess or limits.preprocess)
+    allowance = Allowance(limits.max_request_media_bytes)
+    find = functools.partial(files.get, tenant.id)
+    return Viewing(limits, geometry, treatment, tenant.salt, allowance, find)
+
+
+def _defaults(request: Generation, model: ServedModel) -> Defaults:
+    """What holds where the request says nothing: answers that are compared must differ."""
+    defaults = model.defaults
+    if isinstance(request, ChatRequest) and request.best_of is not None and request.choices > 1:
+        temperature = defaults.temperature or COMPARED_TEMPERATURE
+        top_k = defaults.top_k if defaults.top_k != 1 else 0
+        return dataclasses.replace(defaults, temperature=temperature, top_k=top_k)
+    return defaults
 
 
 async def _check_demand(

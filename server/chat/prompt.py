@@ -115,6 +115,25 @@ class PromptBuilder:
         """What follows the last beginning of a turn in a prompt."""
         return ids[len(ids) - ids[::-1].index(self._ids[TURN]) :]
 
+    def openings(self, ids: Sequence[int]) -> list[int]:
+        """Positions of the last token of each beginning of an assistant turn in a prompt."""
+        head = [self._ids[TURN], *self._encode_turn("assistant\n")]
+        size = len(head)
+        return [
+            at + size - 1
+            for at, token in enumerate(ids)
+            if token == head[0] and list(ids[at : at + size]) == head
+        ]
+
+    def first_token(self, answer: str) -> int:
+        """The one token that ``answer`` is at the beginning of an assistant turn. Raises
+        TokenizerError if it is not one."""
+        head = self._encode_turn("assistant\n")
+        *before, token = self._encode_turn("assistant\n" + answer)
+        if before != head:
+            raise TokenizerError(f"the tokenizer has no one token for {answer!r}")
+        return token
+
     def frame_tokens(self, frames: int) -> int:
         """Tokens that a frame of so many takes besides its tiles: its label and the two marks."""
         return len(self._tokenizer.encode(f"\nFrame{frames}: ")) + 2

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -27,6 +27,7 @@ from server.schemas.answer import (
     Choice,
     Chunk,
     ChunkChoice,
+    Comparison,
     Completion,
     Delta,
     FunctionAnswer,
@@ -57,7 +58,8 @@ LEAST = -9999.0
 
 class ChoiceState:
     """One answer on its way: ids in, deltas out. ``finish_reason`` is set when it is over, and
-    ``stop_reason`` if it is the client's own stop string or token that ended it."""
+    ``stop_reason`` if it is the client's own stop string or token that ended it. ``logprob`` is the
+    sum over all tokens, the one that ended it too, where log-probabilities are known."""
 
     def __init__(self, chat: PreparedChat) -> None:
         self._detokenizer = Detokenizer(
@@ -75,11 +77,13 @@ class ChoiceState:
         self._calls = 0
         self._tokenizer = chat.model.tokenizer
         self._logprobs: list[TokenLogprob] = []
+        self._shows_logprobs = chat.shows_logprobs
         self._token_ids: list[int] | None = [] if chat.token_ids else None
         self._eos = chat.model.ready.eos_token_ids
         self.finish_reason: str | None = None
         self.stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET
         self.completion_tokens = 0
+        self.logprob = 0.0
 
     def feed(self, output: EngineOutput) -> list[Part]:
         """What ``output`` adds to the answer. How tokens are spread over outputs makes no
@@ -88,10 +92,12 @@ class ChoiceState:
         parts: list[Part] = []
         for index, token in enumerate(output.token_ids):
             self.completion_tokens += 1
+            likely = None if output.logprobs is None else output.logprobs[index]
+            if likely is not None:
+                self.logprob += max(likely.logprob, LEAST)
             if token == output.stop_token and not self._show_stop:
                 break  # the last one
-            if output.logprobs is not None:
-                likely = output.logprobs[index]
+            if likely is not None and self._shows_logprobs:
                 self._logprobs.append(self._likely(token, likely))
             parts += [(delta, self.take_logprobs()) for delta in self._add(token)]
             if self.finish_reason is not None:
@@ -197,15 +203,17 @@ async def chunks(
     backlog: Backlog | Together,
     metrics: Metrics,
     began: float,
+    states: Sequence[ChoiceState] = (),
 ) -> AsyncGenerator[Chunk, None]:
-    """Generate, and yield the answer piece by piece; the last chunk holds the usage.
+    """Generate, and yield the answer piece by piece; the last chunk holds the usage. ``states``, if
+    there are any, are those of its choices, for who wants to look at them.
 
     Raises TooManyRequests before anything else if too much is waiting.
 
     Closing the generator, or ending early at a stop string, aborts the request in the engine.
     ``began`` is the ``time.monotonic`` of the request's arrival.
     """
-    states = [ChoiceState(chat) for _ in range(chat.n)]
+    states = states or [ChoiceState(chat) for _ in range(chat.n)]
     choices = Choices(chat, engine)
     meter = chat.meter
     created = int(time.time())
@@ -341,15 +349,18 @@ async def events(
 
 async def fold(source: AsyncGenerator[Chunk, None]) -> Completion:
     """The whole answer; ``source`` is closed."""
-    answers: dict[int, _Answer] = collections.defaultdict(_Answer)
+    answers: dict[int, Answer] = collections.defaultdict(Answer)
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    best_of: Comparison | msgspec.UnsetType = msgspec.UNSET
     async with contextlib.aclosing(source):
         async for chunk in source:
             if chunk.prompt_logprobs is not msgspec.UNSET:
                 prompt_logprobs = chunk.prompt_logprobs
             if chunk.prompt_token_ids is not msgspec.UNSET:
                 prompt_token_ids = chunk.prompt_token_ids
+            if chunk.best_of is not msgspec.UNSET:
+                best_of = chunk.best_of
             for part in chunk.choices:
                 answers[part.index].add(part)
             if isinstance(chunk.usage, Usage):
@@ -357,11 +368,12 @@ async def fold(source: AsyncGenerator[Chunk, None]) -> Completion:
                 whole = Completion(chunk.id, chunk.created, chunk.model, choices, chunk.usage)
                 whole.prompt_logprobs = prompt_logprobs
                 whole.prompt_token_ids = prompt_token_ids
+                whole.best_of = best_of
                 return whole
     raise EngineFailed("The engine could not finish this request.")
 
 
-class _Answer:
+class Answer:
     """One choice, put together again."""
 
     def __init__(self) -> None:
@@ -374,6 +386,7 @@ class _Answer:
         self._stop_reason: str | int | msgspec.UnsetType = msgspec.UNSET
 
     def add(self, part: ChunkChoice) -> None:
+        """Take in more of it."""
         if isinstance(part.delta.content, str):
             self._texts.append(part.delta.content)
         for call in part.delta.tool_calls or ():
@@ -391,6 +404,7 @@ class _Answer:
             self._finish_reason, self._stop_reason = part.finish_reason, part.stop_reason
 
     def choice(self, index: int) -> Choice:
+        """All of it."""
         message = AnswerMessage(content="".join(self._texts) or (None if self._calls else ""))
         if self._calls:
             message.tool_calls = self._calls

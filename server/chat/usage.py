@@ -83,13 +83,19 @@ def _common(
 
 class Meter:
     """Adds up over the outputs of all choices. ``cached`` positions at the beginning of the prompt
-    were not computed again, as far as is known."""
+    were not computed again, as far as is known, for the first choice, and ``shared`` for others."""
 
     def __init__(self, items: Sequence[VisionItem], shown: Sequence[Shown]) -> None:
         self._items = items
         self._shown = shown
         self._encode_seconds = [0.0] * len(items)
         self.cached = 0
+        self._found: dict[int, int] = {}
+
+    @property
+    def shared(self) -> int:
+        """Of all choices but the first."""
+        return sum(self._found.values())
 
     @property
     def encode_seconds(self) -> float:
@@ -100,6 +106,8 @@ class Meter:
         """Take in an output of a choice. The others find the prompt of the first in the cache."""
         if index == 0:
             self.cached = max(self.cached, output.cached_tokens)
+        else:
+            self._found[index] = output.cached_tokens
         for item, seconds in enumerate(output.encode_seconds or ()):
             self._encode_seconds[item] += seconds
 

@@ -15,7 +15,7 @@ from server.chat.prepare import (
     settle,
     spending,
 )
-from server.chat.sampling import either, fit_sampling
+from server.chat.sampling import fit_sampling
 from server.chat.usage import Meter
 from server.grammars import GrammarChecker
 from server.handles import Handle
@@ -35,7 +35,7 @@ async def prepare_texts(
 ) -> list[PreparedChat]:
     """Check and tokenise. Raises ClientErrors."""
     number = len(request.prompt)
-    if number * either(request.n, 1) > MAX_TEXTS:
+    if number * request.choices > MAX_TEXTS:
         raise InvalidRequest(
             f"prompt: {number} prompts with {request.n} choices each are more than {MAX_TEXTS}.",
             param="prompt",
@@ -81,7 +81,7 @@ def _chat(
     return PreparedChat(
         engine=engine_request(request, identity, ids, [], fitted, tenant),
         buffers=[],
-        n=either(request.n, 1),
+        n=request.choices,
         model=model,
         stops=tuple(request.stop or ()),
         show_stop=bool(request.include_stop_str_in_output),

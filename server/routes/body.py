@@ -112,7 +112,7 @@ async def prepare_chat(arrival: Arrival, request: ChatRequest, identity: str) ->
     """Make a chat ready for the engine; ``identity`` is the answer's id. Raises what ``prepare``
     raises, TooManyRequests, and RequestAborted."""
     service, tenant = arrival.service, arrival.tenant
-    service.backlog.check(tenant.id, request.n or 1)
+    service.backlog.check(tenant.id, request.choices)
     metrics = service.metrics
     handle = service.handles.open(tenant.id, identity, request_id.get())
     async with handle.preparing():
@@ -128,6 +128,7 @@ async def prepare_chat(arrival: Arrival, request: ChatRequest, identity: str) ->
                 tenant,
                 service.files,
                 arrival.room,
+                service.critic,
             )
     if chat.shown:
         metrics.media_time.observe(chat.media_seconds)

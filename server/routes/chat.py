@@ -4,6 +4,7 @@ import uuid
 
 from fastapi import APIRouter, Request, Response
 
+from server.chat.best_of import best
 from server.chat.stream import chunks, events, fold
 from server.routes.body import Arrival, attend, prepare_chat, read_form, told, whole
 from server.routes.streams import answer_stream
@@ -24,7 +25,14 @@ async def _answer(arrival: Arrival) -> Response:
         request, unknown = await read_form(arrival, ChatRequest)
         identity = f"chatcmpl-{uuid.uuid4().hex}"
         chat = await prepare_chat(arrival, request, identity)
-    source = chunks(chat, service.engine, service.backlog, service.metrics, arrival.began)
+    engine, backlog, metrics, began = (
+        *(service.engine, service.backlog, service.metrics),
+        arrival.began,
+    )
+    if chat.contest is None:
+        source = chunks(chat, engine, backlog, metrics, began)
+    else:
+        source = best(chat, chat.contest, engine, backlog, metrics, began, service.preparing)
     if chat.stream:
         encoded = events(source, include_usage=chat.include_usage)
         return told(

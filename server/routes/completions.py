@@ -27,7 +27,7 @@ async def _answer(arrival: Arrival) -> Response:
     identity = f"cmpl-{uuid.uuid4().hex}"
     async with service.preparing():
         request, unknown = await read_form(arrival, CompletionRequest)
-        service.backlog.check(tenant.id, len(request.prompt) * (request.n or 1))
+        service.backlog.check(tenant.id, len(request.prompt) * request.choices)
         handle = service.handles.open(tenant.id, identity, request_id.get())
         model, grammars = service.served(), service.grammars
         async with handle.preparing():

@@ -26,7 +26,7 @@ async def ready(request: Request) -> Response:
     if state == "ready":
         return _told(Health(state))
     health = Health(state, service.reason)
-    progress = service.engine.progress
+    progress = service.progress
     if state == "starting" and progress is not None:
         health.progress = LoadProgress(progress.stage, progress.done, progress.total)
     answer = _told(health)

@@ -56,6 +56,29 @@ class ChunkChoice(msgspec.Struct, gc=False):
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
+class Candidate(msgspec.Struct):
+    """One of the answers that best_of has compared. ``score`` is what its critic makes of it, the
+    more the better; None: it could not be judged. ``logprob`` is the mean log-probability of its
+    tokens, ``answer`` the final answer that it votes for, ``steps`` the scores of its steps."""
+
+    index: int
+    score: float | None
+    finish_reason: str
+    completion_tokens: int
+    logprob: float | msgspec.UnsetType = msgspec.UNSET
+    answer: str | msgspec.UnsetType | None = msgspec.UNSET
+    steps: list[float] | msgspec.UnsetType = msgspec.UNSET
+    content: str | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class Comparison(msgspec.Struct):
+    """How the answer was chosen: ``winner`` is the index of its candidate."""
+
+    critic: str
+    winner: int
+    candidates: list[Candidate]
+
+
 class Chunk(msgspec.Struct, gc=False):
     """One event of a stream."""
 
@@ -67,6 +90,7 @@ class Chunk(msgspec.Struct, gc=False):
     object: str = "chat.completion.chunk"
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    best_of: Comparison | msgspec.UnsetType = msgspec.UNSET
 
 
 class FunctionAnswer(msgspec.Struct):
@@ -116,3 +140,4 @@ class Completion(msgspec.Struct):
     object: str = "chat.completion"
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    best_of: Comparison | msgspec.UnsetType = msgspec.UNSET

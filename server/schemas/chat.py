@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
 from server.schemas.form import Form, OrText, clip, clip_name, wrong
-from server.schemas.generation import Generation
+from server.schemas.generation import MAX_CHOICES, Generation
 from wire.positions import STEPS
 from wire.sampling import MAX_LOGPROBS
 
@@ -321,6 +321,24 @@ Delta = Annotated[
 ]
 
 
+class BestOf(Form):
+    """How many answers to draw, and who chooses the one that is returned. ``return_texts`` asks for
+    those of all, and ``return_scores``, if not false, for what the critic says of them."""
+
+    n: int = Field(ge=1, le=MAX_CHOICES)
+    critic: Literal["logprob", "vote", "visualprm"] = "logprob"
+    return_scores: bool | None = None
+    return_texts: bool | None = None
+
+
+def _best_of(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value == 1:
+            return None
+        raise wrong("must be an object with 'n' and 'critic', or 1")
+    return value
+
+
 class ChatRequest(Generation):
     """POST /v1/chat/completions: the fields that have an effect."""
 
@@ -379,6 +397,21 @@ class ChatRequest(Generation):
     visual_budget: VisualBudget | None = None
     preprocess: Literal["normalized", "reference"] | None = None
     v2pe_delta: Delta | None = None
+    best_of: Annotated[BestOf | None, BeforeValidator(_best_of)] = None
+
+    @model_validator(mode="after")
+    def _one_of_many(self) -> "ChatRequest":
+        if self.best_of is None:
+            return self
+        if (self.n or 1) > 1:
+            raise wrong("must be 1 or left out with best_of, of which one answer is returned", "n")
+        if self.best_of.n > 1:
+            same = "all the answers of best_of would be the same"
+            if self.temperature == 0:
+                raise wrong(f"must be above 0: {same}", "temperature")
+            if self.top_k == 1:
+                raise wrong(f"must not be 1: {same}", "top_k")
+        return self
 
     @model_validator(mode="after")
     def _likeliest_of_something(self) -> "ChatRequest":
@@ -399,6 +432,11 @@ class ChatRequest(Generation):
     def _of_template(self, name: str) -> bool | None:
         own: bool | None = getattr(self, name)
         return getattr(self.chat_template_kwargs, name, None) if own is None else own
+
+    @property
+    def choices(self) -> int:
+        """See ``Generation``."""
+        return super().choices if self.best_of is None else self.best_of.n
 
     @property
     def length(self) -> tuple[str, int | None]:

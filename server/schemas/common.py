@@ -57,15 +57,29 @@ class MediaUsage(msgspec.Struct, omit_defaults=True):
     v2pe_delta: float | None = None
 
 
+class BestOfUsage(msgspec.Struct):
+    """What of a request with best_of belongs to whom. ``candidate_tokens`` are all that were
+    generated, ``winner_tokens`` those of the answer; further candidates found ``shared_tokens`` of
+    their prompts in the cache. ``critic_tokens`` were read by a model of its own,
+    ``critic_cached_tokens`` of these found in its cache; they count nowhere else."""
+
+    candidate_tokens: int
+    winner_tokens: int
+    shared_tokens: int
+    critic_tokens: int
+    critic_cached_tokens: int
+
+
 class Usage(msgspec.Struct):
     """Tokens of one request. The token that ended the answer counts as generated. ``internvl`` is
-    there if the request has pictures or videos."""
+    there if the request has pictures or videos, ``best_of`` if it asked for that."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     internvl: MediaUsage | msgspec.UnsetType = msgspec.UNSET
+    best_of: BestOfUsage | msgspec.UnsetType = msgspec.UNSET
 
 
 class TopLogprob(msgspec.Struct, gc=False):

@@ -71,6 +71,7 @@ class CompletionRequest(Generation):
     """POST /v1/completions: the fields that have an effect."""
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = Generation.refused | {
+        "best_of": (1,),  # OpenAI's, which has a number only
         "prompt_embeds": (),
         "suffix": ("",),
     }

@@ -147,7 +147,6 @@ class Generation(Form):
     )
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
         # vLLM
-        "best_of": (1,),
         "ec_transfer_params": ({},),
         "kv_transfer_params": ({},),
         "length_penalty": (1,),
@@ -224,6 +223,11 @@ class Generation(Form):
     def length(self) -> tuple[str, int | None]:
         """The field that says how many tokens may be generated, and what it says."""
         return "max_tokens", self.max_tokens
+
+    @property
+    def choices(self) -> int:
+        """How many answers to draw."""
+        return self.n or 1
 
     @property
     def likeliest(self) -> int:

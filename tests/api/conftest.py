@@ -23,7 +23,7 @@ from server.limits import Clock
 from server.run import BoundedHttp
 from tests import small_tokenizer
 from tests.fake_engine import FakeEngine, FakeMedia
-from wire.settings import EngineSettings, MediaSettings, ServerSettings, Settings
+from wire.settings import CriticSettings, EngineSettings, MediaSettings, ServerSettings, Settings
 
 
 @dataclasses.dataclass
@@ -61,6 +61,7 @@ class Houses:
         policy: str = "fcfs",
         request_tile_bytes: int = 1 << 20,
         clock: Clock = time.monotonic,
+        critic: FakeEngine | None = None,
         **server: Any,
     ) -> House:
         settings = Settings(
@@ -71,10 +72,11 @@ class Houses:
                 scheduling_policy=policy,
                 request_tile_bytes=request_tile_bytes,
             ),
+            CriticSettings(critic_model=str(self.folder), critic_max_steps=3),
         )
         engine = engine or FakeEngine()
         media = FakeMedia()
-        app = create_app(settings, engine, media, clock)
+        app = create_app(settings, engine, media, clock, critic)
         house = House(
             app,
             engine,

@@ -1,0 +1,24 @@
+"""What a setting is made of: see wire.settings."""
+
+import dataclasses
+from typing import Any
+
+
+class SettingError(ValueError):
+    """A setting has an unknown name or a value that is not allowed."""
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    secret: bool = False,
+) -> Any:
+    """A dataclass field that is a setting; ``low`` and ``high`` are inclusive bounds."""
+    return dataclasses.field(
+        default=default,
+        metadata={"help": help, "choices": choices, "low": low, "high": high, "secret": secret},
+    )
