@@ -21,6 +21,7 @@ from wire.settings import EngineSettings, SettingError, Settings, each_setting
 
 DEMO_NAME = "internvl-demo"
 EXIT_USAGE = 2
+_MOST = 65535  # of a port
 
 # Settings that a plan depends on.
 PLANNED = (
@@ -199,8 +200,10 @@ def _first(env: Mapping[str, str], *names: str) -> str:
 
 
 def _number(what: str, text: str) -> int:
-    if not re.fullmatch(r"\d{1,5}", text, re.ASCII):
-        raise SettingError(f"{what}: {text!r} is no number" if text else f"{what} must be given")
+    if not text:
+        raise SettingError(f"{what} must be given")
+    if not re.fullmatch(r"\d{1,5}", text, re.ASCII) or int(text) > _MOST:
+        raise SettingError(f"{what}: {text!r} is not a number up to {_MOST}")
     return int(text)
 
 

@@ -205,7 +205,7 @@ async def test_a_rank_that_breaks_its_word_ends_the_engine(folder: Path, tmp_pat
             sock.sendall(handshake.call(SECRET, Offer(1, 0, 1, handshake.version()), challenged))
             sock.recv(PROOF, socket.MSG_WAITALL)
             sock.recv(1)  # it has begun to be told what it is
-            sock.sendall(struct.pack("<II", 1 << 31, 0))  # a message of two gigabytes
+            sock.sendall(struct.pack("<II", 1 << 20, 0))  # a message of a megabyte
             while said := sock.recv(1 << 16):
                 last = said
             return last

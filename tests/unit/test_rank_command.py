@@ -1,0 +1,104 @@
+"""What `internvl rank` makes of its flags and of what launchers set, and what it refuses."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+
+from engine.node import Host
+from server.cli import _parser, host_of_ranks, main
+from tests.servers import ROOT
+from wire.loading import load
+from wire.settings import SettingError
+
+LWS = {"LWS_LEADER_ADDRESS": "eyes-0.eyes.ns", "LWS_GROUP_SIZE": "3", "LWS_WORKER_INDEX": "2"}
+TORCH = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234", "WORLD_SIZE": "3", "RANK": "1"}
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "secret").write_bytes(bytes(range(97, 117)))
+    return {"tensor_parallel_size": "6", "rank_secret_file": str(tmp_path / "secret")}
+
+
+def host(given: dict[str, str], env: dict[str, str]) -> Host:
+    return msgspec.convert(host_of_ranks(dict(given), env), Host)
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "expected"),
+    [
+        ({"leader": "a", "node": "1", "nodes": "2"}, {}, ("a", 29500, 1, 3)),
+        ({"leader": "a:5", "node": "1", "nodes": "2"}, {}, ("a", 5, 1, 3)),
+        ({"leader": "[fd00::1]", "node": "5", "nodes": "6"}, {}, ("fd00::1", 29500, 5, 1)),
+        ({"leader": "[fd00::1]:7", "node": "5", "nodes": "6"}, {}, ("fd00::1", 7, 5, 1)),
+        ({}, LWS, ("eyes-0.eyes.ns", 29500, 2, 2)),
+        ({"rank_port": "6"}, LWS, ("eyes-0.eyes.ns", 6, 2, 2)),
+        ({}, TORCH, ("10.0.0.1", 1234, 1, 2)),
+        ({}, TORCH | LWS, ("eyes-0.eyes.ns", 29500, 2, 2)),
+        ({"leader": "a", "node": "1", "nodes": "2"}, TORCH | LWS, ("a", 29500, 1, 3)),
+        ({}, LWS | {"INTERNVL_NODES": "6"}, ("eyes-0.eyes.ns", 29500, 2, 1)),
+    ],
+)
+def test_flags_go_before_what_launchers_set(
+    given: dict[str, str], flags: dict[str, str], env: dict[str, str], expected: Any
+) -> None:
+    found = host(given | flags, env)
+    assert (found.leader, found.port, found.node, found.processes) == expected
+    assert found.model == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "why"),
+    [
+        ({"node": "1", "nodes": "2"}, {}, "--leader"),
+        ({"leader": "a:b:c", "node": "1", "nodes": "2"}, {}, "--leader"),
+        ({"leader": "a:70000", "node": "1", "nodes": "2"}, {}, "port"),
+        ({"leader": "a", "nodes": "2"}, {}, "--node"),
+        ({"leader": "a", "node": "one", "nodes": "2"}, {}, "--node"),
+        ({"leader": "a", "node": "0", "nodes": "2"}, {}, "--node"),
+        ({"leader": "a", "node": "2", "nodes": "2"}, {}, "--node"),
+        ({"leader": "a", "node": "1"}, {}, "--nodes"),
+        ({"leader": "a", "node": "1", "nodes": "4"}, {}, "tensor_parallel_size"),
+        ({"leader": "a", "node": "1", "nodes": "2", "rank_secret_file": ""}, {}, "secret"),
+        ({"leader": "a", "node": "1", "nodes": "2", "model": "/nowhere"}, {}, "--model"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(
+    given: dict[str, str], flags: dict[str, str], env: dict[str, str], why: str
+) -> None:
+    with pytest.raises(SettingError, match=why):
+        host(given | flags, env)
+
+
+def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rank", "--node", "1"]) == 2
+    assert capsys.readouterr().err.startswith("internvl rank: --leader")
+
+
+def test_the_manifest_in_the_docs_starts_commands_that_fit_each_other(
+    given: dict[str, str],
+) -> None:
+    page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(apiVersion: leaderworkerset.*?)```", page, re.DOTALL)
+    group, _ = yaml.safe_load_all(text)
+    template = group["spec"]["leaderWorkerTemplate"]
+    size = str(template["size"])
+    flags = []
+    for who in ("leaderTemplate", "workerTemplate"):
+        (container,) = template[who]["spec"]["containers"]
+        words = [word.replace("$(LWS_GROUP_SIZE)", size) for word in container["args"]]
+        options = {k: v for k, v in vars(_parser().parse_args(words)).items() if v is not None}
+        mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert str(Path(options["rank_secret_file"]).parent) in mounts
+        flags.append(options | {"rank_secret_file": given["rank_secret_file"]})
+    leader, worker = flags
+    assert (leader.pop("command"), worker.pop("command")) == ("serve", "rank")
+    engine = load(leader, {}).engine
+    assert worker.pop("model") == engine.model
+    found = host(worker, LWS | {"LWS_GROUP_SIZE": size, "LWS_WORKER_INDEX": "1"})
+    assert found.port == engine.rank_port
+    assert (found.processes, engine.nodes) == (engine.tensor_parallel_size // engine.nodes, 2)
