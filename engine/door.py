@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable
 from typing import NamedTuple
 
-from engine.network import keep_alive
+from engine.network import keep_alive, listen
 from engine.orders import Refusal
 from wire import handshake
 from wire.channel import frame
@@ -83,9 +83,8 @@ class _Door:
 
     def _listen(self) -> socket.socket:
         host, port = self._settings.rank_host, self._settings.rank_port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+            listener = listen(host, port, _BACKLOG)
         except OSError as error:
             why = error.strerror or error
             raise RanksMissing(f"rank_host {host}, rank_port {port}: {why}") from None

@@ -31,6 +31,12 @@ def keep_alive(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
+def listen(host: str, port: int, backlog: int) -> socket.socket:
+    """A socket that takes connections; port 0 is one that is free. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=backlog)
+
+
 def local_address(sock: socket.socket) -> str:
     """The address by which the peer of a TCP connection knows this host."""
     return str(sock.getsockname()[0])

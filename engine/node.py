@@ -73,7 +73,7 @@ class Node:
 
     def _keep(self, index: int) -> None:
         short = 0  # lives in a row
-        while True:
+        while not self._leaving.is_set():
             with self._dial(index) as sock:
                 logger.info("process %d is a part of the group", index)
                 began = time.monotonic()

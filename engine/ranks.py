@@ -27,7 +27,7 @@ import msgspec
 
 from engine.cost import CostModel
 from engine.door import gather
-from engine.network import LOOPBACK, local_address, use_interface
+from engine.network import LOOPBACK, listen, local_address, use_interface
 from engine.orders import Begin, Finish, FromRank, Join, Loaded, Order, Sample, Upload
 from engine.plan import StepPlan, StepResult
 from engine.rank import load_part
@@ -82,7 +82,7 @@ class Ranks:
         # Late, so that the other processes of this host are importing the same meanwhile.
         from engine.runner import choose_device
 
-        listener = socket.create_server((settings.rank_host if others else own, 0), backlog=size)
+        listener = listen(settings.rank_host if others else own, 0, size)
         part = Join(
             settings=dataclasses.replace(settings, device=choose_device(settings)),
             rank=0,

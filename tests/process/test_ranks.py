@@ -19,11 +19,13 @@ from typing import Any
 import pytest
 
 from engine.client import ProcessEngine
+from engine.ranks import _Slowest
 from tests.checkpoints import Shape, make_checkpoint
 from tests.process.test_engine_main import request
 from tests.servers import free_port
 from wire import handshake
 from wire.handshake import CHALLENGE, PROOF, Offer
+from wire.messages import Fault, Progress
 from wire.settings import EngineSettings
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +150,21 @@ async def test_a_model_that_cannot_be_loaded_fails_the_start_with_a_reason(
         assert "Traceback" not in capfd.readouterr().err
     finally:
         await client.stop()
+
+
+def test_the_front_end_is_told_of_the_rank_that_is_behind() -> None:
+    told: list[Progress | Fault] = []
+    slowest = _Slowest(told.append)
+    for rank, progress, expected in (
+        (0, Progress("config"), Progress("config")),
+        (0, Progress("weights", 50, 100), Progress("weights", 50, 100)),
+        (1, Progress("config"), Progress("config")),
+        (1, Progress("weights", 10, 100), Progress("weights", 10, 100)),
+        (1, Progress("weights", 80, 100), Progress("weights", 50, 100)),
+        (0, Progress("cache"), Progress("weights", 80, 100)),
+    ):
+        slowest.hear(rank, progress)
+        assert told[-1] == expected
 
 
 def settings_of_hosts(tmp_path: Path, **settings: Any) -> dict[str, Any]:
