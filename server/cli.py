@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from server import hub
+from server.flags import GROUPS, add_flag, settings_page
 from wire import logs
 from wire.loading import ENV_PREFIX, check_ranks, load
 from wire.settings import EngineSettings, SettingError, Settings, each_setting
@@ -40,14 +41,6 @@ PLANNED = (
 # What a host of ranks can be told; everything else comes from the leader.
 _SHARED = ("tensor_parallel_size", "nodes", "rank_port", "rank_secret_file")
 OF_A_RANK = ("model", "revision", *_SHARED, "log_level", "log_format")
-
-_ALIASES = {"tensor_parallel_size": ("--tp",)}
-_GROUPS = {
-    "server": "HTTP",
-    "media": "pictures",
-    "engine": "model, memory and scheduling",
-    "critic": "critic",
-}
 
 _ABOUT = """\
 An OpenAI-compatible inference server for InternVL3.
@@ -229,17 +222,21 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from server.verify import verify
+    from server.verify import CASES_OF, verify
 
     given = _given(options)
     against, tokens, out = (given.pop(name, None) for name in ("against", "tokens", "out"))
+    names = given.pop("cases", list(CASES_OF))
     try:
         settings = with_model(load(given, {}))
         other = settings if against is None else with_model(load({"model": against}, {}))
+        unknown = [name for name in names if name not in CASES_OF]
+        if unknown:
+            raise SettingError(f"--cases: {unknown[0]!r} is none of {', '.join(CASES_OF)}")
     except SettingError as error:
         print(f"internvl verify: {error}", file=sys.stderr)
         return EXIT_USAGE
-    return verify(settings, Path(other.engine.model), tokens, out)
+    return verify(settings, Path(other.engine.model), names, tokens, out)
 
 
 def _memory(text: str) -> int:
@@ -345,9 +342,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Serve a model over HTTP. Without --model, the embedded demo model.",
     )
     serve.add_argument("--config", type=Path, metavar="FILE", help="read settings from a TOML file")
-    groups = {name: serve.add_argument_group(title) for name, title in _GROUPS.items()}
+    groups = {name: serve.add_argument_group(title) for name, title in GROUPS.items()}
     for group, field, kind in each_setting():
-        _add_flag(groups[group], field, kind)
+        add_flag(groups[group], field, kind)
     key = commands.add_parser(
         "key",
         help="make an API key",
@@ -374,7 +371,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for _, field, kind in each_setting():
         if field.name in PLANNED:
-            _add_flag(plan, field, kind)
+            add_flag(plan, field, kind)
     rank = commands.add_parser(
         "rank",
         help="be a further host of one model",
@@ -395,7 +392,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for _, field, kind in each_setting():
         if field.name in OF_A_RANK:
-            _add_flag(rank, field, kind)
+            add_flag(rank, field, kind)
     _add_verify(commands)
     commands.add_parser("settings", help="print all settings as Markdown")
     commands.add_parser("version", help="print the version")
@@ -419,74 +416,13 @@ def _add_verify(commands: Any) -> None:
     verify.add_argument(
         "--tokens", type=int, default=16, metavar="N", help="greedy tokens to compare [16]"
     )
+    verify.add_argument(
+        "--cases",
+        nargs="+",
+        metavar="CASE",
+        help="compute no other cases than these, such as text, picture or frames",
+    )
     verify.add_argument("--out", type=Path, metavar="FILE", help="write what was found as JSON")
     for name, field, kind in each_setting():
         if name == "engine" and field.name not in ("model", *_SHARED, "rank_host", "rank_timeout"):
-            _add_flag(verify, field, kind)
-
-
-def _add_flag(group: Any, field: "dataclasses.Field[Any]", kind: Any) -> None:
-    choices = field.metadata["choices"]
-    group.add_argument(
-        flag(field),
-        *_ALIASES.get(field.name, ()),
-        dest=field.name,
-        nargs="?" if kind is bool else None,
-        const="true" if kind is bool else None,
-        metavar=_metavar(kind, choices),
-        help=f"{field.metadata['help']} [{_default(field)}]".replace("%", "%%"),
-    )
-
-
-def flag(field: "dataclasses.Field[Any]") -> str:
-    """The name of a setting on the command line."""
-    return "--" + field.name.replace("_", "-")
-
-
-def _metavar(kind: Any, choices: tuple[str, ...] | None) -> str:
-    if choices:
-        return "{" + ",".join(choices) + "}"
-    return {bool: "BOOL", int: "N", float: "X", str: "TEXT"}.get(kind, "LIST")
-
-
-def _default(field: "dataclasses.Field[Any]") -> str:
-    value = field.default
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
-    return str(value) if value != "" else "none"
-
-
-def settings_page() -> str:
-    """docs/settings.md."""
-    lines = [
-        "# Settings",
-        "",
-        "Written by `internvl settings` from `wire/settings.py`; a test keeps it current.",
-        "",
-        "Each setting is a flag of `internvl serve`, an environment variable and a key of the TOML",
-        "file that `--config` names. The flag wins, then the variable, then the file. A value that",
-        "cannot be read is an error wherever it comes from.",
-    ]
-    group = ""
-    for name, field, _ in each_setting():
-        if name != group:
-            group = name
-            lines += ["", f"## {_GROUPS[name][0].upper()}{_GROUPS[name][1:]}", ""]
-            lines += ["| flag | environment | default | meaning |", "| --- | --- | --- | --- |"]
-        meaning = field.metadata["help"] + _bounds(field)
-        lines.append(
-            f"| `{flag(field)}` | `{ENV_PREFIX}{field.name.upper()}` | {_default(field)} | "
-            f"{meaning} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _bounds(field: "dataclasses.Field[Any]") -> str:
-    low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
-    if choices:
-        return " One of " + ", ".join(f"`{choice}`" for choice in choices) + "."
-    if low is None:
-        return ""
-    return f" At least {low}." if high is None else f" Between {low} and {high}."
+            add_flag(verify, field, kind)

@@ -70,12 +70,14 @@ def picture(size: Size, seed: int) -> Image.Image:
     return found
 
 
-def verify(settings: Settings, against: Path, tokens: int, out: Path | None) -> int:
-    """Print what was found, and write it to ``out``; 1 if something is out of bounds, 2 if it
-    cannot be computed."""
+def verify(
+    settings: Settings, against: Path, names: Sequence[str], tokens: int, out: Path | None
+) -> int:
+    """Print what was found of the cases of these names, and write it to ``out``; 1 if something is
+    out of bounds, 2 if it cannot be computed."""
     with tempfile.TemporaryDirectory(prefix="internvl-verify-") as name:
         work = Path(name)
-        status = _compute(settings, tokens, work)
+        status = _compute(settings, names, tokens, work)
         if status == 0:
             told = msgspec.json.encode(settings.engine).decode()
             status = _run("engine.compare", told, str(against), name).wait()
@@ -90,7 +92,7 @@ def verify(settings: Settings, against: Path, tokens: int, out: Path | None) -> 
     return EXIT_DIFFERS if any(outcome.wrong for outcome in found.outcomes) else 0
 
 
-def _compute(settings: Settings, tokens: int, work: Path) -> int:
+def _compute(settings: Settings, names: Sequence[str], tokens: int, work: Path) -> int:
     """Our side: 0 when it is done."""
     told = msgspec.json.encode(settings.engine).decode()
     ours = _run("engine.verify", told, str(work), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -99,7 +101,7 @@ def _compute(settings: Settings, tokens: int, work: Path) -> int:
         line = ours.stdout.readline()
         if line:
             ready = msgspec.json.decode(line, type=Ready)
-            cases = asyncio.run(prepared(settings, ready, tokens))
+            cases = asyncio.run(prepared(settings, ready, names, tokens))
             (work / CASES).write_bytes(msgspec.msgpack.encode(Cases(ready, cases)))
             with contextlib.suppress(BrokenPipeError):  # its status tells
                 ours.stdin.write(b"go\n")
@@ -114,19 +116,22 @@ def _run(module: str, *arguments: str, **pipes: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=os.environ | quiet, **pipes)
 
 
-async def prepared(settings: Settings, ready: Ready, tokens: int) -> list[Case]:
-    """All cases as the server would send them to its engine."""
+async def prepared(
+    settings: Settings, ready: Ready, names: Sequence[str], tokens: int
+) -> list[Case]:
+    """The cases as the server would send them to its engine."""
     model = ServedModel.load("verified", 0, ready, settings)
     media = MediaPipeline(settings.media)
     await media.start(ready.geometry)
     try:
-        return [await _case(*given, settings, model, media, tokens) for given in _given()]
+        return [await _case(*given, settings, model, media, tokens) for given in _given(names)]
     finally:
         await media.close()
 
 
-def _given() -> Iterator[tuple[str, str, list[Size], list[Size], bool]]:
-    for name, (text, pictures, frames) in CASES_OF.items():
+def _given(names: Sequence[str]) -> Iterator[tuple[str, str, list[Size], list[Size], bool]]:
+    for name in names:
+        text, pictures, frames = CASES_OF[name]
         yield name, text, pictures, frames, True
     for width, height in TILED:
         yield f"{width} x {height}", "What is this?", [(width, height)], [], False

@@ -77,8 +77,9 @@ def test_original_checkpoints_too(
     folder = make_checkpoint(
         tmp_path, format="chat", shape=shape, shards=2, change=change, config=config
     )
-    done = verify(folder, "--tokens", "4", "--dtype", dtype)
+    done = verify(folder, "--tokens", "4", "--dtype", dtype, "--cases", "frames", "two pictures")
     assert (done.returncode, wrong(done)) == (0, []), done.stderr
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()[1:3]] == list(CASES[:2:-1])
     assert f"Computed in {dtype}." in done.stdout
 
 
@@ -109,4 +110,7 @@ def test_what_cannot_be_served_is_told(tmp_path: Path) -> None:
     done = verify(folder)
     assert done.returncode == 2
     assert "config.json: architecture 'Other' is not supported" in done.stderr
+    done = verify(folder, "--cases", "text", "film")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--cases: 'film' is none of text, picture" in done.stderr
     assert "Traceback" not in done.stderr

@@ -11,7 +11,8 @@ from fastapi import FastAPI
 
 from server.announce import announce, example
 from server.app import create_app
-from server.cli import flag, main, settings_page, with_model
+from server.cli import main, with_model
+from server.flags import flag, settings_page
 from tests import small_tokenizer
 from tests.fake_engine import FakeEngine, FakeMedia
 from wire.settings import (
