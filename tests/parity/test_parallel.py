@@ -393,3 +393,23 @@ def test_the_refusal_has_the_numbers(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=expected):
         share(text, 8)
+
+
+def memory(own: ModelRunner) -> tuple[int, int, int]:
+    """Blocks of the cache, as told and as they are, and ranks that share the machine."""
+    return own.ready().blocks_total, len(own._kv.layers[0]), own._model.group.neighbours
+
+
+def test_the_cache_is_as_large_as_the_poorest_rank_can_have_it(
+    meeting: Meeting, wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group, _ = meeting
+    small = {"request_tile_bytes": 1, "encoder_cache_bytes": 1, "cpu_memory_utilization": 0.95}
+    options = settings(wide, num_kv_blocks=0, **small)
+    # For each that is in this rank's place; the others have what the machine has.
+    monkeypatch.setattr("engine.memory.free_memory", lambda: group.size * (80 << 20))
+    ranks = Together(*meeting, options)
+    blocks = ranks.ready().blocks_total
+    assert ranks.ask(memory) == [(blocks, blocks, group.size)] * group.size
+    useful = options.max_num_seqs * (WIDE.positions // options.block_size)
+    assert 1 < blocks < useful
