@@ -118,7 +118,9 @@ def _product(decoder_layers: nn.ModuleList, device: torch.device) -> Product:
         if isinstance(child, Linear) and not isinstance(child, Router)
     ]
     if any(size % _STEP for shape in shapes for size in shape):
-        raise CheckpointError(f"fp8 wants a model whose sizes are multiples of {_STEP}")
+        raise CheckpointError(
+            f"fp8 wants a model whose sizes are multiples of {_STEP}, on each rank"
+        )
     outputs, inputs = min(shapes[0][0], _TRIED), shapes[0][1]
     weight = torch.arange(outputs * inputs, device=device).sin().view(outputs, inputs)
     x = torch.linspace(-1, 1, 3 * inputs, device=device).cos().view(3, -1)

@@ -23,7 +23,7 @@ from tests.parity.test_scheduled import requests
 from tests.replay import MaskedAttention, Replays
 from tests.unit import test_awq
 from wire.messages import EngineRequest, PromptLogprobs
-from wire.sampling import SamplingParams
+from wire.sampling import Lookup, SamplingParams
 from wire.settings import EngineSettings
 
 SIZES = (2, 4)
@@ -88,7 +88,9 @@ def asked() -> list[tuple[EngineRequest, list[bytes]]]:
     """Of the scheduler's tests; some ask for log-probabilities too."""
     found = []
     for index, (request, buffers) in enumerate(requests()):
-        also = {} if index % 3 else {"logprobs": 4, "prompt_logprobs": 3}
+        also: dict[str, Any] = {} if index % 3 else {"logprobs": 4, "prompt_logprobs": 3}
+        if index % 3 == 1 and len(request.prompt) > 3:
+            also = {"lookup": Lookup(at=(0, 2), ids=(5, 500))}
         sampling = msgspec.structs.replace(request.sampling, **also)
         found.append((msgspec.structs.replace(request, sampling=sampling), buffers))
     return found
