@@ -53,6 +53,7 @@ STEP = 128
 SMALL = (
     *("--threads", "1", "--max-num-seqs", "1", "--max-model-len", "4096", "--step-budget-ms", "0"),
     *("--kv-cache-memory", str(2 << 30), "--max-num-encoder-tiles", "2"),
+    *("--max-num-batched-tokens", "512"),
 )
 
 
@@ -94,6 +95,15 @@ def made(folder: Path, shape: Shape, format: str, precision: str) -> Path:
         change=lambda tensors: in_four_bits(tensors, GROUP),
         config={text: values},
     )
+
+
+def make(*arguments: Any, apart: bool) -> None:
+    """``made``; ``apart`` in a process of its own, whose memory goes with it."""
+    if not apart:
+        made(*arguments)
+        return
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as maker:
+        maker.submit(made, *arguments).result()
 
 
 def verified(folder: Path, precision: str, tokens: int, work: Path) -> list[Outcome]:
@@ -211,9 +221,7 @@ def main() -> int:
                 packed = precision == "AWQ"
                 folder = given.work / f"{size}-{format}{'-awq' if packed else ''}"
                 if not (folder / "model.safetensors").exists():
-                    # In a process of its own, whose memory goes with it.
-                    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as maker:
-                        maker.submit(made, folder, shape, format, precision).result()
+                    make(folder, shape, format, precision, apart=given.full)
                 row = {"size": size, "shape": "full" if given.full else "scaled"}
                 row |= {"format": format, "precision": precision}
                 verify = verified if given.full else verified_here
