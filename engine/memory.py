@@ -39,14 +39,22 @@ _NAMED = 1024
 
 @contextlib.contextmanager
 def shallow(model: InternVL) -> Iterator[None]:
-    """Leave out all but two layers of encoder and decoder, so that a step takes little time."""
+    """Leave out all but two layers of encoder and decoder, and the first of each other kind, so
+    that a step takes little time."""
     encoder, decoder = model.vision.layers, model.decoder.layers
-    model.vision.layers = nn.ModuleList(list(encoder)[:_LAYERS])
-    model.decoder.layers = nn.ModuleList(list(decoder)[:_LAYERS])
+    model.vision.layers, model.decoder.layers = _few(encoder), _few(decoder)
     try:
         yield
     finally:
         model.vision.layers, model.decoder.layers = encoder, decoder
+
+
+def _few(layers: nn.ModuleList) -> nn.ModuleList:
+    kinds: dict[frozenset[type], nn.Module] = {}
+    for layer in layers:
+        kinds.setdefault(frozenset(map(type, layer.modules())), layer)
+    first = list(layers)[:_LAYERS]
+    return nn.ModuleList([*first, *(one for one in kinds.values() if one not in first)])
 
 
 def largest_step(

@@ -312,9 +312,10 @@ def _tokenizer(folder: Path) -> tuple[Path, Callable[[str], int | None]]:
     """A function from a token to its id, and the file that states it.
 
     An original checkpoint may hold a slow tokenizer only (vocab.json and merges.txt), which lists
-    the tokens outside the merges in tokenizer_config.json.
+    the tokens outside the merges in tokenizer_config.json, or an old one in added_tokens.json.
     """
     path, slow = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    old = folder / "added_tokens.json"
     if path.exists():
         try:
             return path, Tokenizer.from_file(str(path)).token_to_id
@@ -322,14 +323,21 @@ def _tokenizer(folder: Path) -> tuple[Path, Callable[[str], int | None]]:
             if isinstance(error, KeyboardInterrupt):
                 raise
             raise CheckpointError(f"{path} cannot be read: {error}") from None
+    listed = read_json(slow).values if slow.exists() else {}
+    if "added_tokens_decoder" not in listed and old.exists():
+        return old, _whole(read_json(old)).get
     if not slow.exists():
         raise CheckpointError(f"{folder} has no tokenizer.json")
     try:
-        added = read_json(slow).values["added_tokens_decoder"]
+        added = listed["added_tokens_decoder"]
         ids = {str(token["content"]): int(number) for number, token in added.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{slow} does not list the added tokens") from None
     return slow, ids.get
+
+
+def _whole(section: Section) -> dict[str, int]:
+    return {name: section.integer(name) for name in section.values}
 
 
 def _prompt_format(root: Section, chat: bool) -> PromptFormat:

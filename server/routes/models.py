@@ -37,5 +37,6 @@ async def retrieve_model(model: str, request: Request) -> Response:
 
 def _describe(model: ServedModel) -> Model:
     created = datetime.datetime.fromtimestamp(model.created, datetime.UTC)
-    length = model.ready.max_model_len
+    # Of text. With pictures that take fewer positions than tokens (v2pe_delta) it may be more.
+    length = model.ready.context()
     return Model(model.name, model.created, length, model.name, created.isoformat(), length)

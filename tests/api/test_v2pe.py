@@ -91,6 +91,14 @@ async def test_auto_does_not_count_what_the_context_cuts_off(houses: Houses) -> 
     assert step(house) == 1
 
 
+async def test_clients_are_told_a_length_that_text_can_have(houses: Houses) -> None:
+    house = await houses.open(short_of(30))
+    assert house.engine.ready is not None
+    assert house.engine.ready.max_model_len > 30
+    (told,) = (await house.http.get("/v1/models")).json()["data"]
+    assert told["max_model_len"] == 30
+
+
 async def test_answers_end_where_the_positions_do(houses: Houses) -> None:
     house = await houses.open(short_of(60))
     await house.ask(messages=TWO, v2pe_delta=1 / 256)

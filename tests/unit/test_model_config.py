@@ -116,6 +116,15 @@ def test_a_slow_tokenizer_states_its_special_tokens_too(hf: Path) -> None:
     )
     slow.write_text('{"added_tokens_decoder": [1]}')
     assert "does not list the added tokens" in refusal(hf)
+    # As older versions of transformers wrote it.
+    slow.write_text("{}")
+    old = hf / "added_tokens.json"
+    old.write_text(json.dumps({token["content"]: token["id"] for token in added}))
+    assert load_config(hf) == after
+    slow.unlink()
+    assert load_config(hf) == after
+    old.write_text('{"<img>": "first"}')
+    assert "added_tokens.json: <img> must be" in refusal(hf)
 
 
 def test_a_special_token_outside_the_vocabulary_is_refused(hf: Path) -> None:

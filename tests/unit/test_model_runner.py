@@ -1,16 +1,18 @@
 """What the runner says of the model and of the memory it took, and which settings it refuses."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.memory import free_memory
+from engine.memory import free_memory, shallow
 from engine.runner import ModelRunner
 from model import load_config
 from model.kv_cache import KVCache
 from tests.checkpoints import Shape, make_checkpoint
+from tests.parity.direct import load
 from wire.messages import Progress
 from wire.settings import EngineSettings
 
@@ -140,3 +142,16 @@ def test_the_cache_gets_what_a_share_leaves_beside_the_largest_step(
     block = KVCache.block_bytes(load_config(folder).text, BLOCK, torch.float32)
     # 32 MiB are added for what the C library holds.
     assert ready.blocks_total == ((150 - 32 - 32 - 20 - 40) << 20) // block
+
+
+def test_a_shallow_model_has_layers_of_every_kind(tmp_path: Path) -> None:
+    shape = dataclasses.replace(
+        Shape(), backbone="Qwen3MoeForCausalLM", text_bias=False, layers=5, experts=2,
+        dense_layers=(0, 1, 4),
+    )  # fmt: skip
+    model = load(make_checkpoint(tmp_path, shape=shape))
+    whole = list(model.decoder.layers)
+    with shallow(model):
+        assert list(model.decoder.layers) == whole[:3]
+        assert len(model.vision.layers) == 2
+    assert list(model.decoder.layers) == whole
