@@ -459,7 +459,7 @@ def choose_dtype(
     if name == "auto":
         small = device.type == "cpu" and count_parameters(config) <= _SMALL
         name = "float32" if small else config.dtype
-        if settings.quantization == "int8":
+        if settings.quantization == "int8" and device.type == "cpu":
             name = "bfloat16"
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)

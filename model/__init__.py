@@ -8,7 +8,7 @@ import torch
 from model.config import load_config
 from model.internvl import InternVL
 from model.names import names_for
-from model.ops import choose
+from model.ops import NativeOps, choose
 from model.parallel import Group, cuts
 from model.quantize import quantize_layer, quantizer
 from model.schema import CheckpointError, ModelConfig
@@ -38,9 +38,9 @@ def build_model(
     """Load a checkpoint folder's weights, or what a rank of ``group`` needs of them. Raises
     CheckpointError if they do not fit ``config``.
 
-    ``quantization`` is "none", "fp8" (``model.quantize``), "bnb-8bit" or "bnb-4bit"
-    (``model.bnb``), or "int8" (``model.ops.native``); raises ValueError where the device cannot
-    compute it, or where the decoder cannot be divided among so many ranks.
+    ``quantization`` is "none", "fp8" or "int8" (``model.quantize``; int8 on the CPU is that of
+    ``model.ops.native``), "bnb-8bit" or "bnb-4bit" (``model.bnb``). Raises ValueError where the
+    decoder cannot be divided among so many ranks.
 
     A stored output matrix is used whatever tie_word_embeddings says: published checkpoints have
     the flag wrong, and a dropped matrix gives fluent nonsense.
@@ -53,7 +53,9 @@ def build_model(
     group = group or Group()
     model = skeleton(config, tied=tied, group=group)
     parts = cuts(config.text, group.rank, group.size)
-    quantized = quantizer(model.decoder.layers, quantization, device)
+    model.ops = choose(device, dtype, quantization)
+    own = quantization == "int8" and isinstance(model.ops, NativeOps)
+    quantized = quantizer(model.decoder.layers, "none" if own else quantization, device)
 
     def filled(name: str) -> None:
         below, _, rest = name.partition(".")
@@ -65,7 +67,6 @@ def build_model(
     )
     model.vision.fit(config.tile_grid)
     model.vision.fold()
-    model.ops = choose(device, dtype, quantization)
     model.ops.prepare(list(model.modules()), model.decoder.output)
     return model.eval()
 

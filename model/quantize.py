@@ -1,8 +1,9 @@
-"""Linear layers in eight bits: weights quantised once, when loaded, and activations as they come.
+"""Linear layers in eight bits: weights quantised once, when loaded, and activations as they come,
+with a scale for each row of the weight and for each token.
 
-"fp8" is W8A8: weights and activations are float8 (e4m3), with a scale for each row of the weight
-and for each token, and products add in fp32. Only the decoder's layers are quantised; embedding,
-head, encoder and projector stay as they are.
+In "fp8" both are float8 (e4m3), and products add in fp32; in "int8" whole numbers, and products are
+exact. Only the decoder's layers are quantised; embedding, head, encoder and projector stay as they
+are. (Where the CPU's own operations compute "int8", they do so for all layers: model.ops.native.)
 """
 
 import functools
@@ -19,10 +20,13 @@ from model.schema import CheckpointError
 
 _FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FP8).max
+_LARGEST_WHOLE = 127
 # The largest of a row counts as this at least: a row of zeros has a scale too.
 _LEAST = 1e-12
 # Multiples that the kernels want of rows and columns of a weight.
 _STEP = 16
+# Fewer tokens than these torch's product of whole numbers does not take on CUDA.
+_ROWS = 32
 # Rows of the weight that a product is tried with.
 _TRIED = 512
 # Of the products' deviation; what rounding to bfloat16 takes is a tenth of it.
@@ -88,15 +92,47 @@ class Fp8Linear(Linear):
         return found.to(x.dtype).view(*x.shape[:-1], -1)
 
 
+def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``[N, size]`` as int8 and a scale per row, ``[N, 1]`` fp32: their product is nearest."""
+    wide = rows.float()
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=_LEAST) / _LARGEST_WHOLE
+    return (wide / scale).round().to(torch.int8), scale
+
+
+class Int8Linear(Linear):
+    """In the place of a linear layer, with its values."""
+
+    def __init__(self, layer: Linear) -> None:
+        nn.Module.__init__(self)
+        weight, scale = to_int8(layer.weight)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale.T.contiguous(), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, scale = to_int8(x.flatten(0, -2))
+        count = len(rows)
+        if count < _ROWS:
+            rows = functional.pad(rows, (0, 0, 0, _ROWS - count))
+        found = torch._int_mm(rows, self.weight.T)[:count] * scale * self.scale
+        if self.bias is not None:
+            found += self.bias
+        return found.to(x.dtype).view(*x.shape[:-1], -1)
+
+
 def quantizer(decoder_layers: nn.ModuleList, kind: str, device: torch.device) -> Quantizer | None:
     """What takes the place of the linear layers of the decoder's layers, made when they have their
-    weights: in float8 for "fp8", or by bitsandbytes (``model.bnb``). None for other kinds.
+    weights: in float8 for "fp8", in whole numbers for "int8", or by bitsandbytes (``model.bnb``).
+    None for "none".
 
     Raises CheckpointError where the device, the model's shape or what is installed does not allow
     it.
     """
     if kind == "fp8":
         return functools.partial(Fp8Linear, product=_product(decoder_layers, device))
+    if kind == "int8":
+        _check_sizes(decoder_layers, kind)
+        return Int8Linear
     if kind.startswith("bnb"):
         return functools.partial(bnb.BnbLinear, kind=kind, library=bnb.library())
     return None
@@ -110,18 +146,24 @@ def quantize_layer(decoder: nn.Module, name: str, quantized: Quantizer) -> None:
         decoder.set_submodule(name, quantized(layer))
 
 
-def _product(decoder_layers: nn.ModuleList, device: torch.device) -> Product:
-    """The first product that computes what it should for a layer as wide as one of these."""
-    shapes = [
+def _check_sizes(decoder_layers: nn.ModuleList, kind: str) -> torch.Size:
+    """The size of a linear layer; raises CheckpointError where one does not suit the kernels."""
+    sizes = [
         child.weight.shape
         for child in decoder_layers.modules()
         if isinstance(child, Linear) and not isinstance(child, Router)
     ]
-    if any(size % _STEP for shape in shapes for size in shape):
+    if any(length % _STEP for size in sizes for length in size):
         raise CheckpointError(
-            f"fp8 wants a model whose sizes are multiples of {_STEP}, on each rank"
+            f"{kind} wants a model whose sizes are multiples of {_STEP}, on each rank"
         )
-    outputs, inputs = min(shapes[0][0], _TRIED), shapes[0][1]
+    return sizes[0]
+
+
+def _product(decoder_layers: nn.ModuleList, device: torch.device) -> Product:
+    """The first product that computes what it should for a layer as wide as one of these."""
+    outputs, inputs = _check_sizes(decoder_layers, "fp8")
+    outputs = min(outputs, _TRIED)
     weight = torch.arange(outputs * inputs, device=device).sin().view(outputs, inputs)
     x = torch.linspace(-1, 1, 3 * inputs, device=device).cos().view(3, -1)
     (rows, x_scale), (held, scale) = to_fp8(x), to_fp8(weight)

@@ -299,9 +299,9 @@ class EngineSettings:
     quantization: str = knob(
         "none",
         "Weights and activations in eight bits. 'fp8': the decoder's layers, on CUDA from compute "
-        "capability 8.9 on; 'int8': all layers, on the CPU where the C was compiled; 'bnb-8bit', "
-        "'bnb-4bit': the decoder's layers as the model cards load them, by bitsandbytes, which "
-        "must be installed.",
+        "capability 8.9 on; 'int8': the decoder's layers, and all layers on a CPU with compiled "
+        "C; 'bnb-8bit', 'bnb-4bit': the decoder's layers as the model cards load them, by "
+        "bitsandbytes, which must be installed.",
         choices=("none", "fp8", "int8", "bnb-8bit", "bnb-4bit"),
     )
     attention_backend: str = knob(

@@ -17,7 +17,7 @@ from model import InternVL, build_model, load_config
 from model.layers import Linear
 from model.mlp import Experts
 from model.ops import Ops, choose
-from model.quantize import PRODUCTS, Fp8Linear, to_fp8
+from model.quantize import PRODUCTS, Fp8Linear, Int8Linear, to_fp8, to_int8
 from model.schema import CheckpointError
 from tests.checkpoints import Shape, make_checkpoint
 from tests.parity.direct import prompt, run
@@ -74,6 +74,36 @@ def test_a_layer_computes_the_product_of_what_was_rounded(product: Any, bias: bo
     if layer.bias is not None:
         expected += layer.bias.double()
     torch.testing.assert_close(found.flatten(0, 1).double(), expected, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 33])
+def test_a_layer_in_whole_numbers_computes_exactly_what_was_rounded(tokens: int) -> None:
+    layer = Linear(32, 48, bias=True)
+    torch.manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape).bfloat16()
+    x = torch.randn(tokens, 32).bfloat16() * torch.logspace(-2, 2, tokens)[:, None].bfloat16()
+    found = Int8Linear(layer)(x)
+    (rows, scale), (weight, weight_scale) = to_int8(x), to_int8(layer.weight)
+    for whole, its_scale, true in ((rows, scale, x), (weight, weight_scale, layer.weight)):
+        assert int(whole.abs().amax(-1).min()) == 127
+        assert bool(((whole * its_scale - true.float()).abs() <= its_scale * 0.50001).all())
+    assert layer.bias is not None
+    products = (rows.double() @ weight.double().T).float()
+    torch.testing.assert_close(
+        found, (products * scale * weight_scale.T + layer.bias).bfloat16(), rtol=0, atol=0
+    )
+    for index in range(tokens):  # whatever is computed beside it
+        assert torch.equal(Int8Linear(layer)(x[index : index + 1])[0], found[index])
+
+
+def test_in_whole_numbers_answers_are_near(folder: Path) -> None:
+    ids, tiles = prompt(SHAPE, [2])
+    model = build(folder, "int8")
+    layers = [m for m in model.modules() if isinstance(m, Int8Linear)]
+    assert len(layers) == 4 * SHAPE.layers
+    true, found = (run(one, ids, tiles).double() for one in (build(folder, "none"), model))
+    assert 0 < (found - true).abs().mean() / true.std() < 0.05
 
 
 def test_the_decoders_layers_are_quantised_and_nothing_else(folder: Path) -> None:
@@ -158,8 +188,9 @@ def test_experts_are_quantised_and_the_choice_among_them_is_not(tmp_path: Path) 
 
 def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
     odd = make_checkpoint(tmp_path, shape=Shape(mlp=100))
-    with pytest.raises(CheckpointError, match="multiples of 16"):
-        build(odd, "fp8")
+    for kind in ("fp8", "int8"):
+        with pytest.raises(CheckpointError, match=f"{kind} wants .* multiples of 16"):
+            build(odd, kind)
     with pytest.raises(ValueError, match="needs a CUDA device"):
         ModelRunner(EngineSettings(model=str(odd), device="cpu", quantization="fp8"))
 
