@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 Tell = Callable[[Progress | Fault], None]
 
-COMMAND = (sys.executable, "-P", "-m", "engine.rank")
+_COMMAND = (sys.executable, "-P", "-m", "engine.rank")
 # Bytes of what a rank says: progress, and why it fails.
 _MOST = 1 << 16
 # Seconds until which somebody has seen which rank died, when a collective operation fails of it.
@@ -56,16 +56,12 @@ class Ranks:
     something goes to the other ranks first.
 
     Raises what ``ModelRunner`` does, and RanksMissing. ``tell`` hears how far the slowest rank is
-    with loading, and why this process ends when a rank has ended. ``command`` starts a rank, with
-    the file descriptor of its socket and our process id as further arguments.
+    with loading, and why this process ends when a rank has ended.
     """
 
-    def __init__(
-        self, settings: EngineSettings, tell: Tell, command: Sequence[str] = COMMAND
-    ) -> None:
+    def __init__(self, settings: EngineSettings, tell: Tell) -> None:
         self._tell = tell
         self._progress = _Slowest(tell)
-        self._command = command
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._channels: dict[int, Channel[FromRank]] = {}
         self._loaded: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -94,9 +90,9 @@ class Ranks:
             log_level=self._log_level,
             log_format=os.environ.get(FORMAT_VARIABLE) or "text",
         )
-        for rank, sock in sockets.items():
-            self._invite(part, rank, sock)
         with self._blaming():
+            for rank, sock in sockets.items():
+                self._invite(part, rank, sock)
             self._own = load_part(part, functools.partial(self._progress.hear, 0), listener)
         for _ in self._channels:
             self._loaded.get()
@@ -117,7 +113,7 @@ class Ranks:
         ours, theirs = socket.socketpair()
         with theirs:
             self._children[rank] = subprocess.Popen(
-                [*self._command, str(theirs.fileno()), str(os.getpid())],
+                [*_COMMAND, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
