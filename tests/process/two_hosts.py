@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.client import ProcessEngine
+from engine.process import end_with_parent
 from tests.process.test_engine_main import request
 from wire.settings import EngineSettings
 
@@ -60,6 +61,7 @@ def raise_device(name: str, address: str) -> None:
 
 def second(folder: Path) -> None:
     """The other host, until it becomes `internvl rank`."""
+    end_with_parent(os.getppid())  # `internvl rank`, too
     sys.stdout.write("here\n")
     sys.stdout.flush()
     sys.stdin.readline()
