@@ -28,7 +28,8 @@ def load(settings: EngineSettings, tell: Callable[[Progress | Fault], None]) -> 
 def main() -> None:
     """Serve the socket named on the command line."""
     level, form = os.environ.get(logs.LEVEL_VARIABLE), os.environ.get(logs.FORMAT_VARIABLE)
-    logs.setup(level or "info", "engine", form or "text")
+    name = os.environ.get(logs.NAME_VARIABLE)
+    logs.setup(level or "info", name or "engine", form or "text")
     end_with_parent(os.getppid())
     status = serve(socket.socket(fileno=int(sys.argv[1])), load)
     # Nothing is left to save, and tearing down a device context can take seconds.

@@ -18,7 +18,7 @@ from typing import NoReturn, Protocol
 from engine.streams import Streams
 from wire.channel import AsyncChannel, Buffer, ChannelClosed
 from wire.errors import EngineFailed, ServiceError, Unavailable
-from wire.logs import FORMAT_VARIABLE, LEVEL_VARIABLE
+from wire.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, NAME_VARIABLE
 from wire.messages import (
     Control,
     EngineOutput,
@@ -234,14 +234,15 @@ class ProcessEngine(BaseEngine):
     a row. ``failure`` then says why, for the operator; it may name files and must not be sent to
     a client.
 
-    ``command`` is what is started, with the socket's file descriptor as one more argument; for
-    ``max_unread`` see engine.streams.
+    ``name`` is what the log calls it, and ``command`` what is started, with the socket's file
+    descriptor as one more argument; for ``max_unread`` see engine.streams.
     """
 
     def __init__(
         self,
         settings: EngineSettings,
         *,
+        name: str = "engine",
         log_level: str = "info",
         log_format: str = "text",
         command: Sequence[str] = (sys.executable, "-P", "-m", "engine"),
@@ -252,6 +253,7 @@ class ProcessEngine(BaseEngine):
     ) -> None:
         super().__init__(max_unread=max_unread)
         self.failure: str | None = None
+        self._name = name
         self._settings = settings
         self._log_level = log_level
         self._log_format = log_format
@@ -323,7 +325,7 @@ class ProcessEngine(BaseEngine):
             await self._live()
         except Exception as error:
             self._lose(error)
-        logger.error("the engine is gone: %s", self.failure)
+        logger.error("the %s is gone: %s", self._name, self.failure)
         return self.ready is not None and self._failed_starts < self._max_failed_starts
 
     async def _live(self) -> None:
@@ -357,6 +359,7 @@ class ProcessEngine(BaseEngine):
             stdin=asyncio.subprocess.DEVNULL,
             env=environment()
             | {LEVEL_VARIABLE: self._log_level, FORMAT_VARIABLE: self._log_format}
+            | {NAME_VARIABLE: self._name}
             | _QUIET,
         )
 

@@ -108,9 +108,10 @@ def _serve(options: argparse.Namespace) -> int:
     from server.app import create_app
     from server.run import serve
 
-    def engine_of(group: EngineSettings) -> ProcessEngine:
+    def engine_of(group: EngineSettings, name: str) -> ProcessEngine:
         return ProcessEngine(
             group,
+            name=name,
             log_level=settings.server.log_level,
             log_format=settings.server.log_format,
             max_unread=settings.server.max_unread_tokens,
@@ -118,10 +119,10 @@ def _serve(options: argparse.Namespace) -> int:
 
     critic = None
     if settings.critic.critic_model:
-        critic = engine_of(settings.critic_engine)
+        critic = engine_of(settings.critic_engine, "critic")
     media = MediaPipeline(settings.media)
     try:
-        app = create_app(settings, engine_of(settings.engine), media, critic=critic)
+        app = create_app(settings, engine_of(settings.engine, "engine"), media, critic=critic)
         return serve(app, settings)
     except SettingError as error:
         print(f"internvl serve: {error}", file=sys.stderr)

@@ -98,8 +98,8 @@ class Service:
                 ready = await self.engine.wait_ready()  # raises when the engine is lost for good
                 if self.model is None or self.model.ready != ready:
                     await self.media.start(ready.geometry)
-                    if self.critic is not None:  # when it is known what the first one leaves
-                        await self.critic.start()
+                    if self.critic is not None and self.model is None:
+                        await self.critic.start()  # now that it is known what the first one leaves
                     self.model = await asyncio.to_thread(
                         ServedModel.load, self.name, self._created, ready, self.settings
                     )

@@ -31,6 +31,7 @@ def about(identity: str) -> Iterator[None]:
 
 LEVEL_VARIABLE = "INTERNVL_LOG_LEVEL"
 FORMAT_VARIABLE = "INTERNVL_LOG_FORMAT"
+NAME_VARIABLE = "INTERNVL_LOG_NAME"
 """Environment variables of the settings; a process passes them on to those it starts."""
 
 

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from server.chat.critic import SYSTEM
+from server.keys import fingerprint
 from tests.api.conftest import House, Houses
 from tests.api.test_chat import events, picture
 from tests.api.test_errors import error_of
@@ -501,3 +502,34 @@ async def test_schemas_hold_every_candidate(house: House) -> None:
     assert [one["score"] for one in answer["best_of"]["candidates"]] == [1.0, 1.0]
     assert json.loads(content(answer)) == {"a": 2.5, "b": 1}
     assert all(request.sampling.grammar for request in house.engine.requests)
+
+
+async def test_a_server_without_its_critic_goes_on_with_another_engine(houses: Houses) -> None:
+    critic = FakeEngine(CRITIC_READY)
+    house = await houses.open(critic=critic)
+    critic.state, critic.fails_to_load = "failed", True
+    house.engine.ready = house.engine._facts = make_ready(max_model_len=256)
+    async with asyncio.timeout(10):
+        while house.service.state != "ready":
+            await asyncio.sleep(0.01)
+    assert (await house.ask(**best(2))).status_code == 200
+
+
+async def test_what_the_critic_reads_is_counted_and_taken_from_the_key(houses: Houses) -> None:
+    critic = FakeEngine(CRITIC_READY, judging(lambda _: 1.0))
+    file = houses.folder.parent / "keys.toml"
+    digest = fingerprint("secret-key").hex()
+    file.write_text(f'[keys.a]\nsha256 = "{digest}"\ntokens_per_minute = 1000000\n')
+    engine = FakeEngine(None, drawing(["A", "B"]))
+    house = await houses.open(engine, critic=critic, clock=lambda: 0.0, api_keys_file=str(file))
+    key = {"Authorization": "Bearer secret-key"}
+    body = {"messages": [{"role": "user", "content": "Hello!"}]} | best(2, "visualprm")
+    answer = await house.http.post("/v1/chat/completions", json=body, headers=key)
+    usage = answer.json()["usage"]
+    (account,) = house.service.keys.accounts.values()
+    left = int(account.headers()["x-ratelimit-remaining-tokens"])
+    assert 1_000_000 - left == usage["total_tokens"] + usage["best_of"]["critic_tokens"]
+    page = (await house.http.get("/metrics", headers=key)).text
+    assert 'internvl_best_of_total{critic="visualprm"} 1.0' in page
+    assert "internvl_critic_seconds_count 1.0" in page
+    assert "internvl_critic_restarts 0.0" in page
