@@ -71,6 +71,11 @@ async def announce(service: Service, host: str, port: int, scheme: str = "http")
         f"{ready.device}, attention by {ready.attention}, context {ready.max_model_len} tokens, "
         f"cache for {ready.blocks_total * ready.block_size}"
     )
+    if service.critic is not None:
+        critic = service.critic.ready
+        say(
+            f"critic: {critic.parameters / 1e6:.1f} M parameters, {critic.dtype} on {critic.device}"
+        )
     if service.media.missing:
         lacking = ", ".join(service.media.missing)
         say(f"WARNING: pictures are decoded without these layers of the sandbox: {lacking}")

@@ -326,7 +326,10 @@ class BestOf(Form):
     those of all, and ``return_scores``, if not false, for what the critic says of them."""
 
     n: int = Field(ge=1, le=MAX_CHOICES)
-    critic: Literal["logprob", "vote", "visualprm"] = "logprob"
+    critic: Annotated[
+        Literal["logprob", "vote", "visualprm"],
+        BeforeValidator(lambda value: "logprob" if value is None else value),
+    ] = "logprob"
     return_scores: bool | None = None
     return_texts: bool | None = None
 

@@ -275,6 +275,8 @@ async def test_one_is_no_comparison(house: House) -> None:
     assert "best_of" not in answer
     assert len(house.engine.requests) == 1
     assert (await house.ask(**best(2, "vote"), n=1)).status_code == 200
+    nothing = {"critic": None, "return_scores": None, "return_texts": None}
+    assert (await ask(house, best_of={"n": 2} | nothing))["best_of"]["critic"] == "logprob"
 
 
 async def test_candidates_count_as_choices_to_the_queue_and_to_keys(houses: Houses) -> None:
@@ -382,7 +384,8 @@ async def test_pictures_go_to_the_critic_in_front_of_the_question(houses: Houses
     parts = [{"type": "text", "text": "What is "}, picture("a"), {"type": "text", "text": "it?"}]
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
     house, critic = await critical(houses, lambda _: 1.0, drawing(["A", "B"]))
-    await ask(house, **best(2, "visualprm"), messages=messages)
+    await ask(house, **best(2, "visualprm"), messages=messages, cache_salt="mine")
+    assert {request.cache_salt for request in critic.requests} == {b"mine"}
     one = "<img>" + "<IMG_CONTEXT>" * 6 + "</img>\n"
     for request, step in zip(critic.requests, "AB", strict=True):
         assert request.prompt == encode_rendered(rendered(f"{one}What is it?", [step]))
@@ -439,8 +442,11 @@ async def test_a_critic_that_is_gone_is_said_to_be(houses: Houses) -> None:
         assert "secret" not in error["message"]
     critic.state = "failed"
     before = len(house.engine.requests)
-    assert (await house.ask(**best(2, "visualprm"))).status_code == 503
-    assert len(house.engine.requests) == before, "known before anything was drawn"
+    messages = [{"role": "user", "content": [picture("a")]}]
+    refused = await house.ask(**best(2, "visualprm"), messages=messages)
+    assert refused.status_code == 503
+    assert not house.media.parts, "known before anything was fetched"
+    assert len(house.engine.requests) == before
     assert (await house.ask(**best(2, "vote"))).status_code == 200
 
 

@@ -198,5 +198,7 @@ def test_a_critic_that_dies_is_started_again_and_says_the_same(court: Court) -> 
         assert one["steps"] == pytest.approx(other["steps"], abs=TOLERANCE)
     assert court.server.metric("internvl_critic_restarts") == 1
     assert court.server.metric("internvl_engine_restarts_total") == 0
-    assert "the critic is gone" in court.server.log.read_text()
+    log = court.server.log.read_text()
+    assert "critic: 0." in log
+    assert "the critic is gone" in log
     assert first in court.server.children("engine")
