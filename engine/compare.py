@@ -226,7 +226,7 @@ def main() -> int:
         torch.set_num_threads(settings.threads)
     try:
         found = compare(settings, folder, work)
-    except NoReference as error:
+    except (NoReference, torch.OutOfMemoryError) as error:
         print(f"transformers cannot compute this: {error}", file=sys.stderr)
         return 2
     (work / FOUND).write_bytes(msgspec.json.encode(found))

@@ -73,7 +73,7 @@ def main() -> int:
     os.dup2(2, 1)  # what libraries print is no answer
     try:
         runner = Watched(settings)
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, ValueError, torch.OutOfMemoryError) as error:
         print(f"this cannot be served: {error}", file=sys.stderr)
         return 2
     answers.write(msgspec.json.encode(runner.ready()) + b"\n")

@@ -32,10 +32,12 @@ from server.grammars import GrammarChecker
 from server.schemas.chat import ChatRequest
 from server.schemas.common import ImageUsage
 from wire.cases import CASES, FOUND, Case, Cases, Found, Outcome, Picture
+from wire.errors import ServiceError
 from wire.messages import Ready
 from wire.settings import Settings
+from wire.tokenizer_file import TokenizerError
 
-EXIT_DIFFERS = 1
+EXIT_DIFFERS, EXIT_FAILED = 1, 2
 
 # Width and height. The first ones are computed, and few tiles of a usual size; the others are of
 # every kind of grid, and only tiled.
@@ -77,12 +79,14 @@ def verify(
     out of bounds, 2 if it cannot be computed."""
     with tempfile.TemporaryDirectory(prefix="internvl-verify-") as name:
         work = Path(name)
-        status = _compute(settings, names, tokens, work)
-        if status == 0:
-            told = msgspec.json.encode(settings.engine).decode()
-            status = _run("engine.compare", told, str(against), name).wait()
-        if status != 0:
-            return status
+        try:
+            done = _compute(settings, names, tokens, work)
+        except (ServiceError, TokenizerError) as error:
+            print(f"this cannot be served: {error}", file=sys.stderr)
+            done = False
+        told = msgspec.json.encode(settings.engine).decode()
+        if not done or _run("engine.compare", told, str(against), name).wait() != 0:
+            return EXIT_FAILED
         found = msgspec.json.decode((work / FOUND).read_bytes(), type=Found)
     print("\n".join(describe(found)))
     if out is not None:
@@ -92,8 +96,8 @@ def verify(
     return EXIT_DIFFERS if any(outcome.wrong for outcome in found.outcomes) else 0
 
 
-def _compute(settings: Settings, names: Sequence[str], tokens: int, work: Path) -> int:
-    """Our side: 0 when it is done."""
+def _compute(settings: Settings, names: Sequence[str], tokens: int, work: Path) -> bool:
+    """Our side; whether it is done. Raises ServiceError, TokenizerError."""
     told = msgspec.json.encode(settings.engine).decode()
     ours = _run("engine.verify", told, str(work), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with ours:
@@ -106,7 +110,7 @@ def _compute(settings: Settings, names: Sequence[str], tokens: int, work: Path) 
             with contextlib.suppress(BrokenPipeError):  # its status tells
                 ours.stdin.write(b"go\n")
                 ours.stdin.flush()
-    return ours.returncode or (0 if line else 1)
+    return ours.returncode == 0
 
 
 def _run(module: str, *arguments: str, **pipes: Any) -> subprocess.Popen[bytes]:

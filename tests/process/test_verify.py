@@ -26,7 +26,7 @@ def verify(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=240,
     )
 
 
@@ -113,4 +113,8 @@ def test_what_cannot_be_served_is_told(tmp_path: Path) -> None:
     done = verify(folder, "--cases", "text", "film")
     assert (done.returncode, done.stdout) == (2, "")
     assert "--cases: 'film' is none of text, picture" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = verify(CHECKPOINT, "--max-model-len", "40")
+    assert done.returncode == 2
+    assert "this cannot be served" in done.stderr
     assert "Traceback" not in done.stderr
