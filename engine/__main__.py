@@ -18,7 +18,7 @@ from wire.settings import EngineSettings
 
 def load(settings: EngineSettings, tell: Callable[[Progress | Fault], None]) -> Runner:
     """Import torch and load the model, when the socket is already being watched."""
-    if settings.tensor_parallel_size > 1:
+    if settings.processes > 1:
         return Ranks(settings, tell)
     from engine.runner import ModelRunner
 

@@ -52,7 +52,7 @@ class _Door:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._secret = read_secret(settings.rank_secret_file)
-        self._each = settings.tensor_parallel_size // settings.nodes
+        self._each = settings.processes // settings.nodes
         self._places = [
             Place(node, index) for node in range(1, settings.nodes) for index in range(self._each)
         ]

@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,12 +42,15 @@ _NAMED = 1024
 def shallow(model: InternVL) -> Iterator[None]:
     """Leave out all but two layers of encoder and decoder, and the first of each other kind, so
     that a step takes little time."""
-    encoder, decoder = model.vision.layers, model.decoder.layers
-    model.vision.layers, model.decoder.layers = _few(encoder), _few(decoder)
+    parts: list[Any] = [model.decoder, *([model.vision] if model.group.stage == 0 else [])]
+    whole = [part.layers for part in parts]
+    for part, layers in zip(parts, whole, strict=True):
+        part.layers = _few(layers)
     try:
         yield
     finally:
-        model.vision.layers, model.decoder.layers = encoder, decoder
+        for part, layers in zip(parts, whole, strict=True):
+            part.layers = layers
 
 
 def _few(layers: nn.ModuleList) -> nn.ModuleList:
@@ -142,7 +146,8 @@ def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, ste
     Raises ValueError if there is no room for a single one, or not for as many as were asked for.
     """
     geometry = model.config.geometry
-    rest = step + encoded_pictures(settings, model.config, model.dtype)
+    sees = model.group.stage == 0  # or has nothing to do with pictures
+    rest = step + (encoded_pictures(settings, model.config, model.dtype) if sees else 0)
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(model.device)
@@ -152,7 +157,7 @@ def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, ste
         free = free_memory() // model.group.neighbours
         ours = int(free * settings.cpu_memory_utilization)
         context = max_model_len // geometry.tokens_per_tile * geometry.tile_bytes
-        rest += max(settings.request_tile_bytes, context) + _HELD
+        rest += (max(settings.request_tile_bytes, context) if sees else 0) + _HELD
     size = KVCache.block_bytes(model.text, settings.block_size, model.dtype)
     useful = settings.max_num_seqs * -(-max_model_len // settings.block_size)
     explicit = settings.num_kv_blocks * size or settings.kv_cache_memory

@@ -57,7 +57,7 @@ def load_part(
     import torch
 
     from engine.runner import ModelRunner, default_threads
-    from model import load_config, parallel
+    from model import load_config, parallel, stages
 
     settings = join.settings
     device = torch.device(settings.device)
@@ -66,10 +66,14 @@ def load_part(
             raise ValueError(f"{join.each} processes need as many CUDA devices; here are {found}")
         device = torch.device("cuda", join.index)
     config = load_config(Path(settings.model))
-    parallel.share(config.text, join.size)  # or say now that it cannot be
+    # Or say now that it cannot be.
+    parallel.share(config.text, settings.tensor_parallel_size)
+    stages.check_stages(config.text.layers, settings.pipeline_parallel_size)
     threads = max(1, default_threads(config) // join.each)
     settings = dataclasses.replace(settings, threads=settings.threads or threads)
-    group = parallel.join(join.rank, join.size, join.address, device, listener)
+    group = parallel.join(
+        join.rank, join.size, join.address, device, listener, settings.pipeline_parallel_size
+    )
     return ModelRunner(settings, progress, group)
 
 

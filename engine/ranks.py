@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NoReturn
@@ -67,8 +67,9 @@ class Ranks:
         self._loaded: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._ending = threading.Lock()
         self._is_up = False
+        self._encoding = range(1, settings.tensor_parallel_size)  # the others of the first stage
         self._log_level = _log_level()  # as the ranks have been told
-        size, each = settings.tensor_parallel_size, settings.tensor_parallel_size // settings.nodes
+        size, each = settings.processes, settings.processes // settings.nodes
         others = gather(settings, tell) if settings.nodes > 1 else {}
         own = local_address(next(iter(others.values()))) if others else LOOPBACK
         use_interface(own)
@@ -134,7 +135,7 @@ class Ranks:
     def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         """See Runner."""
         with self._blaming():
-            self._send(Upload(request), buffers)
+            self._send(Upload(request), buffers, to=self._encoding)
             self._own.upload(request, buffers)
 
     def begin(self, plan: StepPlan) -> None:
@@ -158,10 +159,12 @@ class Ranks:
             self._send(Finish())
             return self._own.finish()
 
-    def _send(self, order: Order, buffers: Sequence[Buffer] = ()) -> None:
+    def _send(
+        self, order: Order, buffers: Sequence[Buffer] = (), to: Collection[int] | None = None
+    ) -> None:
         pieces = frame(order, buffers)
-        for channel in self._channels.values():
-            channel.write(pieces)
+        for rank in self._channels if to is None else to:
+            self._channels[rank].write(pieces)
 
     @contextlib.contextmanager
     def _blaming(self) -> Iterator[None]:

@@ -40,7 +40,7 @@ from engine.rows import DeviceRows, Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, asked, logprobs, score
 from engine.sampling.sampler import NOTHING_LEFT, draws, sample
 from engine.trial import Trial
-from engine.vision import EncoderOutputs, Encoding
+from engine.vision import EncoderOutputs, Encoding, NoOutputs
 from model import ModelConfig, build_model, count_parameters, load_config
 from model.attention import choose
 from model.kv_cache import KVCache
@@ -65,7 +65,7 @@ class _Begun:
 
     step: int
     names: list[str]
-    logits: Tensor | None = None  # None without rows
+    logits: Tensor | None = None  # None without rows, and in later stages
     scored: Scored | None = None
     encoding: Encoding | None = None
     graph: DecodeGraph | None = None  # that made the logits, padded ones behind
@@ -129,7 +129,7 @@ class ModelRunner:
         limit = _max_model_len(settings, config)
         # No more than a step may draw for: memory is set aside for the logits of so many.
         self._score_at_once = min(64, settings.max_num_seqs)
-        self._draws = group.rank == 0
+        self._draws = group.is_first
         self._grammars = Grammars.load(folder, config.eos_token_ids) if self._draws else None
         if settings.num_kv_blocks:
             limit = within(settings.num_kv_blocks, settings, limit)
@@ -161,7 +161,7 @@ class ModelRunner:
         # Without the warm-up's picture.
         self._make_vision(settings)
         # Where there are ranks, who leads them must do this with all of them.
-        if settings.step_budget_ms and group.size == 1:
+        if settings.step_budget_ms and group.is_alone:
             self._cost = Trial(self, settings).fit()
 
     def _allocate(self, settings: EngineSettings, blocks: int, max_model_len: int) -> None:
@@ -185,7 +185,8 @@ class ModelRunner:
 
     def _make_vision(self, settings: EngineSettings) -> None:
         chunk, graphs = settings.encoder_chunk_tiles, self._tile_graphs
-        self._vision = EncoderOutputs(self._model, chunk, graphs)
+        outputs = NoOutputs if self._group.stage else EncoderOutputs
+        self._vision = outputs(self._model, chunk, graphs)
 
     def _capturer(self, settings: EngineSettings) -> Capture | None:
         """A new one each time: memory that graphs shared is not shared again when they are gone."""
@@ -203,19 +204,23 @@ class ModelRunner:
             rows, tiles = rows[-1:], tiles[-1:]
         try:
             with torch.inference_mode():
-                self._tile_graphs = TileGraphs(self._model, tiles, capture)
-                # Which experts a token goes to is known on the host only after a wait.
-                if self._attention.graph_safe and self._model.config.text.experts is None:
+                if self._group.stage == 0:
+                    self._tile_graphs = TileGraphs(self._model, tiles, capture)
+                # Which experts a token goes to is known on the host only after a wait, and stages
+                # wait for each other.
+                safe = self._attention.graph_safe and self._model.config.text.experts is None
+                if safe and self._group.stages == 1:
                     self._graphs = DecodeGraphs(
                         self._model, self._kv, self._attention, self._device_rows, rows, capture
                     )
         except RuntimeError as error:
-            if self._group.size > 1:
+            if not self._group.is_alone:
                 raise RuntimeError("no CUDA graphs (--cuda-graphs false goes without)") from error
             self._graphs = self._tile_graphs = None
             logger.warning("no graphs: %s", (str(error) or repr(error)).splitlines()[0])
             return
-        logger.info("graphs tiles=%s rows=%s", tiles, rows if self._graphs else "none")
+        made = tiles if self._tile_graphs else "none", rows if self._graphs else "none"
+        logger.info("graphs tiles=%s rows=%s", *made)
 
     def _profile(self, settings: EngineSettings, max_model_len: int) -> int:
         """Bytes that the largest step takes beside weights and caches."""
@@ -303,8 +308,8 @@ class ModelRunner:
         assert self._drawn is None, "the step before is not finished"
         begun, self._begun = self._begun, None
         tokens, likely = torch.zeros(0), None
-        if begun.logits is not None:
-            if self._draws:
+        if begun.names:
+            if begun.logits is not None and self._draws:
                 tokens, likely = self._draw(begun, begun.logits)
                 self._group.broadcast(tokens)
             else:
@@ -388,6 +393,8 @@ class ModelRunner:
             if work.sample:
                 names.append(work.id)
                 last.append(start + work.count - 1)
+        if self._group.stage:
+            return _Begun(plan.step, names)
         scored = self._score(scoring) if scoring else None
         logits = self._model.logits(hidden[to_device(last, hidden.device)]) if last else None
         return _Begun(plan.step, names, logits, scored)

@@ -1,6 +1,7 @@
 """What a checkpoint takes of a device's memory, from its config.json alone: no weights are read,
 and the device need not be here. ``internvl plan`` prints it. Of several devices, which compute one
-model together (``model.parallel``), all take as much as the first.
+model together, all of a stage take as much as its first (``model.parallel``), and the stage with
+the least room is the one that counts (``model.stages``).
 
     python -m engine.sizing MEMORY_IN_BYTES SETTINGS_AS_JSON
 
@@ -22,6 +23,7 @@ from model.kv_cache import KVCache
 from model.ops import Ops
 from model.parallel import possible_sizes, share
 from model.schema import TextConfig
+from model.stages import part_of, share_out, weight_sizes
 from wire.settings import EngineSettings
 
 GIB = 1 << 30
@@ -37,12 +39,14 @@ class Sizing:
     and ``tokens`` that fit in the cache.
 
     ``config`` tells of the whole model, ``text`` of the part that each of ``devices`` has of its
-    decoder.
+    decoder; ``layers`` are those of its stage.
     """
 
     config: ModelConfig
     text: TextConfig
     devices: int
+    stages: int
+    layers: range
     dtype: str
     parameters: dict[str, int]
     weights: int
@@ -86,27 +90,28 @@ def size(config: ModelConfig, settings: EngineSettings, memory: int) -> Sizing:
     tied = config.text.tied and config.format == "chat"
     devices = settings.tensor_parallel_size
     text = share(config.text, devices)
-    model = skeleton(dataclasses.replace(config, text=text), tied=tied)
+    model = skeleton(config, tied=tied, text=text)
     parameters = _parameters(skeleton(config, tied=tied))
-    weights = sum(_parameters(model).values()) * dtype.itemsize
-    if settings.quantization != "none":
-        # With the fp32 scale that 64 of them share.
-        bits = 4.5 if settings.quantization == "bnb-4bit" else 8
-        small = sum(p.numel() for p in model.decoder.layers.parameters() if p.dim() > 1)
-        weights -= int(small * (8 * dtype.itemsize - bits) / 8)
-    return Sizing(
-        config=config,
-        text=text,
-        devices=devices,
-        dtype=str(dtype).removeprefix("torch."),
-        parameters=parameters,
-        weights=weights,
-        token=KVCache.block_bytes(text, 1, dtype),
-        step=_step(config, text, settings, dtype.itemsize),
-        pictures=encoded_pictures(settings, config, dtype),
-        usable=int(memory * settings.gpu_memory_utilization),
-        context=settings.max_model_len or config.max_model_len,
-    )
+    rest, each = weight_sizes(model, dtype.itemsize, settings.quantization)
+    found = [
+        Sizing(
+            config=config,
+            text=part_of(text, layers),
+            devices=devices,
+            stages=settings.pipeline_parallel_size,
+            layers=layers,
+            dtype=str(dtype).removeprefix("torch."),
+            parameters=parameters,
+            weights=sum(each[layers.start : layers.stop]) + (rest if layers.start == 0 else 0),
+            token=KVCache.block_bytes(part_of(text, layers), 1, dtype),
+            step=_step(config, text, settings, dtype.itemsize, first=layers.start == 0),
+            pictures=encoded_pictures(settings, config, dtype) if layers.start == 0 else 0,
+            usable=int(memory * settings.gpu_memory_utilization),
+            context=settings.max_model_len or config.max_model_len,
+        )
+        for layers in share_out(rest, each, settings.pipeline_parallel_size)
+    ]
+    return min(found, key=lambda stage: stage.cache / stage.token)
 
 
 def _parameters(model: InternVL) -> dict[str, int]:
@@ -118,11 +123,16 @@ def _parameters(model: InternVL) -> dict[str, int]:
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
-def _step(config: ModelConfig, text: TextConfig, settings: EngineSettings, size: int) -> int:
-    """Encoding, layers and sampling come one behind the other: the most that one of them takes."""
+def _step(
+    config: ModelConfig, text: TextConfig, settings: EngineSettings, size: int, *, first: bool
+) -> int:
+    """Encoding, layers and sampling come one behind the other: the most that one of them takes. All
+    but layers is the first stage's alone."""
     vision = config.vision
     wide = max(2 * (text.heads + 2 * text.kv_heads) * text.head_dim, 3 * text.intermediate_size)
     layers = settings.max_num_batched_tokens * (3 * text.hidden_size + wide) * size
+    if not first:
+        return layers
     tiles = settings.encoder_chunk_tiles or Ops().tiles_at_once(torch.device("cuda"))
     patches = tiles * (config.tile_grid**2 + 1)
     inner = max(4 * vision.hidden_size, vision.intermediate_size)
@@ -162,10 +172,14 @@ def describe(sizing: Sizing, memory: int) -> list[str]:
     ]
     if sizing.devices > 1:
         each = (
-            f"on each of {sizing.devices:<8}{part.heads} of {text.heads} query heads, "
+            f"on each of {sizing.devices:<7}{part.heads} of {text.heads} query heads, "
             f"{part.kv_heads} of {text.kv_heads} key heads, the whole encoder; bytes are of one"
         )
         lines.insert(2, each)
+    if sizing.stages > 1:
+        also = ", encoder, embedding and head" if sizing.layers.start == 0 else ""
+        stage = f"{len(sizing.layers)} of {text.layers} layers{also}; bytes are of one device of it"
+        lines.insert(2, f"fullest stage     {stage}")
     if sizing.fits:
         return [*lines, "It fits."]
     if sizing.cache < sizing.token:
@@ -194,7 +208,8 @@ def main() -> int:
         return 2
     print("\n".join(describe(sizing, memory)))
     if not sizing.fits and (enough := devices_needed(config, settings, memory)):
-        print(f"On {enough} such devices it does (--tensor-parallel-size {enough}).")
+        stages = f" x {sizing.stages} stages" if sizing.stages > 1 else ""
+        print(f"On {enough}{stages} such devices it does (--tensor-parallel-size {enough}).")
     return 0 if sizing.fits else 1
 
 

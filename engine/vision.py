@@ -125,3 +125,23 @@ class EncoderOutputs:
             if start < end:
                 part = self._outputs[span.digest][start - span.offset : end - span.offset]
                 embeddings[at + start - position : at + end - position] = part
+
+
+class NoOutputs(EncoderOutputs):
+    """In their place where there is no encoder: in the stages behind the first, where pictures come
+    as hidden states."""
+
+    def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
+        pass
+
+    def drop(self, digest: bytes) -> None:
+        pass
+
+    def encode(self, items: Sequence[EncodeItem]) -> Encoding | None:
+        now = moment(self._model.device)
+        return Encoding([item.tiles for item in items], now, now) if items else None
+
+    def place(
+        self, embeddings: Tensor, spans: Sequence[VisionSpan], position: int, at: int, count: int
+    ) -> None:
+        pass

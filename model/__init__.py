@@ -9,10 +9,11 @@ from model.config import load_config
 from model.internvl import InternVL
 from model.names import names_for
 from model.ops import NativeOps, choose
-from model.parallel import Group, cuts
+from model.parallel import Group, cuts, share
 from model.quantize import quantize_layer, quantizer
-from model.schema import CheckpointError, ModelConfig
-from model.weights import WeightFiles, fill
+from model.schema import CheckpointError, ModelConfig, TextConfig
+from model.stages import own_layers, own_slots, part_of
+from model.weights import WeightFiles, compare, fill
 
 __all__ = [
     "CheckpointError",
@@ -36,7 +37,7 @@ def build_model(
     group: Group | None = None,
 ) -> InternVL:
     """Load a checkpoint folder's weights, or what a rank of ``group`` needs of them. Raises
-    CheckpointError if they do not fit ``config``.
+    CheckpointError if they do not fit ``config``: all of them, whatever is needed here.
 
     ``quantization`` is "none", "fp8" or "int8" (``model.quantize``; int8 on the CPU is that of
     ``model.ops.native``), "bnb-8bit" or "bnb-4bit" (``model.bnb``). Raises ValueError where the
@@ -51,8 +52,16 @@ def build_model(
     if tied and not config.text.tied:
         raise CheckpointError(f"the weights do not fit config.json: missing (1): {names.head}")
     group = group or Group()
-    model = skeleton(config, tied=tied, group=group)
-    parts = cuts(config.text, group.rank, group.size)
+    whole = skeleton(config, tied=tied)
+    compare(whole, names, files)
+    model, slots = whole, names.slots
+    if not group.is_alone:
+        text = share(config.text, group.size)
+        if group.stages > 1:
+            one = skeleton(config, tied=tied, text=text)
+            layers = own_layers(one, group.stages, dtype.itemsize, quantization)[group.stage]
+            text, slots = part_of(text, layers), own_slots(slots, layers)
+        model = skeleton(config, tied=tied, text=text, group=group)
     model.ops = choose(device, dtype, quantization)
     own = quantization == "int8" and isinstance(model.ops, NativeOps)
     quantized = quantizer(model.decoder.layers, "none" if own else quantization, device)
@@ -62,23 +71,35 @@ def build_model(
         if quantized is not None and below == "decoder":
             quantize_layer(model.decoder, rest, quantized)
 
-    model.parameter_count = fill(
-        model, names, files, parts, device=device, dtype=dtype, progress=progress, filled=filled
+    model.parameter_count = sum(p.numel() for p in whole.parameters())
+    fill(
+        model,
+        slots,
+        files,
+        cuts(config.text, group.rank, group.size),
+        device=device,
+        dtype=dtype,
+        progress=progress,
+        filled=filled,
     )
-    model.vision.fit(config.tile_grid)
-    model.vision.fold()
-    model.ops.prepare(list(model.modules()), model.decoder.output)
+    if group.stage == 0:
+        model.vision.fit(config.tile_grid)
+        model.vision.fold()
+    model.ops.prepare(list(model.modules()), model.decoder.output if group.stage == 0 else None)
     return model.eval()
 
 
-def skeleton(config: ModelConfig, *, tied: bool, group: Group | None = None) -> InternVL:
-    """The model without memory: every parameter on the meta device.
+def skeleton(
+    config: ModelConfig, *, tied: bool, text: TextConfig | None = None, group: Group | None = None
+) -> InternVL:
+    """The model without memory: every parameter on the meta device. ``text`` is the part of the
+    decoder that a rank of ``group`` has.
 
     Raises CheckpointError for one that no machine could address.
     """
     try:
         with torch.device("meta"):
-            return InternVL(config, tied=tied, group=group or Group())
+            return InternVL(config, text or config.text, tied=tied, group=group or Group())
     except RuntimeError as error:
         raise CheckpointError(f"config.json is of no model: {error}") from None
 

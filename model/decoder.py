@@ -4,6 +4,9 @@ Backbones differ by the flags of ``TextConfig`` only. Tokens of all rows are one
 which of them see each other is the attention backend's business.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from model.attention.base import AttentionStep
@@ -65,26 +68,52 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embeddings ``[N, hidden]`` to the last hidden states ``[N, hidden]``.
 
-    With ``tied`` the embedding's matrix is the head's too. ``config`` is of one rank's part.
+    With ``tied`` the embedding's matrix is the head's too. ``config`` is of one rank's part: stages
+    behind the first have layers alone, and what they are given and give back has no meaning.
     """
+
+    embedding: Embedding
+    norm: RMSNorm
+    head: Linear | None
 
     def __init__(self, config: TextConfig, *, tied: bool, group: Group) -> None:
         super().__init__()
-        self._alone = group.size == 1
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self._group = group
+        vocab_size, size = config.vocab_size, config.hidden_size
+        if group.stage == 0:
+            self.embedding = Embedding(vocab_size, size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, group) for i in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, config.eps)
-        self.head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
+        if group.stage == 0:
+            self.norm = RMSNorm(size, config.eps)
+            self.head = None if tied else Linear(size, vocab_size, bias=False)
 
     def forward(self, embeddings: Tensor, step: AttentionStep, ops: Ops) -> Tensor:
-        if self._alone:
+        group = self._group
+        if group.is_alone:
             whole = step.through(self.layers, self.norm, embeddings, ops)
             if whole is not None:
                 return whole
-        hidden, delta = embeddings, None
+        hidden: Tensor = embeddings
+        delta: Any = None
+        if group.stage:
+            hidden, delta = group.receive(embeddings.new_empty(2, *embeddings.shape))
         for index, layer in enumerate(self.layers):
             hidden, delta = layer(hidden, delta, step, index, ops)
+        if group.stages > 1:
+            # What is still to be added too, so that sums are made where they always are.
+            passed = torch.stack((hidden, delta))
+            group.send(passed)
+            if group.stage:
+                return hidden
+            hidden, delta = group.receive(passed)
         return ops.add_norm(hidden, delta, self.norm)[1]
+
+    @property
+    def like(self) -> Tensor:
+        """A parameter that every stage has, and none is quantised to."""
+        first = self.layers[0]
+        assert isinstance(first, DecoderLayer)  # noqa: S101 - for the type checker
+        return first.norm1.weight
 
     @property
     def output(self) -> Embedding | Linear:

@@ -11,10 +11,10 @@ from model.attention.base import AttentionBackend, AttentionBatch, AttentionStep
 from model.decoder import Decoder
 from model.kv_cache import KVCache
 from model.ops import Ops
-from model.parallel import Group, share
+from model.parallel import Group
 from model.projector import Projector
 from model.rotary import angles, inverse_frequencies
-from model.schema import ModelConfig
+from model.schema import ModelConfig, TextConfig
 from model.transfer import to_device
 from model.vision import VisionModel
 
@@ -22,30 +22,35 @@ from model.vision import VisionModel
 class InternVL(nn.Module):
     """InternViT, projector and decoder. Built by ``model.build_model``, which fills it.
 
-    ``text`` is this rank's part of the decoder; ``config`` tells of the whole.
+    ``text`` is this rank's part of the decoder; ``config`` tells of the whole. Only the first stage
+    of ``group`` has anything but layers of the decoder, and can encode, embed and make logits.
     """
 
-    def __init__(self, config: ModelConfig, *, tied: bool, group: Group) -> None:
+    vision: VisionModel
+    projector: Projector
+
+    def __init__(self, config: ModelConfig, text: TextConfig, *, tied: bool, group: Group) -> None:
         super().__init__()
         self.config = config
-        self.text = share(config.text, group.size)
+        self.text = text
         self.group = group
         self.ops = Ops()
         self.parameter_count = 0  # as stored
         self._statistics: tuple[Tensor, Tensor] | None = None  # of pixels: mean and deviation
-        self.vision = VisionModel(config.vision)
-        self.projector = Projector(config.projector)
+        if group.stage == 0:
+            self.vision = VisionModel(config.vision)
+            self.projector = Projector(config.projector)
         self.decoder = Decoder(self.text, tied=tied, group=group)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.decoder.embedding.weight.device
+        return self.decoder.like.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of weights and hidden states."""
-        return self.decoder.embedding.weight.dtype
+        return self.decoder.like.dtype
 
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """uint8 ``[T, 3, side, side]`` to embeddings ``[T, tokens_per_tile, hidden]``."""
@@ -60,7 +65,10 @@ class InternVL(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids ``[N]`` to embeddings ``[N, hidden]``."""
-        embedding, group = self.decoder.embedding, self.group
+        group = self.group
+        if group.stage:
+            return torch.empty(len(ids), self.text.hidden_size, dtype=self.dtype, device=ids.device)
+        embedding = self.decoder.embedding
         if group.size == 1:
             return self.ops.embed(embedding, ids)
         # Each rank knows some, and has zeros for the others.
@@ -78,7 +86,8 @@ class InternVL(nn.Module):
         attention: AttentionBackend,
     ) -> Tensor:
         """Embeddings ``[N, hidden]`` to hidden states ``[N, hidden]``, at ``positions`` [N], which
-        may be fractions in fp32."""
+        may be fractions in fp32. Later stages take only the shape of the one, and give no other.
+        """
         text = self.text
         # A step's few cosines cost less than a table that has to follow the device about.
         frequencies = inverse_frequencies(text.head_dim, text.rope_theta, positions.device)

@@ -1,13 +1,13 @@
-"""Tensor parallelism: several processes ("ranks") compute one model, each with its share of the
-heads, of the MLPs and of the vocabulary.
+"""Several processes ("ranks") compute one model. With tensor parallelism each has its share of the
+heads, of the MLPs and of the vocabulary; with pipeline parallelism, its share of the layers.
 
 ``Group`` is what the layers and the engine know of it: a few collectives, which all ranks call in
 the same order. A rank that is alone sends nothing.
 
-Rows of a matrix are shared out where its results are a rank's own (queries, keys and values, gates
-and what they gate), columns where a sum over the ranks follows (``attention.out``, ``down``), rows
-of the vocabulary with the embedding and the head. Norms, routers, encoder and projector are whole
-on every rank.
+Of the layers that a stage has (``model.stages``), rows of a matrix are shared out among its ranks
+where its results are a rank's own (queries, keys and values, gates and what they gate), columns
+where a sum over the ranks follows (``attention.out``, ``down``), rows of the vocabulary with the
+embedding and the head. Norms, routers, encoder and projector are whole on every rank.
 """
 
 import dataclasses
@@ -31,32 +31,53 @@ _PATIENCE = datetime.timedelta(hours=4)
 
 
 class Group:
-    """One rank alone, and the contract of several."""
+    """One rank alone, and the contract of several: ``size`` in each of ``stages``."""
 
     rank = 0
+    """In its stage."""
     size = 1
+    stage = 0
+    stages = 1
     neighbours = 1
     """Ranks on this machine, this one included: they share its memory and its cores."""
     device: torch.device | None = None
     """What the ranks met to compute on; None leaves the choice."""
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there are no others."""
+        return self.size == self.stages == 1
+
+    @property
+    def is_first(self) -> bool:
+        """Of all ranks."""
+        return self.stage == self.rank == 0
+
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' tensors of one shape: the same bits on every rank.
+        """The sum of a stage's tensors of one shape: the same bits on all of its ranks.
 
         What was in ``x`` may be lost.
         """
         return x
 
     def gather(self, x: Tensor, dim: int = -1) -> Tensor:
-        """All ranks' tensors of one shape, in their order, one behind the other along ``dim``."""
+        """A stage's tensors of one shape, in its ranks' order, one behind the other along
+        ``dim``."""
         return x
 
+    def send(self, x: Tensor) -> None:
+        """To the rank of the same number in the stage behind; from the last stage, in the first."""
+
+    def receive(self, like: Tensor) -> Tensor:
+        """What the stage before has sent, of the shape and type of ``like``."""
+        return like
+
     def broadcast(self, x: Tensor) -> Tensor:
-        """``x`` with the first rank's values in it."""
+        """``x`` with the values of the first of all ranks in it."""
         return x
 
     def least(self, number: int) -> int:
-        """The smallest of the ranks' numbers."""
+        """The smallest of all ranks' numbers."""
         return number
 
     def leave(self) -> None:
@@ -66,17 +87,31 @@ class Group:
 class _Joined(Group):
     """Ranks over torch.distributed's process group."""
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
-        self.rank = rank
-        self.size = size
+    def __init__(self, rank: int, size: int, stages: int, device: torch.device) -> None:
+        self.size, self.stages = size // stages, stages
+        self.stage, self.rank = divmod(rank, self.size)
         self.device = device
+        step = self.size
+        self._before, self._behind = (rank - step) % size, (rank + step) % size
+        self._stage: dist.ProcessGroup | None = None  # all
+        if self.size > 1 and stages > 1:
+            # All ranks make all of them.
+            made = [
+                dist.new_group(list(range(first, first + step)), timeout=_PATIENCE)
+                for first in range(0, size, step)
+            ]
+            self._stage = made[self.stage]
         machine = torch.tensor([_machine()], device=device)
-        self.neighbours = int((self.gather(machine) == machine).sum())
+        machines = [torch.empty_like(machine) for _ in range(size)]
+        dist.all_gather(machines, machine)
+        self.neighbours = int((torch.cat(machines) == machine).sum())
 
     def sum(self, x: Tensor) -> Tensor:
+        if self.size == 1:
+            return x
         x = x.contiguous()
         if x.is_cuda or self.size == 2:
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self._stage)
             return x
         # In the ranks' order: a row's sum depends on no other row and not on how many there are,
         # as it would where pieces of the tensor go around in a ring.
@@ -87,11 +122,19 @@ class _Joined(Group):
         return total.to(x.dtype)
 
     def gather(self, x: Tensor, dim: int = -1) -> Tensor:
-        return torch.cat(self._all(x.contiguous()), dim)
+        return torch.cat(self._all(x.contiguous()), dim) if self.size > 1 else x
 
     def _all(self, x: Tensor) -> list[Tensor]:
         found = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(found, x)
+        dist.all_gather(found, x, group=self._stage)
+        return found
+
+    def send(self, x: Tensor) -> None:
+        dist.send(x.contiguous(), self._behind)
+
+    def receive(self, like: Tensor) -> Tensor:
+        found = torch.empty_like(like)
+        dist.recv(found, self._before)
         return found
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -113,9 +156,12 @@ def join(
     address: tuple[str, int],
     device: torch.device,
     listener: socket.socket | None = None,
+    stages: int = 1,
 ) -> Group:
     """Meet the other ranks of a group at ``address``, where the first one listens: on ``listener``,
     which is taken over, or on a socket of its own. Waits for all of them.
+
+    ``rank`` is one of all ``size``, which are counted stage by stage.
 
     NCCL connects CUDA devices, gloo everything else. A process is in one group at a time.
     """
@@ -145,7 +191,7 @@ def join(
         timeout=_PATIENCE,
         device_id=device if cuda else None,
     )
-    return _Joined(rank, size, device)
+    return _Joined(rank, size, stages, device)
 
 
 def _machine() -> int:
@@ -160,11 +206,10 @@ def _machine() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """A rank's part of a parameter that has ``whole`` rows (``dim`` 0) or columns (1): ``ranges``
-    of them, one behind the other. What these leave of the rank's parameter is zero."""
+    """A rank's part of a parameter: ``ranges`` of its rows (``dim`` 0) or columns (1), one behind
+    the other. What these leave of the rank's parameter is zero."""
 
     dim: int
-    whole: int
     ranges: tuple[Rows, ...]
 
 
@@ -223,14 +268,13 @@ def cuts(config: TextConfig, rank: int, size: int) -> dict[str, Cut]:
     if size == 1:
         return {}
     part, hidden = share(config, size), config.hidden_size
-    rows = _rank_rows(rank, part.vocab_size, config.vocab_size)
-    vocabulary = Cut(0, config.vocab_size, (rows,))
+    vocabulary = Cut(0, (_rank_rows(rank, part.vocab_size, config.vocab_size),))
     found = {"decoder.embedding.weight": vocabulary, "decoder.head.weight": vocabulary}
     layer = _attention(config, part, rank, size) | _mlp(
         "mlp.", config.intermediate_size, rank, size
     )
     # Added once.
-    layer["attention.out.bias"] = Cut(0, hidden, ((0, hidden),) if rank == 0 else ())
+    layer["attention.out.bias"] = Cut(0, ((0, hidden),) if rank == 0 else ())
     if (experts := config.experts) is not None:
         for index in range(experts.count):
             layer |= _mlp(f"mlp.experts.{index}.", experts.intermediate_size, rank, size)
@@ -240,23 +284,23 @@ def cuts(config: TextConfig, rank: int, size: int) -> dict[str, Cut]:
 
 
 def _attention(config: TextConfig, part: TextConfig, rank: int, size: int) -> dict[str, Cut]:
-    queries, keys, values = parts(config)
+    _, keys, values = parts(config)
     query = _rank_rows(rank, part.heads * config.head_dim)
     first, count = rank * config.kv_heads // size * config.head_dim, part.kv_heads * config.head_dim
     same = [(start + first, start + first + count) for start, _ in (keys, values)]
-    qkv = Cut(0, values[1], (query, *same))
+    qkv = Cut(0, (query, *same))
     return {
         "attention.qkv.weight": qkv,
         "attention.qkv.bias": qkv,
-        "attention.out.weight": Cut(1, queries[1], (query,)),
+        "attention.out.weight": Cut(1, (query,)),
     }
 
 
 def _mlp(prefix: str, width: int, rank: int, size: int) -> dict[str, Cut]:
     start, end = _rank_rows(rank, width // size)
     return {
-        f"{prefix}gate_up.weight": Cut(0, 2 * width, ((start, end), (width + start, width + end))),
-        f"{prefix}down.weight": Cut(1, width, ((start, end),)),
+        f"{prefix}gate_up.weight": Cut(0, ((start, end), (width + start, width + end))),
+        f"{prefix}down.weight": Cut(1, ((start, end),)),
     }
 
 

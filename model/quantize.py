@@ -146,6 +146,14 @@ def quantize_layer(decoder: nn.Module, name: str, quantized: Quantizer) -> None:
         decoder.set_submodule(name, quantized(layer))
 
 
+def weight_bytes(layer: nn.Module, itemsize: int, kind: str) -> int:
+    """What one of the decoder's layers takes when it is quantised; numbers that are not, and all of
+    them for "none", take ``itemsize`` bytes."""
+    # Four bits come with an fp32 scale that 64 of them share.
+    bits = {"none": 8 * itemsize, "bnb-4bit": 4.5}.get(kind, 8)
+    return sum(int(p.numel() * (bits / 8 if p.dim() > 1 else itemsize)) for p in layer.parameters())
+
+
 def _check_sizes(decoder_layers: nn.ModuleList, kind: str) -> torch.Size:
     """The size of a linear layer; raises CheckpointError where one does not suit the kernels."""
     sizes = [

@@ -1,8 +1,8 @@
 """Fills the skeleton from safetensors files, one tensor at a time; a rank reads its part of each.
 
-Names and shapes are compared before anything is copied, and the comparison is strict: whatever
-is missing, unexpected or of another shape is listed and nothing is loaded. Only safetensors is
-read: other formats can run code.
+Names and shapes are compared before anything is copied, and the comparison is strict and of the
+whole model: whatever is missing, unexpected or of another shape is listed and nothing is loaded.
+Only safetensors is read: other formats can run code.
 """
 
 import collections
@@ -24,6 +24,7 @@ from model.readahead import read_ahead
 from model.schema import AwqConfig, CheckpointError, read_json
 
 Progress = Callable[[int, int], None]
+Shape = tuple[int, ...]
 
 _FLOATS = {"F32", "F16", "BF16"}
 _LISTED = 8
@@ -79,15 +80,22 @@ class WeightFiles:
         only what is sliced is read, unless ``whole`` says that all will be."""
         keys = set(wanted)
         for path in sorted(set(self._files.values())):
-            ahead = read_ahead(path) if whole else contextlib.nullcontext()
-            with _open(path) as file, ahead:
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    layer, _, part = key.rpartition(".")
-                    if key in keys:
-                        yield key, file.get_slice(key)
-                    elif self._awq is not None and part == PARTS[0] and layer + ".weight" in keys:
-                        parts = [self._tensor(f"{layer}.{name}") for name in PARTS]
-                        yield layer + ".weight", dequantize(parts, self._awq)
+            with _open(path) as file:
+                found = [key for key in file.keys() if self._stands_for(key) in keys]  # noqa: SIM118
+                with read_ahead(path) if whole and found else contextlib.nullcontext():
+                    for key in found:
+                        name = self._stands_for(key)
+                        if self._awq is None or name == key:
+                            yield name, file.get_slice(key)
+                        else:
+                            layer, _, _ = name.rpartition(".")
+                            parts = [self._tensor(f"{layer}.{part}") for part in PARTS]
+                            yield name, dequantize(parts, self._awq)
+
+    def _stands_for(self, key: str) -> str:
+        """The tensor that one of the files is, or is the first part of."""
+        layer, _, part = key.rpartition(".")
+        return f"{layer}.weight" if self._awq is not None and part == PARTS[0] else key
 
     def _tensor(self, key: str) -> torch.Tensor:
         with _open(self._files[key]) as file:
@@ -117,7 +125,7 @@ def _some(keys: Iterable[str]) -> str:
 
 def fill(
     skeleton: nn.Module,
-    names: Names,
+    slots: Mapping[str, Slot],
     files: WeightFiles,
     cuts: Mapping[str, Cut],
     *,
@@ -125,22 +133,20 @@ def fill(
     dtype: torch.dtype,
     progress: Progress,
     filled: Callable[[str], None] = lambda name: None,
-) -> int:
-    """Give every parameter of a meta-device ``skeleton`` its values, and return how many there are
-    in the whole model. Of parameters in ``cuts`` the skeleton has a part.
+) -> None:
+    """Give every parameter of a meta-device ``skeleton`` its values, from files that ``compare``
+    found nothing wrong with. Of parameters in ``cuts`` the skeleton has a part.
 
     ``progress`` is called with bytes copied and bytes in all, as stored in the model; ``filled``
     with the name of each module whose own parameters all have their values.
     """
     meta = dict(skeleton.named_parameters())
-    whole = {name: _whole(tuple(value.shape), cuts.get(name)) for name, value in meta.items()}
-    _compare(whole, names, files)
-    left = collections.Counter(_module(slot) for slot in names.slots.values())
+    left = collections.Counter(_module(slot) for slot in slots.values())
     total = sum(parameter.numel() for parameter in meta.values()) * dtype.itemsize
     done = 0
     progress(0, total)
-    for key, stored in files.each(names.slots, whole=not cuts):
-        slot = names.slots[key]
+    for key, stored in files.each(slots, whole=not cuts):
+        slot = slots[key]
         cut = cuts.get(slot.parameter)
         owner, _, leaf = slot.parameter.rpartition(".")
         module = skeleton.get_submodule(owner)
@@ -157,19 +163,10 @@ def fill(
             filled(owner)
         progress(done, total)
     progress(total, total)  # what pads the vocabulary is in no file
-    return sum(map(math.prod, whole.values()))
-
-
-Shape = tuple[int, ...]
 
 
 def _module(slot: Slot) -> str:
     return slot.parameter.rpartition(".")[0]
-
-
-def _whole(shape: Shape, cut: Cut | None) -> Shape:
-    """The shape of a parameter that has ``shape`` on this rank."""
-    return shape if cut is None else (*shape[: cut.dim], cut.whole, *shape[cut.dim + 1 :])
 
 
 def _empty(
@@ -197,19 +194,21 @@ def _copies(slot: Slot, stored: int, cut: Cut | None) -> Iterator[tuple[tuple[sl
         at += end - first
 
 
-def _expected_shape(slot: Slot, whole: Mapping[str, Shape]) -> Shape:
-    shape = whole[slot.parameter]
+def _expected_shape(slot: Slot, shapes: Mapping[str, Shape]) -> Shape:
+    shape = shapes[slot.parameter]
     return shape if slot.rows is None else (slot.rows[1] - slot.rows[0], *shape[1:])
 
 
-def _compare(whole: Mapping[str, Shape], names: Names, files: WeightFiles) -> None:
+def compare(whole: nn.Module, names: Names, files: WeightFiles) -> None:
+    """Raise CheckpointError where the files do not hold what a skeleton of the whole model has."""
+    shapes = {name: tuple(value.shape) for name, value in whole.named_parameters()}
     missing = [key for key in names.slots if key not in files.shapes]
     unexpected = [
         key for key in files.shapes if key not in names.slots and key not in names.ignored
     ]
     wrong = []
     for key, slot in names.slots.items():
-        shape = _expected_shape(slot, whole)
+        shape = _expected_shape(slot, shapes)
         if key in files.shapes and files.shapes[key] != shape:
             wrong.append(f"{key} is {list(files.shapes[key])} instead of {list(shape)}")
     problems = [
@@ -221,7 +220,7 @@ def _compare(whole: Mapping[str, Shape], names: Names, files: WeightFiles) -> No
         raise CheckpointError("the weights do not fit config.json: " + "; ".join(problems))
     covered: dict[str, int] = {}
     for slot in names.slots.values():
-        size = math.prod(_expected_shape(slot, whole))
+        size = math.prod(_expected_shape(slot, shapes))
         covered[slot.parameter] = covered.get(slot.parameter, 0) + size
-    if covered != {name: math.prod(shape) for name, shape in whole.items()}:
+    if covered != {name: math.prod(shape) for name, shape in shapes.items()}:
         raise AssertionError("the name table does not cover the model: this is a bug")

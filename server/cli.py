@@ -31,6 +31,7 @@ PLANNED = (
         "dtype",
         "quantization",
         "tensor_parallel_size",
+        "pipeline_parallel_size",
         "max_model_len",
         "max_num_seqs",
         "max_num_batched_tokens",
@@ -39,7 +40,13 @@ PLANNED = (
 )
 
 # What a host of ranks can be told; everything else comes from the leader.
-_SHARED = ("tensor_parallel_size", "nodes", "rank_port", "rank_secret_file")
+_SHARED = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "nodes",
+    "rank_port",
+    "rank_secret_file",
+)
 OF_A_RANK = ("model", "revision", *_SHARED, "log_level", "log_format")
 
 _ABOUT = """\
@@ -181,7 +188,7 @@ def host_of_ranks(given: dict[str, str], env: Mapping[str, str]) -> dict[str, An
         "leader": found[1] or found[3],
         "port": _number("the leader's port", port),
         "node": number,
-        "processes": engine.tensor_parallel_size // engine.nodes,
+        "processes": engine.processes // engine.nodes,
         "model": model,
         "secret_file": engine.rank_secret_file,
         "log_level": settings.server.log_level,
@@ -377,8 +384,9 @@ def _parser() -> argparse.ArgumentParser:
         "rank",
         help="be a further host of one model",
         description="Run the processes of this host for a model that is split over several hosts, "
-        "for the server on the leader, which has the same --tensor-parallel-size and --nodes. It "
-        "joins again whenever the leader starts again, until it gets SIGTERM.",
+        "for the server on the leader, which has the same --tensor-parallel-size, "
+        "--pipeline-parallel-size and --nodes. It joins again whenever the leader starts again, "
+        "until it gets SIGTERM.",
     )
     rank.add_argument(
         "--leader",

@@ -6,7 +6,7 @@ from typing import Any
 from wire.loading import ENV_PREFIX
 from wire.settings import each_setting
 
-_ALIASES = {"tensor_parallel_size": ("--tp",)}
+_ALIASES = {"tensor_parallel_size": ("--tp",), "pipeline_parallel_size": ("--pp",)}
 GROUPS = {
     "server": "HTTP",
     "media": "pictures",

@@ -22,6 +22,7 @@ from wire.settings import (
 )
 
 ENV_PREFIX = "INTERNVL_"
+_MOST_PROCESSES = 64
 
 
 def load(cli: Mapping[str, str], env: Mapping[str, str], file: Path | None = None) -> Settings:
@@ -70,11 +71,13 @@ def _check_weights(server: ServerSettings) -> None:
 
 def check_ranks(engine: EngineSettings) -> None:
     """Raise SettingError where the ranks cannot be spread as the settings say."""
-    size, nodes = engine.tensor_parallel_size, engine.nodes
+    size, nodes = engine.processes, engine.nodes
+    product = f"{engine.tensor_parallel_size} x {engine.pipeline_parallel_size}"
+    names = f"tensor_parallel_size x pipeline_parallel_size: {product} processes"
+    if size > _MOST_PROCESSES:
+        raise SettingError(f"{names} are more than {_MOST_PROCESSES}")
     if size % nodes:
-        raise SettingError(
-            f"tensor_parallel_size: {size} processes cannot be spread evenly over {nodes} nodes"
-        )
+        raise SettingError(f"{names} cannot be spread evenly over {nodes} nodes")
     if nodes > 1:
         read_secret(engine.rank_secret_file)
 

@@ -390,7 +390,18 @@ class EngineSettings:
         low=0,
     )
     tensor_parallel_size: int = knob(
-        1, "Processes that the model is split over, with a GPU each on CUDA.", low=1, high=64
+        1,
+        "Processes that each layer of the model is split over, with a GPU each on CUDA.",
+        low=1,
+        high=64,
+    )
+    pipeline_parallel_size: int = knob(
+        1,
+        "Stages that the layers are shared out over, one behind the other, of "
+        "tensor_parallel_size processes each. For models that do not fit otherwise: it makes "
+        "nothing faster.",
+        low=1,
+        high=64,
     )
     nodes: int = knob(
         1,
@@ -413,6 +424,11 @@ class EngineSettings:
         "File with what the processes of other hosts must know: 16 bytes or more, the same on "
         "each host.",
     )
+
+    @property
+    def processes(self) -> int:
+        """That the model is split over, on all nodes."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 @dataclasses.dataclass(frozen=True)

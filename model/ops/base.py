@@ -19,10 +19,10 @@ class Ops:
 
     name: ClassVar[str] = "torch"
 
-    def prepare(self, modules: Sequence[nn.Module], head: Embedding | Linear) -> None:
+    def prepare(self, modules: Sequence[nn.Module], head: Embedding | Linear | None) -> None:
         """Bring the weights of a model that was just loaded into the form the operations want.
 
-        ``head`` is the module among them that makes logits.
+        ``head`` is the module among them that makes logits, if one does.
         """
 
     def patches(

@@ -62,7 +62,7 @@ class NativeOps(Ops):
             None if LIBRARY else "it was not compiled when this version of the server was installed"
         )
 
-    def prepare(self, modules: Sequence[nn.Module], head: Embedding | Linear) -> None:
+    def prepare(self, modules: Sequence[nn.Module], head: Embedding | Linear | None) -> None:
         # Two pools of threads would take the cores from each other: what torch still does is small.
         LIBRARY.internvl_threads(torch.get_num_threads())
         torch.set_num_threads(1)

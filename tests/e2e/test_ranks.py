@@ -106,11 +106,12 @@ def close(first: float, second: float) -> bool:
     return math.isclose(first, second, abs_tol=1e-3)
 
 
+@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "--pipeline-parallel-size"])
 def test_no_stream_notices_that_a_rank_has_died(
-    demo_server: Server, tmp_path_factory: pytest.TempPathFactory
+    demo_server: Server, tmp_path_factory: pytest.TempPathFactory, flag: str
 ) -> None:
     log = tmp_path_factory.mktemp("ranks") / "log.txt"
-    server = Server(log, ["--tensor-parallel-size", "2"])
+    server = Server(log, [flag, "2"])
     try:
         with ThreadPoolExecutor(COUNT) as pool:
             whole = list(pool.map(lambda number: life.stream(demo_server, number), range(KILLED)))

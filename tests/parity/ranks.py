@@ -44,14 +44,14 @@ class Workers:
         for pipe in self._pipes[: size - 1]:
             pipe.send(("do", (action,)))
 
-    def meet(self, size: int) -> tuple[Group, list[Connection]]:
-        """A group of so many ranks, and the pipes to all but this one."""
+    def meet(self, size: int, stages: int = 1) -> tuple[Group, list[Connection]]:
+        """A group of so many ranks in all, and the pipes to all but this one."""
         use_interface(LOOPBACK)
         listener = socket.create_server((LOOPBACK, 0))
         pipes = self._pipes[: size - 1]
         for rank, pipe in enumerate(pipes, 1):
-            pipe.send(("join", (rank, size, listener.getsockname(), CPU)))
-        return join(0, size, listener.getsockname(), CPU, listener), pipes
+            pipe.send(("join", (rank, size, listener.getsockname(), CPU, None, stages)))
+        return join(0, size, listener.getsockname(), CPU, listener, stages), pipes
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -87,7 +87,8 @@ class Together:
         return None
 
     def upload(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
-        self._tell("upload", request, buffers)
+        for pipe in self._pipes[: self.own._group.size - 1]:  # of the first stage
+            pipe.send(("upload", (request, buffers)))
         self.own.upload(request, buffers)
 
     def begin(self, plan: StepPlan) -> None:

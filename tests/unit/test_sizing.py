@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -83,7 +84,7 @@ def test_devices_share_the_decoder_and_have_the_encoder_each(tmp_path: Path) -> 
     assert four.token == whole.token // 4
     assert (whole.fits, four.fits) == (False, True)
     told = describe(four, 80 * GIB)
-    assert "on each of 4       10 of 40 query heads, 2 of 8 key heads, the whole encoder" in told[2]
+    assert "on each of 4      10 of 40 query heads, 2 of 8 key heads, the whole encoder" in told[2]
 
 
 def test_a_key_head_is_never_divided(tmp_path: Path) -> None:
@@ -158,6 +159,36 @@ def test_how_many_devices_are_enough_is_said(
     status, told = plan(12, 3)
     assert status == 2
     assert told.startswith("tensor_parallel_size 3 does not divide the model: it has 28 query")
+
+
+def test_the_fullest_stage_is_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(tmp_path, shape=INTERNVL3["8B"], weights=False)
+
+    def plan(**settings: Any) -> tuple[int, str]:
+        told = msgspec.json.encode(EngineSettings(model=str(folder), **settings)).decode()
+        monkeypatch.setattr("sys.argv", ["", str(12 * GIB), told])
+        status = sizing.main()
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    # 233 046 016 weights in a matrix of each layer, and 11 776 in norms and biases.
+    status, told = plan(pipeline_parallel_size=2)
+    assert status == 0
+    assert "17 of 28 layers; bytes" in told
+    assert f"{17 * (233_046_016 + 11_776) * 2 / GIB:.2f} GiB in bfloat16" in told
+    assert f"tokens of {17 * 2 * 4 * 128 * 2} bytes" in told
+    # Where most of a device is left for the cache, the encoder's stage has the least.
+    status, told = plan(pipeline_parallel_size=28)
+    assert "1 of 28 layers, encoder, embedding and head; bytes" in told
+    _, one = plan(tensor_parallel_size=2)
+    status, two = plan(tensor_parallel_size=2, pipeline_parallel_size=2)
+    assert status == 0
+    assert "14 of 28 query heads" in two
+    assert len(two.splitlines()) == len(one.splitlines()) + 1
+    expected = "pipeline_parallel_size 29 is more than the model's 28 layers, of which each stage"
+    assert plan(pipeline_parallel_size=29) == (2, f"{expected} has at least one\n")
 
 
 def test_what_cannot_be_served_is_said_and_has_its_own_status(
