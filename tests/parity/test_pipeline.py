@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine import memory
 from engine.runner import ModelRunner
 from model import CheckpointError, InternVL, build_model, load_config, skeleton, weights
 from model.native import LIBRARY
@@ -26,9 +27,11 @@ from tests.parity.test_parallel import (
     Meeting,
     Watched,
     answers,
+    compute,
     exactly,
     names,
     parameters,
+    replay,
     scores,
     settings,
 )
@@ -145,6 +148,64 @@ def test_weights_in_four_bits_are_those_of_their_stage(meeting: Meeting, tmp_pat
     options = settings(test_awq.made(tmp_path, test_awq.INTERNLM))
     alone = answers(ModelRunner(options), options)
     answers(Together(*meeting, options), options).equal(alone, 0.0)
+
+
+def graphs(runner: ModelRunner) -> tuple[bool, bool]:
+    return runner._tile_graphs is not None, runner._graphs is not None
+
+
+@pytest.mark.parametrize("meeting", [(2, 1)], indirect=True)
+def test_passes_of_the_encoder_alone_are_replayed(
+    workers: Workers, meeting: Meeting, folders: dict[str, Path], alone: dict[str, Answers]
+) -> None:
+    options = settings(folders["Qwen2"], async_scheduling="on")
+    try:
+        workers.do(replay, 2)
+        replay()
+        runner = Together(*meeting, options)
+        assert runner.ask(graphs) == [(True, False), (False, False)]
+        found = answers(runner, options)
+    finally:
+        workers.do(compute, 2)
+        compute()
+    found.equal(alone["Qwen2"], EXACT)  # tiles that are encoded with others
+
+
+def blocks(runner: ModelRunner) -> tuple[int, int]:
+    """Of the cache, as told and as they are."""
+    return runner.ready().blocks_total, len(runner._kv.layers[0])
+
+
+def take_memory() -> None:
+    memory.free_memory = lambda: 320 << 20  # for both
+
+
+def give_memory() -> None:
+    memory.free_memory = FREE_MEMORY
+
+
+FREE_MEMORY = memory.free_memory
+
+
+@pytest.mark.parametrize("meeting", [(2, 1)], indirect=True)
+@pytest.mark.parametrize("poor", ["first", "last"])
+def test_the_cache_is_as_large_as_the_poorest_stage_can_have_it(
+    workers: Workers, meeting: Meeting, wide: Path, poor: str
+) -> None:
+    small = {"request_tile_bytes": 1, "encoder_cache_bytes": 1, "cpu_memory_utilization": 0.95}
+    options = settings(wide, num_kv_blocks=0, **small)
+    try:
+        if poor == "first":
+            take_memory()
+        else:
+            workers.do(take_memory, 2)
+        found = Together(*meeting, options).ask(blocks)
+    finally:
+        workers.do(give_memory, 2)
+        give_memory()
+    (told, held), (others_told, others_held) = found
+    assert told == held == others_told == others_held
+    assert 1 < told < options.max_num_seqs * (WIDE.positions // options.block_size)
 
 
 def held(runner: ModelRunner) -> tuple[list[str], int]:

@@ -167,6 +167,18 @@ def test_the_front_end_is_told_of_the_rank_that_is_behind() -> None:
         assert told[-1] == expected
 
 
+async def test_more_stages_than_layers_fail_the_start_with_the_numbers(folder: Path) -> None:
+    client = ProcessEngine(EngineSettings(model=str(folder), pipeline_parallel_size=3))
+    await client.start()
+    try:
+        with pytest.raises(Exception, match="could not be started"):
+            await asyncio.wait_for(client.wait_ready(), DEADLINE)
+        told = "load: ValueError: pipeline_parallel_size 3 is more than the model's 2 layers"
+        assert (client.failure or "").startswith(told)
+    finally:
+        await client.stop()
+
+
 def settings_of_hosts(tmp_path: Path, **settings: Any) -> dict[str, Any]:
     (tmp_path / "secret").write_bytes(SECRET)
     return {
