@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -46,12 +47,13 @@ class Workers:
 
     def meet(self, size: int, stages: int = 1) -> tuple[Group, list[Connection]]:
         """A group of so many ranks in all, and the pipes to all but this one."""
-        use_interface(LOOPBACK)
         listener = socket.create_server((LOOPBACK, 0))
         pipes = self._pipes[: size - 1]
         for rank, pipe in enumerate(pipes, 1):
             pipe.send(("join", (rank, size, listener.getsockname(), CPU, None, stages)))
-        return join(0, size, listener.getsockname(), CPU, listener, stages), pipes
+        with mock.patch.dict(os.environ):  # what other tests start must not know of it
+            use_interface(LOOPBACK)
+            return join(0, size, listener.getsockname(), CPU, listener, stages), pipes
 
     def close(self) -> None:
         for pipe in self._pipes:

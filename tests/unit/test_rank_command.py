@@ -41,6 +41,7 @@ def host(given: dict[str, str], env: dict[str, str]) -> Host:
         ({}, TORCH | LWS, ("eyes-0.eyes.ns", 29500, 2, 2)),
         ({"leader": "a", "node": "1", "nodes": "2"}, TORCH | LWS, ("a", 29500, 1, 3)),
         ({}, LWS | {"INTERNVL_NODES": "6"}, ("eyes-0.eyes.ns", 29500, 2, 1)),
+        ({"pipeline_parallel_size": "4"}, LWS, ("eyes-0.eyes.ns", 29500, 2, 8)),
     ],
 )
 def test_flags_go_before_what_launchers_set(
@@ -63,6 +64,8 @@ def test_flags_go_before_what_launchers_set(
         ({"leader": "a", "node": "2", "nodes": "2"}, {}, "--node"),
         ({"leader": "a", "node": "1"}, {}, "--nodes"),
         ({"leader": "a", "node": "1", "nodes": "4"}, {}, "tensor_parallel_size"),
+        ({"pipeline_parallel_size": "2"}, LWS | {"LWS_GROUP_SIZE": "8"}, "6 x 2 processes cannot"),
+        ({"pipeline_parallel_size": "11"}, LWS, "6 x 11 processes are more than 64"),
         ({"leader": "a", "node": "1", "nodes": "2", "rank_secret_file": ""}, {}, "secret"),
         ({"leader": "a", "node": "1", "nodes": "2", "model": "/nowhere"}, {}, "--model"),
     ],
