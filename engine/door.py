@@ -117,6 +117,8 @@ class _Door:
             self._strangers[task] = None
             # Also of a task that is cancelled before it begins.
             task.add_done_callback(functools.partial(self._close, sock))
+            # While others wait at the door, accepting one does not wait for anything.
+            await asyncio.sleep(0)
 
     async def _attend(self, sock: socket.socket, address: str) -> None:
         """A connection, until it is lost or everybody is here."""

@@ -60,7 +60,8 @@ class Node:
     def start(self) -> None:
         """Return at once."""
         for index in range(self._host.processes):
-            threading.Thread(target=self._keep, args=(index,), daemon=True).start()
+            name = f"process {index}"
+            threading.Thread(target=self._keep, args=(index,), name=name, daemon=True).start()
 
     def leave(self) -> None:
         """End them all."""
@@ -73,41 +74,44 @@ class Node:
 
     def _keep(self, index: int) -> None:
         short = 0  # lives in a row
-        while not self._leaving.is_set():
-            with self._dial(index) as sock:
+        while (sock := self._dial(index)) is not None:
+            began = time.monotonic()
+            with sock:
                 logger.info("process %d is a part of the group", index)
-                began = time.monotonic()
                 child = self._spawn(index, sock)
-            status = child.wait()
-            logger.info("process %d has ended with %d", index, status)
+            if child is not None:
+                logger.info("process %d has ended with %d", index, child.wait())
             short = short + 1 if time.monotonic() - began < _SHORT else 0
             if short > 1:
                 self._leaving.wait(min(2.0 ** (short - 2), _LONGEST_PAUSE))
 
-    def _spawn(self, index: int, sock: socket.socket) -> "subprocess.Popen[bytes]":
+    def _spawn(self, index: int, sock: socket.socket) -> "subprocess.Popen[bytes] | None":
+        """None when it cannot be, or nobody wants it any more."""
         host = self._host
+        command = [
+            *(sys.executable, "-P", "-m", "engine.rank"),
+            *(str(sock.fileno()), str(os.getpid()), host.model),
+        ]
+        told = {logs.LEVEL_VARIABLE: host.log_level, logs.FORMAT_VARIABLE: host.log_format}
         with self._lock:
             if self._leaving.is_set():
-                sys.exit()  # this thread
-            child = self.children[index] = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "engine.rank"),
-                    *(str(sock.fileno()), str(os.getpid()), host.model),
-                ],
-                pass_fds=[sock.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={
-                    **os.environ,
-                    logs.LEVEL_VARIABLE: host.log_level,
-                    logs.FORMAT_VARIABLE: host.log_format,
-                },
-            )
+                return None
+            try:
+                child = self.children[index] = subprocess.Popen(
+                    command,
+                    pass_fds=[sock.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **told},
+                )
+            except OSError as error:  # no memory, processes or files: there may be some later
+                logger.error("process %d cannot be started: %s", index, error)
+                return None
         return child
 
-    def _dial(self, index: int) -> socket.socket:
-        """A connection to the leader, when it and we trust each other."""
+    def _dial(self, index: int) -> socket.socket | None:
+        """A connection to the leader, when it and we trust each other; None when we leave."""
         told = ""
-        while True:
+        while not self._leaving.is_set():
             sock = None
             try:
                 sock = socket.create_connection((self._host.leader, self._host.port), _PATIENCE)
@@ -122,6 +126,7 @@ class Node:
                 logger.info("process %d cannot join yet: %s", index, why)
                 told = why
             self._leaving.wait(_AGAIN)
+        return None
 
     def _greet(self, sock: socket.socket, index: int) -> None:
         keep_alive(sock)

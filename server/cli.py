@@ -169,7 +169,11 @@ def host_of_ranks(given: dict[str, str], env: Mapping[str, str]) -> dict[str, An
     found = re.fullmatch(r"\[([^]]+)\](?::(\d+))?|([^:]+)(?::(\d+))?", leader)
     if found is None:
         raise SettingError("--leader, LWS_LEADER_ADDRESS or MASTER_ADDR must say where rank 0 is")
-    port = found[2] or found[4] or port
+    name, port = found[1] or found[3], found[2] or found[4] or port
+    try:
+        name.encode("idna")  # as whoever looks it up will
+    except UnicodeError:
+        raise SettingError(f"--leader: {name!r} is not the name of a host") from None
     if engine.nodes == 1:
         nodes = _number(
             "--nodes, LWS_GROUP_SIZE or WORLD_SIZE", _first(env, "LWS_GROUP_SIZE", "WORLD_SIZE")
@@ -185,7 +189,7 @@ def host_of_ranks(given: dict[str, str], env: Mapping[str, str]) -> dict[str, An
     check_ranks(engine)
     model = with_model(settings).engine.model if engine.model else ""
     return {
-        "leader": found[1] or found[3],
+        "leader": name,
         "port": _number("the leader's port", port),
         "node": number,
         "processes": engine.processes // engine.nodes,

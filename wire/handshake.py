@@ -36,6 +36,8 @@ class Offer(NamedTuple):
 
 def read_secret(file: str) -> bytes:
     """The secret of a group, without the white space around it. Raises SettingError."""
+    if not file:
+        raise SettingError("rank_secret_file must be given where there are several nodes")
     try:
         secret = Path(file).expanduser().read_bytes().strip()
     except (OSError, RuntimeError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import door, network
 from engine.door import _PATIENCE, Place, RanksMissing, gather
 from engine.node import Host, Node
 from engine.orders import Refusal, ToRank
@@ -127,6 +128,25 @@ def test_however_many_strangers_wait_there_is_room(house: House) -> None:
     whole(house)
 
 
+def test_each_who_stands_at_the_door_is_greeted_before_the_next_comes_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crowd = []
+
+    def listen(host: str, port: int, backlog: int) -> socket.socket:
+        listener = network.listen(host, port, backlog)
+        crowd.extend(socket.create_connection((host, port), DEADLINE) for _ in range(50))
+        return listener
+
+    monkeypatch.setattr(door, "listen", listen)
+    monkeypatch.setattr(door, "_STRANGERS", 3)
+    with contextlib.closing(House(tmp_path)) as house:
+        for sock in crowd:
+            with sock:
+                assert len(read(sock, CHALLENGE)) == CHALLENGE
+        whole(house)
+
+
 @pytest.mark.parametrize(
     ("offer", "why"),
     [
@@ -215,7 +235,40 @@ def test_a_leader_that_does_not_know_the_secret_is_not_obeyed(tmp_path: Path) ->
         sock, _ = listener.accept()  # it tries again: no process was started for any of these
         sock.close()
         assert not node.children
-        node.leave()
+    end_of(node)
+
+
+def end_of(node: Node) -> None:
+    """Its threads end when it leaves, and dial nobody any more."""
+    node.leave()
+    for thread in threading.enumerate():
+        if thread.name.startswith("process "):
+            thread.join(DEADLINE)
+            assert not thread.is_alive()
+
+
+def test_a_node_that_cannot_start_a_process_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr("engine.node.subprocess.Popen", fail)
+    (tmp_path / "secret").write_bytes(SECRET)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        node = Node(Host("127.0.0.1", port, 1, 1, "", str(tmp_path / "secret"), "info", "text"))
+        node.start()
+        listener.settimeout(DEADLINE)
+        for _ in range(2):
+            sock, _ = listener.accept()
+            with sock:
+                challenged = handshake.challenge()
+                sock.sendall(challenged)
+                called = read(sock, CALL)
+                sock.sendall(handshake.answer(SECRET, challenged, called))
+                assert read(sock, 1) == b""
+    end_of(node)
 
 
 @pytest.mark.parametrize("text", [None, b"", b"only fifteen of", b"  fifteen of them  \n"])

@@ -57,6 +57,7 @@ def test_flags_go_before_what_launchers_set(
     [
         ({"node": "1", "nodes": "2"}, {}, "--leader"),
         ({"leader": "a:b:c", "node": "1", "nodes": "2"}, {}, "--leader"),
+        ({"leader": "a..b", "node": "1", "nodes": "2"}, {}, "--leader: 'a..b'"),
         ({"leader": "a:70000", "node": "1", "nodes": "2"}, {}, "port"),
         ({"leader": "a", "nodes": "2"}, {}, "--node"),
         ({"leader": "a", "node": "one", "nodes": "2"}, {}, "--node"),
@@ -66,7 +67,7 @@ def test_flags_go_before_what_launchers_set(
         ({"leader": "a", "node": "1", "nodes": "4"}, {}, "tensor_parallel_size"),
         ({"pipeline_parallel_size": "2"}, LWS | {"LWS_GROUP_SIZE": "8"}, "6 x 2 processes cannot"),
         ({"pipeline_parallel_size": "11"}, LWS, "6 x 11 processes are more than 64"),
-        ({"leader": "a", "node": "1", "nodes": "2", "rank_secret_file": ""}, {}, "secret"),
+        ({"leader": "a", "node": "1", "nodes": "2", "rank_secret_file": ""}, {}, "must be given"),
         ({"leader": "a", "node": "1", "nodes": "2", "model": "/nowhere"}, {}, "--model"),
     ],
 )
