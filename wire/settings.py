@@ -360,7 +360,9 @@ class EngineSettings:
         "once at the start, and replay them.",
     )
     num_kv_blocks: int = knob(0, "Blocks of the KV cache; 0: sized from kv_cache_memory.", low=0)
-    kv_cache_memory: int = knob(0, "Bytes for the KV cache; 0: measured from what is free.", low=0)
+    kv_cache_memory: int = knob(
+        0, "Bytes for the KV cache, of each process; 0: measured from what is free.", low=0
+    )
     gpu_memory_utilization: float = knob(
         0.9, "Share of the GPU's memory that the server may use.", low=0.05, high=1.0
     )
@@ -374,7 +376,7 @@ class EngineSettings:
     request_tile_bytes: int = knob(
         512 << 20,
         "Memory for the tiles of requests that are being answered, in the API process and again "
-        "in the engine; a request that finds no room waits.",
+        "in each process of the engine; a request that finds no room waits.",
         low=1,
     )
     engine_timeout: float = knob(
@@ -457,6 +459,7 @@ class Settings:
             num_kv_blocks=0,
             max_tiles=0,
             tensor_parallel_size=1,
+            pipeline_parallel_size=1,
             nodes=1,
         )
 
