@@ -2,7 +2,6 @@
 
 import json
 import re
-from decimal import Decimal
 
 import msgspec
 
@@ -10,9 +9,9 @@ _SAID = re.compile(r"\b(?:final answer|the answer is)\b(?: is)?[\s:*]*([^\n]*)",
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _BOX = "\\boxed{"
 _UNIT = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,40})(?:\.\d{0,40})?")
+_NUMBER = re.compile(r"([-+]?)(?=\.?\d)(\d{1,3}(?:,\d{3})+|\d*)(?:\.(\d*))?", re.ASCII)
 _CHOICE = re.compile(r"[(\[](\w+)[)\]]")
-_AROUND = " $*`\"'.,;:"
+_AROUND = " $*`\"',;:"
 
 
 def final_answer(text: str, *, whole: bool) -> str | None:
@@ -68,10 +67,14 @@ def _boxed(text: str) -> str | None:
 def _normal(found: str) -> str:
     found = _boxed(found) or found
     found = _UNIT.sub(r"\1", found)
-    found = " ".join(found.split()).strip(_AROUND).casefold()
+    # A point before a number is one of its own.
+    found = " ".join(found.split()).rstrip(_AROUND + ".").lstrip(_AROUND).casefold()
     if (choice := _CHOICE.fullmatch(found)) is not None:
         found = choice[1]
-    if _NUMBER.fullmatch(found):
-        number = Decimal(found.replace(",", ""))
-        found = format(number.normalize(), "f") if number else "0"
+    if (number := _NUMBER.fullmatch(found)) is not None:
+        sign, whole, part = number.groups("")
+        whole, part = whole.replace(",", "").lstrip("0") or "0", part.rstrip("0")
+        found = f"{whole}.{part}" if part else whole
+        if sign == "-" and found != "0":
+            found = "-" + found
     return found

@@ -14,7 +14,12 @@ SAME = [
         ["Final answer: 42", "FINAL ANSWER:\n\n42", "So the answer is 42.", "It is \\boxed{42}!"],
     ),
     ("1234567.5", ["1,234,567.50", "1234567.5"]),
-    ("0", ["0.00", "-0", "0"]),
+    ("0", ["0.00", "-0", "0", "-.0"]),
+    ("0.5", [".5", "$.50", "0.5.", "+00.5"]),
+    ("-0.5", ["-.5", "**-0.50**"]),
+    # No digit is lost: these are two.
+    ("12345678901234567890123456789012345", ["12345678901234567890123456789012345"]),
+    ("12345678901234567890123456789012346", ["12,345,678,901,234,567,890,123,456,789,012,346.0"]),
     ("a", ["(A)", "[a]", "A.", "**(A)**", "\\boxed{\\text{A}}", "The final answer is: (a)"]),
     ("\\frac{1}{2}", ["\\boxed{\\frac{1}{2}}", "$\\frac{1}{2}$", "Answer:\n\\frac{1}{2}"]),
     ("f(x)", ["f(x)", "<answer> F(x) </answer>"]),
@@ -33,7 +38,7 @@ def test_it_is_found_and_made_equal(answer: str, text: str) -> None:
     assert final_answer(text, whole=True) == answer
 
 
-@pytest.mark.parametrize("text", ["", " \n ", "...", "\\boxed{}", "<answer> </answer>"])
+@pytest.mark.parametrize("text", ["", " \n ", "...", "**.**", "\\boxed{}", "<answer> </answer>"])
 def test_nothing_is_no_answer(text: str) -> None:
     assert final_answer(text, whole=True) is None
 
