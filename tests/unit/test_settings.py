@@ -119,6 +119,18 @@ def test_weights_stand_beside_the_keys() -> None:
             load({"api_key": keys, "api_key_weights": weights}, {})
 
 
+def test_a_critic_is_one_process_whatever_the_first_engine_is(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("a" * 16)
+    split = {"tensor_parallel_size": "2", "pipeline_parallel_size": "2", "nodes": "2"}
+    split |= {"rank_secret_file": str(secret)}
+    settings = load(split | {"critic_model": "there", "critic_max_model_len": "77"}, {})
+    assert settings.engine.processes == 4
+    critic = settings.critic_engine
+    assert (critic.processes, critic.nodes) == (1, 1)
+    assert (critic.model, critic.max_model_len) == ("there", 77)
+
+
 def test_a_missing_file_is_fatal(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="cannot be read"):
         load({}, {}, tmp_path / "absent.toml")
