@@ -155,13 +155,17 @@ class Service:
             raise self.refusal() or Unavailable("The server is not ready.")
         return self.model
 
-    async def tile_room(self, held: contextlib.AsyncExitStack, size: int) -> Share:
-        """Wait until ``size`` more bytes of tiles may be kept, and enter them into ``held``.
+    async def tile_room(
+        self, held: contextlib.AsyncExitStack, size: int, *, wait: bool = True
+    ) -> Share:
+        """Wait, or not, until ``size`` more bytes of tiles may be kept, and enter them into
+        ``held``.
 
         They are kept until the answer ends, because a new engine would need them.
         """
+        patience = TILE_TIMEOUT if wait else 0
         try:
-            return await held.enter_async_context(self._tiles.share(size, TILE_TIMEOUT))
+            return await held.enter_async_context(self._tiles.share(size, patience))
         except TimeoutError:
             self.metrics.refused.labels(TOO_MANY_PICTURES).inc()
             raise TooManyRequests(

@@ -211,7 +211,7 @@ async def _prepare(
 
     async with contextlib.AsyncExitStack() as held:
 
-        async def room(size: int, /) -> Share:
+        async def room(size: int, /, *, wait: bool = True) -> Share:
             return await held.enter_async_context(tiles.share(size))
 
         return await prepare(

@@ -1,6 +1,7 @@
 """The best of several answers: all are generated, compared by a critic, and one is returned. Where
 the answer is a stream, the winner comes in one piece, when it is known."""
 
+import asyncio
 import collections
 import contextlib
 import dataclasses
@@ -151,7 +152,7 @@ async def _compare(
     for candidate, state in zip(candidates, states, strict=True):
         candidate.logprob = candidate.score = state.logprob / max(state.completion_tokens, 1)
     if contest.asked.critic == "vote":
-        _vote(candidates, texts)
+        await asyncio.to_thread(_vote, candidates, texts)  # of long texts it takes a while
     return _Compared(candidates, _first(candidates))
 
 

@@ -245,6 +245,7 @@ async def _show_again(
     conversation = Conversation(conversation.turns, *cut)
     segments = await run(critic.segments, conversation, [""])
     canvas = Canvas(critic.prompts, segments, ready, budget, request.length[1])
+    room = functools.partial(room, wait=False)
     return conversation, await show(media, conversation, canvas, limits.decode_workers + 2, room)
 
 

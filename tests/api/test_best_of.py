@@ -4,6 +4,7 @@ what a real critic makes of real answers is tests/parity/test_critics.py."""
 import asyncio
 import json
 import math
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,9 @@ import httpx
 import msgspec
 import pytest
 
+from server.chat import best_of
 from server.chat.critic import SYSTEM
+from server.chat.vote import final_answer
 from server.keys import fingerprint
 from tests.api.conftest import House, Houses
 from tests.api.test_chat import events, picture
@@ -402,6 +405,46 @@ async def test_pictures_are_cut_as_the_critic_sees_them(houses: Houses) -> None:
     await ask(house, **best(2, "visualprm"), messages=[{"role": "user", "content": parts}])
     assert [part.geometry for part in house.media.parts] == [None, geometry]
     assert critic.requests[0].items[0].length == 10
+
+
+async def test_who_holds_tiles_does_not_wait_for_the_critics(houses: Houses) -> None:
+    """Two that do would wait for each other."""
+    geometry = VisionGeometry(tile_size=8, tokens_per_tile=5)
+    ready = msgspec.structs.replace(CRITIC_READY, geometry=geometry)
+    critic = FakeEngine(ready, judging(lambda _: 1.0))
+    script, gate = drawing(["A", "B"]), asyncio.Event()
+    engine = FakeEngine(None, lambda request: [gate, *script(request)])
+    # Room for what both models may see of one picture, and nothing else.
+    most = 2 * 48 + 13 * geometry.tile_bytes
+    house = await houses.open(engine, critic=critic, request_tile_bytes=most)
+    messages = [{"role": "user", "content": [picture("a"), {"type": "text", "text": "It?"}]}]
+    async with asyncio.timeout(5):
+        plain = asyncio.create_task(house.ask(messages=messages))
+        while not house.engine.requests:
+            await asyncio.sleep(0)
+        refused = await house.ask(**best(2, "visualprm"), messages=messages)
+        assert (refused.status_code, error_of(refused)["code"]) == (429, "too_many_pictures")
+        gate.set()
+        assert (await plain).status_code == 200
+        judged = await house.ask(**best(2, "visualprm"), messages=messages)
+        assert judged.status_code == 200
+    assert "internvl_request_tile_bytes 0.0" in (await house.http.get("/metrics")).text
+
+
+async def test_votes_are_counted_beside_the_event_loop(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[threading.Thread] = set()
+
+    def read(text: str, *, whole: bool) -> str | None:
+        seen.add(threading.current_thread())
+        return final_answer(text, whole=whole)
+
+    monkeypatch.setattr(best_of, "final_answer", read)
+    house.engine.script = drawing(["A", "B"])
+    await ask(house, **best(2, "vote"))
+    assert seen
+    assert threading.current_thread() not in seen
 
 
 async def test_only_a_single_question_can_be_judged(houses: Houses) -> None:
