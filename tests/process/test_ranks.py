@@ -31,7 +31,7 @@ from wire.settings import EngineSettings
 ROOT = Path(__file__).parents[2]
 DEADLINE = 60.0
 SHAPE = Shape(heads=6, kv_heads=6)  # for two or three ranks
-TOKENS = 300
+TOKENS = 100
 SECRET = b"sixteen or more of them"
 NAMESPACES = ["unshare", "--user", "--map-root-user", "--net"]
 

@@ -153,9 +153,3 @@ def test_names_are_unique_and_every_setting_has_a_help_text_and_a_valid_default(
         assert metadata["choices"] is None or field.default in metadata["choices"]
         assert metadata["low"] is None or field.default >= metadata["low"]
         assert metadata["high"] is None or field.default <= metadata["high"]
-
-
-def test_a_critic_is_one_process_however_many_the_model_has() -> None:
-    engine = EngineSettings(tensor_parallel_size=2, pipeline_parallel_size=2, nodes=2)
-    critic = Settings(engine=engine, critic=CriticSettings(critic_model="judge")).critic_engine
-    assert (critic.processes, critic.nodes, critic.model) == (1, 1, "judge")
