@@ -50,7 +50,7 @@ class Seen:
         self.ours = self.ours[: len(raw)].view(-1, 3, side, side)
 
     def difference(self) -> int | None:
-        """The largest of a sample; None where there are not as many tiles."""
+        """The largest of a sample; None where there are not as many, or not as large tiles."""
         if not self.tiles:
             return 0 if not len(self.ours) else None
         theirs = torch.cat(self.tiles)
@@ -58,12 +58,16 @@ class Seen:
             return None
         return int((theirs.int() - self.ours.int()).abs().max())
 
+    def sides(self) -> tuple[int, int]:
+        """Of our tiles and theirs."""
+        return self.ours.shape[-1], self.tiles[0].shape[-1]
+
 
 def compare(settings: EngineSettings, folder: Path, work: Path) -> Found:
     """Everything that can be compared. Raises NoReference."""
     given = msgspec.msgpack.decode((work / CASES).read_bytes(), type=Cases)
     ready, ours = given.ready, load_file(work / OURS)
-    official = Official(folder, settings.max_tiles, ready.geometry.tokens_per_tile)
+    official = Official(folder, settings.max_tiles)
     seen = {case.name: Seen(case, official, ready.geometry.tile_size) for case in given.cases}
     prompts: dict[str, Given] = {
         case.name: (seen[case.name].ids, seen[case.name].pixels)
@@ -135,6 +139,8 @@ def _judge(
     if case.grids != pictures:
         wrong.append(f"grids: {_grids(case.grids)} instead of {_grids(pictures)}")
     pixels = seen.difference()
+    if pixels is None and tiles[0] == tiles[1]:
+        wrong.append("pixels: tiles are {} wide instead of {}".format(*seen.sides()))
     if pixels:
         wrong.append(f"pixels: differ by up to {pixels} of 255")
     prompt = case.request.prompt

@@ -21,13 +21,27 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     get_optimal_tiled_canvas,
 )
 
-from model.config import TEMPLATES
 from wire.cases import Case, Picture
 from wire.tokenizer_file import read_tokenizer_json
 
 Grid = tuple[int, int]
 
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+# The original checkpoints' conversations (conversation.py in their repository): the system
+# sentence, and what follows the end of a turn. Said once more: a wrong word in ``model`` is seen.
+_INTERNVL = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
+    "联合开发的多模态大语言模型。"
+)
+_EARLY = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+    "是一个有用无害的人工智能助手。"
+)
+_CONVERSATIONS = {
+    "internvl2_5": (_INTERNVL, "\n"),
+    "Hermes-2": (_EARLY, ""),
+    "internlm2-chat": (_EARLY, ""),
+}
 # What the native checkpoints' template does, for folders without one.
 _TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -42,12 +56,11 @@ class Official:
     """For the checkpoint in a folder. ``most`` bounds the tiles of a picture; 0: the checkpoint's
     own number. ``notes`` say where transformers could not be asked."""
 
-    def __init__(self, folder: Path, most: int, tokens_per_tile: int) -> None:
+    def __init__(self, folder: Path, most: int) -> None:
         values = json.loads((folder / "config.json").read_text("utf-8"))
         self.notes: list[str] = []
         self._values = values
         self._chat = "llm_config" in values
-        self._per_tile = tokens_per_tile
         self._tokenizer = self._load_tokenizer(folder)
         if self._chat:
             side = values.get("force_image_size") or values["vision_config"]["image_size"]
@@ -63,6 +76,10 @@ class Official:
         else:
             self._thumbnail = True
             self._processor = GotOcr2ImageProcessorPil(**_image_processor(folder, values))
+        patch = values["vision_config"].get("patch_size", 14)
+        patch = patch[0] if isinstance(patch, list) else patch
+        across = self._processor.size.height // patch * values.get("downsample_ratio", 0.5)
+        self._per_tile = int(across) ** 2
         own = self._processor.max_patches
         self._most = min(own, most or own)
 
@@ -108,7 +125,7 @@ class Official:
         return ids
 
     def _original(self, case: Case) -> str:
-        sentence, after = TEMPLATES[self._values.get("template") or "internvl2_5"]
+        sentence, after = _CONVERSATIONS[self._values.get("template") or "internvl2_5"]
         system = self._values.get("system_message")
         numbers = itertools.count(1)
         several = len(case.pictures) > 1

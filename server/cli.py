@@ -245,10 +245,19 @@ def _verify(options: argparse.Namespace) -> int:
         unknown = [name for name in names if name not in CASES_OF]
         if unknown:
             raise SettingError(f"--cases: {unknown[0]!r} is none of {', '.join(CASES_OF)}")
+        # Known before hours have gone into it.
+        if out is not None and (out.is_dir() or not os.access(out.parent, os.W_OK)):
+            raise SettingError(f"--out: {out} cannot be written")
     except SettingError as error:
         print(f"internvl verify: {error}", file=sys.stderr)
         return EXIT_USAGE
     return verify(settings, Path(other.engine.model), names, tokens, out)
+
+
+def _some(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
 
 
 def _memory(text: str) -> int:
@@ -427,7 +436,7 @@ def _add_verify(commands: Any) -> None:
         help="what transformers reads instead: the same model, such as in the other format",
     )
     verify.add_argument(
-        "--tokens", type=int, default=16, metavar="N", help="greedy tokens to compare [16]"
+        "--tokens", type=_some, default=16, metavar="N", help="greedy tokens to compare [16]"
     )
     verify.add_argument(
         "--cases",

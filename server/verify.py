@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,6 +78,8 @@ def verify(
 ) -> int:
     """Print what was found of the cases of these names, and write it to ``out``; 1 if something is
     out of bounds, 2 if it cannot be computed."""
+    # Nothing that was begun outlives this process.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="internvl-verify-") as name:
         work = Path(name)
         try:
@@ -85,7 +88,10 @@ def verify(
             print(f"this cannot be served: {error}", file=sys.stderr)
             done = False
         told = msgspec.json.encode(settings.engine).decode()
-        if not done or _run("engine.compare", told, str(against), name).wait() != 0:
+        if done:
+            with _running("engine.compare", told, str(against), name) as theirs:
+                done = theirs.wait() == 0
+        if not done:
             return EXIT_FAILED
         found = msgspec.json.decode((work / FOUND).read_bytes(), type=Found)
     print("\n".join(describe(found)))
@@ -99,8 +105,7 @@ def verify(
 def _compute(settings: Settings, names: Sequence[str], tokens: int, work: Path) -> bool:
     """Our side; whether it is done. Raises ServiceError, TokenizerError."""
     told = msgspec.json.encode(settings.engine).decode()
-    ours = _run("engine.verify", told, str(work), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with ours:
+    with _running("engine.verify", told, str(work), pipe=subprocess.PIPE) as ours:
         assert ours.stdin is not None and ours.stdout is not None  # noqa: S101, PT018
         line = ours.stdout.readline()
         if line:
@@ -110,14 +115,24 @@ def _compute(settings: Settings, names: Sequence[str], tokens: int, work: Path) 
             with contextlib.suppress(BrokenPipeError):  # its status tells
                 ours.stdin.write(b"go\n")
                 ours.stdin.flush()
-    return ours.returncode == 0
+        return ours.wait() == 0
 
 
-def _run(module: str, *arguments: str, **pipes: Any) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def _running(
+    module: str, *arguments: str, pipe: int | None = None
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process of ours, which whatever ends the block early ends too. ``pipe`` is its standard
+    input and output."""
     # transformers would ask a hub about a folder that is here, and speak of things in general.
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.Popen(command, env=os.environ | quiet, **pipes)
+    with subprocess.Popen(command, env=os.environ | quiet, stdin=pipe, stdout=pipe) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 async def prepared(

@@ -1,8 +1,10 @@
 """``internvl verify``: the real command, on models that are what transformers computes and on one
 that is not."""
 
+import asyncio
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +13,26 @@ from typing import Any
 import pytest
 
 from demo import CHECKPOINT
+from engine.official import Official
+from engine.verify import Watched
+from model.config import TEMPLATES
+from server.verify import prepared
 from tests.checkpoints import SIX_B_LIKE, Shape, Tensors, in_four_bits, make_checkpoint
 from tests.servers import ROOT
+from wire.loading import load
 
 CASES = ("text", "picture", "wide picture", "two pictures", "frames")
 
 
-def verify(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def command(folder: Path, *flags: str) -> list[str]:
     # Small, and nothing to measure first.
     settings = ("--max-num-seqs", "1", "--num-kv-blocks", "16", "--step-budget-ms", "0")
+    return [sys.executable, "-m", "server", "verify", str(folder), *settings, *flags]
+
+
+def verify(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "server", "verify", str(folder), *settings, *flags],
+        command(folder, *flags),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -105,6 +116,55 @@ def test_whatever_differs_is_named(tmp_path: Path) -> None:
     assert not any(line.startswith("448 x 448: pixels") for line in found)
 
 
+def test_tiles_of_another_size_are_named(tmp_path: Path) -> None:
+    ours = make_checkpoint(tmp_path / "ours")
+    other = make_checkpoint(tmp_path / "other")
+    settings = json.loads((other / "preprocessor_config.json").read_text("utf-8"))
+    settings["size"] = {"height": 84, "width": 84}
+    (other / "preprocessor_config.json").write_text(json.dumps(settings), "utf-8")
+    flags = ("--tokens", "1", "--dtype", "float32", "--cases", "text")
+    done = verify(ours, "--against", str(other), *flags)
+    assert done.returncode == 1, done.stderr
+    assert "1 x 1: pixels: tiles are 56 wide instead of 84" in wrong(done)
+    assert any(line.startswith("1 x 1: prompt: differs from token") for line in wrong(done))
+
+
+@pytest.mark.parametrize("sentence", [None, "你是书生。"])
+def test_a_wrong_word_of_our_own_is_seen(
+    sentence: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' side does not take the conversation from the model's tables."""
+    folder = make_checkpoint(tmp_path, format="chat")
+    if sentence is not None:
+        monkeypatch.setitem(TEMPLATES, "internvl2_5", (sentence, "\n"))
+    few = {"media_workers": "1", "num_kv_blocks": "16", "step_budget_ms": "0"}
+    settings = load(few | {"model": str(folder)}, {})
+    ready = Watched(settings.engine).ready()
+    case = asyncio.run(prepared(settings, ready, ["text"], 1))[0]
+    assert (case.request.prompt == Official(folder, 0).prompt(case, [])) == (sentence is None)
+
+
+def test_nothing_is_left_of_one_that_is_ended(tmp_path: Path) -> None:
+    flags = ("--tokens", "300", "--cases", "text")
+    began = subprocess.Popen(
+        command(CHECKPOINT, *flags),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    with began:
+        assert began.stderr is not None
+        while b"ours: text" not in began.stderr.readline():
+            pass
+        (child,) = Path(f"/proc/{began.pid}/task/{began.pid}/children").read_text().split()
+        assert list(tmp_path.iterdir())
+        began.terminate()
+        assert began.wait(30) == 128 + 15
+    assert not Path(f"/proc/{child}").exists()
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_served_is_told(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, config={"architectures": ["Other"]})
     done = verify(folder)
@@ -114,6 +174,11 @@ def test_what_cannot_be_served_is_told(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert "--cases: 'film' is none of text, picture" in done.stderr
     assert "Traceback" not in done.stderr
+    for flags in (("--tokens", "0"), ("--out", str(tmp_path / "there" / "out.json"))):
+        done = verify(folder, *flags)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"{flags[0]}: " in done.stderr
+        assert "Traceback" not in done.stderr
     done = verify(CHECKPOINT, "--max-model-len", "40")
     assert done.returncode == 2
     assert "this cannot be served" in done.stderr
