@@ -74,7 +74,9 @@ def compare(settings: EngineSettings, folder: Path, work: Path) -> Found:
         for case in given.cases
         if case.computed and seen[case.name].ids == case.request.prompt
     }
-    rounded = ready.dtype != "float32" or settings.quantization != "none"
+    # Weights in four bits are compared with those that they stand for.
+    quantization = "none" if settings.quantization == "awq" else settings.quantization
+    rounded = ready.dtype != "float32" or quantization != "none"
     exact: dict[str, Tensor] = {}
     theirs: dict[str, Tensor] = {}
     greedy: dict[str, Generated] = {}
@@ -85,7 +87,7 @@ def compare(settings: EngineSettings, folder: Path, work: Path) -> Found:
             exact = _logits(Reference(folder, **options), prompts, "float32")
             gc.collect()
         dtype = getattr(torch, ready.dtype)
-        reference = Reference(folder, dtype, quantization=settings.quantization, **options)
+        reference = Reference(folder, dtype, quantization=quantization, **options)
         theirs = _logits(reference, prompts, ready.dtype)
         count = max(case.request.sampling.max_tokens for case in given.cases)
         for name, prompt in prompts.items():

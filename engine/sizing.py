@@ -9,6 +9,7 @@ Weights and cache are exact. What a step takes is an estimate of its largest ten
 itself measures it when it starts.
 """
 
+import contextlib
 import dataclasses
 import signal
 import sys
@@ -19,6 +20,7 @@ import torch
 
 from engine.memory import encoded_pictures
 from model import CheckpointError, InternVL, ModelConfig, load_config, skeleton
+from model.awq import keep_packed
 from model.kv_cache import KVCache
 from model.ops import Ops
 from model.parallel import possible_sizes, share
@@ -82,7 +84,8 @@ class Sizing:
 def size(config: ModelConfig, settings: EngineSettings, memory: int) -> Sizing:
     """What a model takes of a device with so many bytes of memory.
 
-    Raises ValueError where it cannot be divided among so many devices.
+    Raises ValueError where it cannot be divided among so many devices, and CheckpointError where
+    four bits that are to be kept cannot, or are not there.
     """
     config = dataclasses.replace(config, geometry=config.geometry.limited(settings.max_tiles))
     dtype = getattr(torch, config.dtype if settings.dtype == "auto" else settings.dtype)
@@ -92,6 +95,8 @@ def size(config: ModelConfig, settings: EngineSettings, memory: int) -> Sizing:
     text = share(config.text, devices)
     model = skeleton(config, tied=tied, text=text)
     parameters = _parameters(skeleton(config, tied=tied))
+    if settings.quantization == "awq":
+        keep_packed(model, config.awq)
     rest, each = weight_sizes(model, dtype.itemsize, settings.quantization)
     found = [
         Sizing(
@@ -147,8 +152,9 @@ def devices_needed(config: ModelConfig, settings: EngineSettings, memory: int) -
     for count in possible_sizes(config.text):
         if count > settings.tensor_parallel_size:
             several = dataclasses.replace(settings, tensor_parallel_size=count)
-            if size(config, several, memory).fits:
-                return count
+            with contextlib.suppress(CheckpointError):  # groups of four bits that would be cut
+                if size(config, several, memory).fits:
+                    return count
     return None
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from model.awq import keep_packed
 from model.config import load_config
 from model.internvl import InternVL
 from model.names import names_for
@@ -40,8 +41,9 @@ def build_model(
     CheckpointError if they do not fit ``config``: all of them, whatever is needed here.
 
     ``quantization`` is "none", "fp8" or "int8" (``model.quantize``; int8 on the CPU is that of
-    ``model.ops.native``), "bnb-8bit" or "bnb-4bit" (``model.bnb``). Raises ValueError where the
-    decoder cannot be divided among so many ranks.
+    ``model.ops.native``), "bnb-8bit" or "bnb-4bit" (``model.bnb``), or "awq", which keeps the four
+    bits of a checkpoint (``model.awq``). Raises ValueError where the decoder cannot be divided
+    among so many ranks.
 
     A stored output matrix is used whatever tie_word_embeddings says: published checkpoints have
     the flag wrong, and a dropped matrix gives fluent nonsense.
@@ -59,9 +61,14 @@ def build_model(
         text = share(config.text, group.size)
         if group.stages > 1:
             one = skeleton(config, tied=tied, text=text)
+            if quantization == "awq":
+                keep_packed(one, config.awq, files.packed(slots))
             layers = own_layers(one, group.stages, dtype.itemsize, quantization)[group.stage]
             text, slots = part_of(text, layers), own_slots(slots, layers)
         model = skeleton(config, tied=tied, text=text, group=group)
+    model.parameter_count = sum(p.numel() for p in whole.parameters())
+    if quantization == "awq":
+        keep_packed(model, config.awq, files.packed(slots))
     model.ops = choose(device, dtype, quantization)
     own = quantization == "int8" and isinstance(model.ops, NativeOps)
     quantized = quantizer(model.decoder.layers, "none" if own else quantization, device)
@@ -71,7 +78,6 @@ def build_model(
         if quantized is not None and below == "decoder":
             quantize_layer(model.decoder, rest, quantized)
 
-    model.parameter_count = sum(p.numel() for p in whole.parameters())
     fill(
         model,
         slots,

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from model import bnb
 from model import triton as kernels
+from model.awq import Int4Linear
 from model.layers import Linear, Router
 from model.schema import CheckpointError
 
@@ -149,9 +150,19 @@ def quantize_layer(decoder: nn.Module, name: str, quantized: Quantizer) -> None:
 def weight_bytes(layer: nn.Module, itemsize: int, kind: str) -> int:
     """What one of the decoder's layers takes when it is quantised; numbers that are not, and all of
     them for "none", take ``itemsize`` bytes."""
-    # Four bits come with an fp32 scale that 64 of them share.
-    bits = {"none": 8 * itemsize, "bnb-4bit": 4.5}.get(kind, 8)
-    return sum(int(p.numel() * (bits / 8 if p.dim() > 1 else itemsize)) for p in layer.parameters())
+    # Four bits come with an fp32 scale that 64 of them share. Layers that AWQ stored already are
+    # what they will be.
+    bits = {"none": 8 * itemsize, "awq": 8 * itemsize, "bnb-4bit": 4.5}.get(kind, 8)
+    held = {
+        id(getattr(module, name)): kind.itemsize
+        for module in layer.modules()
+        if isinstance(module, Int4Linear)
+        for name, kind in module.TYPES.items()
+    }
+    return sum(
+        int(p.numel() * held.get(id(p), bits / 8 if p.dim() > 1 else itemsize))
+        for p in layer.parameters()
+    )
 
 
 def _check_sizes(decoder_layers: nn.ModuleList, kind: str) -> torch.Size:

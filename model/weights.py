@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from model.awq import INTEGERS, PARTS, dequantize, joined
+from model.awq import INTEGERS, PARTS, FourBits, Int4Linear, four_bits, joined
 from model.backbones.backbone import Rows
 from model.names import Names, Slot
 from model.parallel import Cut
@@ -33,7 +33,7 @@ _LISTED = 8
 class WeightFiles:
     """The safetensors files of a folder: ``shapes`` of all tensors, and the tensors themselves.
 
-    Those of layers in four bits are told of and given as the weights they stand for.
+    Those of a layer in four bits are told of as the weight they stand for, and given together.
     """
 
     def __init__(self, folder: Path, awq: AwqConfig | None = None) -> None:
@@ -75,9 +75,15 @@ class WeightFiles:
                 self._files[key] = path
                 self.shapes[key] = tuple(part.get_shape())
 
+    def packed(self, slots: Mapping[str, Slot]) -> set[str]:
+        """The parameters that are stored in four bits, and in nothing else."""
+        packed = {slot.parameter for key, slot in slots.items() if key not in self._files}
+        return packed - {slot.parameter for key, slot in slots.items() if key in self._files}
+
     def each(self, wanted: Iterable[str], *, whole: bool) -> Iterator[tuple[str, Any]]:
         """Yield the wanted tensors, file by file, as something that slices of are tensors; of most
-        only what is sliced is read, unless ``whole`` says that all will be."""
+        only what is sliced is read, unless ``whole`` says that all will be. Those in four bits are
+        ``FourBits``."""
         keys = set(wanted)
         for path in sorted(set(self._files.values())):
             with _open(path) as file:
@@ -90,7 +96,7 @@ class WeightFiles:
                         else:
                             layer, _, _ = name.rpartition(".")
                             parts = [self._tensor(f"{layer}.{part}") for part in PARTS]
-                            yield name, dequantize(parts, self._awq)
+                            yield name, four_bits(parts)
 
     def _stands_for(self, key: str) -> str:
         """The tensor that one of the files is, or is the first part of."""
@@ -142,7 +148,8 @@ def fill(
     """
     meta = dict(skeleton.named_parameters())
     left = collections.Counter(_module(slot) for slot in slots.values())
-    total = sum(parameter.numel() for parameter in meta.values()) * dtype.itemsize
+    types = _types(skeleton, dtype)
+    total = sum(parameter.numel() * types[name].itemsize for name, parameter in meta.items())
     done = 0
     progress(0, total)
     for key, stored in files.each(slots, whole=not cuts):
@@ -150,19 +157,33 @@ def fill(
         cut = cuts.get(slot.parameter)
         owner, _, leaf = slot.parameter.rpartition(".")
         module = skeleton.get_submodule(owner)
-        if getattr(module, leaf).is_meta:
-            empty = _empty(meta[slot.parameter], cut, device, dtype)
-            setattr(module, leaf, nn.Parameter(empty, requires_grad=False))
-        target = getattr(module, leaf).data
+        packed = module if isinstance(module, Int4Linear) and leaf == "weight" else None
+        if isinstance(stored, FourBits) and packed is None:
+            stored = stored.dequantized()
+        for name in (leaf,) if packed is None else packed.TYPES:
+            if getattr(module, name).is_meta:
+                full = f"{owner}.{name}"
+                empty = _empty(meta[full], cut if packed is None else None, device, types[full])
+                setattr(module, name, nn.Parameter(empty, requires_grad=False))
         for source, rows in _copies(slot, files.shapes[key][0], cut):
-            tensor = stored[source]
-            target[rows].copy_(tensor)
-            done += tensor.numel() * dtype.itemsize
+            part = stored[source]
+            for name, tensor in ({leaf: part} if packed is None else packed.packed(part)).items():
+                getattr(module, name).data[rows].copy_(tensor)
+                done += tensor.numel() * types[f"{owner}.{name}"].itemsize
         left[owner] -= 1
         if not left[owner]:
             filled(owner)
         progress(done, total)
     progress(total, total)  # what pads the vocabulary is in no file
+
+
+def _types(skeleton: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Of the parameters: ``dtype``, but where four bits are kept."""
+    found = {name: dtype for name, _ in skeleton.named_parameters()}
+    for name, module in skeleton.named_modules():
+        if isinstance(module, Int4Linear):
+            found |= {f"{name}.{leaf}": kind for leaf, kind in module.TYPES.items()}
+    return found
 
 
 def _module(slot: Slot) -> str:

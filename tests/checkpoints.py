@@ -475,11 +475,13 @@ def packed(numbers: np.ndarray) -> Tensor:
 
 
 def in_four_bits(tensors: Tensors, group: int, *, plain: bool = False) -> None:
-    """Replace the decoder's layers by such in four bits, with a scale for every ``group`` inputs,
-    or, ``plain``, by what those stand for."""
+    """Replace the decoder's layers, but for routers, by such in four bits, with a scale for every
+    ``group`` inputs, or, ``plain``, by what those stand for."""
     for key in list(tensors):
         layer = key.removesuffix(".weight")
         if ".layers." not in key or "vision" in key or "norm" in key or layer == key:
+            continue
+        if layer.endswith(".mlp.gate"):
             continue
         weight = tensors.pop(key).float().numpy().T  # [inputs, outputs]
         groups = weight.reshape(-1, group, weight.shape[1])

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from engine.sampling import fused as sampling
-from model.triton import fused, paged, pixels, quantize
+from model.triton import fused, int4, paged, pixels, quantize
 
 TYPES = {
     torch.float32: "fp32",
@@ -81,6 +81,10 @@ def launch_all() -> None:
         fused.silu_mul(rows)
         fused.bias_gelu_(rows, weight)
         quantize.to_fp8(rows, 1e-12)
+        scale = torch.empty(1152, 3584 // 128)
+        packed = torch.empty(1152, 1792, dtype=torch.uint8), scale.byte(), scale, weight[:1152]
+        for count in (4, 100):
+            int4.linear(torch.empty(count, 3584, dtype=dtype), *packed)
         tiles = torch.zeros(2, 3, 448, 448, dtype=torch.uint8)
         pixels.patches(tiles, torch.ones(3), torch.ones(3), 14, dtype)
     for height in (300, 2000):  # both orders

@@ -10,6 +10,7 @@ import torch
 
 KERNELS = [
     "model.triton.fused",
+    "model.triton.int4",
     "model.triton.paged",
     "model.triton.pixels",
     "model.triton.quantize",

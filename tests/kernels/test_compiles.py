@@ -9,7 +9,7 @@ KERNELS = {
     *("_add_norm", "_silu_mul", "_bias_gelu"),
     *("_rotate_write", "_decode", "_reduce"),
     *("_resample", "_patches"),
-    *("_draw", "_to_fp8"),
+    *("_draw", "_to_fp8", "_linear"),
 }
 # Bytes of shared memory that a program may have (CUDA C++ Programming Guide, compute capabilities).
 SHARED = {"80": 163 << 10, "90": 227 << 10}

@@ -15,6 +15,7 @@ from engine import runner
 from engine.core import EngineCore, Runner
 from engine.runner import ModelRunner
 from model import CheckpointError, InternVL, build_model, load_config, weights
+from model.awq import Int4Linear
 from model.native import LIBRARY
 from model.parallel import Group, share
 from tests.checkpoints import INTERNVL3, Shape, make_checkpoint
@@ -263,6 +264,20 @@ def test_weights_in_four_bits_are_cut_as_what_they_stand_for(
     options = settings(test_awq.made(tmp_path, test_awq.INTERNLM))
     alone = answers(ModelRunner(options), options)
     answers(Together(*meeting, options), options).equal(alone, EXACT)
+
+
+def test_four_bits_that_are_kept_are_cut_between_groups(meeting: Meeting, tmp_path: Path) -> None:
+    shape = dataclasses.replace(test_awq.INTERNLM, mlp=128)
+    folder = test_awq.made(tmp_path, shape)
+    options = settings(folder, quantization="awq")
+    alone = answers(ModelRunner(settings(folder)), options)
+    ranks = Together(*meeting, options)
+    answers(ranks, options).equal(alone, EXACT)
+    assert ranks.ask(layers_in_four_bits) == [4 * shape.layers] * meeting[0].size
+
+
+def layers_in_four_bits(own: ModelRunner) -> int:
+    return sum(isinstance(layer, Int4Linear) for layer in own._model.modules())
 
 
 def parameters(own: ModelRunner) -> tuple[int, int, int]:

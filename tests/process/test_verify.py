@@ -88,10 +88,13 @@ def test_original_checkpoints_too(
     folder = make_checkpoint(
         tmp_path, format="chat", shape=shape, shards=2, change=change, config=config
     )
-    done = verify(folder, "--tokens", "4", "--dtype", dtype, "--cases", "frames", "two pictures")
+    flags = ("--quantization", "awq") if config else ()
+    done = verify(
+        folder, "--tokens", "4", "--dtype", dtype, "--cases", "frames", "two pictures", *flags
+    )
     assert (done.returncode, wrong(done)) == (0, []), done.stderr
     assert [line.split("  ")[0] for line in done.stdout.splitlines()[1:3]] == list(CASES[:2:-1])
-    assert f"Computed in {dtype}." in done.stdout
+    assert f"Computed in {dtype}{', awq' if config else ''}." in done.stdout
 
 
 def test_whatever_differs_is_named(tmp_path: Path) -> None:
