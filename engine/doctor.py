@@ -4,6 +4,7 @@ doctor``. Nothing is loaded but small cases to try kernels on.
     python -m engine.doctor [CHECKPOINT]
 """
 
+import dataclasses
 import os
 import platform
 import signal
@@ -15,11 +16,12 @@ import torch
 
 from engine.memory import free_memory
 from engine.runner import choose_dtype
+from engine.sizing import size
 from model import CheckpointError, load_config, ops
 from model import triton as kernels
 from model.attention import BACKENDS
 from model.native import BEST, LIBRARY
-from model.schema import TextConfig
+from model.schema import ModelConfig, TextConfig
 from wire.settings import EngineSettings
 
 GIB = 1 << 30
@@ -73,6 +75,7 @@ def examine(checkpoint: str = "") -> Iterator[Finding]:
         else:
             text, dtype = config.text, choose_dtype(EngineSettings(), config, device)
             yield OK, f"checkpoint of the format {config.format!r}, with {text.backbone}"
+            yield _memory_plan(config, device, dtype)
     yield OK, f"computed in {str(dtype).removeprefix('torch.')}"
     yield OK, f"operations: {ops.choose(device, dtype).name}"
     chosen = False
@@ -83,6 +86,21 @@ def examine(checkpoint: str = "") -> Iterator[Finding]:
         yield OK, f"attention: {name}: {found}"
     if not chosen:
         yield BAD, "no attention can be used"
+
+
+def _memory_plan(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Finding:
+    settings = EngineSettings(dtype=str(dtype).removeprefix("torch."))
+    if device.type == "cuda":
+        _, memory = torch.cuda.mem_get_info(device)
+    else:
+        memory, share = free_memory(), settings.cpu_memory_utilization
+        settings = dataclasses.replace(settings, gpu_memory_utilization=share)
+    plan = size(config, settings, memory)
+    parts = {"weights": plan.weights, "a step about": plan.step, "encoded pictures": plan.pictures}
+    told = ", ".join(f"{name} {count / GIB:.2f} GiB" for name, count in parts.items())
+    room = f"room for {plan.tokens} tokens beside them, a sequence has up to {plan.context}"
+    state = OK if plan.fits else POOR if plan.tokens else BAD
+    return state, f"memory: {told}; {room}"
 
 
 def _device(device: torch.device) -> str:

@@ -237,6 +237,23 @@ def test_what_is_said_of_a_checkpoint_is_what_it_is_served_with(tmp_path: Path) 
     assert f"attention: {runner.ready().attention}: is used" in found
 
 
+@pytest.mark.parametrize(
+    ("free", "state"), [(1 << 40, doctor.OK), (20 << 30, doctor.POOR), (8 << 30, doctor.BAD)]
+)
+def test_doctor_tells_what_a_model_takes_of_the_memory_that_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, state: str
+) -> None:
+    monkeypatch.setattr("engine.doctor.free_memory", lambda: free)
+    folder = make_checkpoint(tmp_path, shape=INTERNVL3["8B"], weights=False)
+    config = load_config(folder)
+    share = EngineSettings.cpu_memory_utilization
+    plan = size(config, EngineSettings(dtype="bfloat16", gpu_memory_utilization=share), free)
+    told = [found for found in doctor.examine(str(folder)) if found[1].startswith("memory: ")]
+    assert [found[0] for found in told] == [state]
+    assert f"weights {plan.weights / (1 << 30):.2f} GiB" in told[0][1]
+    assert f"room for {plan.tokens} tokens" in told[0][1]
+
+
 def test_what_is_missing_is_told_apart_from_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
