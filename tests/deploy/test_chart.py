@@ -46,6 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
         "settings": {"gpu_memory_utilization": 0.85, "max_model_len": 16384},
     },
+    "gpus": {"gpu": {"count": 4}, "model": {"path": "/models/InternVL3-38B", "volume": CLAIM}},
+    "stages": {"gpu": {"count": 3}, "settings": {"pipeline_parallel_size": 3}},
     "keys": {"apiKeys": {"values": ["first", "second"]}},
     "existing": {"apiKeys": {"existingSecret": "vault", "secretKey": "tokens"}},
     "files": {
@@ -107,7 +109,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "tls_key": {"settings": {"tls_key": "/x"}},
     "volume": {"model": {"volume": {"hostPath": {"path": "/"}}}},
     "tag": {"image": {"tag": "latest"}},
-    "count": {"gpu": {"count": 2}},
+    "count": {"gpu": {"count": 65}},
     "values": {"apiKeys": {"values": ["a,b"]}},
     "replica": {"replica": 3},
     "shutdownMargin": {"shutdownMargin": 0},
@@ -206,6 +208,8 @@ def test_optional_parts_appear_only_when_asked_for(renders: dict[str, Rendered])
     extras = {
         "default": set(),
         "gpu": set(),
+        "gpus": set(),
+        "stages": set(),
         "keys": {"Secret"},
         "existing": set(),
         "files": {"ServiceMonitor"},
@@ -356,6 +360,15 @@ def test_a_gpu_is_asked_for_and_the_weights_are_read_only(renders: dict[str, Ren
     settings = load({}, environment(renders["gpu"])).engine
     assert (settings.device, settings.model) == ("cuda", "/models/InternVL3-8B")
     assert load({}, environment(renders["default"])).engine.device == "cpu"
+
+
+def test_a_model_is_split_over_the_gpus_of_its_pod(renders: dict[str, Rendered]) -> None:
+    for name, count, sizes in (("gpu", 1, (1, 1)), ("gpus", 4, (4, 1)), ("stages", 3, (1, 3))):
+        limits = container(renders[name].manifests["Deployment"])["resources"]["limits"]
+        assert limits["nvidia.com/gpu"] == count
+        settings = load({}, environment(renders[name])).engine
+        assert (settings.tensor_parallel_size, settings.pipeline_parallel_size) == sizes
+    assert "InternVL3-38B on 4 GPUs" in " ".join(renders["gpus"].notes.split())
 
 
 def test_every_mount_has_its_volume_and_shared_memory_is_memory(rendered: Rendered) -> None:
