@@ -21,7 +21,7 @@ from model.kv_cache import KVCache
 from wire.geometry import VisionGeometry
 from wire.messages import EngineRequest, VisionItem
 from wire.sampling import MAX_LOGPROBS, SamplingParams
-from wire.settings import EngineSettings
+from wire.settings import EngineSettings, SettingError
 
 logger = logging.getLogger(__name__)
 
@@ -168,12 +168,12 @@ def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, ste
         free, ours, step, rest, size, blocks,
     )  # fmt: skip
     if blocks < 1:
-        raise ValueError(
+        raise SettingError(
             f"no memory for the KV cache: a block takes {size} bytes, {max(memory, 0)} are there "
             f"(docs/operations.md says what else takes {rest}, and which settings bound it)"
         )
     if explicit and blocks * size + rest > free:
-        raise ValueError(
+        raise SettingError(
             f"a KV cache of {blocks} blocks takes {blocks * size} bytes; with {rest} for the "
             f"largest step and for pictures that is more than the {free} bytes that are free"
         )

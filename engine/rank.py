@@ -39,6 +39,7 @@ from wire import logs
 from wire.channel import Channel, ChannelClosed
 from wire.digest import checkpoint_digest
 from wire.errors import Unservable
+from wire.knob import SettingError
 from wire.messages import LogLevel, Progress
 
 logger = logging.getLogger("engine.rank")  # not "__main__"
@@ -63,7 +64,7 @@ def load_part(
     device = torch.device(settings.device)
     if device.type == "cuda":
         if (found := torch.cuda.device_count()) < join.each:
-            raise ValueError(f"{join.each} processes need as many CUDA devices; here are {found}")
+            raise SettingError(f"{join.each} processes need as many CUDA devices; here are {found}")
         device = torch.device("cuda", join.index)
     config = load_config(Path(settings.model))
     # Or say now that it cannot be.

@@ -50,7 +50,7 @@ from wire.channel import Buffer
 from wire.heap import return_what_is_freed
 from wire.messages import EngineRequest, Progress, Ready, VisionItem
 from wire.sampling import SamplingParams
-from wire.settings import EngineSettings
+from wire.settings import EngineSettings, SettingError
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class ModelRunner:
             return_what_is_freed(LARGE)
             torch.set_num_threads(settings.threads or default_threads(config))
         if settings.quantization == "fp8" and device.type != "cuda":
-            raise ValueError("quantization fp8 needs a CUDA device")
+            raise SettingError("quantization fp8 needs a CUDA device")
         dtype = choose_dtype(settings, config, device)
         self._model = build_model(
             config,
@@ -449,7 +449,7 @@ def choose_device(settings: EngineSettings) -> str:
     if settings.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but torch finds no CUDA device")
+        raise SettingError("device is cuda, but torch finds no CUDA device")
     return settings.device
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from model.backbones.backbone import Rows, parts
 from model.schema import TextConfig
+from wire.knob import SettingError
 
 # Rows of the vocabulary on a rank are a multiple of this: products like round numbers.
 _VOCABULARY_STEP = 64
@@ -223,7 +224,7 @@ def share(config: TextConfig, size: int) -> TextConfig:
         return config
     if not _divides(config, size):
         widths = " and ".join(map(str, _widths(config)))
-        raise ValueError(
+        raise SettingError(
             f"tensor_parallel_size {size} does not divide the model: it has {config.heads} query "
             f"heads, {config.kv_heads} key heads and MLPs {widths} wide; possible: "
             + ", ".join(map(str, possible_sizes(config)))

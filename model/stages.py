@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from model.backbones.backbone import Slot, Tensors
 from model.quantize import weight_bytes
 from model.schema import TextConfig
+from wire.knob import SettingError
 
 if TYPE_CHECKING:
     from model.internvl import InternVL
@@ -39,7 +40,7 @@ def weight_sizes(model: "InternVL", itemsize: int, quantization: str) -> tuple[i
 def check_stages(layers: int, stages: int) -> None:
     """Raise ValueError where not every stage would have a layer."""
     if stages > layers:
-        raise ValueError(
+        raise SettingError(
             f"pipeline_parallel_size {stages} is more than the model's {layers} layers, of which "
             "each stage has at least one"
         )

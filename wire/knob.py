@@ -3,9 +3,12 @@
 import dataclasses
 from typing import Any
 
+from wire.errors import Unservable
 
-class SettingError(ValueError):
-    """A setting has an unknown name or a value that is not allowed."""
+
+class SettingError(Unservable, ValueError):
+    """A setting has an unknown name, or a value that is not allowed or does not fit the machine or
+    the model."""
 
 
 def knob(

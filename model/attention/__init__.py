@@ -10,6 +10,7 @@ from model.attention.native import NativeAttention
 from model.attention.sdpa import SdpaAttention
 from model.attention.triton_paged import TritonAttention
 from model.schema import TextConfig
+from wire.knob import SettingError
 
 logger = logging.getLogger(__name__)
 
@@ -46,4 +47,4 @@ def choose(
             logger.log(level, "attention=%s (%s)", backend.name, why)
             return backend
         reasons.append(f"{candidate}: {reason}")
-    raise ValueError("no attention backend can be used: " + "; ".join(reasons))
+    raise SettingError("no attention backend can be used: " + "; ".join(reasons))

@@ -173,7 +173,7 @@ async def test_more_stages_than_layers_fail_the_start_with_the_numbers(folder: P
     try:
         with pytest.raises(Exception, match="could not be started"):
             await asyncio.wait_for(client.wait_ready(), DEADLINE)
-        told = "load: ValueError: pipeline_parallel_size 3 is more than the model's 2 layers"
+        told = "load: SettingError: pipeline_parallel_size 3 is more than the model's 2 layers"
         assert (client.failure or "").startswith(told)
     finally:
         await client.stop()

@@ -43,6 +43,14 @@ def test_a_checkpoint_that_cannot_be_loaded_ends_the_server_with_a_reason(tmp_pa
     assert "not supported" in said
 
 
+def test_a_setting_that_does_not_fit_the_model_ends_the_server_with_a_reason() -> None:
+    server = serve("--pipeline-parallel-size", "60", "--port", "0")
+    _, said = server.communicate(timeout=120)
+    assert server.returncode == 1
+    assert "pipeline_parallel_size 60 is more than the model's" in said
+    assert "Traceback" not in said
+
+
 def test_a_signal_while_loading_ends_the_server_in_peace(tmp_path: Path) -> None:
     folder = small_tokenizer.save(tmp_path / "tiny")
     server = serve("--model", str(folder), "--port", "0")
