@@ -10,6 +10,7 @@ further from transformers' float32 than transformers' own is in that precision, 
 """
 
 import gc
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,14 @@ def _logits(reference: Reference, prompts: dict[str, Given], kind: str) -> dict[
 
 def _difference(ours: Tensor, theirs: Tensor, exact: Tensor | None) -> Logits:
     error, deviation = float((ours - theirs).abs().max()), float(theirs.std())
+    relative = error / deviation if deviation else error and math.inf
     same = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
     if exact is None:
-        return Logits(error, error / deviation, deviation, same)
+        return Logits(error, relative, deviation, same)
     true, found = exact.double().log_softmax(-1), ours.double().log_softmax(-1)
     return Logits(
         error,
-        error / deviation,
+        relative,
         deviation,
         same,
         ours_exact=float((ours - exact).square().mean().sqrt()),
@@ -159,12 +161,7 @@ def _judge(
         if found is not None:
             equal = found
             margin = _margin(theirs, ours, found)
-            # Both logits may be off by as much.
-            most = 2 * max(logits.largest, EXACT * logits.deviation)
-            if margin > most:
-                wrong.append(
-                    f"greedy: token {found} is another, by {margin:.2g} where {most:.2g} may be"
-                )
+            wrong += _of_token(found, margin, logits)
     return Outcome(
         name=case.name,
         tiles=tiles,
@@ -191,6 +188,14 @@ def _of_logits(logits: Logits) -> list[str]:
         f"logits: off by {logits.ours_exact:.2g} from float32, transformers' by "
         f"{logits.theirs_exact:.2g}; {CHANCE:g} times as much may be"
     ]
+
+
+def _of_token(at: int, margin: float, logits: Logits) -> list[str]:
+    # Both logits may be off by as much.
+    most = 2 * max(logits.largest, EXACT * logits.deviation)
+    if margin <= most:  # which what is not a number is not
+        return []
+    return [f"greedy: token {at} is another, by {margin:.2g} where {most:.2g} may be"]
 
 
 def _margin(theirs: Generated, ours: list[int], at: int) -> float:
@@ -237,7 +242,7 @@ def main() -> int:
     except (NoReference, torch.OutOfMemoryError) as error:
         print(f"transformers cannot compute this: {error}", file=sys.stderr)
         return 2
-    (work / FOUND).write_bytes(msgspec.json.encode(found))
+    (work / FOUND).write_bytes(msgspec.msgpack.encode(found))
     return 0
 
 

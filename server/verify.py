@@ -93,7 +93,7 @@ def verify(
                 done = theirs.wait() == 0
         if not done:
             return EXIT_FAILED
-        found = msgspec.json.decode((work / FOUND).read_bytes(), type=Found)
+        found = msgspec.msgpack.decode((work / FOUND).read_bytes(), type=Found)
     print("\n".join(describe(found)))
     if out is not None:
         values = {"model": str(settings.engine.model), "against": str(against)}

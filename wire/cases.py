@@ -4,7 +4,7 @@ import msgspec
 
 from wire.messages import EngineRequest, Ready
 
-CASES, OURS, FOUND = "cases.msgpack", "ours.safetensors", "found.json"
+CASES, OURS, FOUND = "cases.msgpack", "ours.safetensors", "found.msgpack"
 """A ``Cases``; per case our logits and, behind ``TOKENS``, our greedy tokens; a ``Found``."""
 TOKENS = "/tokens"
 MOST_POSITIONS = 64
