@@ -94,14 +94,14 @@ class _Joined(Group):
         self.device = device
         step = self.size
         self._before, self._behind = (rank - step) % size, (rank + step) % size
-        self._stage: dist.ProcessGroup | None = None  # all
+        self._peers: dist.ProcessGroup | None = None  # in this stage; None: all ranks are
         if self.size > 1 and stages > 1:
             # All ranks make all of them.
             made = [
                 dist.new_group(list(range(first, first + step)), timeout=_PATIENCE)
                 for first in range(0, size, step)
             ]
-            self._stage = made[self.stage]
+            self._peers = made[self.stage]
         machine = torch.tensor([_machine()], device=device)
         machines = [torch.empty_like(machine) for _ in range(size)]
         dist.all_gather(machines, machine)
@@ -112,7 +112,7 @@ class _Joined(Group):
             return x
         x = x.contiguous()
         if x.is_cuda or self.size == 2:
-            dist.all_reduce(x, group=self._stage)
+            dist.all_reduce(x, group=self._peers)
             return x
         # In the ranks' order: a row's sum depends on no other row and not on how many there are,
         # as it would where pieces of the tensor go around in a ring.
@@ -127,7 +127,7 @@ class _Joined(Group):
 
     def _all(self, x: Tensor) -> list[Tensor]:
         found = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(found, x, group=self._stage)
+        dist.all_gather(found, x, group=self._peers)
         return found
 
     def send(self, x: Tensor) -> None:

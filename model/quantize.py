@@ -154,10 +154,10 @@ def weight_bytes(layer: nn.Module, itemsize: int, kind: str) -> int:
     # what they will be.
     bits = {"none": 8 * itemsize, "awq": 8 * itemsize, "bnb-4bit": 4.5}.get(kind, 8)
     held = {
-        id(getattr(module, name)): kind.itemsize
+        id(getattr(module, name)): dtype.itemsize
         for module in layer.modules()
         if isinstance(module, Int4Linear)
-        for name, kind in module.TYPES.items()
+        for name, dtype in module.TYPES.items()
     }
     return sum(
         int(p.numel() * held.get(id(p), bits / 8 if p.dim() > 1 else itemsize))

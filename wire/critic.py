@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from wire.knob import knob
+from wire.knob import QUANTIZATIONS, knob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class CriticSettings:
     critic_quantization: str = knob(
         "none",
         "The critic's weights and activations, as the setting quantization.",
-        choices=("none", "fp8", "int8", "bnb-8bit", "bnb-4bit", "awq"),
+        choices=QUANTIZATIONS,
     )
     critic_max_model_len: int = knob(
         0,

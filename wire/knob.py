@@ -5,6 +5,9 @@ from typing import Any
 
 from wire.errors import Unservable
 
+QUANTIZATIONS = ("none", "fp8", "int8", "bnb-8bit", "bnb-4bit", "awq")
+"""What a model's weights may be turned into, or kept in."""
+
 
 class SettingError(Unservable, ValueError):
     """A setting has an unknown name, or a value that is not allowed or does not fit the machine or

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from wire.critic import CriticSettings as CriticSettings
+from wire.knob import QUANTIZATIONS, knob
 from wire.knob import SettingError as SettingError
-from wire.knob import knob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +303,7 @@ class EngineSettings:
         "layers on a CPU with compiled C; 'bnb-8bit', 'bnb-4bit': the decoder's layers as the "
         "model cards load them, by bitsandbytes, which must be installed; 'awq': those of an AWQ "
         "checkpoint stay in the four bits they are stored in, which 'none' expands when loading.",
-        choices=("none", "fp8", "int8", "bnb-8bit", "bnb-4bit", "awq"),
+        choices=QUANTIZATIONS,
     )
     attention_backend: str = knob(
         "auto",
