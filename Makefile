@@ -16,7 +16,7 @@ CLIENTS := .venv-clients
 NODE := tests/clients/node
 CODE := server engine model preprocessing wire demo tests benchmarks
 
-.PHONY: help setup serve test lint fmt unit clients clean lock lock-clients train evaluate bench
+.PHONY: help setup serve test lint fmt unit tools clients clean lock lock-clients train evaluate bench
 
 help:  ## list the recipes
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,8 +48,11 @@ serve: $(VENV)/.runtime  ## serve the embedded demo model on 127.0.0.1:8000 (ARG
 
 test: lint unit clients  ## everything that must pass before a change lands
 
-unit: $(VENV)/.dev  ## the test suite without the linters (ARGS="tests/api -k stream")
+unit: $(VENV)/.dev tools  ## the test suite without the linters (ARGS="tests/api -k stream")
 	@$(BIN)/python -m pytest $(ARGS)
+
+tools:  ## install Chromium (as root) and Prometheus for the tests, on Debian
+	@tests/tools.sh
 
 # Client libraries pin each other's versions, so they have an environment of their own, without torch.
 $(CLIENTS)/.pip: tests/clients/requirements.txt | $(BIN)/python
@@ -104,4 +107,4 @@ lock: $(VENV)/.dev  ## write the installed versions to constraints.txt
 	@mv constraints.new constraints.txt
 
 clean:  ## remove the environments and everything that was generated
-	rm -rf $(VENV) $(CLIENTS) $(NODE)/node_modules build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENTS) .tools $(NODE)/node_modules build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
