@@ -14,9 +14,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CLIENTS := .venv-clients
 NODE := tests/clients/node
-CODE := server engine model preprocessing wire demo tests benchmarks
+CODE := server engine model preprocessing wire demo tests benchmarks docs
 
-.PHONY: help setup serve test lint fmt unit tools clients clean lock lock-clients train evaluate bench
+.PHONY: help setup serve test lint fmt unit tools clients docs clean lock lock-clients train evaluate bench
 
 help:  ## list the recipes
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,10 @@ $(CLIENTS)/.npm: $(NODE)/package-lock.json $(CLIENTS)/.pip
 clients: $(VENV)/.runtime $(CLIENTS)/.pip $(CLIENTS)/.npm  ## show the demo model to the clients that people use
 	@$(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
 
+docs: $(VENV)/.dev  ## build the documentation's pages into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "open site/index.html"
+
 lock-clients: $(CLIENTS)/.pip  ## write the newest versions of clients to tests/clients
 	@$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check uv
 	@{ echo "# Versions of clients that the server is shown to; written by 'make lock-clients'."; \
@@ -107,4 +111,4 @@ lock: $(VENV)/.dev  ## write the installed versions to constraints.txt
 	@mv constraints.new constraints.txt
 
 clean:  ## remove the environments and everything that was generated
-	rm -rf $(VENV) $(CLIENTS) .tools $(NODE)/node_modules build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENTS) .tools $(NODE)/node_modules build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
