@@ -73,7 +73,7 @@ clients: $(VENV)/.runtime $(CLIENTS)/.pip $(CLIENTS)/.npm  ## show the demo mode
 	@$(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
 
 docs: $(VENV)/.dev  ## build the documentation's pages into site/
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "open site/index.html"
 
 lock-clients: $(CLIENTS)/.pip  ## write the newest versions of clients to tests/clients
