@@ -11,7 +11,7 @@ from server.errors import error_response
 from server.limits import Account
 from wire.errors import Unauthorized
 
-PROBES = frozenset({"/live", "/ready", "/health"})
+PROBES = frozenset({"/live", "/started", "/ready", "/health"})
 
 
 @dataclasses.dataclass(frozen=True)

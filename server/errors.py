@@ -33,7 +33,7 @@ access = logging.getLogger("server.access")
 
 CLIENT_CLOSED = 499  # what a log says when the client left before an answer began
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_PROBES = ("/live", "/ready", "/health", "/metrics")
+_PROBES = ("/live", "/started", "/ready", "/health", "/metrics")
 
 
 class MethodNotAllowed(ClientError):

@@ -129,6 +129,11 @@ class Service:
         return "ready" if known and self.engine.state == "ready" else "starting"
 
     @property
+    def started(self) -> bool:
+        """Whether the model has been loaded; stays true, whatever becomes of it."""
+        return self.model is not None
+
+    @property
     def progress(self) -> Progress | None:
         """Of the engine that is being loaded."""
         loaded = self.engine.state == "ready" and self.model is None

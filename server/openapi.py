@@ -101,6 +101,7 @@ ROUTES: dict[str, Described] = {
     "GET /server_info": Described(ServerInfo),
     "GET /version": Described(Version),
     "GET /live": Described(Health),
+    "GET /started": Described(Health, error=Health),
     "GET /ready": Described(Health, error=Health),
     "GET /health": Described(Health, error=Health),
     "GET /v1/models": Described(ModelList),

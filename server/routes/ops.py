@@ -17,14 +17,24 @@ async def live() -> Response:
     return _told(Health("live"))
 
 
+@router.get("/started")
+async def started(request: Request) -> Response:
+    """200 once the model has been loaded, also while it drains or its engine is replaced; until
+    then 503 with the reason."""
+    service: Service = request.app.state.service
+    return _told(Health("started")) if service.started else _not_ready(service)
+
+
 @router.get("/ready")
 @router.get("/health")
 async def ready(request: Request) -> Response:
     """200 when requests are answered, else 503 with the reason."""
     service: Service = request.app.state.service
+    return _told(Health("ready")) if service.state == "ready" else _not_ready(service)
+
+
+def _not_ready(service: Service) -> Response:
     state = service.state
-    if state == "ready":
-        return _told(Health(state))
     health = Health(state, service.reason)
     progress = service.progress
     if state == "starting" and progress is not None:

@@ -158,7 +158,8 @@ class LoadProgress(msgspec.Struct):
 
 
 class Health(msgspec.Struct, omit_defaults=True):
-    """Of a probe; ``reason`` says why the status is not "live" or "ready"."""
+    """Of a probe; ``reason`` says why the status is none of "live", "started" and
+    "ready"."""
 
     status: str
     reason: str = ""

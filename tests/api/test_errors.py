@@ -405,7 +405,7 @@ async def test_keys_guard_everything_but_the_probes(houses: Houses) -> None:
             assert answer.status_code == 401
             assert answer.headers["www-authenticate"] == "Bearer"
             assert error_of(answer)["code"] == "invalid_api_key"
-    for path in ("/live", "/ready", "/health"):
+    for path in ("/live", "/started", "/ready", "/health"):
         assert (await house.http.get(path)).status_code == 200
     assert (await house.http.get("/metrics")).status_code == 401
     house = await houses.open(api_key=("first",), open_metrics=True)

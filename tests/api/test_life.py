@@ -218,7 +218,7 @@ async def test_while_it_loads_it_lives_but_is_not_ready(houses: Houses) -> None:
     engine.load.clear()
     house = await houses.open(engine, wait=False)
     assert (await house.http.get("/live")).status_code == 200
-    for path in ("/ready", "/health"):
+    for path in ("/started", "/ready", "/health"):
         answer = await house.http.get(path)
         assert answer.status_code == 503
         assert answer.json()["reason"] == "loading the model"
@@ -230,6 +230,7 @@ async def test_while_it_loads_it_lives_but_is_not_ready(houses: Houses) -> None:
     engine.load.set()
     await within(house.service.settled.wait())
     assert (await house.http.get("/ready")).json() == {"status": "ready"}
+    assert (await house.http.get("/started")).json() == {"status": "started"}
     assert house.media.geometry == engine._facts.geometry
     assert (await house.ask()).status_code == 200
 
@@ -238,6 +239,7 @@ async def test_an_engine_that_starts_again_makes_it_unready_meanwhile(house: Hou
     house.engine.state = "starting"
     answer = await house.http.get("/ready")
     assert (answer.status_code, answer.json()["reason"]) == (503, "the engine is starting again")
+    assert (await house.http.get("/started")).status_code == 200
     assert (await house.ask()).status_code == 503
     house.engine.state = "ready"
     assert (await house.http.get("/ready")).status_code == 200
@@ -269,7 +271,9 @@ async def test_a_model_that_cannot_be_loaded_is_a_failure(houses: Houses) -> Non
     engine.fails_to_load = True
     house = await houses.open(engine)
     assert house.service.failed.is_set()
-    assert (await house.http.get("/ready")).json()["status"] == "failed"
+    for path in ("/started", "/ready"):
+        answer = await house.http.get(path)
+        assert (answer.status_code, answer.json()["status"]) == (503, "failed")
     assert (await house.ask()).status_code == 503
 
 
@@ -287,7 +291,8 @@ async def test_a_drain_lets_running_work_finish_and_refuses_new_work(house: Hous
     drained = asyncio.ensure_future(house.service.drain())
     await asyncio.sleep(0)
     assert (await house.http.get("/ready")).status_code == 503
-    assert (await house.http.get("/live")).status_code == 200
+    for path in ("/live", "/started"):
+        assert (await house.http.get(path)).status_code == 200
     refused = await house.ask()
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
     assert not drained.done()

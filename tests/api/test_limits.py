@@ -103,7 +103,7 @@ async def test_what_is_read_is_a_request_and_what_is_ended_is_none(
 
     assert await answer("GET", "/v1/models") == (200, "2")
     assert await answer("GET", "/v1/responses/resp_none") == (404, "1")
-    for path in ("/live", "/ready", "/metrics"):
+    for path in ("/live", "/started", "/ready", "/metrics"):
         assert await answer("GET", path) == (200, None)
     assert await answer("HEAD", "/v1/chat/completions/none/events") == (404, "0")
     for method in ("GET", "HEAD"):

@@ -296,7 +296,7 @@ def test_each_probe_has_its_own_path_and_budget(rendered: Rendered) -> None:
     server = container(rendered.manifests["Deployment"])
     probes = {name: server[name + "Probe"] for name in ("startup", "readiness", "liveness")}
     assert {name: probe["httpGet"]["path"] for name, probe in probes.items()} == {
-        "startup": "/ready",
+        "startup": "/started",
         "readiness": "/ready",
         "liveness": "/live",
     }
@@ -440,7 +440,9 @@ def test_probes_and_scrapes_ask_for_paths_that_the_server_has(
 ) -> None:
     one = renders["everything"]
     server = container(one.manifests["Deployment"])
-    paths = {server[name + "Probe"]["httpGet"]["path"] for name in ("startup", "liveness")}
+    paths = {
+        server[name + "Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")
+    }
     paths.add(one.manifests["ServiceMonitor"]["spec"]["endpoints"][0]["path"])
     for path in paths:
         assert httpx.get(demo_server.url + path).status_code == 200, path
