@@ -1,6 +1,10 @@
 """Settings as flags of the command line, and as docs/settings.md lists them."""
 
+import argparse
 import dataclasses
+import os
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from wire.loading import ENV_PREFIX
@@ -27,6 +31,44 @@ def add_flag(group: Any, field: "dataclasses.Field[Any]", kind: Any) -> None:
         metavar=_metavar(kind, choices),
         help=f"{field.metadata['help']} [{_default(field)}]".replace("%", "%%"),
     )
+
+
+def add_settings(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """The flags of all settings but some, in their groups."""
+    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
+    for group, field, kind in each_setting():
+        if field.name not in without:
+            add_flag(groups[group], field, kind)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The flag that names a file of settings."""
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="read settings from a TOML file"
+    )
+
+
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    """What was said on the command line, by name."""
+    return {
+        name: value
+        for name, value in vars(options).items()
+        if value is not None and name not in ("command", "config", "run")
+    }
+
+
+def some(text: str) -> int:
+    """A number above 0, for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
+
+
+def forget_secrets() -> None:
+    """No process that is started needs to know them."""
+    for _, field, _ in each_setting():
+        if field.metadata["secret"]:
+            os.environ.pop(ENV_PREFIX + field.name.upper(), None)
 
 
 def flag(field: "dataclasses.Field[Any]") -> str:

@@ -11,7 +11,8 @@ from fastapi import FastAPI
 
 from server.announce import announce, example
 from server.app import create_app
-from server.cli import main, with_model
+from server.checkpoint import with_model
+from server.cli import main
 from server.flags import flag, settings_page
 from tests import small_tokenizer
 from tests.fake_engine import FakeEngine, FakeMedia
@@ -158,7 +159,7 @@ def test_the_help_does_not_load_the_web_framework() -> None:
 
 def test_the_log_level_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     apps: list[FastAPI] = []
-    monkeypatch.setattr("server.cli.logs.setup", lambda *_: None)
+    monkeypatch.setattr("server.commands.serve.logs.setup", lambda *_: None)
     monkeypatch.setattr("server.run.serve", lambda app, _: apps.append(app) or 0)
     assert main(["serve", "--log-level", "error"]) == 0
     assert apps[0].state.service.engine._log_level == "error"

@@ -10,7 +10,7 @@ import pytest
 
 from model import CheckpointError, ModelConfig, load_config, skeleton
 from model.config import EARLY_SYSTEM_SENTENCE, SYSTEM_SENTENCE
-from server.cli import with_model
+from server.checkpoint import with_model
 from server.tokenizer import Tokenizer
 from tests import small_tokenizer
 from tests.checkpoints import INTERNVL3_1B, SIX_B_LIKE, Shape, make_checkpoint

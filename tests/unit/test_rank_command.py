@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from engine.node import Host
-from server.cli import _parser, host_of_ranks, main
+from server.cli import main, make_parser
+from server.commands.rank import host_of_ranks
 from tests.servers import ROOT
 from wire.loading import load
 from wire.settings import SettingError
@@ -95,11 +96,12 @@ def test_the_manifest_in_the_docs_starts_commands_that_fit_each_other(
     for who in ("leaderTemplate", "workerTemplate"):
         (container,) = template[who]["spec"]["containers"]
         words = [word.replace("$(LWS_GROUP_SIZE)", size) for word in container["args"]]
-        options = {k: v for k, v in vars(_parser().parse_args(words)).items() if v is not None}
+        options = {k: v for k, v in vars(make_parser().parse_args(words)).items() if v is not None}
         mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
         assert str(Path(options["rank_secret_file"]).parent) in mounts
         flags.append(options | {"rank_secret_file": given["rank_secret_file"]})
     leader, worker = flags
+    del leader["run"], worker["run"]
     assert (leader.pop("command"), worker.pop("command")) == ("serve", "rank")
     engine = load(leader, {}).engine
     assert worker.pop("model") == engine.model

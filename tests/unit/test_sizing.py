@@ -214,7 +214,7 @@ def test_amounts_of_memory(text: str, tmp_path: Path, monkeypatch: pytest.Monkey
         assert told.tensor_parallel_size == 2
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr("server.cli.subprocess.run", run)
+    monkeypatch.setattr("server.commands.machine.subprocess.run", run)
     folder = make_checkpoint(tmp_path, weights=False)
     assert main(["plan", str(folder), "--gpu-memory", text, "--tp", "2"]) == 0
     amounts = {"24": 24, "24GiB": 24 << 30, "24 g": 24 * 10**9, "0.5TB": 500 * 10**9}
