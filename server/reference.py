@@ -85,39 +85,45 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> Iterator[st
     yield f'<section id="{_anchor(method, path)}">'
     yield f'<h2><span class="method">{method}</span><code>{escape(path)}</code></h2>'
     yield _text(operation.get("description", ""))
-    rows = [
-        (each["name"], f"in the {each['in']}", _type(each["schema"]))
-        for each in operation.get("parameters", ())
-    ]
-    body = operation.get("requestBody", {}).get("content", {})
-    rows += [("body", kind, _type(content["schema"])) for kind, content in body.items()]
+    yield "<table>"
+    for name, where, type_ in operation_rows(operation):
+        yield f"<tr><td>{name}<td><code>{where}</code><td>{type_}</tr>"
+    yield "</table></section>"
+
+
+def operation_rows(operation: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Name, place and type, as HTML, of what a route takes and answers."""
+    for each in operation.get("parameters", ()):
+        yield escape(each["name"]), f"in the {each['in']}", type_of(each["schema"])
+    for kind, content in operation.get("requestBody", {}).get("content", {}).items():
+        yield "body", kind, type_of(content["schema"])
     for status, answer in operation["responses"].items():
         name = "errors" if status == "default" else status
         for kind, content in answer.get("content", {}).items():
-            rows.append((name, kind, _type(content.get("schema", {}))))
-    yield "<table>"
-    for name, where, type_ in rows:
-        yield f"<tr><td>{escape(name)}<td><code>{escape(where)}</code><td>{type_}</tr>"
-    yield "</table></section>"
+            yield name, kind, type_of(content.get("schema", {}))
 
 
 def _schema(name: str, schema: dict[str, Any]) -> Iterator[str]:
     yield f'<section id="{_anchor("schema", name)}"><h3>{escape(name)}</h3>'
     yield _text(schema.get("description", ""))
-    properties = schema.get("properties")
-    if properties is None:
-        yield f"<p>{_type(schema)}</p></section>"
+    if "properties" not in schema:
+        yield f"<p>{type_of(schema)}</p></section>"
         return
-    required = schema.get("required", ())
     yield "<table>"
-    for field, kind in properties.items():
+    for field, type_, need in schema_rows(schema):
+        yield f'<tr><td><code>{field}</code><td>{type_}<td class="dim">{need}</tr>'
+    yield "</table></section>"
+
+
+def schema_rows(schema: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Name, type, and whether it is needed, as HTML, of the fields of an object."""
+    required = schema.get("required", ())
+    for field, kind in schema["properties"].items():
         need = "required" if field in required else ""
         default = kind.get("default")
         if default is not None:
             need = f"default: <code>{escape(str(default))}</code>"
-        yield f"<tr><td><code>{escape(field)}</code><td>{_type(kind)}"
-        yield f'<td class="dim">{need}</tr>'
-    yield "</table></section>"
+        yield escape(field), type_of(kind), need
 
 
 def _text(text: str) -> str:
@@ -125,23 +131,24 @@ def _text(text: str) -> str:
     return "<p>" + re.sub("``(.+?)``", r"<code>\1</code>", escape(text)) + "</p>"
 
 
-def _type(schema: dict[str, Any]) -> str:
+def type_of(schema: dict[str, Any]) -> str:
+    """A type in a line of HTML, with links to the schemas that it names."""
     reference = schema.get("$ref")
     if reference is not None:
         name = reference.rsplit("/", 1)[1]
         return f'<a href="#{_anchor("schema", name)}">{escape(name)}</a>'
     for several in ("anyOf", "oneOf"):
         if several in schema:
-            return " or ".join(dict.fromkeys(map(_type, schema[several])))
+            return " or ".join(dict.fromkeys(map(type_of, schema[several])))
     if "enum" in schema or "const" in schema:
         values = schema.get("enum", [schema.get("const")])
         return " or ".join(f"<code>{escape(str(value))}</code>" for value in values)
     kind = escape(str(schema.get("type", "anything")))
     if kind == "array" and schema.get("prefixItems"):
-        kind = "array of " + ", ".join(map(_type, schema["prefixItems"]))
+        kind = "array of " + ", ".join(map(type_of, schema["prefixItems"]))
     elif kind == "array":
-        kind = f"array of {_type(schema.get('items') or {})}"
+        kind = f"array of {type_of(schema.get('items') or {})}"
     elif kind == "object" and isinstance(schema.get("additionalProperties"), dict):
-        kind = f"object of {_type(schema['additionalProperties'])}"
+        kind = f"object of {type_of(schema['additionalProperties'])}"
     bounds = [text.format(schema[key]) for key, text in _BOUNDS.items() if key in schema]
     return kind + "".join(f', <span class="dim">{escape(bound)}</span>' for bound in bounds)
