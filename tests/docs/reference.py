@@ -2,6 +2,7 @@
 ``python -m tests.docs.reference > docs/api-reference.md``."""
 
 import re
+import sys
 from collections.abc import Iterator
 from html import unescape
 from typing import Any
@@ -68,4 +69,4 @@ def _markdown(html: str) -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    sys.stdout.write(reference())
