@@ -437,7 +437,8 @@ class ProcessEngine(BaseEngine):
 
 def environment() -> dict[str, str]:
     """For processes that run the same code: ours, and the folder of this package first on the
-    path."""
+    path; without what OpenTelemetry is told, which may be keys."""
     root = str(Path(__file__).resolve().parent.parent)
     path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, path] if path else [root])}
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("OTEL_")}
+    return {**kept, "PYTHONPATH": os.pathsep.join([root, path] if path else [root])}

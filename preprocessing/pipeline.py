@@ -46,6 +46,7 @@ from wire.digest import content_digest, media_digest
 from wire.errors import MediaRefused, Unavailable
 from wire.geometry import VisionGeometry
 from wire.settings import MediaSettings
+from wire.spans import Span, span
 
 _LONG = 1 << 18  # bytes that take a thread longer to hash than a thread takes to start
 
@@ -217,13 +218,17 @@ class MediaPipeline:
         return await few_at_a_time(work, parts, self._settings.decode_workers + 1)
 
     async def _fetch(self, part: MediaPart, room: Share | None = None) -> bytes:
-        return await self._fetcher.fetch(
-            cast(Source, part.url), part.param, part.kind, part.allowance, room
-        )
+        with span("media.fetch", _named(part)) as fetching:
+            encoded = await self._fetcher.fetch(
+                cast(Source, part.url), part.param, part.kind, part.allowance, room
+            )
+            fetching.set({"internvl.media.bytes": len(encoded)})
+        return encoded
 
     async def _look(self, asked: tuple[MediaPart, bytes]) -> Facts:
         part, encoded = asked
-        return await self._pool.look(encoded, part.kind, part.treatment, part.param)
+        with span("media.look", _named(part)):
+            return await self._pool.look(encoded, part.kind, part.treatment, part.param)
 
     async def _load_picture(self, numbered: tuple[int, MediaPart]) -> TiledMedia:
         return cast(TiledMedia, await self.load(numbered[1]))
@@ -244,7 +249,10 @@ class MediaPipeline:
             result, tiles = await self._pool.tile(encoded, settings, part.param)
             return _tiled(digest, result, tiles)
 
-        return await self._once(digest, decode, fetched)
+        with span("media.decode", _named(part)) as decoding:
+            picture = await self._once(digest, decode, fetched)
+            _tell(decoding, picture, picture.count)
+        return picture
 
     async def _video(
         self, encoded: bytes, settings: TileSettings, part: MediaPart, fetched: float
@@ -264,7 +272,10 @@ class MediaPipeline:
                 digest, tuple(frames), tuple(result.indices), tuple(result.seconds), result.facts
             )
 
-        return await self._once(digest, decode, fetched)
+        with span("media.decode", _named(part)) as decoding:
+            video = await self._once(digest, decode, fetched)
+            _tell(decoding, video, sum(frame.count for frame in video.frames))
+        return video
 
     async def _once(self, digest: bytes, decode: Callable[[], Awaitable[L]], fetched: float) -> L:
         """What the cache has, or else what ``decode`` makes, with the seconds it took."""
@@ -292,6 +303,16 @@ class MediaPipeline:
         self._geometry = None
         await self._fetcher.close()
         await self._pool.close()
+
+
+def _named(part: MediaPart) -> dict[str, str]:
+    """Which one it is, in a trace; ``param`` is a path of ours, not its URL."""
+    return {"internvl.media.kind": part.kind, "internvl.media.part": part.param}
+
+
+def _tell(decoding: Span, loaded: Loaded, tiles: int) -> None:
+    hit = loaded.decode_seconds == 0
+    decoding.set({"internvl.media.tiles": tiles, "internvl.media.cache_hit": hit})
 
 
 async def _digest(encoded: bytes, settings: TileSettings, part: MediaPart) -> bytes:

@@ -4,6 +4,7 @@ signals; tests run it as it is."""
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -23,6 +24,7 @@ from server.errors import (
     on_service_error,
     on_wrong_method,
     on_wrong_parameter,
+    untraced,
 )
 from server.head import Head
 from server.info import installed_version
@@ -32,6 +34,10 @@ from server.openapi import describe
 from server.routes import MODULES
 from wire.errors import ServiceError
 from wire.settings import Settings
+
+# Of FastAPI's own: it would tell of addresses and exceptions as they are, whatever server.tracing
+# does, where variables or a library in this process ask for it.
+OFF: Any = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
 
 
 def create_app(
@@ -45,6 +51,12 @@ def create_app(
     ends ``engine``, that of a ``critic``, and ``media``; it does not wait for the model. ``clock``
     is that of the keys' limits. Raises SettingError."""
     service = Service(settings, engine, media, clock, critic)
+    tracing = None
+    if settings.tracing.otlp_traces_endpoint:
+        # Imported late: it takes a while, and few want it.
+        from server.tracing import Tracing
+
+        tracing = Tracing(settings.tracing, installed_version())
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -53,6 +65,8 @@ def create_app(
             yield
         finally:
             await service.stop()
+            if tracing is not None:
+                await tracing.close()
 
     app = FastAPI(
         title="InternVL Server",
@@ -61,6 +75,7 @@ def create_app(
         docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        telemetry=OFF,
         # As a client sees it. FastAPI's own root_path would be taken off the path once more.
         servers=[{"url": root_path}] if (root_path := settings.server.root_path) else None,
         exception_handlers={
@@ -73,7 +88,7 @@ def create_app(
             405: on_wrong_method,
         },
     )
-    app.state.service = service
+    app.state.service, app.state.tracing = service, tracing
     app.state.routes = [route for module in MODULES for route in module.router.routes]
     for routes in MODULES:
         app.include_router(routes.router)
@@ -103,6 +118,7 @@ def create_app(
         Boundary,
         observe=lambda status: requests.labels(str(status)).inc(),
         root_path=settings.server.root_path,
+        trace=untraced if tracing is None else tracing.request,
     )
     describe(app)
     return app

@@ -2,11 +2,13 @@
 handler, inside a stream, and at the outermost edge for whatever nobody expected. Also gives every
 request its id and its line in the log."""
 
+import contextlib
 import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import msgspec
 from fastapi.exceptions import RequestValidationError
@@ -25,8 +27,9 @@ from server.schemas.common import (
     ErrorDetail,
 )
 from server.schemas.validate import what_is_wrong
+from wire import spans
 from wire.errors import ClientError, EngineFailed, InvalidRequest, NotFound, ServiceError
-from wire.logs import request_id
+from wire.logs import about, request_id, trace_id
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("server.access")
@@ -92,6 +95,7 @@ class ErrorResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
+        spans.fail(self._error)
         if is_anthropic(scope):
             self.body = anthropic_envelope(self._error)
             self.headers["Content-Length"] = str(len(self.body))
@@ -160,17 +164,34 @@ def unexpected() -> ServiceError:
     return EngineFailed("The server failed to answer this request.", code="internal_error")
 
 
+Trace = Callable[[Scope, str], AbstractContextManager[Callable[[int], None]]]
+"""Keeps where the time goes for a request of this id, and its status."""
+
+
+@contextlib.contextmanager
+def untraced(_: Scope, __: str) -> Iterator[Callable[[int], None]]:
+    """Keeps nothing."""
+    yield lambda _: None
+
+
 class Boundary:
     """Outermost layer: request id in and out, one log line, and a 500 for what escapes.
 
     ``observe`` is called with the status of every finished HTTP request. ``root_path`` is taken off
-    the paths that begin with it.
+    the paths that begin with it. All but probes is traced by ``trace``.
     """
 
-    def __init__(self, app: ASGIApp, observe: Callable[[int], None], root_path: str = "") -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        observe: Callable[[int], None],
+        root_path: str = "",
+        trace: Trace = untraced,
+    ) -> None:
         self._app = app
         self._observe = observe
         self._root = root_path
+        self._trace = trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
@@ -181,7 +202,18 @@ class Boundary:
             scope["path"] = scope["path"].removeprefix(self._root)
         given = Headers(scope=scope).get("x-request-id", "")
         identity = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        token = request_id.set(identity)
+        trace = untraced if scope["path"] in _PROBES else self._trace
+        with about(identity), trace(scope, identity) as answered:
+            await self._answer(scope, receive, send, identity, answered)
+
+    async def _answer(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        identity: str,
+        answered: Callable[[int], None],
+    ) -> None:
         status = 0
         began = time.monotonic()
 
@@ -203,13 +235,17 @@ class Boundary:
                 await error_response(unexpected())(scope, receive, send_with_id)
         finally:
             status = status or CLIENT_CLOSED
-            level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
-            spent = (time.monotonic() - began) * 1000
-            # repr: a path is the client's text and must not be able to forge a log line
-            path = repr(scope["path"][:200])
-            tenant = scope.get("state", {}).get("tenant")
-            key = f" key={tenant.account.name}" if tenant and tenant.account.name else ""
-            line = "%s %s status=%d ms=%.0f%s"
-            access.log(level, line, scope["method"], path, status, spent, key)
+            _log(scope, status, time.monotonic() - began)
             self._observe(status)
-            request_id.reset(token)
+            answered(status)
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
+    # repr: a path is the client's text and must not be able to forge a log line
+    path = repr(scope["path"][:200])
+    tenant = scope.get("state", {}).get("tenant")
+    key = f" key={tenant.account.name}" if tenant and tenant.account.name else ""
+    trace = f" trace={trace_id.get()}" if trace_id.get() else ""
+    line = "%s %s status=%d ms=%.0f%s%s"
+    access.log(level, line, scope["method"], path, status, seconds * 1000, key, trace)

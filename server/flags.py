@@ -16,6 +16,7 @@ GROUPS = {
     "media": "pictures",
     "engine": "model, memory and scheduling",
     "critic": "critic",
+    "tracing": "traces",
 }
 
 

@@ -18,6 +18,7 @@ from wire.settings import (
     ServerSettings,
     SettingError,
     Settings,
+    TracingSettings,
     each_setting,
 )
 
@@ -35,9 +36,8 @@ def load(cli: Mapping[str, str], env: Mapping[str, str], file: Path | None = Non
     for name in (*cli, *table):
         if name not in known:
             raise SettingError(f"unknown setting {name!r}")
-    given: dict[str, dict[str, Any]] = {
-        name: {} for name in ("server", "media", "engine", "critic")
-    }
+    groups = ("server", "media", "engine", "critic", "tracing")
+    given: dict[str, dict[str, Any]] = {name: {} for name in groups}
     for group, field, kind in each_setting():
         variable = ENV_PREFIX + field.name.upper()
         if field.name in cli:
@@ -56,7 +56,8 @@ def load(cli: Mapping[str, str], env: Mapping[str, str], file: Path | None = Non
     engine = EngineSettings(**given["engine"])
     check_ranks(engine)
     critic = CriticSettings(**given["critic"])
-    return Settings(server, MediaSettings(**given["media"]), engine, critic)
+    tracing = TracingSettings(**given["tracing"])
+    return Settings(server, MediaSettings(**given["media"]), engine, critic, tracing)
 
 
 def _check_weights(server: ServerSettings) -> None:

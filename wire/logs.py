@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 NOBODY = "-"
 request_id: ContextVar[str] = ContextVar("request_id", default=NOBODY)
+trace_id: ContextVar[str | None] = ContextVar("trace_id", default=None)
+"""In hexadecimal, where requests are traced."""
 
 
 @contextlib.contextmanager
@@ -56,6 +58,8 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if (trace := trace_id.get()) is not None:
+            line["trace_id"] = trace
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)  # ASCII: what is no Unicode can be logged too

@@ -15,6 +15,7 @@ from typing import Any
 from wire.critic import CriticSettings as CriticSettings
 from wire.knob import QUANTIZATIONS, knob
 from wire.knob import SettingError as SettingError
+from wire.tracing import TracingSettings as TracingSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -442,6 +443,7 @@ class Settings:
     media: MediaSettings = MediaSettings()
     engine: EngineSettings = EngineSettings()
     critic: CriticSettings = dataclasses.field(default_factory=CriticSettings)
+    tracing: TracingSettings = dataclasses.field(default_factory=TracingSettings)
 
     @property
     def critic_engine(self) -> EngineSettings:
@@ -472,6 +474,7 @@ def each_setting() -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
         "media": MediaSettings,
         "engine": EngineSettings,
         "critic": CriticSettings,
+        "tracing": TracingSettings,
     }
     for name, group in groups.items():
         hints = typing.get_type_hints(group)

@@ -39,6 +39,7 @@ from wire.messages import EngineRequest, Ready, VisionItem
 from wire.positions import all_saved
 from wire.sampling import Grammar, SamplingParams
 from wire.settings import MediaSettings, Settings
+from wire.spans import span
 
 _T = TypeVar("_T")
 
@@ -146,10 +147,12 @@ async def prepare(
     if judge is not None:
         question_of(conversation)
     began = time.monotonic()
-    gallery = await show(media, conversation, canvas, limits.decode_workers + 2, room)
+    with span("media") if conversation.parts else contextlib.nullcontext():
+        gallery = await show(media, conversation, canvas, limits.decode_workers + 2, room)
     media_seconds = time.monotonic() - began
     frames = [video.frames for video in gallery.videos]
-    prompt = await run(model.prompts.build, canvas.segments, gallery.pictures, frames)
+    with span("prompt"):
+        prompt = await run(model.prompts.build, canvas.segments, gallery.pictures, frames)
     shown = account(gallery, conversation, canvas.segments, model.ready.geometry.tokens_per_tile)
     visual = [one.facts.tokens for one in shown]
     items = place(prompt.items, canvas.delta, len(prompt.ids) + canvas.reserve, model.ready)
@@ -290,7 +293,8 @@ async def settle(
     )
     demand = await run(demanded, request, model.tokenizer)
     if demand is not None:
-        await _check_demand(demand, model, grammars, tenant)
+        with span("grammar"):
+            await _check_demand(demand, model, grammars, tenant)
         sampling = _constrained(sampling, demand)
     return sampling
 

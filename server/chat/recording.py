@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Callable
 from server.admission import Gate
 from server.chat.sse import EventStream, OnError, known, last_words
 from server.metrics import Metrics
+from wire import spans
 from wire.errors import (
     ClientError,
     ClientTooSlow,
@@ -69,6 +70,7 @@ class Recording:
         self.over = False
         self.size = 0  # bytes
         self._origin = request_id.get()
+        self.span = spans.current.get()
         self._events = events
         self._shelf = shelf
         self._lasting = lasting
@@ -185,7 +187,9 @@ class Recording:
             # Somebody may have come back between the end of the patience and this one.
             self._fail(self._ending)
         except Exception as error:
-            self._fail(known(error))
+            failure = known(error)
+            spans.fail(failure)
+            self._fail(failure)
         finally:
             self._end()
 
@@ -317,6 +321,8 @@ class Recordings:
             after = recording.before
         recording.check(after, field)
         self._resumed.inc()
+        if recording.span is not None and (reading := spans.current.get()) is not None:
+            reading.link(recording.span)
         if recording.over and after == recording.last:
             return None
         return self._follow(recording, after)

@@ -13,6 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.errors import CLIENT_CLOSED, envelope, unexpected
+from wire import spans
 from wire.errors import ServiceError
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,9 @@ class EventStream(StreamingResponse):
                 except StopAsyncIteration:
                     break
                 except Exception as error:
-                    event = self._on_error(known(error), 0)
+                    failure = known(error)
+                    spans.fail(failure)
+                    event = self._on_error(failure, 0)
                     ended = True
                 begun = True
                 self._due = clock() + self._keep_alive

@@ -20,6 +20,7 @@ from server.chat.prepare import PreparedChat
 from server.chat.sse import DONE
 from server.chat.stops import StopMatcher
 from server.chat.tools import CallArguments, CallStart, Piece, ToolParser
+from server.chat.tracing import Generation
 from server.metrics import Metrics
 from server.schemas.answer import (
     AnswerMessage,
@@ -232,6 +233,7 @@ async def chunks(
     place = backlog.enter(chat.engine.tenant, chat.n, len(chat.engine.prompt), chat.spending)
     metrics.prompt_tokens.inc(len(chat.engine.prompt))
     begun = False
+    generation = Generation(chat)
     try:
         async with contextlib.aclosing(choices.outputs()) as outputs:
             async for index, output in outputs:
@@ -240,6 +242,7 @@ async def chunks(
                 state = states[index]
                 if not state.completion_tokens:
                     place.begin()  # first: a reader may take its time with what is yielded
+                    generation.begin(index, output)
                 if not begun:
                     begun = True
                     metrics.time_to_first_token.observe(time.monotonic() - began)
@@ -249,6 +252,7 @@ async def chunks(
                     yield chunk(index, delta, logprobs)
                 if state.finish_reason is not None:
                     await choices.end(index)
+                    generation.end(index, state)
                     logprobs = state.take_logprobs()
                     yield chunk(index, Delta(), logprobs, state.finish_reason, state.stop_reason)
         if any(state.finish_reason is None for state in states):
@@ -256,11 +260,15 @@ async def chunks(
         completion = sum(state.completion_tokens for state in states)
         usage = meter.usage(len(chat.engine.prompt), completion)
         yield Chunk(chat.engine.id, created, chat.model.name, [], usage)
+    except Exception as error:
+        generation.fail(error)
+        raise
     finally:
         # Exceptions and frames may hold each other, and us, until the garbage collector comes by:
         # it counts objects, not the megabytes in them.
         chat.buffers.clear()
         place.leave()
+        generation.close(states, meter.cached)
         generated = sum(state.completion_tokens for state in states)
         chat.spending.end(generated)
         metrics.generated_tokens.inc(generated)

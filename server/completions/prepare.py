@@ -22,6 +22,7 @@ from server.handles import Handle
 from server.schemas.completion import MAX_TEXTS, CompletionRequest, TextPrompt
 from wire.errors import InvalidRequest
 from wire.sampling import MAX_SEED, SamplingParams
+from wire.spans import span
 
 
 async def prepare_texts(
@@ -43,7 +44,8 @@ async def prepare_texts(
     sampling = await settle(request, model, grammars, run, tenant)
     chats = []
     for index, prompt in enumerate(request.prompt):
-        ids = await run(read_prompt, prompt, request, model)
+        with span("prompt"):
+            ids = await run(read_prompt, prompt, request, model)
         if request.seed is None:
             # Two equal prompts want two answers.
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbelow(MAX_SEED))

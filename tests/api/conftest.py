@@ -23,7 +23,14 @@ from server.limits import Clock
 from server.run import BoundedHttp
 from tests import small_tokenizer
 from tests.fake_engine import FakeEngine, FakeMedia
-from wire.settings import CriticSettings, EngineSettings, MediaSettings, ServerSettings, Settings
+from wire.settings import (
+    CriticSettings,
+    EngineSettings,
+    MediaSettings,
+    ServerSettings,
+    Settings,
+    TracingSettings,
+)
 
 
 @dataclasses.dataclass
@@ -62,6 +69,7 @@ class Houses:
         request_tile_bytes: int = 1 << 20,
         clock: Clock = time.monotonic,
         critic: FakeEngine | None = None,
+        tracing: TracingSettings | None = None,
         **server: Any,
     ) -> House:
         settings = Settings(
@@ -73,6 +81,7 @@ class Houses:
                 request_tile_bytes=request_tile_bytes,
             ),
             CriticSettings(critic_model=str(self.folder), critic_max_steps=3),
+            tracing or TracingSettings(),
         )
         engine = engine or FakeEngine()
         media = FakeMedia()
@@ -100,6 +109,8 @@ class Houses:
             await house.http.aclose()
             await house.sdk.close()
             await house.service.stop()
+            if house.app.state.tracing is not None:
+                await house.app.state.tracing.close()
 
 
 @contextlib.asynccontextmanager

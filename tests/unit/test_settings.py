@@ -13,6 +13,7 @@ from wire.settings import (
     ServerSettings,
     SettingError,
     Settings,
+    TracingSettings,
     each_setting,
 )
 
@@ -145,7 +146,7 @@ def test_an_unknown_flag_is_fatal_but_other_environment_variables_are_not_ours()
 def test_names_are_unique_and_every_setting_has_a_help_text_and_a_valid_default() -> None:
     names = [field.name for _, field, _ in each_setting()]
     assert len(set(names)) == len(names)
-    groups = (ServerSettings, MediaSettings, EngineSettings, CriticSettings)
+    groups = (ServerSettings, MediaSettings, EngineSettings, CriticSettings, TracingSettings)
     assert len(names) == sum(len(dataclasses.fields(group)) for group in groups)
     for _, field, _ in each_setting():
         metadata = field.metadata

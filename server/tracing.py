@@ -1,0 +1,191 @@
+"""Traces by OpenTelemetry: a span for each HTTP request, and below it what wire.spans is told.
+
+Imported only where a setting names a collector. Spans wait for that one in a queue of bounded
+length, and are sent by a thread: whatever the collector does, no request notices.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from urllib.parse import urlsplit
+
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace import Span as OpenSpan
+from opentelemetry.trace import SpanKind, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from wire import spans
+from wire.logs import trace_id
+from wire.settings import SettingError, TracingSettings
+from wire.spans import Span, Values
+
+logger = logging.getLogger(__name__)
+
+NAME = "internvl-server"
+# Seconds that the last spans get when the server ends.
+FLUSH_TIMEOUT = 3.0
+# Spans that wait for the collector, and how many of them it is sent at once.
+QUEUE, BATCH = 4096, 512
+# Characters of an attribute.
+_LONGEST = 256
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"})
+
+
+class _Kept:
+    """A span of OpenTelemetry, as wire.spans has it."""
+
+    def __init__(self, tracer: Tracer, span: OpenSpan) -> None:
+        self._tracer = tracer
+        self._span = span
+
+    def child(self, name: str, start: float | None = None) -> Span:
+        above = set_span_in_context(self._span, Context())
+        return _Kept(self._tracer, self._tracer.start_span(name, above, start_time=_ns(start)))
+
+    def set(self, values: Values) -> None:
+        self._span.set_attributes({k: value for k, value in values.items() if value is not None})
+
+    def link(self, other: Span) -> None:
+        if isinstance(other, _Kept):
+            self._span.add_link(other._span.get_span_context())
+
+    def fail(self, error: BaseException) -> None:
+        self._span.set_attribute("error.type", spans.kind_of(error))
+        if spans.is_ours(error):
+            self._span.set_status(StatusCode.ERROR)
+
+    def end(self, end: float | None = None) -> None:
+        self._span.end(_ns(end))
+
+
+def _ns(moment: float | None) -> int | None:
+    return None if moment is None else int(moment * 1e9)
+
+
+class Tracing:
+    """Begins traces, and sends them to the collector that ``settings`` name. Raises SettingError
+    where that is no address."""
+
+    def __init__(self, settings: TracingSettings, version: str) -> None:
+        # It would repeat headers of clients, and tell of every failure.
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        exporter = OTLPSpanExporter(_endpoint(settings.otlp_traces_endpoint))
+        self._provider = TracerProvider(
+            ParentBased(TraceIdRatioBased(settings.otlp_traces_ratio)),
+            Resource.create(
+                {"service.name": settings.otlp_service_name, "service.version": version}
+            ),
+            shutdown_on_exit=False,  # ``close`` does not wait as long
+            span_limits=SpanLimits(max_span_attribute_length=_LONGEST),
+        )
+        self._provider.add_span_processor(
+            BatchSpanProcessor(
+                _Telling(exporter), max_queue_size=QUEUE, max_export_batch_size=BATCH
+            )
+        )
+        self._tracer = self._provider.get_tracer(NAME, version)
+        self._propagator = TraceContextTextMapPropagator()
+
+    @contextlib.contextmanager
+    def request(self, scope: Scope, identity: str) -> Iterator[Callable[[int], None]]:
+        """The block answers the request of this ``scope`` and id, as a part of its client's trace
+        if there is one, and tells with which status."""
+        method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
+        above = self._above(Headers(scope=scope))
+        span = self._tracer.start_span(method, above, SpanKind.SERVER)
+        kept = _Kept(self._tracer, span)
+        before = spans.current.set(kept if span.is_recording() else None)
+        traced = trace_id.set(f"{span.get_span_context().trace_id:032x}")
+
+        def answered(status: int) -> None:
+            # Below what is no route of ours may be anything that a client likes.
+            route: str | None = getattr(scope.get("route"), "path", None)
+            kept.set(
+                {
+                    "http.request.method": method,
+                    "http.route": route,
+                    "url.scheme": scope["scheme"],
+                    "url.path": None if route is None else scope["path"],
+                    "network.protocol.version": scope["http_version"],
+                    "http.response.status_code": status,
+                    "http.response.header.x-request-id": [identity],
+                }
+            )
+            if route is not None:
+                span.update_name(f"{method} {route}")
+            if status >= 500:
+                span.set_status(StatusCode.ERROR)
+
+        try:
+            yield answered
+        finally:
+            span.end()
+            trace_id.reset(traced)
+            spans.current.reset(before)
+
+    def _above(self, headers: Headers) -> Context:
+        """The client's trace; none if it names several."""
+        given = {name: headers.getlist(name) for name in ("traceparent", "tracestate")}
+        several = len(given["traceparent"]) > 1
+        return self._propagator.extract({} if several else given, Context())
+
+    async def close(self) -> None:
+        """Send what waits, if that does not take long."""
+        loop = asyncio.get_running_loop()
+        over = asyncio.Event()
+
+        def shut_down() -> None:
+            self._provider.shutdown()
+            with contextlib.suppress(RuntimeError):  # the loop has not waited
+                loop.call_soon_threadsafe(over.set)
+
+        # None of the loop's own threads: the interpreter waits for these when it ends.
+        threading.Thread(target=shut_down, name="traces", daemon=True).start()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(over.wait(), FLUSH_TIMEOUT)
+
+
+def _endpoint(url: str) -> str:
+    """The address that spans are sent to. Raises SettingError."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise SettingError("otlp_traces_endpoint must be a URL, such as http://collector:4318")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise SettingError(
+            "otlp_traces_endpoint: keys belong in the variable OTEL_EXPORTER_OTLP_HEADERS"
+        )
+    return url if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1/traces"
+
+
+class _Telling(SpanExporter):
+    """Says in the log when ``exporter`` begins to fail, and when it works again."""
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+        self._works = True
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        result = self._exporter.export(spans)
+        works = result is SpanExportResult.SUCCESS
+        if self._works and not works:
+            logger.warning("the collector does not take traces; requests go on without")
+        elif works and not self._works:
+            logger.info("the collector takes traces again")
+        self._works = works
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
