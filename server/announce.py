@@ -4,61 +4,20 @@ import asyncio
 import importlib.util
 import json
 import os
-import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from server.lifecycle import Service
+from server.progress import Loading
 from wire.logs import say
-from wire.messages import Progress
 
 REFRESH = 0.2
-
-
-class _Loading:
-    """A line for every stage. Bytes have a bar on a terminal, and are told with their rate."""
-
-    def __init__(self) -> None:
-        self._stage = ""
-        self._began = 0.0
-        self._bar: tqdm | None = None
-
-    def show(self, progress: Progress | None) -> None:
-        if progress is None:
-            return
-        if progress.stage != self._stage:
-            self.end()
-            self._stage, self._began = progress.stage, time.monotonic()
-            if not progress.total:
-                say(f"  {self._stage}")
-                return
-            self._bar = tqdm(
-                desc=f"  {self._stage}",
-                total=progress.total,
-                unit="B",
-                unit_scale=True,
-                leave=False,
-                disable=None,  # where there is no terminal
-            )
-        if self._bar is not None:
-            self._bar.update(progress.done - self._bar.n)
-
-    def end(self) -> None:
-        """The stage is over."""
-        if self._bar is None:
-            return
-        self._bar.close()
-        size, seconds = self._bar.total / 1e9, time.monotonic() - self._began
-        say(f"  {self._stage}: {size:.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s")
-        self._bar = None
 
 
 async def announce(service: Service, host: str, port: int, scheme: str = "http") -> None:
     """Tell the operator how loading goes, and then what to do with the server."""
     address = f"{scheme}://{_reachable(host)}:{port}"
     say(f"listening on {address}, loading {service.name}")
-    loading = _Loading()
+    loading = Loading()
     while not service.settled.is_set():
         loading.show(service.progress)
         await asyncio.sleep(REFRESH)

@@ -7,10 +7,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from server.commands import about, machine, rank, serve, verify
+from server.commands import about, machine, rank, run_batch, serve, verify
+from wire.errors import Unservable
 from wire.settings import SettingError
 
-EXIT_USAGE = 2
+EXIT_FAILED, EXIT_USAGE = 1, 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 _ABOUT = """\
@@ -20,6 +21,7 @@ An OpenAI-compatible inference server for InternVL3.
   internvl serve --model /models/InternVL3-2B --host 0.0.0.0 --port 9000
   INTERNVL_API_KEY=secret internvl serve  clients must send this key
   internvl serve --config server.toml     the same settings from a file
+  internvl run-batch -i in.jsonl -o out.jsonl    answer a file of requests
   internvl key alice >> keys.toml         make a key for --api-keys-file
   internvl doctor                         what this machine has to serve with
   internvl plan /models/InternVL3-8B --gpu-memory 24GiB    whether a model fits
@@ -54,6 +56,11 @@ def _run(argv: Sequence[str] | None) -> int:
     except SettingError as error:
         print(f"internvl {options.command}: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except Unservable as error:
+        print(f"internvl {options.command}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     return status
 
 
@@ -65,6 +72,6 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", title="commands", required=True
     )
-    for module in (serve, rank, machine, verify, about):
+    for module in (serve, run_batch, rank, machine, verify, about):
         module.add(commands)
     return parser

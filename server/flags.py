@@ -19,6 +19,12 @@ GROUPS = {
     "tracing": "traces",
 }
 
+# Who may come in, and from where: not for a server to ask that is started for one command.
+DOOR = (
+    *("host", "port", "root_path", "tls_certificate", "tls_key", "cors_origins", "open_metrics"),
+    *("api_key", "api_keys_file", "api_key_weights", "admin_port", "admin_host", "admin_key_file"),
+)
+
 
 def add_flag(group: Any, field: "dataclasses.Field[Any]", kind: Any) -> None:
     """The flag of a setting, for a parser or a group of one."""

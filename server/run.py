@@ -53,8 +53,9 @@ SHUTDOWN_TIMEOUT = 2
 IDLE_TIMEOUT = 75
 
 
-def serve(app: FastAPI, settings: Settings) -> int:
-    """Serve until a signal or a failure; the exit status. Raises SettingError."""
+def serve(app: FastAPI, settings: Settings, door: socket.socket | None = None) -> int:
+    """Serve until a signal or a failure; the exit status. ``door`` listens already, for whoever
+    has started this process and tells the operator how it goes. Raises SettingError."""
     certificate = Certificate.of(settings.server)
     config = _config(app, settings.server, certificate)
     operators = None
@@ -67,7 +68,7 @@ def serve(app: FastAPI, settings: Settings) -> int:
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     server = _Server(config, app.state.service, certificate, operators)
     try:
-        server.run()
+        server.run(None if door is None else [door])
     except SystemExit as error:  # uvicorn's way to say that the port is taken
         return EXIT_FAILED if error.code else 0
     return EXIT_FAILED if server.service.failed.is_set() else 0
@@ -303,9 +304,10 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         if not self.should_exit:
             self._bound_unread_data()
-            port = self.servers[0].sockets[0].getsockname()[1]
-            scheme = "https" if self.config.ssl else "http"
-            self._spawn(announce(self.service, self.config.host, port, scheme))
+            if sockets is None:
+                port = self.servers[0].sockets[0].getsockname()[1]
+                scheme = "https" if self.config.ssl else "http"
+                self._spawn(announce(self.service, self.config.host, port, scheme))
             self._spawn(self._end_on_failure())
             self._reload_on_change()
             if self._operators is not None:
