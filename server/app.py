@@ -31,7 +31,7 @@ from server.info import installed_version
 from server.lifecycle import Service
 from server.limits import Clock
 from server.openapi import describe
-from server.routes import MODULES
+from server.routes import MODULES, web
 from wire.errors import ServiceError
 from wire.settings import Settings
 
@@ -89,8 +89,10 @@ def create_app(
         },
     )
     app.state.service, app.state.tracing = service, tracing
-    app.state.routes = [route for module in MODULES for route in module.router.routes]
-    for routes in MODULES:
+    has_page = settings.server.chat_page
+    modules = [module for module in MODULES if has_page or module is not web]
+    app.state.routes = [route for module in modules for route in module.router.routes]
+    for routes in modules:
         app.include_router(routes.router)
     # The last one added is the outermost.
     app.add_middleware(Head)
@@ -104,7 +106,10 @@ def create_app(
     app.add_middleware(
         KeyAuth,
         find=service.keys.find if service.keys.needed else None,
-        open_paths=PROBES | ({"/metrics"} if settings.server.open_metrics else set()),
+        open_paths=PROBES
+        | ({"/metrics"} if settings.server.open_metrics else set())
+        | ({"/"} if has_page else set()),
+        open_folder=web.UNDER if has_page else None,
     )
     if settings.server.cors_origins:
         app.add_middleware(

@@ -36,23 +36,25 @@ ANYBODY = Tenant()
 class KeyAuth:
     """ASGI layer that lets only requests with a known key through, with their ``Tenant`` as
     ``request.state.tenant``. ``find`` says whose a key is; None: no key is needed. To the paths of
-    ``open_paths`` none is."""
+    ``open_paths``, and those that begin with ``open_folder``, none is."""
 
     def __init__(
         self,
         app: ASGIApp,
         find: Callable[[str], Tenant | None] | None,
         open_paths: frozenset[str] = PROBES,
+        open_folder: str | None = None,
     ) -> None:
         self._app = app
         self._find = find
         self._open_paths = open_paths
+        self._open_folder = open_folder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
         tenant: Tenant | None = ANYBODY
         key = ""
-        if scope["type"] == "http" and self._find and scope["path"] not in self._open_paths:
+        if scope["type"] == "http" and self._find and not self._is_open(scope["path"]):
             key = _given(Headers(scope=scope))
             tenant = self._find(key) if key else None
         if tenant is not None:
@@ -62,6 +64,10 @@ class KeyAuth:
         what = "The API key is wrong." if key else "An API key is needed."
         error = Unauthorized(f"{what} Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
         await error_response(error)(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        in_folder = self._open_folder is not None and path.startswith(self._open_folder)
+        return in_folder or path in self._open_paths
 
 
 def _given(headers: Headers) -> str:

@@ -40,6 +40,9 @@ class ServerSettings:
         "Origins whose web pages may use the API, such as https://chat.example.org; "
         "comma-separated, * for all; default: none.",
     )
+    chat_page: bool = knob(
+        True, "Offer the chat page at /. The page needs no API key, what it asks for does."
+    )
     served_model_name: str = knob("", "Model name in the API; default: the checkpoint's name.")
     api_key: tuple[str, ...] = knob(
         (), "Key a client must send as bearer token; comma-separated for several.", secret=True

@@ -13,6 +13,7 @@ from server.routes import (
     running,
     streams,
     tokens,
+    web,
 )
 
 MODULES = (
@@ -28,4 +29,5 @@ MODULES = (
     models,
     info,
     ops,
+    web,
 )
