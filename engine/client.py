@@ -18,6 +18,7 @@ from typing import NoReturn, Protocol
 from engine.streams import Streams
 from wire.channel import AsyncChannel, Buffer, ChannelClosed
 from wire.errors import EngineFailed, ServiceError, Unavailable
+from wire.histogram import Histogram
 from wire.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, NAME_VARIABLE
 from wire.messages import (
     Control,
@@ -66,11 +67,26 @@ class EngineClient(Protocol):
     stats: EngineStats
     """From the last step report; zeros while no engine is there to report."""
 
+    past: EngineStats
+    """Counters of the engines that were lost."""
+
     restarts: int
     """How often an engine was replaced."""
 
     faults: dict[str, int]
     """How often an engine was lost, by cause: see ``FAULTS``."""
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine that runs now, or ran last; None: it has no process."""
+
+    @property
+    def gaps(self) -> Histogram:
+        """Seconds between the arrivals of a request's tokens."""
+
+    @property
+    def resumed(self) -> int:
+        """How often a request went on in the successor of a lost engine."""
 
     @property
     def convicted(self) -> int:
@@ -124,11 +140,27 @@ class BaseEngine(abc.ABC):
         self.progress: Progress | None = None
         self.ready: Ready | None = None
         self.stats = EngineStats()
+        self.past = EngineStats()
         self.restarts = 0
         self.faults = dict.fromkeys(FAULTS, 0)
         self._streams = Streams(self._send, check=self._check, max_unread=max_unread)
         self._settled = asyncio.Event()  # the state is not "starting"
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """It has no process of its own."""
+        return None
+
+    @property
+    def gaps(self) -> Histogram:
+        """Seconds between the arrivals of a request's tokens."""
+        return self._streams.gaps
+
+    @property
+    def resumed(self) -> int:
+        """How often a request went on in the successor of a lost engine."""
+        return self._streams.resumed
 
     @property
     def convicted(self) -> int:
@@ -411,7 +443,7 @@ class ProcessEngine(BaseEngine):
         if not isinstance(error, ChannelClosed | _Hung):
             logger.error("the engine cannot be used", exc_info=error)
         self.failure = self.failure or f"{error}"
-        self.stats = EngineStats()
+        self.past, self.stats = self.stats.behind(self.past), EngineStats()
         if self.state == "stopped":
             return
         kind = "hang" if isinstance(error, _Hung) else self._fault

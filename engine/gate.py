@@ -10,13 +10,16 @@ from wire.messages import Ready, VisionItem
 
 
 class Gate:
-    """Asks the vision cache for the tiles that positions show, and plans those it lacks."""
+    """Asks the vision cache for the tiles that positions show, and plans those it lacks.
+
+    ``queries`` counts a picture of a sequence once, however often the sequence is preempted, and
+    ``hits`` those that were there, with all their tiles or some."""
 
     def __init__(self, vision: VisionCache, ready: Ready) -> None:
         self._vision = vision
         self._tokens_per_tile = ready.geometry.tokens_per_tile
         self._bytes_per_token = ready.vision_token_bytes
-        self.encoded_tiles = 0
+        self.encoded_tiles = self.queries = self.hits = 0
 
     def reach(self, sequence: Sequence, count: int, draft: Draft) -> int:
         """How many of the next ``count`` positions can be computed in this step.
@@ -55,10 +58,15 @@ class Gate:
             return False
         if not held:
             size = item.length * self._bytes_per_token
-            if not (vision.acquire(item.digest) or vision.reserve(item.digest, size)):
+            found = vision.acquire(item.digest)
+            if not (found or vision.reserve(item.digest, size)):
                 draft.gate_open = False
                 return False
             sequence.held.append(item.digest)
+            if item.digest not in sequence.sought:
+                sequence.sought.add(item.digest)
+                self.queries += 1
+                self.hits += found
         if missing:
             vision.add_tile(item.digest, tile)
             draft.encode_tile(sequence.id, item.digest, tile)

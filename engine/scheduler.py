@@ -95,6 +95,9 @@ class Scheduler:
             encoded_tiles=self._gate.encoded_tiles,
             preemptions=self._preemptions,
             cached_tokens=self._cached_tokens,
+            prefix_queries=self._prompt_tokens if self._prefix_caching else 0,
+            vision_queries=self._gate.queries,
+            vision_hits=self._gate.hits,
         )
 
     def add(self, request: EngineRequest) -> None:

@@ -32,7 +32,8 @@ class Sequence:
     ``token_ids``. ``last_step`` is the last step that works on it.
     ``max_len`` is the length in tokens (prompt and output) at which it ends with "length".
     ``next_span`` is the index of the first vision span that is not wholly computed, ``held``
-    the digests whose encoder output this sequence keeps alive. ``digests`` name the full blocks
+    the digests whose encoder output this sequence keeps alive, ``sought`` those that it has looked
+    for. ``digests`` name the full blocks
     of its tokens as far as they were needed; the first ``num_published`` of ``blocks`` can be
     found by them. ``num_cached`` prompt positions were not computed but found, at the start.
     ``scores`` are the log-probabilities of the prompt as far as they are known, from its second
@@ -62,6 +63,7 @@ class Sequence:
         "prompt_len",
         "request",
         "scores",
+        "sought",
         "spans",
         "started",
         "status",
@@ -89,6 +91,7 @@ class Sequence:
         self.last_step = -1
         self.blocks: list[int] = []
         self.held: list[bytes] = []
+        self.sought: set[bytes] = set()
         self.next_span = 0
         self.digests: list[bytes] = []
         self.num_published = 0

@@ -14,6 +14,7 @@ A successor may have less room; a request that has grown beyond it ends with "le
 import asyncio
 import itertools
 import logging
+import time
 from array import array
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ import msgspec
 
 from wire.channel import Buffer
 from wire.errors import ClientTooSlow, EngineFailed, ServiceError
+from wire.histogram import TOKEN_SECONDS, Histogram
 from wire.logs import about, request_id
 from wire.messages import Abort, EngineOutput, EngineRequest, StepReport
 
@@ -47,6 +49,8 @@ class _Stream:
         self.deaths = 0
         self.tried = False  # has passed its trial since the last death
         self.sent_length = 0  # of token_ids, when the request was sent last
+        self.lost = False  # with its engine, and not sent again yet
+        self.last_at: float | None = None  # when its last token arrived
         self.outputs: list[EngineOutput] = []
         self.error: ServiceError | None = None
         self.arrived = asyncio.Event()
@@ -131,6 +135,10 @@ class Streams:
         # One that has passed its trial was aborted, and the engine may not know it yet.
         self._emptying = False
         self._max_model_len: int | None = None
+        self.gaps = Histogram(TOKEN_SECONDS)
+        """Seconds between the arrivals of a request's tokens."""
+        self.resumed = 0
+        """How often a request went on in the successor of a lost engine."""
         self.convicted = 0
         """Requests given up because engines died of them."""
 
@@ -190,14 +198,19 @@ class Streams:
         """Hand each output to its reader; those of aborted requests are dropped."""
         if report.stats.running == report.stats.waiting == 0:
             self._emptying = False
+        now = time.monotonic()
         for output in report.outputs:
-            self._give(output)
+            self._give(output, now)
         self._send_on()
 
-    def _give(self, output: EngineOutput) -> None:
+    def _give(self, output: EngineOutput, now: float) -> None:
         stream = self._open.get(output.id)
         if stream is None:
             return
+        if output.token_ids:
+            if stream.last_at is not None:
+                self.gaps.observe(now - stream.last_at)
+            stream.last_at = now
         stream.token_ids.fromlist(output.token_ids)
         joined = stream.add(output)
         if output.finish_reason is not None:
@@ -260,6 +273,8 @@ class Streams:
                 stream.deaths += 1
         for stream in self._open.values():
             stream.tried = False
+        for stream in sent:
+            stream.lost = True
         self._trial = None
         self._emptying = False
         self._unsent = dict(self._open)
@@ -305,8 +320,10 @@ class Streams:
         request = stream.request
         length, limit = len(request.prompt) + len(stream.token_ids), self._max_model_len
         if stream.token_ids and limit is not None and length >= limit:
-            self._give(EngineOutput(request.id, [], "length"))
+            self._give(EngineOutput(request.id, [], "length"), time.monotonic())
             return
+        self.resumed += stream.lost
+        stream.lost = False
         stream.sent_length = len(stream.token_ids)
         if stream.token_ids:
             request = msgspec.structs.replace(request, output=list(stream.token_ids))

@@ -7,12 +7,20 @@ module of this package too and must not carry a network library into its sandbox
 
 from typing import TYPE_CHECKING
 
-from preprocessing.media import FrameChoice, Loaded, MediaPart, TiledMedia, TiledVideo
+from preprocessing.media import FrameChoice, Loaded, MediaPart, Spent, TiledMedia, TiledVideo
 
 if TYPE_CHECKING:
     from preprocessing.pipeline import MediaPipeline
 
-__all__ = ["FrameChoice", "Loaded", "MediaPart", "MediaPipeline", "TiledMedia", "TiledVideo"]
+__all__ = [
+    "FrameChoice",
+    "Loaded",
+    "MediaPart",
+    "MediaPipeline",
+    "Spent",
+    "TiledMedia",
+    "TiledVideo",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -8,7 +8,7 @@ sandbox.
 
 import dataclasses
 import enum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -87,6 +87,32 @@ class MediaPart:
         return any(url[:5].lower() not in ("data:", "file:") for url in urls)
 
 
+class Spent(NamedTuple):
+    """Seconds that a request has waited for a picture or video: from its URL to its bytes, for a
+    worker, and there until it was decoded and until it was tiled; only the first where its tiles
+    were in the cache."""
+
+    fetch: float = 0.0
+    queue: float = 0.0
+    decode: float = 0.0
+    tile: float = 0.0
+
+    @property
+    def prepare(self) -> float:
+        """From the bytes to the tiles."""
+        return self.queue + self.decode + self.tile
+
+    def within(self, seconds: float) -> "Spent":
+        """``seconds`` in all behind ``fetch``: what no worker has used was waiting. A worker cannot
+        have used more."""
+        decode = min(self.decode, seconds)
+        tile = min(self.tile, seconds - decode)
+        return Spent(self.fetch, seconds - decode - tile, decode, tile)
+
+
+NOTHING = Spent()
+
+
 @dataclasses.dataclass(frozen=True)
 class TiledMedia:
     """One picture, or one frame of a video, as the vision encoder takes it.
@@ -94,7 +120,6 @@ class TiledMedia:
     ``tiles`` are contiguous bytes, uint8 ``[count, 3, side, side]``: ``rows * columns`` tiles
     row by row, then the thumbnail if there is one. ``width`` and ``height`` are the picture's
     own pixels, after orientation. ``digest`` identifies encoded bytes, tile settings and salt.
-    The seconds are what this request waited for it: none where it was in the cache.
     """
 
     digest: bytes
@@ -104,8 +129,7 @@ class TiledMedia:
     rows: int
     width: int
     height: int
-    fetch_seconds: float = dataclasses.field(default=0.0, compare=False)
-    decode_seconds: float = dataclasses.field(default=0.0, compare=False)
+    spent: Spent = dataclasses.field(default=NOTHING, compare=False)
 
     @property
     def size(self) -> int:
@@ -347,13 +371,16 @@ Facts = PictureFacts | VideoFacts
 
 
 class Tiled(msgspec.Struct, frozen=True, tag="tiled"):
-    """The tiles travel as the one buffer beside this message; fields as in TiledMedia."""
+    """The tiles travel as the one buffer beside this message; fields as in TiledMedia, and seconds
+    of the worker."""
 
     count: _Count
     columns: _Count
     rows: _Count
     width: _Count
     height: _Count
+    decode_seconds: _Amount = 0.0
+    tile_seconds: _Amount = 0.0
 
 
 class Frames(msgspec.Struct, frozen=True, tag="frames"):
@@ -386,8 +413,7 @@ class TiledVideo:
     indices: tuple[int, ...]
     seconds: tuple[float, ...] = ()
     facts: VideoFacts | None = None
-    fetch_seconds: float = dataclasses.field(default=0.0, compare=False)
-    decode_seconds: float = dataclasses.field(default=0.0, compare=False)
+    spent: Spent = dataclasses.field(default=NOTHING, compare=False)
 
     @property
     def size(self) -> int:

@@ -29,6 +29,7 @@ from preprocessing.media import (
     MediaPart,
     Opened,
     Source,
+    Spent,
     Tiled,
     TiledMedia,
     TiledVideo,
@@ -38,7 +39,7 @@ from preprocessing.media import (
     neither,
     too_many,
 )
-from preprocessing.pool import QUEUE_TIMEOUT, DecodePool, PoolStats
+from preprocessing.pool import QUEUE_TIMEOUT, DecodePool, MediaStats
 from preprocessing.sources import Fetcher
 from preprocessing.tile_cache import TileCache
 from preprocessing.turns import few_at_a_time
@@ -76,8 +77,8 @@ class MediaPipeline:
         self._geometry: VisionGeometry | None = None
 
     @property
-    def stats(self) -> PoolStats:
-        """Counters of the decode workers since the start."""
+    def stats(self) -> MediaStats:
+        """Counters since the start."""
         return self._pool.stats
 
     @property
@@ -190,7 +191,7 @@ class MediaPipeline:
             return await self._picture(pair[1], settings, pair[0], 0.0)
 
         video = _as_video(await self._each(found, tiled), shown, part)
-        return dataclasses.replace(video, fetch_seconds=opened.fetch_seconds)
+        return dataclasses.replace(video, spent=video.spent._replace(fetch=opened.fetch_seconds))
 
     def _settings_of(self, part: MediaPart) -> TileSettings:
         if self._geometry is None:
@@ -269,7 +270,12 @@ class MediaPipeline:
                 for index, one, tiles in zip(result.indices, result.tiles, buffers, strict=True)
             ]
             return TiledVideo(
-                digest, tuple(frames), tuple(result.indices), tuple(result.seconds), result.facts
+                digest,
+                tuple(frames),
+                tuple(result.indices),
+                tuple(result.seconds),
+                result.facts,
+                _sum(frames),
             )
 
         with span("media.decode", _named(part)) as decoding:
@@ -278,7 +284,7 @@ class MediaPipeline:
         return video
 
     async def _once(self, digest: bytes, decode: Callable[[], Awaitable[L]], fetched: float) -> L:
-        """What the cache has, or else what ``decode`` makes, with the seconds it took."""
+        """What the cache has, or else what ``decode`` makes, with the seconds spent on it."""
         began = time.monotonic()
         if not self._settings.tile_cache_bytes:
             found = await decode()
@@ -287,12 +293,14 @@ class MediaPipeline:
             # holds or waits for disappears from the table.
             async with self._locks.setdefault(digest, asyncio.Lock()):
                 cached = self._cache.get(digest)
+                self.stats.tile_queries += 1
                 if cached is not None:
-                    return dataclasses.replace(cast(L, cached), fetch_seconds=fetched)
+                    self.stats.tile_hits += 1
+                    return dataclasses.replace(cast(L, cached), spent=Spent(fetched))
                 found = await decode()
                 self._cache.put(found)
-        spent = time.monotonic() - began
-        return dataclasses.replace(found, fetch_seconds=fetched, decode_seconds=spent)
+        spent = found.spent.within(time.monotonic() - began)
+        return dataclasses.replace(found, spent=spent._replace(fetch=fetched))
 
     def forget(self) -> None:
         """Keep no tiles of earlier pictures."""
@@ -341,6 +349,7 @@ def _tiled(digest: bytes, result: Tiled, tiles: bytes) -> TiledMedia:
         rows=result.rows,
         width=result.width,
         height=result.height,
+        spent=Spent(decode=result.decode_seconds, tile=result.tile_seconds),
     )
 
 
@@ -379,6 +388,10 @@ def _as_video(
         media_digest(tuple(frame.digest for frame in frames)),
         tuple(frames),
         tuple(index for index, _ in shown),
-        fetch_seconds=sum(frame.fetch_seconds for frame in frames),
-        decode_seconds=sum(frame.decode_seconds for frame in frames),
+        spent=_sum(frames),
     )
+
+
+def _sum(frames: Sequence[TiledMedia]) -> Spent:
+    """What was spent on all of them."""
+    return Spent(*map(sum, zip(*(frame.spent for frame in frames), strict=True)))

@@ -14,6 +14,7 @@ import contextvars
 import dataclasses
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -77,16 +78,27 @@ def child_environment() -> dict[str, str]:
     }
 
 
+KILLS = ("timeout", "processor_time", "seccomp", "killed", "crash", "exit", "answer", "abandoned")
+"""Why a worker ended before its time. We ended it: it took too long, gave an answer that no honest
+worker gives, or nobody waited for its job any more. The system did: for its processor time, a
+system call, by SIGKILL (for want of memory, perhaps) or by another signal. Or it left."""
+
+_SIGNALS = {signal.SIGXCPU: "processor_time", signal.SIGSYS: "seccomp", signal.SIGKILL: "killed"}
+# Seconds in which a worker that has closed its socket must have ended.
+_LEAVING = 1.0
+
+
 @dataclasses.dataclass
-class PoolStats:
-    """Counters since the start. ``deaths`` are unexpected ends, time-outs not among them."""
+class MediaStats:
+    """Counters since the start, ``busy`` apart. ``kills`` are by why; see ``KILLS``."""
 
     decoded: int = 0
     refused: int = 0
-    timeouts: int = 0
-    deaths: int = 0
     replaced: int = 0
     busy: int = 0
+    kills: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(KILLS, 0))
+    tile_queries: int = 0
+    tile_hits: int = 0
 
 
 class _WorkerDied(Exception):
@@ -144,6 +156,14 @@ class _Worker:
             raise ChannelClosed("a worker sent an answer to another question")
         _check(answer, buffers, job)
         return answer, buffers
+
+    async def cause(self) -> str:
+        """Why it ended by itself, one of ``KILLS``."""
+        try:
+            status = await asyncio.to_thread(self.process.wait, _LEAVING)
+        except subprocess.TimeoutExpired:
+            return "answer"  # it has only said that it is gone
+        return "exit" if status >= 0 else _SIGNALS.get(signal.Signals(-status), "crash")
 
     async def end(self) -> None:
         """Kill the child and reap it. Idempotent."""
@@ -216,7 +236,7 @@ class DecodePool:
         self._waiting = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._open = False
-        self.stats = PoolStats()
+        self.stats = MediaStats()
         self.missing: list[str] = []  # layers of the sandbox that this system lacks
 
     @property
@@ -367,22 +387,22 @@ class DecodePool:
         try:
             answer, buffers = await worker.run(job, encoded, self._timeout(kind))
         except TimeoutError:
-            self.stats.timeouts += 1
             log.warning("decode worker overran pid=%d", worker.process.pid)
-            self._replace(worker)
+            self._replace(worker, "timeout")
             raise MediaRefused(
                 f"{NOUNS[kind]} takes too long to decode.", param=param, code="media_timeout"
             ) from None
         except ChannelClosed as error:
-            self._died(worker, str(error))
+            # Where the channel has no other error as its reason, it is what was said.
+            self._died(worker, str(error), None if error.__cause__ else "answer")
             raise _WorkerDied from None
         except asyncio.CancelledError:
             if self._open:
-                self._replace(worker)
+                self._replace(worker, "abandoned")
             raise
         except Exception:
             log.exception("unexpected error in a decode job; its worker is replaced")
-            self._replace(worker)
+            self._replace(worker, "abandoned")
             raise
         finally:
             self.stats.busy -= 1
@@ -394,16 +414,20 @@ class DecodePool:
             self.stats.decoded += 1
         return answer, buffers
 
-    def _died(self, worker: _Worker, how: str) -> None:
+    def _died(self, worker: _Worker, how: str, why: str | None = None) -> None:
         log.warning("decode worker died pid=%d: %s", worker.process.pid, how)
-        self.stats.deaths += 1
-        self._replace(worker)
+        self._replace(worker, why)
 
-    def _replace(self, worker: _Worker) -> None:
+    def _replace(self, worker: _Worker, why: str | None) -> None:
+        """End a worker because of ``why``; None: it has ended by itself."""
         self.stats.replaced += 1
-        self._spawn(self._retire(worker))
+        self._spawn(self._bury(worker, why))
         # For nobody's request: what it logs, it may log for long.
         self._spawn(self._hire_again(), contextvars.Context())
+
+    async def _bury(self, worker: _Worker, why: str | None) -> None:
+        self.stats.kills[why or await worker.cause()] += 1
+        await self._retire(worker)
 
     async def _retire(self, worker: _Worker) -> None:
         await worker.end()

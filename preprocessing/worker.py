@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 
 from PIL import Image
 
@@ -85,7 +86,7 @@ def answer(job: Job, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
 
 
 def _tile(job: TileJob, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
-    settings = job.settings
+    settings, began = job.settings, time.perf_counter()
     if not settings.fast:
         picture = images.open_picture(encoded, job.max_pixels, settings.treatment)
         size = picture.size
@@ -94,18 +95,25 @@ def _tile(job: TileJob, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
         size = facts.width, facts.height
         enough = tiling.enough_pixels(size, settings)
         picture = images.open_picture(encoded, job.max_pixels, settings.treatment, enough)
+    decoded = time.perf_counter()
     tiles, count, columns, rows = tiling.tile(picture, settings, size)
-    return Tiled(count, columns, rows, *size), [tiles]
+    spent = decoded - began, time.perf_counter() - decoded
+    return Tiled(count, columns, rows, *size, *spent), [tiles]
 
 
 def _frames(job: FramesJob, encoded: bytearray) -> tuple[FromWorker, list[Buffer]]:
+    began = time.perf_counter()
     facts, indices, seconds, pictures = videos.read_frames(encoded, job)
     tiled: list[Tiled] = []
     buffers: list[Buffer] = []
     for picture in pictures:
+        decoded = time.perf_counter()
         tiles, count, columns, rows = tiling.tile(picture, job.settings)
-        tiled.append(Tiled(count, columns, rows, picture.width, picture.height))
+        done = time.perf_counter()
+        spent = decoded - began, done - decoded
+        tiled.append(Tiled(count, columns, rows, picture.width, picture.height, *spent))
         buffers.append(tiles)
+        began = done
     return Frames(facts, indices, seconds, tiled), buffers
 
 

@@ -17,7 +17,6 @@ from server.errors import Boundary, on_no_route, on_service_error, on_wrong_meth
 from server.keys import Keys
 from server.lifecycle import Service
 from server.limits import Account
-from server.metrics import CONTENT_TYPE
 from wire import profiling
 from wire.errors import ClientError, InvalidRequest, ServiceError
 
@@ -82,10 +81,10 @@ class Admin:
         accounts = self._service.keys.accounts.values()
         return JSONResponse({"keys": [_describe(account) for account in accounts]})
 
-    async def metrics(self, _: Request) -> Response:
+    async def metrics(self, request: Request) -> Response:
         """As on the public port, and of each API key."""
-        page = self._service.metrics.page()
-        return Response(page, headers={"Content-Type": CONTENT_TYPE})
+        page, kind = self._service.metrics.page(request.headers.get("accept", ""))
+        return Response(page, headers={"Content-Type": kind})
 
     async def drain(self, request: Request) -> Response:
         """Take no new work."""

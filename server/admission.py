@@ -57,7 +57,7 @@ class Gate:
         own = self._tenants[tenant]
         has_part = own == 0 or (own + 1) * len(self._tenants) <= self._limit
         if self._running >= self._limit and not (self._fair and has_part):
-            self._metrics.refused.labels(TooManyRequests.code).inc()
+            self._metrics.refused.add(TooManyRequests.code)
             raise TooManyRequests(
                 f"The server is answering {self._limit} requests already; try again later.",
                 retry_after=1,
@@ -84,7 +84,6 @@ class Gate:
         self._tenants[tenant] += change
         if not self._tenants[tenant]:
             del self._tenants[tenant]
-        self._metrics.in_flight.set(self._running)
         self._settle()
 
     def _settle(self) -> None:

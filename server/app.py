@@ -27,11 +27,11 @@ from server.errors import (
     untraced,
 )
 from server.head import Head
-from server.info import installed_version
 from server.lifecycle import Service
 from server.limits import Clock
 from server.openapi import describe
 from server.routes import MODULES, web
+from server.version import installed_version
 from wire.errors import ServiceError
 from wire.settings import Settings
 
@@ -102,7 +102,6 @@ def create_app(
         refusal=service.refusal,
         settings=settings.server,
     )
-    requests = service.metrics.requests
     app.add_middleware(
         KeyAuth,
         find=service.keys.find if service.keys.needed else None,
@@ -121,7 +120,7 @@ def create_app(
         )
     app.add_middleware(
         Boundary,
-        observe=lambda status: requests.labels(str(status)).inc(),
+        observe=lambda status: service.metrics.requests.add(str(status)),
         root_path=settings.server.root_path,
         trace=untraced if tracing is None else tracing.request,
     )

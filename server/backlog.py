@@ -42,7 +42,12 @@ class Backlog:
         self._metrics = metrics
         self._fair = fair
         self._clock = clock
-        self._all = collections.Counter(requests=0, tokens=0)
+        self._all = collections.Counter(requests=0, tokens=0, visual=0)
+        metrics.show(
+            internvl_num_requests_waiting=lambda: self._all["requests"],
+            internvl_num_prompt_tokens_waiting=lambda: self._all["tokens"],
+            internvl_num_visual_tokens_waiting=lambda: self._all["visual"],
+        )
         self._tenants: dict[bytes, collections.Counter[str]] = {}
         # Moments when something got its first token, and how much had before it.
         self._drained = collections.Counter(requests=0, tokens=0)
@@ -59,7 +64,7 @@ class Backlog:
             if self._fair and self._has_part(tenant, kind, more):
                 continue
             code: Code = "queue_full_tokens" if kind == "tokens" else "queue_full_requests"
-            self._metrics.refused.labels(code).inc()
+            self._metrics.refused.add(code)
             raise TooManyRequests(
                 f"{self._all[kind]} {kind} are waiting for the model, and at most "
                 f"{self._limits[kind]} may; try again later.",
@@ -68,13 +73,18 @@ class Backlog:
             )
 
     def enter(
-        self, tenant: bytes, requests: int, tokens: int, spending: Spending | None = None
+        self,
+        tenant: bytes,
+        requests: int,
+        tokens: int,
+        spending: Spending | None = None,
+        visual: int = 0,
     ) -> "Place":
-        """Count a request, so many choices with one prompt, and begin its ``spending``, which
-        whoever enters must end. Raises TooManyRequests, and InvalidRequest where the key's limits
-        are too small for it."""
+        """Count a request, so many choices with one prompt, ``visual`` tokens of which show
+        something, and begin its ``spending``, which whoever enters must end. Raises
+        TooManyRequests, and InvalidRequest where the key's limits are too small for it."""
         self.check(tenant, requests, tokens)
-        return self._place(tenant, requests, tokens, spending)
+        return self._place(tenant, requests, tokens, spending, visual)
 
     def together(self, check: Callable[[], None]) -> "Together":
         """A door for a request whose parts enter one by one, and are let in or refused as one: a
@@ -82,12 +92,12 @@ class Backlog:
         return Together(self, check)
 
     def _place(
-        self, tenant: bytes, requests: int, tokens: int, spending: Spending | None
+        self, tenant: bytes, requests: int, tokens: int, spending: Spending | None, visual: int
     ) -> "Place":
         if spending is not None:
             spending.begin()
-        self._count(tenant, requests, tokens)
-        return Place(self, tenant, requests, tokens)
+        self._count(tenant, requests, tokens, visual)
+        return Place(self, tenant, requests, tokens, visual)
 
     def _has_part(self, tenant: bytes, kind: str, more: int) -> bool:
         own = self._tenants.get(tenant)
@@ -109,14 +119,12 @@ class Backlog:
         self._history.append((self._clock(), self._drained.copy()))
         self._drained.update(requests=requests, tokens=tokens)
 
-    def _count(self, tenant: bytes, requests: int, tokens: int) -> None:
+    def _count(self, tenant: bytes, requests: int, tokens: int, visual: int) -> None:
         own = self._tenants.setdefault(tenant, collections.Counter())
         for counts in (self._all, own):
-            counts.update(requests=requests, tokens=tokens)
+            counts.update(requests=requests, tokens=tokens, visual=visual)
         if not own["requests"]:
             del self._tenants[tenant]
-        self._metrics.queued_requests.set(self._all["requests"])
-        self._metrics.queued_tokens.set(self._all["tokens"])
 
 
 class Together:
@@ -130,7 +138,12 @@ class Together:
         self._refusal: ServiceError | None = None
 
     def enter(
-        self, tenant: bytes, requests: int, tokens: int, spending: Spending | None = None
+        self,
+        tenant: bytes,
+        requests: int,
+        tokens: int,
+        spending: Spending | None = None,
+        visual: int = 0,
     ) -> "Place":
         """As that of the backlog."""
         if not self._is_checked:
@@ -141,23 +154,23 @@ class Together:
                 self._refusal = error
         if self._refusal is not None:
             raise self._refusal
-        return self._backlog._place(tenant, requests, tokens, spending)
+        return self._backlog._place(tenant, requests, tokens, spending, visual)
 
 
 class Place:
     """The share of one chat request, until all its choices have begun or it has ended."""
 
-    def __init__(self, backlog: Backlog, tenant: bytes, requests: int, tokens: int) -> None:
+    def __init__(
+        self, backlog: Backlog, tenant: bytes, requests: int, tokens: int, visual: int
+    ) -> None:
         self._backlog = backlog
         self._tenant = tenant
         self._requests = requests
         self._tokens = tokens
-        self._since = backlog._clock()
+        self._visual = visual
 
     def begin(self) -> None:
         """A choice has its first token; the prompt that all share was computed for the first."""
-        if self._tokens:
-            self._backlog._metrics.queue_time.observe(self._backlog._clock() - self._since)
         self._backlog._drain(1, self._tokens)
         self._give_back(1)
 
@@ -167,6 +180,6 @@ class Place:
             self._give_back(self._requests)
 
     def _give_back(self, requests: int) -> None:
-        self._backlog._count(self._tenant, -requests, -self._tokens)
+        self._backlog._count(self._tenant, -requests, -self._tokens, -self._visual)
         self._requests -= requests
-        self._tokens = 0
+        self._tokens = self._visual = 0

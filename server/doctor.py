@@ -4,7 +4,7 @@ import asyncio
 import importlib.util
 
 from preprocessing import MediaPipeline
-from server.info import installed_version
+from server.version import installed_version
 from wire.geometry import VisionGeometry
 from wire.settings import MediaSettings
 

@@ -1,12 +1,12 @@
 """What may be told of this server to whoever may use it: no path, no address, and no secret."""
 
-import importlib.metadata
 import platform
 from typing import Any
 
 from server.chat.prepare import ServedModel
 from server.lifecycle import Service
 from server.schemas.info import EngineInfo, ModelInfo, ServerInfo, Setting
+from server.version import installed_version
 from wire.settings import each_setting
 
 PACKAGES = (
@@ -14,14 +14,6 @@ PACKAGES = (
     *("pillow", "av", "torch", "triton"),
 )
 SET = "\N{HORIZONTAL ELLIPSIS}"
-
-
-def installed_version(name: str = "internvl-server") -> str:
-    """Of a distribution; "unknown" for one that is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def server_info(service: Service) -> ServerInfo:

@@ -5,6 +5,7 @@ runs it change it."""
 import asyncio
 import contextlib
 import logging
+import platform
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -24,7 +25,9 @@ from server.grammars import GrammarChecker
 from server.handles import Handles
 from server.keys import Keys
 from server.limits import Clock
+from server.metric_table import STATES
 from server.metrics import Metrics
+from server.version import installed_version
 from wire.errors import Code, ServiceError, TooManyRequests, Unavailable
 from wire.messages import Progress
 from wire.settings import Settings
@@ -67,16 +70,12 @@ class Service:
             settings.server.response_store_bytes, settings.server.response_store_ttl
         )
         self.background = Background()
-        self.metrics.response_bytes.set_function(lambda: self.responses.used)
         self.files = FileStore(
             settings.server.file_store_bytes,
             settings.server.file_ttl,
-            lambda reason: self.metrics.files_evicted.labels(reason).inc(),
+            self.metrics.files_evicted.add,
         )
-        self.metrics.files.set_function(lambda: self.files.count)
-        self.metrics.file_bytes.set_function(lambda: self.files.used)
         self._tiles = Budget(settings.engine.request_tile_bytes)
-        self.metrics.tile_bytes.set_function(lambda: self._tiles.used)
         self.name = settings.server.served_model_name or Path(settings.engine.model).name
         self.model: ServedModel | None = None
         self.settled = asyncio.Event()
@@ -86,9 +85,39 @@ class Service:
         self._preparing: set[asyncio.Timeout] = set()
         self._created = int(time.time())
         self._task: asyncio.Task[None] | None = None
+        self._lag: asyncio.Task[None] | None = None
+        self.metrics.show(
+            internvl_requests_in_flight=lambda: self.gate.running,
+            internvl_request_tile_bytes=lambda: self._tiles.used,
+            internvl_response_store_bytes=lambda: self.responses.used,
+            internvl_files=lambda: self.files.count,
+            internvl_file_store_bytes=lambda: self.files.used,
+            internvl_state=lambda: {state: self.state == state for state in STATES},
+            internvl_build_info=self._build,
+            internvl_cache_config_info=self._config,
+        )
+
+    def _build(self) -> dict[str, str]:
+        python = platform.python_version()
+        return {"version": installed_version(), "model": self.name, "python": python}
+
+    def _config(self) -> dict[str, str] | None:
+        ready = self.engine.ready
+        if ready is None:
+            return None
+        return {
+            "block_size": str(ready.block_size),
+            "num_gpu_blocks": str(ready.blocks_total),
+            "enable_prefix_caching": str(self.settings.engine.enable_prefix_caching).lower(),
+            "device": ready.device,
+            "dtype": ready.dtype,
+            "attention": ready.attention,
+            "max_model_len": str(ready.max_model_len),
+        }
 
     async def start(self) -> None:
         """Begin to load; returns at once, so that the port can open."""
+        self._lag = asyncio.create_task(self.metrics.watch_loop(), name="lag")
         await self.engine.start()
         self._task = asyncio.create_task(self._live(), name="service")
 
@@ -172,7 +201,7 @@ class Service:
         try:
             return await held.enter_async_context(self._tiles.share(size, patience))
         except TimeoutError:
-            self.metrics.refused.labels(TOO_MANY_PICTURES).inc()
+            self.metrics.refused.add(TOO_MANY_PICTURES)
             raise TooManyRequests(
                 "The pictures of other requests take all the memory there is for them; try again "
                 "later.",
@@ -248,9 +277,10 @@ class Service:
     async def stop(self) -> None:
         """End engine, media and the worker for grammars."""
         self._draining = True
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [task for task in (self._task, self._lag) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.recordings.close()
         for engine in self.engines:
             await engine.stop()

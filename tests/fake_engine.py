@@ -14,16 +14,18 @@ from preprocessing.media import (
     MediaPart,
     Opened,
     PictureFacts,
+    Spent,
     TiledMedia,
     TiledVideo,
     TileSettings,
     VideoFacts,
 )
-from preprocessing.pool import PoolStats
+from preprocessing.pool import MediaStats
 from tests.small_tokenizer import encode_rendered, reference
 from wire.channel import Buffer
 from wire.errors import MediaRefused, ServiceError, Unavailable
 from wire.geometry import PromptFormat, VisionGeometry
+from wire.histogram import TOKEN_SECONDS, Histogram
 from wire.messages import EngineOutput, EngineRequest, EngineStats, Progress, Ready
 
 CHINESE = (
@@ -78,7 +80,10 @@ class FakeEngine:
         self.progress: Progress | None = Progress("weights", 1, 2)
         self.ready: Ready | None = None
         self.stats = EngineStats(running=1, waiting=2, blocks_used=3, blocks_total=64)
-        self.restarts = 0
+        self.past = EngineStats()
+        self.pid: int | None = None
+        self.gaps = Histogram(TOKEN_SECONDS)
+        self.restarts = self.resumed = 0
         self.faults = {"load": 0, "step": 0, "hang": 0, "exit": 0}
         self.convicted = 0
         self.script = script or say("A red circle.")
@@ -194,8 +199,8 @@ class FakeMedia:
         self.geometry: VisionGeometry | None = None
         self.closed = False
         self.missing: list[str] = []
-        self.stats = PoolStats()
-        self.times = 0.25, 0.5  # to fetch, to tile
+        self.stats = MediaStats()
+        self.spent = Spent(0.25, 0.125, 0.25, 0.125)
 
     async def start(self, geometry: VisionGeometry) -> None:
         self.geometry = geometry
@@ -230,12 +235,12 @@ class FakeMedia:
     async def open(self, part: MediaPart, room: Share | None, *, look: bool = True) -> Opened:
         await self._arrive(part)
         if not look and part.choice is None:
-            return Opened((b"",), (), self.times[0])
+            return Opened((b"",), (), self.spent.fetch)
         picture = PictureFacts("PNG", 8, 4)
         if isinstance(part.url, tuple):
-            return Opened((b"",) * len(part.url), (picture,) * len(part.url), self.times[0])
+            return Opened((b"",) * len(part.url), (picture,) * len(part.url), self.spent.fetch)
         video = VideoFacts("mp4", "h264", 8, 4, 0, frames=10, duration=10.0, fps=1.0)
-        return Opened((b"",), (picture if part.kind == "image" else video,), self.times[0])
+        return Opened((b"",), (picture if part.kind == "image" else video,), self.spent.fetch)
 
     async def tile(self, part: MediaPart, opened: Opened) -> Loaded:
         assert self.geometry is not None
@@ -251,7 +256,7 @@ class FakeMedia:
         seconds = tuple(map(float, range(most))) if isinstance(facts, VideoFacts) else ()
         film = facts if isinstance(facts, VideoFacts) else None
         digest = hashlib.sha256(f"{part.url} {most} {count}".encode()).digest()
-        return TiledVideo(digest, frames, tuple(range(most)), seconds, film, *self.times)
+        return TiledVideo(digest, frames, tuple(range(most)), seconds, film, self.spent)
 
     async def _arrive(self, part: MediaPart) -> None:
         self.parts.append(part)
@@ -267,7 +272,7 @@ class FakeMedia:
         assert self.geometry is not None
         digest = hashlib.sha256(f"{part.url} {count} {frame}".encode()).digest()
         tiles = bytes(count * self.geometry.tile_bytes)
-        return TiledMedia(digest, tiles, count, count, 1, 8, 4, *self.times)
+        return TiledMedia(digest, tiles, count, count, 1, 8, 4, self.spent)
 
     def forget(self) -> None:
         self.forgotten += 1

@@ -13,8 +13,8 @@ from tests.servers import Server
 
 GAUGES = (
     "internvl_requests_in_flight",
-    "internvl_requests_running",
-    "internvl_requests_waiting",
+    "internvl_num_requests_running",
+    "internvl_num_requests_waiting",
     "internvl_kv_blocks_used",
 )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from preprocessing import MediaPipeline
 from preprocessing.media import (
     Answer,
     Confine,
@@ -27,6 +28,12 @@ DEADLINE = 60.0
 MEMORY = 2 << 30
 SIDE = 128
 COMMAND = ("-m", "preprocessing.worker")
+
+
+def deaths(media: MediaPipeline) -> int:
+    """Workers that nobody had asked to end."""
+    stats = media.stats
+    return stats.replaced - stats.kills["timeout"] - stats.kills["abandoned"]
 
 
 class Worker:

@@ -341,8 +341,8 @@ def idle(server: Server) -> None:
     """Wait until nothing is held for any request."""
     for name in (
         "internvl_requests_in_flight",
-        "internvl_requests_running",
-        "internvl_requests_waiting",
+        "internvl_num_requests_running",
+        "internvl_num_requests_waiting",
         "internvl_kv_blocks_used",
         "internvl_request_tile_bytes",
         "internvl_decode_workers_busy",

@@ -122,7 +122,9 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
-    """Gauges after a step, and counters since the engine started."""
+    """Gauges after a step, and counters since the engine started. The caches are looked at once for
+    each sequence, however often it is preempted: the prefix cache for ``prefix_queries`` tokens,
+    of which ``cached_tokens`` were there, the vision cache for pictures."""
 
     running: int = 0
     waiting: int = 0
@@ -137,6 +139,17 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     step_seconds: float = 0.0  # that steps took, and that the cost model had predicted
     predicted_seconds: float = 0.0
+    prefix_queries: int = 0
+    vision_queries: int = 0
+    vision_hits: int = 0
+
+    def behind(self, past: "EngineStats") -> "EngineStats":
+        """The counters of this engine and of those before it, without gauges."""
+        counters = set(self.__struct_fields__) - _GAUGES
+        return EngineStats(**{name: getattr(self, name) + getattr(past, name) for name in counters})
+
+
+_GAUGES = {"running", "waiting", "blocks_used", "blocks_total", "vision_bytes"}
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="report"):

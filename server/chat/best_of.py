@@ -76,7 +76,7 @@ async def best(
     async with preparing(), chat.handle.preparing():
         compared = await _compare(chat, contest, states, choices)
     metrics.critic_time.observe(time.monotonic() - since)
-    metrics.compared.labels(contest.asked.critic).inc()
+    metrics.compared.add(contest.asked.critic)
     chat.spending.add(compared.read)
     usage.best_of = BestOfUsage(
         candidate_tokens=usage.completion_tokens,

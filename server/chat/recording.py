@@ -276,9 +276,11 @@ class Recordings:
         self._by_name: dict[str, Recording] = {}  # the oldest first
         self._used = collections.Counter[bytes]()  # bytes, by tenant
         self._total = 0
-        self._resumed = metrics.resumed
-        metrics.resumable_streams.set_function(lambda: len(self._by_name))
-        metrics.resumable_bytes.set_function(lambda: self._total)
+        self._resumed = metrics.streams_resumed
+        metrics.show(
+            internvl_resumable_streams=lambda: len(self._by_name),
+            internvl_resumable_bytes=lambda: self._total,
+        )
 
     def open(
         self,
@@ -320,7 +322,7 @@ class Recordings:
         if after is None:
             after = recording.before
         recording.check(after, field)
-        self._resumed.inc()
+        self._resumed.add()
         if recording.span is not None and (reading := spans.current.get()) is not None:
             reading.link(recording.span)
         if recording.over and after == recording.last:

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar, cast
 from preprocessing import Loaded, MediaPart, TiledMedia, TiledVideo
 from preprocessing.budget import Share
 from preprocessing.media import Facts, Kind, Opened
-from preprocessing.pool import PoolStats
+from preprocessing.pool import MediaStats
 from preprocessing.turns import few_at_a_time
 from server.chat import visual
 from server.chat.conversation import Conversation
@@ -47,7 +47,7 @@ class Media(Protocol):
         """Layers of the decoders' sandbox that this system lacks."""
 
     @property
-    def stats(self) -> PoolStats:
+    def stats(self) -> MediaStats:
         """Counters of the decode workers."""
 
     async def start(self, geometry: VisionGeometry) -> None:

@@ -21,6 +21,7 @@ from server.chat.sse import DONE
 from server.chat.stops import StopMatcher
 from server.chat.tools import CallArguments, CallStart, Piece, ToolParser
 from server.chat.tracing import Generation
+from server.chat.usage import Meter
 from server.metrics import Metrics
 from server.schemas.answer import (
     AnswerMessage,
@@ -230,8 +231,11 @@ async def chunks(
         choice = ChunkChoice(delta, index, logprobs, finish_reason, stop_reason, token_ids)
         return Chunk(chat.engine.id, created, chat.model.name, [choice])
 
-    place = backlog.enter(chat.engine.tenant, chat.n, len(chat.engine.prompt), chat.spending)
-    metrics.prompt_tokens.inc(len(chat.engine.prompt))
+    length, visual = len(chat.engine.prompt), sum(item.length for item in chat.engine.items)
+    place = backlog.enter(chat.engine.tenant, chat.n, length, chat.spending, visual)
+    metrics.prompt_tokens.add(length)
+    metrics.prompt_length.observe(length)
+    unfinished = "abort"
     begun = False
     generation = Generation(chat)
     try:
@@ -248,7 +252,10 @@ async def chunks(
                     metrics.time_to_first_token.observe(time.monotonic() - began)
                     for first in await _beginnings(chat, output, chunk):
                         yield first
-                for delta, logprobs in state.feed(output):
+                before = state.completion_tokens
+                parts = state.feed(output)
+                metrics.generation_tokens.add(state.completion_tokens - before)
+                for delta, logprobs in parts:
                     yield chunk(index, delta, logprobs)
                 if state.finish_reason is not None:
                     await choices.end(index)
@@ -262,6 +269,7 @@ async def chunks(
         yield Chunk(chat.engine.id, created, chat.model.name, [], usage)
     except Exception as error:
         generation.fail(error)
+        unfinished = "error" if isinstance(error, EngineFailed | InvalidRequest) else "abort"
         raise
     finally:
         # Exceptions and frames may hold each other, and us, until the garbage collector comes by:
@@ -269,14 +277,18 @@ async def chunks(
         chat.buffers.clear()
         place.leave()
         generation.close(states, meter.cached)
-        generated = sum(state.completion_tokens for state in states)
-        chat.spending.end(generated)
-        metrics.generated_tokens.inc(generated)
-        for state in states:
-            metrics.finished.labels(state.finish_reason or "abort").inc()
-        if chat.shown:
-            metrics.encode_time.observe(meter.encode_seconds)
-        metrics.request_time.observe(time.monotonic() - began)
+        chat.spending.end(sum(state.completion_tokens for state in states))
+        _count(metrics, meter, states, unfinished)
+        metrics.e2e_latency.observe(time.monotonic() - began)
+
+
+def _count(metrics: Metrics, meter: Meter, states: Sequence[ChoiceState], unfinished: str) -> None:
+    """What became of the choices; those that have not ended are ``unfinished``."""
+    for state in states:
+        metrics.finished.add(state.finish_reason or unfinished)
+        metrics.generation_length.observe(state.completion_tokens)
+    for seconds in meter.encoded():
+        metrics.media_encode.observe(seconds)
 
 
 async def _beginnings(

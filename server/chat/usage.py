@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from preprocessing import Loaded
+from preprocessing import Loaded, Spent
 from server.chat.conversation import Conversation
 from server.chat.prompt import Segment, Video
 from server.chat.showing import Gallery
@@ -23,11 +23,12 @@ from wire.messages import EngineOutput, VisionItem
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A picture or video of a request: what was known of it before the engine was asked, and which
-    items of the engine's request show it."""
+    """A picture or video of a request: what was known of it before the engine was asked, which
+    items of the engine's request show it, and what was spent on it."""
 
     facts: ImageUsage | VideoUsage
     items: range
+    spent: Spent
 
 
 def account(
@@ -46,7 +47,7 @@ def account(
                 height=picture.height,
                 grid=(picture.columns, picture.rows),
             )
-            shown.append(Shown(image, range(items, items + 1)))
+            shown.append(Shown(image, range(items, items + 1), picture.spent))
             items += 1
         elif isinstance(segment, Video):
             video = gallery.videos[segment.index]
@@ -63,7 +64,7 @@ def account(
             if facts is not None:
                 film.source_frames = facts.frames
                 film.duration, film.fps = round(facts.duration, 3), round(facts.fps, 3)
-            shown.append(Shown(film, range(items, items + len(video.frames))))
+            shown.append(Shown(film, range(items, items + len(video.frames)), video.spent))
             items += len(video.frames)
     return shown
 
@@ -76,8 +77,8 @@ def _common(
         "tiles": tiles,
         "tokens": tiles * tokens_per_tile,
         "reduced": reduced,
-        "fetch_ms": milliseconds(loaded.fetch_seconds),
-        "preprocess_ms": milliseconds(loaded.decode_seconds),
+        "fetch_ms": milliseconds(loaded.spent.fetch),
+        "preprocess_ms": milliseconds(loaded.spent.prepare),
     }
 
 
@@ -97,10 +98,10 @@ class Meter:
         """Of all choices but the first."""
         return sum(self._found.values())
 
-    @property
-    def encode_seconds(self) -> float:
-        """Of the engine, for all pictures."""
-        return sum(self._encode_seconds)
+    def encoded(self) -> list[float]:
+        """Seconds of the encoder for each picture or video of which it encoded something."""
+        spent = [self._encoding(shown) for shown in self._shown]
+        return [seconds for seconds in spent if seconds]
 
     def add(self, index: int, output: EngineOutput) -> None:
         """Take in an output of a choice. The others find the prompt of the first in the cache."""
@@ -131,8 +132,11 @@ class Meter:
         return msgspec.structs.replace(
             shown.facts,
             cached_tokens=sum(min(max(self.cached - i.offset, 0), i.length) for i in items),
-            encode_ms=milliseconds(sum(self._encode_seconds[index] for index in shown.items)),
+            encode_ms=milliseconds(self._encoding(shown)),
         )
+
+    def _encoding(self, shown: Shown) -> float:
+        return sum(self._encode_seconds[index] for index in shown.items)
 
 
 def milliseconds(seconds: float) -> float:

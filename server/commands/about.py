@@ -38,7 +38,7 @@ def _settings(_: argparse.Namespace) -> int:
 
 
 def _version(_: argparse.Namespace) -> int:
-    from server.info import installed_version
+    from server.version import installed_version
 
     print(installed_version())
     return 0

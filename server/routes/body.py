@@ -132,7 +132,8 @@ async def prepare_chat(arrival: Arrival, request: ChatRequest, identity: str) ->
             )
     if chat.shown:
         metrics.media_time.observe(chat.media_seconds)
-        metrics.observe_media([shown.facts for shown in chat.shown])
+        facts, spent = zip(*((one.facts, one.spent) for one in chat.shown), strict=True)
+        metrics.observe_media(facts, spent)
     return dataclasses.replace(chat, handle=handle)
 
 

@@ -4,10 +4,11 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
-from server.info import installed_version, server_info
+from server.info import server_info
 from server.lifecycle import Service
 from server.reference import HEADERS, reference
 from server.schemas.common import Version
+from server.version import installed_version
 
 router = APIRouter()
 

@@ -5,7 +5,6 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from server.lifecycle import Service
-from server.metrics import CONTENT_TYPE
 from server.schemas.common import Health, LoadProgress
 
 router = APIRouter()
@@ -53,5 +52,6 @@ async def metrics(request: Request) -> Response:
     """Everything measured, for Prometheus."""
     service: Service = request.app.state.service
     # Whoever has a key comes here. What others use is for operators, if they have their own port.
-    page = service.metrics.page(keys=not service.settings.server.admin_port)
-    return Response(page, headers={"Content-Type": CONTENT_TYPE})
+    keys = not service.settings.server.admin_port
+    page, kind = service.metrics.page(request.headers.get("accept", ""), keys=keys)
+    return Response(page, headers={"Content-Type": kind})

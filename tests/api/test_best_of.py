@@ -581,4 +581,4 @@ async def test_what_the_critic_reads_is_counted_and_taken_from_the_key(houses: H
     page = (await house.http.get("/metrics", headers=key)).text
     assert 'internvl_best_of_total{critic="visualprm"} 1.0' in page
     assert "internvl_critic_seconds_count 1.0" in page
-    assert "internvl_critic_restarts 0.0" in page
+    assert "internvl_critic_restarts_total 0.0" in page

@@ -514,12 +514,12 @@ async def test_tokens_and_answers_are_counted(house: House) -> None:
     await house.ask()
     await house.ask(messages=[{"role": "user", "content": [picture("a")]}])
     page = (await house.http.get("/metrics")).text
-    assert 'internvl_requests_total{status="200"} 2.0' in page
-    assert 'internvl_completions_total{finish_reason="stop"} 2.0' in page
-    assert "internvl_media_seconds_count 1.0" in page
+    assert 'internvl_http_requests_total{status="200"} 2.0' in page
+    assert 'internvl_request_success_total{finished_reason="stop"} 2.0' in page
+    assert "internvl_request_media_time_seconds_count 1.0" in page
     assert "internvl_time_to_first_token_seconds_count 2.0" in page
     assert "internvl_requests_in_flight 0.0" in page
-    assert "internvl_requests_running 1.0" in page
+    assert "internvl_num_requests_running 1.0" in page
     assert "internvl_kv_blocks_used 3.0" in page
     sizes = [len(request.prompt) for request in house.engine.requests]
     assert f"internvl_prompt_tokens_total {float(sum(sizes))}" in page

@@ -285,7 +285,7 @@ async def test_unknown_fields_are_told_or_refused(houses: Houses) -> None:
 async def test_what_is_no_picture_and_no_video_is_refused_at_once(house: House) -> None:
     assert error(await upload(house, b"bad")) == (400, "unsupported_media", "file")
     assert house.service.files.count == 0
-    assert await metric(house, 'internvl_media_refused_total{code="unsupported_media"}') == 1
+    assert await metric(house, 'internvl_media_rejected_total{reason="unsupported_media"}') == 1
 
 
 async def test_a_page_of_another_origin_may_not_upload(houses: Houses) -> None:

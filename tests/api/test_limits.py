@@ -138,7 +138,7 @@ async def test_what_never_fits_is_a_400_that_counts(houses: Houses, tmp_path: Pa
         assert "retry-after" not in refused.headers
         assert refused.headers["x-ratelimit-remaining-visual-tokens"] == "10"
     assert not house.engine.requests
-    assert await metric_of(house, "internvl_queued_requests") == 0
+    assert await metric_of(house, "internvl_num_requests_waiting") == 0
 
 
 async def metric_of(house: House, name: str) -> float:

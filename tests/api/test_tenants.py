@@ -60,7 +60,7 @@ async def test_more_requests_than_may_wait_are_told_to_come_back(
     house = await houses.open(max_num_queued_reqs=2)
     go_on = silent(house.engine)
     asked = await send(house, 2)
-    assert await metric(house, "internvl_queued_requests") == 2
+    assert await metric(house, "internvl_num_requests_waiting") == 2
     refused = await within(house.ask(stream=stream))
     assert refused.status_code == 429
     assert 1 <= int(refused.headers["retry-after"]) <= 60
@@ -71,11 +71,11 @@ async def test_more_requests_than_may_wait_are_told_to_come_back(
     for answer in await within(asyncio.gather(*asked)):
         assert answer.status_code == 200
     assert (await within(house.ask(stream=stream))).status_code == 200
-    assert await metric(house, "internvl_queued_requests") == 0
-    assert await metric(house, "internvl_queued_tokens") == 0
+    assert await metric(house, "internvl_num_requests_waiting") == 0
+    assert await metric(house, "internvl_num_prompt_tokens_waiting") == 0
     name = 'internvl_requests_refused_total{code="queue_full_requests"}'
     assert await metric(house, name) == 1
-    assert await metric(house, "internvl_queue_seconds_count") == 3
+    assert await metric(house, "internvl_request_prompt_tokens_count") == 3
 
 
 async def test_requests_are_refused_before_their_pictures_are_fetched(houses: Houses) -> None:
@@ -97,7 +97,7 @@ async def test_tokens_of_pictures_count_and_a_refused_request_leaves_nothing(
     asked = await send(house, 1)
     length = len(house.engine.requests[0].prompt)
     assert 2 * length <= 30 < 2 * length + 2 * 6  # a picture has six tokens
-    assert await metric(house, "internvl_queued_tokens") == length
+    assert await metric(house, "internvl_num_prompt_tokens_waiting") == length
     content = [{"type": "text", "text": "Hello!"}, PICTURE, PICTURE]
     for stream in (False, True):
         refused = await within(
@@ -106,7 +106,7 @@ async def test_tokens_of_pictures_count_and_a_refused_request_leaves_nothing(
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "queue_full_tokens"
     assert len(house.engine.requests) == 1
-    assert await metric(house, "internvl_queued_tokens") == length
+    assert await metric(house, "internvl_num_prompt_tokens_waiting") == length
     go_on.set()
     await within(asyncio.gather(*asked))
     # Over the limit alone, and nothing waits.
@@ -137,8 +137,8 @@ async def test_a_list_of_prompts_waits_as_one_and_is_let_in_where_nothing_waits(
         answer = await within(waiting)
         assert answer.status_code == 200
         assert "error" not in answer.text
-        assert await metric(house, "internvl_queued_tokens") == 0
-        assert await metric(house, "internvl_queued_requests") == 0
+        assert await metric(house, "internvl_num_prompt_tokens_waiting") == 0
+        assert await metric(house, "internvl_num_requests_waiting") == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -156,7 +156,7 @@ async def test_of_lists_that_come_at_once_no_more_are_let_in_than_may_wait(
     go_on.set()
     answers = [await within(task) for task in waiting]
     assert sorted(answer.status_code for answer in answers) == [200] * 2 + [429] * 3
-    assert await metric(house, "internvl_queued_requests") == 0
+    assert await metric(house, "internvl_num_requests_waiting") == 0
 
 
 async def test_every_choice_counts(houses: Houses) -> None:
@@ -165,11 +165,11 @@ async def test_every_choice_counts(houses: Houses) -> None:
     asked = await send(house, 1)
     assert (await house.ask(n=4)).status_code == 429
     asked += await send(house, 1, n=3)
-    assert await metric(house, "internvl_queued_requests") == 4
+    assert await metric(house, "internvl_num_requests_waiting") == 4
     go_on.set()
     for answer in await within(asyncio.gather(*asked)):
         assert answer.status_code == 200
-    assert await metric(house, "internvl_queued_requests") == 0
+    assert await metric(house, "internvl_num_requests_waiting") == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -183,7 +183,7 @@ async def test_who_leaves_waits_no_longer(houses: Houses, stream: bool) -> None:
     assert (await house.ask()).status_code == 429
     client.leave()
     await within(client.task)
-    assert await metric(house, "internvl_queued_requests") == 0
+    assert await metric(house, "internvl_num_requests_waiting") == 0
 
 
 async def test_an_engine_that_fails_leaves_nothing_waiting(houses: Houses) -> None:
@@ -191,7 +191,7 @@ async def test_an_engine_that_fails_leaves_nothing_waiting(houses: Houses) -> No
     house.engine.script = lambda _: [RuntimeError("no")]
     for _ in range(3):
         assert (await house.ask()).status_code == 500
-    assert await metric(house, "internvl_queued_tokens") == 0
+    assert await metric(house, "internvl_num_prompt_tokens_waiting") == 0
 
 
 async def test_a_running_request_does_not_wait(houses: Houses) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from openai.types import CompletionUsage
 
+from preprocessing import Spent
 from tests.api.conftest import House
 from tests.api.test_chat import events, picture
 from tests.fake_engine import EOS, Step
@@ -94,19 +95,24 @@ async def test_an_answer_without_pictures_says_nothing_of_them(house: House) -> 
 async def test_metrics_tell_what_pictures_took(house: House) -> None:
     house.engine.script = script
     await house.ask(messages=TWO)
-    house.media.times = 0.002, 0.0  # its tiles are in the cache
+    house.media.spent = Spent(0.002)  # its tiles are in the cache
     await house.ask(messages=TWO)
     await house.ask()
     page = (await house.http.get("/metrics")).text
     for line in (
         "media_fetch_seconds_count 4.0",
         "media_fetch_seconds_sum 0.504",
+        "media_queue_seconds_count 2.0",
+        "media_queue_seconds_sum 0.25",
         "media_decode_seconds_count 2.0",
-        "media_decode_seconds_sum 1.0",
-        "encode_seconds_count 2.0",
-        "encode_seconds_sum 1.25",
+        "media_decode_seconds_sum 0.5",
+        "media_tile_seconds_count 2.0",
+        "media_tile_seconds_sum 0.25",
+        "media_encode_seconds_count 2.0",
+        "media_encode_seconds_sum 1.25",
         "request_tiles_count 2.0",
         "request_tiles_sum 6.0",
+        "request_visual_tokens_count 2.0",
     ):
         assert f"internvl_{line}\n" in page, line
 
@@ -118,11 +124,10 @@ async def test_metrics_count_refused_pictures_and_what_became_of_decode_workers(
     assert (await house.ask(messages=bad)).status_code == 400
     previewed = await house.http.post("/v1/internvl/preview", json={"messages": bad})
     assert previewed.status_code == 400
-    house.media.stats.deaths = 3
-    house.media.stats.timeouts = 2
+    house.media.stats.kills["timeout"] = 2
     house.media.stats.replaced = 5
     page = (await house.http.get("/metrics")).text
-    assert 'internvl_media_refused_total{code="invalid_media"} 2.0' in page
-    assert "internvl_decode_worker_deaths_total 3.0" in page
-    assert "internvl_decode_worker_timeouts_total 2.0" in page
+    assert 'internvl_media_rejected_total{reason="invalid_media"} 2.0' in page
+    assert 'internvl_sandbox_kills_total{reason="timeout"} 2.0' in page
+    assert 'internvl_sandbox_kills_total{reason="seccomp"} 0.0' in page
     assert "internvl_decode_workers_replaced_total 5.0" in page

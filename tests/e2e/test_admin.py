@@ -77,7 +77,7 @@ def test_a_stream_that_is_ended_says_so_and_its_memory_is_free(server: Server) -
 def test_after_a_flush_a_picture_is_computed_again_with_the_same_answer(server: Server) -> None:
     def ask() -> tuple[str, int, float | None]:
         text = server.ask(draw("red", "circle"), "What is in this picture? " * 8)
-        cached = server.metric("internvl_prefix_cache_hit_tokens_total")
+        cached = server.metric("internvl_prefix_cache_hits_total")
         assert cached is not None
         return text, int(cached), server.metric("internvl_encoded_tiles_total")
 

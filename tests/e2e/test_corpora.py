@@ -81,7 +81,7 @@ def test_pictures_of_pillows_own_tests(server: Server, corpus: list[Path]) -> No
     assert found["shown"] > len(corpus) // 2
     known = {"shown", "unsupported_media", "invalid_media", "media_too_large", "media_timeout"}
     assert found.keys() <= known
-    assert server.metric("internvl_decode_worker_deaths_total") == 0
+    assert server.metric("internvl_decode_workers_replaced_total") == 0
 
 
 def test_bombs_and_polyglots(server: Server) -> None:

@@ -60,7 +60,7 @@ class House:
         return pid
 
     def wait_running(self, rows: int = ROWS) -> None:
-        self.server.wait_for_metric("internvl_requests_running", rows)
+        self.server.wait_for_metric("internvl_num_requests_running", rows)
 
     def is_away(self) -> None:
         """Not ready and says why, but alive."""
@@ -72,7 +72,7 @@ class House:
 
     def is_back(self) -> None:
         self.server.wait_for_status("/ready", 200)
-        self.server.wait_for_metric("internvl_requests_running", 0)
+        self.server.wait_for_metric("internvl_num_requests_running", 0)
         self.server.wait_for_metric("internvl_kv_blocks_used", 0)
 
     def count(self, name: str) -> float:

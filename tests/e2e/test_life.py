@@ -31,8 +31,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def idle(server: Server) -> None:
     server.wait_for_metric("internvl_kv_blocks_used", 0)
-    server.wait_for_metric("internvl_requests_running", 0)
-    server.wait_for_metric("internvl_requests_waiting", 0)
+    server.wait_for_metric("internvl_num_requests_running", 0)
+    server.wait_for_metric("internvl_num_requests_waiting", 0)
 
 
 def test_a_client_that_leaves_frees_its_blocks(demo_server: Server) -> None:
@@ -168,7 +168,7 @@ def test_a_client_that_reads_nothing_keeps_neither_permit_nor_connection(
             client.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n{body}".encode())
             server.wait_for_metric("internvl_requests_in_flight", 1)
             server.wait_for_metric("internvl_requests_in_flight", 0, deadline=120)
-            assert server.metric("internvl_completions_total") is not None
+            assert server.metric("internvl_request_success_total") is not None
             end = time.monotonic() + 30
             while connected(server, client):
                 assert time.monotonic() < end, "the connection is still there"

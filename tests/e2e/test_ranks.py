@@ -90,8 +90,8 @@ def test_ranks_answer_as_one_process_does_and_leave_with_the_server(
                 assert [choice[:2] for choice in answer] == [choice[:2] for choice in expected]
                 for choice, other in zip(answer, expected, strict=True):
                     assert all(map(close, choice[2], other[2]))
-        assert (server.metric("internvl_preemptions_total") or 0) > 0
-        assert (server.metric("internvl_prefix_cache_hit_tokens_total") or 0) > 0
+        assert (server.metric("internvl_num_preemptions_total") or 0) > 0
+        assert (server.metric("internvl_prefix_cache_hits_total") or 0) > 0
         server.process.kill()
         for pidfd in pidfds:
             readable, _, _ = select.select([pidfd], [], [], DEADLINE)
@@ -116,7 +116,9 @@ def test_no_stream_notices_that_a_rank_has_died(
         with ThreadPoolExecutor(COUNT) as pool:
             whole = list(pool.map(lambda number: life.stream(demo_server, number), range(KILLED)))
             streams = [pool.submit(life.stream, server, number) for number in range(KILLED)]
-            server.wait_for_metric("internvl_requests_running", KILLED + 1)  # one has two choices
+            server.wait_for_metric(
+                "internvl_num_requests_running", KILLED + 1
+            )  # one has two choices
             (_, rank) = processes(server)
             os.kill(rank, signal.SIGKILL)
             server.wait_for_status("/ready", 503)

@@ -175,7 +175,7 @@ def _noise(seed: int) -> str:
 
 def test_a_critic_that_dies_is_started_again_and_says_the_same(court: Court) -> None:
     body = {"best_of": {"n": 2, "critic": "visualprm"}, "max_tokens": 8}
-    generated = "internvl_generated_tokens_total"
+    generated = "internvl_generation_tokens_total"
     before = court.server.metric(generated)
     expected = court.ask(**body)["best_of"]
     after = court.server.metric(generated)
@@ -196,7 +196,7 @@ def test_a_critic_that_dies_is_started_again_and_says_the_same(court: Court) -> 
     assert found[0]["best_of"]["winner"] == expected["winner"]
     for one, other in zip(found[0]["best_of"]["candidates"], expected["candidates"], strict=True):
         assert one["steps"] == pytest.approx(other["steps"], abs=TOLERANCE)
-    assert court.server.metric("internvl_critic_restarts") == 1
+    assert court.server.metric("internvl_critic_restarts_total") == 1
     assert court.server.metric("internvl_engine_restarts_total") == 0
     log = court.server.log.read_text()
     assert "critic: 0." in log

@@ -30,6 +30,7 @@ from server.chat.showing import load_all
 from tests import clips
 from tests.fake_engine import make_ready
 from tests.process import lying_worker
+from tests.sandboxed import deaths
 from tests.sites import Site, answer
 from wire.channel import Channel
 from wire.digest import content_digest
@@ -153,7 +154,7 @@ async def test_every_format_is_decoded_inside_the_sandbox(kind: str) -> None:
     encoded = encode(picture, kind, **options)
     async with pipeline() as media:
         loaded = await media.load(part(encoded))
-        assert media.stats.deaths == 0
+        assert deaths(media) == 0
     upright = open_picture(encoded, 10_000)
     assert (loaded.width, loaded.height) == upright.size == ((40, 60) if options else (60, 40))
     assert loaded.tiles == tile(upright, TileSettings.of(GEOMETRY))[0]
@@ -361,7 +362,7 @@ async def test_a_bad_picture_is_refused_and_the_worker_lives_on(encoded: bytes, 
             assert (await refusal(media, part(encoded))).code == code
         assert (await media.load(plain())).count
         assert media.worker_pids == before
-        assert (media.stats.refused, media.stats.deaths) == (2, 0)
+        assert (media.stats.refused, deaths(media)) == (2, 0)
 
 
 async def test_a_picture_that_takes_more_memory_than_the_sandbox_has_is_refused(
@@ -374,7 +375,7 @@ async def test_a_picture_that_takes_more_memory_than_the_sandbox_has_is_refused(
         large = part(encode(Image.new("RGB", (3000, 3000))))
         assert (await refusal(media, large)).code == "media_too_large"
         assert (await media.load(plain())).count
-        assert media.stats.deaths == 0
+        assert deaths(media) == 0
 
 
 async def test_a_picture_that_takes_too_long_is_refused() -> None:
@@ -394,7 +395,7 @@ async def test_a_worker_killed_at_work_costs_nothing() -> None:
         os.kill(pid, signal.SIGKILL)
         assert (await waiting).count
         assert (await next_one).count
-        assert media.stats.deaths == 1
+        assert deaths(media) == 1
         assert await gone(pid)
 
 
@@ -408,7 +409,7 @@ async def test_a_picture_whose_workers_die_twice_is_refused(
             "The picture could not be decoded.",
             "invalid_media",
         )
-        assert media.stats.deaths == 2
+        assert deaths(media) == 2
 
 
 async def test_an_error_nobody_expected_ends_its_request_and_replaces_the_worker(
@@ -460,7 +461,7 @@ async def test_a_worker_that_hangs_is_killed_at_the_deadline_and_replaced() -> N
             assert await gone(pid)
         assert (await media.load(plain())).count
         stats = media.stats
-        assert (stats.timeouts, stats.deaths, stats.replaced) == (1, 0, 1)
+        assert (stats.kills["timeout"], deaths(media), stats.replaced) == (1, 0, 1)
 
 
 async def test_a_hanging_worker_does_not_hold_up_the_others() -> None:
@@ -481,7 +482,7 @@ async def test_a_worker_killed_while_idle_costs_nothing() -> None:
         os.kill(pid, signal.SIGKILL)
         assert await gone(pid)
         assert (await media.load(plain())).count
-        assert media.stats.deaths == 1
+        assert deaths(media) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -492,7 +493,7 @@ async def test_a_signal_to_the_whole_group_does_not_end_a_worker(number: int) ->
         for pid in before:
             os.kill(pid, number)
         assert (await media.load(plain())).count
-        assert (media.worker_pids, media.stats.deaths) == (before, 0)
+        assert (media.worker_pids, deaths(media)) == (before, 0)
 
 
 async def test_a_caller_that_leaves_gives_its_worker_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,7 +516,7 @@ async def test_a_long_job_whose_caller_left_does_not_keep_its_worker(
         assert await gone(pid)
         assert (await media.load(plain())).count
         assert (await refusal(media, film())).code == "unsupported_media"  # nor its place
-        assert (media.stats.replaced, media.stats.deaths, media.stats.busy) == (1, 0, 0)
+        assert (media.stats.replaced, deaths(media), media.stats.busy) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -560,7 +561,7 @@ async def after_a_lie(monkeypatch: pytest.MonkeyPatch, mode: str) -> AsyncIterat
         (pid,) = media.worker_pids
         monkeypatch.undo()
         yield media
-        assert media.stats.deaths == 1
+        assert deaths(media) == 1
         assert await gone(pid)
 
 
@@ -640,7 +641,7 @@ async def test_a_film_of_pictures_shows_the_middles_of_its_segments() -> None:
         async with media.hold([asked]) as room:
             opened = await media.open(asked, room)
             again = await media.tile(asked, opened)
-        assert again.fetch_seconds == opened.fetch_seconds > 0
+        assert again.spent.fetch == opened.fetch_seconds > 0
         bad = dataclasses.replace(asked, url=(*urls[:4], urls[4][:60], *urls[5:]))
         with pytest.raises(MediaRefused) as refused:
             await media.load(bad)
@@ -681,7 +682,7 @@ async def test_files_that_kill_workers_do_not_close_the_pool(
             lies.undo()
             # The worker hired before is the last that dies.
             assert (await media.load(plain())).count
-            assert media.stats.deaths == 17
+            assert deaths(media) == 17
 
 
 async def test_workers_that_do_not_start_are_an_error_at_the_start(

@@ -20,6 +20,7 @@ from preprocessing.images import FORMATS, open_picture
 from preprocessing.media import TileSettings
 from preprocessing.tiling import tile
 from tests.pictures import encode, picture, png, png_chunk, promise, sample
+from tests.sandboxed import deaths
 from wire.errors import MediaRefused
 from wire.geometry import VisionGeometry
 from wire.settings import MediaSettings
@@ -53,15 +54,15 @@ async def media() -> Any:
 
 async def shown(media: MediaPipeline, encoded: bytes) -> TiledMedia | str:
     """The tiles, or the code of the refusal; afterwards the workers must be well."""
-    before, deaths, timeouts = media.worker_pids, media.stats.deaths, media.stats.timeouts
+    before, died, timeouts = media.worker_pids, deaths(media), media.stats.kills["timeout"]
     try:
         async with asyncio.timeout(TIMEOUT + 10):
             loaded = await media.load(part(encoded))
         outcome: TiledMedia | str = loaded if isinstance(loaded, TiledMedia) else "a video"
     except MediaRefused as refused:
         outcome = str(refused.code)
-    assert media.stats.deaths == deaths
-    if media.stats.timeouts == timeouts:
+    assert deaths(media) == died
+    if media.stats.kills["timeout"] == timeouts:
         assert media.worker_pids == before
         for pid in before:
             assert resident(pid) < MOST_MEMORY

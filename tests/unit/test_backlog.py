@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocessing.pool import PoolStats
+from preprocessing.pool import MediaStats
 from server.backlog import UNKNOWN, WINDOW, Backlog, Place
 from server.keys import Keys
 from server.metrics import Metrics
@@ -29,7 +29,7 @@ def backlog(
 ) -> Backlog:
     settings = ServerSettings(max_num_queued_reqs=requests, max_num_queued_tokens=tokens)
     return Backlog(
-        settings, Metrics(FakeEngine(), PoolStats, Keys("")), fair=fair, clock=clock or Clock()
+        settings, Metrics(FakeEngine(), MediaStats, Keys("")), fair=fair, clock=clock or Clock()
     )
 
 

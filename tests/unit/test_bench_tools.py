@@ -146,7 +146,7 @@ def test_prompts_have_the_tokens_of_the_case(demo_server: Server) -> None:
 
 def test_what_is_shared_was_sent_before(demo_server: Server) -> None:
     client = Client(demo_server.url)
-    name = "internvl_prefix_cache_hit_tokens_total"
+    name = "internvl_prefix_cache_hits_total"
     case = {"requests": 2, "input_tokens": 16, "output_tokens": 2}
 
     def hits(seed: int, **options: Any) -> float:

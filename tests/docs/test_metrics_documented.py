@@ -1,0 +1,41 @@
+"""docs/metrics.md, the table of metrics, and what a server tells are the same."""
+
+import re
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.metric_table import TABLE, page
+from tests.servers import Server
+
+PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
+OPERATIONS = PAGE.with_name("operations.md")
+
+
+def scraped(text: str) -> dict[str, str]:
+    """Name, as the table has it, and type of each metric of a scrape."""
+    return {
+        family.name + ("_total" if family.type == "counter" else ""): family.type
+        for family in text_string_to_metric_families(text)
+    }
+
+
+def test_the_page_is_the_table() -> None:
+    current = "\n".join(page())
+    assert PAGE.read_text(encoding="utf-8") == current, (
+        "write it again: python -m server.metric_table > docs/metrics.md"
+    )
+
+
+def test_a_server_has_the_metrics_of_the_table_and_no_others(demo_server: Server) -> None:
+    text = httpx.get(demo_server.url + "/metrics").text
+    # The text format knows no type "info".
+    kinds = {name: "gauge" if row.kind == "info" else row.kind for name, row in TABLE.items()}
+    assert scraped(text) == kinds
+
+
+def test_what_operators_are_told_to_watch_exists() -> None:
+    named = set(re.findall(r"`((?:internvl|process)_\w+)`", OPERATIONS.read_text("utf-8")))
+    assert named >= {"internvl_num_requests_waiting"}
+    assert named <= TABLE.keys() | {"internvl_key_"}
