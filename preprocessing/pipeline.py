@@ -319,7 +319,7 @@ def _named(part: MediaPart) -> dict[str, str]:
 
 
 def _tell(decoding: Span, loaded: Loaded, tiles: int) -> None:
-    hit = loaded.decode_seconds == 0
+    hit = loaded.spent.prepare == 0
     decoding.set({"internvl.media.tiles": tiles, "internvl.media.cache_hit": hit})
 
 
