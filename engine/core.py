@@ -152,8 +152,9 @@ class EngineCore:
                 continue
             del self._preparing[name]
             try:
-                if done.exception() is not None:
-                    raise Refused(f"it could not be prepared: {done.exception()}")
+                if (error := done.exception()) is not None:
+                    logger.debug("request=%s cannot be prepared: %s", name, error)
+                    raise Refused(f"it could not be prepared: {type(error).__name__}")
                 self._schedule(request, buffers)
             except Refused as refusal:
                 self._refuse(request, refusal)

@@ -5,6 +5,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import logging
 import signal
 import sys
 from collections import OrderedDict
@@ -16,6 +17,8 @@ from server.grammar_worker import Vocabulary
 from server.tokenizer import Tokenizer
 from wire.errors import Unavailable
 from wire.sampling import Grammar
+
+logger = logging.getLogger(__name__)
 
 # Of waiting for one answer. A worker that is refused the processor for so long is as good as dead.
 TIMEOUT = 20.0
@@ -123,6 +126,8 @@ class GrammarChecker:
             *(sys.executable, "-P", "-m", "server.grammar_worker"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            # A library that panics quotes what clients send.
+            stderr=None if logger.isEnabledFor(logging.DEBUG) else asyncio.subprocess.DEVNULL,
             env=child_environment(),
         )
         if process.stdin is None or process.stdout is None:

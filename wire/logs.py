@@ -2,7 +2,8 @@
 one object a line.
 
 The request id is a context variable, so a line logged anywhere below a request's coroutine
-carries it without being handed around. User content is never logged at info.
+carries it without being handed around. What clients send is logged at debug only: texts of
+exceptions, which may quote it, are left out of the lines of the process that reads it.
 """
 
 import contextlib
@@ -10,12 +11,18 @@ import datetime
 import json
 import logging
 import sys
+import threading
+import traceback
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 NOBODY = "-"
+FRONT = "api"
+"""The process that reads what clients send."""
+
 request_id: ContextVar[str] = ContextVar("request_id", default=NOBODY)
 trace_id: ContextVar[str | None] = ContextVar("trace_id", default=None)
 """In hexadecimal, where requests are traced."""
@@ -43,11 +50,35 @@ class _RequestId(logging.Filter):
         return True
 
 
-class _Json(logging.Formatter):
-    def __init__(self, process: str) -> None:
-        super().__init__()
+class _Form(logging.Formatter):
+    """What both forms have in common."""
+
+    def __init__(self, process: str, form: str | None = None, clock: str | None = None) -> None:
+        super().__init__(form, clock)
         self._process = process
 
+    def formatException(self, ei: Any) -> str:
+        """The whole of an exception, or where it came from and what kind it is."""
+        if self._process != FRONT or logging.getLogger().isEnabledFor(logging.DEBUG):
+            return super().formatException(ei)
+        return "\n".join(_kinds(ei[1]))
+
+
+def _kinds(error: BaseException | None) -> Iterator[str]:
+    """As Python prints an exception and those before it, without their texts."""
+    if error is None:
+        return
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if before is not None:
+        yield from _kinds(before)
+        yield "\nWhich led to:\n"
+    yield "".join(traceback.format_tb(error.__traceback__)) + type(error).__qualname__
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from _kinds(one)
+
+
+class _Json(_Form):
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line = {
@@ -70,11 +101,22 @@ def setup(level: str, process: str, form: str = "text") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_RequestId())
     text = f"%(asctime)s %(levelname)-7s {process} %(request_id)s %(name)s: %(message)s"
-    handler.setFormatter(_Json(process) if form == "json" else logging.Formatter(text, "%H:%M:%S"))
+    handler.setFormatter(_Json(process) if form == "json" else _Form(process, text, "%H:%M:%S"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.captureWarnings(form == "json")
-    for noisy in ("httpx", "httpcore"):
+    logging.captureWarnings(True)
+    sys.excepthook = _uncaught
+    threading.excepthook = lambda end: _uncaught(end.exc_type, end.exc_value, end.exc_traceback)
+    sys.unraisablehook = lambda end: _uncaught(end.exc_type, end.exc_value, end.exc_traceback)
+    for noisy in ("httpx", "httpcore", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException | None, _: Any) -> None:
+    """What Python would print as it is."""
+    if issubclass(kind, KeyboardInterrupt):
+        logger.info("interrupted")
+    else:
+        logger.critical("an exception that nobody expected", exc_info=error)
 
 
 def say(text: str) -> None:

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal or a failure. Raises SettingError."""
     settings = with_critic(with_model(load(given(options), os.environ, options.config)))
-    logs.setup(settings.server.log_level, "api", settings.server.log_format)
+    logs.setup(settings.server.log_level, logs.FRONT, settings.server.log_format)
     forget_secrets()
     # Imported late: `internvl --help` should not wait for a web framework.
     from server.run import serve

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import logging
+import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -192,3 +194,19 @@ async def test_many_ask_at_once_and_each_gets_its_own_answer(checker: GrammarChe
     asked = [Grammar("regex", "a" * i if i % 2 else "(?=a)" * i) for i in range(1, 20)]
     found = await asyncio.gather(*(checker.problem(one, TOKENS, SIZE) for one in asked))
     assert [problem is None for problem in found] == [i % 2 == 1 for i in range(1, 20)]
+
+
+async def test_what_the_worker_prints_is_shown_to_nobody_unless_it_is_to_be_found(
+    checker: GrammarChecker, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def printed() -> str:
+        assert await checker.problem(GOOD, TOKENS, SIZE, b"") is None
+        assert checker._worker is not None
+        where = os.readlink(f"/proc/{checker._worker.process.pid}/fd/2")
+        await checker.close()
+        return where
+
+    assert await printed() == os.devnull
+    caplog.set_level(logging.DEBUG, "server.grammars")
+    checker._good.clear()
+    assert await printed() != os.devnull

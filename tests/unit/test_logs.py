@@ -20,11 +20,38 @@ CODE = """
     logs.say("hello\\n")
 """
 
+# What nobody expects, in the process that reads what clients send.
+UNEXPECTED = """
+    import gc, logging, sys, threading
+    from wire import logs
+    logs.setup(sys.argv[2], "api", sys.argv[1])
+    def fail(secret):
+        try:
+            {}[secret]
+        except KeyError:
+            raise ExceptionGroup(secret, [ValueError(secret)])
+    class Leaving:
+        def __del__(self):
+            fail("Kleo" + "patra")
+    try:
+        fail("Kleo" + "patra")
+    except Exception:
+        logging.getLogger("a").exception("failed")
+    thread = threading.Thread(target=fail, args=("Kleo" + "patra",))
+    thread.start()
+    thread.join()
+    Leaving()
+    fail("Kleo" + "patra")
+"""
 
-def lines(form: str) -> list[str]:
+
+def lines(form: str, code: str = CODE, *arguments: str, status: int = 0) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CODE), form], capture_output=True, check=True
+        [sys.executable, "-c", textwrap.dedent(code), form, *arguments],
+        capture_output=True,
+        check=False,
     )
+    assert done.returncode == status, done.stderr
     return done.stderr.decode().splitlines()
 
 
@@ -49,3 +76,18 @@ def test_text_has_the_same_for_people() -> None:
     assert first.split(" ", 1)[1] == "INFO    engine mine a: two"
     assert "hello" in rest
     assert not any("too much" in line for line in rest)
+
+
+def test_exceptions_are_told_without_their_texts_unless_they_are_to_be_found() -> None:
+    for form in ("json", "text"):
+        told = "\n".join(lines(form, UNEXPECTED, "info", status=1))
+        assert "Kleopatra" not in told
+        assert told.count("ValueError") == told.count("KeyError") >= 4
+        assert told.count("in fail") >= 8
+        assert "Kleopatra" in "\n".join(lines(form, UNEXPECTED, "debug", status=1))
+
+
+def test_what_ends_a_thread_or_the_process_is_a_line_like_any_other() -> None:
+    failures = list(map(json.loads, lines("json", UNEXPECTED, "info", status=1)))
+    assert [failure["level"] for failure in failures] == ["error", *["critical"] * 3]
+    assert all("ExceptionGroup" in failure["exception"] for failure in failures)
