@@ -7,6 +7,7 @@ computes, and knows nothing of either's insides.
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Protocol
@@ -70,7 +71,7 @@ MakeRunner = Callable[[EngineSettings, Callable[[Progress | Fault], None]], Runn
 process whose main thread may be unable to say it."""
 
 
-_Preparing = tuple[Future[object], EngineRequest, Sequence[Buffer]]
+_Preparing = tuple[Future[object], EngineRequest, Sequence[Buffer], float]
 
 
 class EngineCore:
@@ -95,10 +96,10 @@ class EngineCore:
         self.suspects: list[str] = []
         """Requests being computed at this moment; an exception is likely due to one of them."""
 
-    def take(self, message: ToEngine, buffers: Sequence[Buffer]) -> None:
-        """Do what a message from the front end says."""
+    def take(self, message: ToEngine, buffers: Sequence[Buffer], came: float | None = None) -> None:
+        """Do what a message from the front end says, which ``came`` at this ``time.monotonic``."""
         if isinstance(message, EngineRequest):
-            self.add(message, buffers)
+            self.add(message, buffers, came)
         elif isinstance(message, Abort):
             self.abort(message.ids)
         elif isinstance(message, Flush):
@@ -106,8 +107,14 @@ class EngineCore:
         elif isinstance(message, LogLevel):
             logging.getLogger().setLevel(message.level.upper())
 
-    def add(self, request: EngineRequest, buffers: Sequence[Buffer] = ()) -> None:
+    def add(
+        self,
+        request: EngineRequest,
+        buffers: Sequence[Buffer] = (),
+        came: float | None = None,
+    ) -> None:
         """Take a request over. One that can never be computed ends with reason "error"."""
+        came = time.monotonic() if came is None else came
         self.suspects = [request.id]
         with about(request.origin):
             logger.debug(
@@ -123,14 +130,14 @@ class EngineCore:
                 raise Refused("a request with this id is still being handled")
             done = self._runner.prepare(request)
             if done is None:
-                self._schedule(request, buffers)
+                self._schedule(request, buffers, came)
             else:
-                self._preparing[request.id] = done, request, buffers
+                self._preparing[request.id] = done, request, buffers, came
         except Refused as refusal:
             self._refuse(request, refusal)
 
-    def _schedule(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
-        self._scheduler.add(request)
+    def _schedule(self, request: EngineRequest, buffers: Sequence[Buffer], came: float) -> None:
+        self._scheduler.add(request, came)
         if request.items:
             self._runner.upload(request, buffers)
 
@@ -145,9 +152,9 @@ class EngineCore:
         No longer, because requests that need nothing prepared, and aborts, may have come meanwhile.
         """
         if not (self._scheduler.has_work or self._flying or self._refused):
-            futures = [done for done, _, _ in self._preparing.values()]
+            futures = [done for done, *_ in self._preparing.values()]
             wait(futures, _MOMENT, return_when=FIRST_COMPLETED)
-        for name, (done, request, buffers) in list(self._preparing.items()):
+        for name, (done, request, buffers, came) in list(self._preparing.items()):
             if not done.done():
                 continue
             del self._preparing[name]
@@ -155,7 +162,7 @@ class EngineCore:
                 if (error := done.exception()) is not None:
                     logger.debug("request=%s cannot be prepared: %s", name, error)
                     raise Refused(f"it could not be prepared: {type(error).__name__}")
-                self._schedule(request, buffers)
+                self._schedule(request, buffers, came)
             except Refused as refusal:
                 self._refuse(request, refusal)
 
@@ -187,7 +194,7 @@ class EngineCore:
             self._schedule_prepared()
         outputs, self._refused = self._refused, []
         self.suspects = [] if self._flying is None else self._flying.ids
-        plan = self._scheduler.plan(self._pace.cost)
+        plan = self._scheduler.plan(self._pace.cost, time.monotonic())
         if plan is not None:
             self.suspects = list(dict.fromkeys([*self.suspects, *plan.ids]))
             self._runner.begin(plan)
@@ -216,7 +223,7 @@ class EngineCore:
         result = self._runner.finish()
         self._pace.learn(self._flying, result)
         self._flying = None
-        return self._scheduler.commit(result)
+        return self._scheduler.commit(result, time.monotonic())
 
     def _check(self, request: EngineRequest, buffers: Sequence[Buffer]) -> None:
         """Raise Refused where a request contradicts itself or the model.

@@ -63,7 +63,7 @@ class Gate:
                 draft.gate_open = False
                 return False
             sequence.held.append(item.digest)
-            if item.digest not in sequence.sought:
+            if item.digest not in sequence.sought and not sequence.request.output:
                 sequence.sought.add(item.digest)
                 self.queries += 1
                 self.hits += found

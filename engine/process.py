@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Generic, NoReturn, TypeVar
 
@@ -28,6 +29,9 @@ from wire.settings import EngineSettings
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+Arrival = tuple[T, list[bytearray], float]
+"""A message, its buffers, and the ``time.monotonic`` at which it was there."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -43,20 +47,21 @@ class Inbox(Generic[T]):
 
     def __init__(self, channel: Channel[T]) -> None:
         self._channel = channel
-        self._queue: queue.SimpleQueue[tuple[T, list[bytearray]] | Exception] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Arrival[T] | Exception] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def _read(self) -> None:
         try:
             while True:
-                self._queue.put(self._channel.receive())
+                message, buffers = self._channel.receive()
+                self._queue.put((message, buffers, time.monotonic()))
         except ChannelClosed as reason:
             logger.info("leaving: %s", reason)
             os._exit(0)
         except Exception as error:
             self._queue.put(error)
 
-    def take(self, *, wait: bool) -> Iterator[tuple[T, list[bytearray]]]:
+    def take(self, *, wait: bool) -> Iterator[Arrival[T]]:
         """Yield what has arrived; with ``wait``, block until there is at least one message."""
         while True:
             try:
@@ -114,9 +119,9 @@ def _run(core: EngineCore, inbox: Inbox[ToEngine], channel: Channel[ToEngine]) -
     """Step while there is work, sleep on the inbox while there is none."""
     watch: Watch | None = None
     while True:
-        for message, buffers in inbox.take(wait=not core.has_work):
+        for message, buffers, came in inbox.take(wait=not core.has_work):
             if not isinstance(message, Profile):
-                core.take(message, buffers)
+                core.take(message, buffers, came)
             elif message.on:
                 watch = watch or Watch(message.of)
             elif watch is not None:

@@ -116,7 +116,7 @@ def _at_home(join: Join, model: str) -> Join:
 
 def _obey(runner: Runner, inbox: Inbox[ToRank]) -> NoReturn:
     while True:
-        for order, buffers in inbox.take(wait=True):
+        for order, buffers, _ in inbox.take(wait=True):
             if isinstance(order, Begin):
                 logger.debug("step %d", order.plan.step)
                 runner.begin(order.plan)

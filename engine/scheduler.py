@@ -12,7 +12,8 @@ the last, its work is dropped at its commit. What such a step reads is fenced: b
 outputs of a sequence that ends or is preempted become free when its last step is committed.
 
 The Scheduler owns the sequences, the block pool and the logical vision cache. It never sees a
-tensor nor a clock, and it is deterministic: the same calls give the same plans, byte for byte. How
+tensor nor a clock, and it is deterministic: the same calls give the same plans, byte for byte. What
+time it is it is told, and tells how long sequences took; it decides nothing by it. How
 long steps take is said with each call of ``plan``, by the cost model given to it: beside rows that
 generate, the step's work on prompts and pictures is cut to what the budget leaves.
 
@@ -100,7 +101,7 @@ class Scheduler:
             vision_hits=self._gate.hits,
         )
 
-    def add(self, request: EngineRequest) -> None:
+    def add(self, request: EngineRequest, now: float = 0.0) -> None:
         """Queue a request. Raises Refused if it could never be computed."""
         length = len(request.prompt) + len(request.output)
         if request.id in self._sequences or request.id in self._removed:
@@ -120,7 +121,7 @@ class Scheduler:
         # The last token of a sequence is never computed, so it needs no place in the cache.
         asked = len(request.prompt) + request.sampling.max_tokens
         max_len = min(self._max_model_len, asked, capacity + 1)
-        sequence = Sequence(request, self._arrivals, max_len)
+        sequence = Sequence(request, self._arrivals, max_len, now)
         self._arrivals += 1
         self._sequences[request.id] = sequence
         self._waiting.push(sequence)
@@ -145,7 +146,7 @@ class Scheduler:
         self._pool.forget(range(self._pool.total))
         self._vision.flush()
 
-    def plan(self, cost: CostModel | None = None) -> StepPlan | None:
+    def plan(self, cost: CostModel | None = None, now: float = 0.0) -> StepPlan | None:
         """The next step, or None if there is nothing to do before a commit.
 
         It keeps to the step budget as ``cost`` predicts it; without one, and while nobody
@@ -161,7 +162,7 @@ class Scheduler:
             self._make_way(draft)
         self._plan_running(draft)
         if not draft.preempted:
-            self._admit(draft)
+            self._admit(draft, now)
         self._waiting.charge(draft.sequences)
         if not (draft.work or draft.preempted or self._removed or self._vision.has_dropped):
             assert self._planned or not self._sequences, "no sequence can go on: this is a bug"
@@ -251,7 +252,7 @@ class Scheduler:
         while len(running) > kept:
             self._preempt_last(draft)
 
-    def _admit(self, draft: Draft) -> None:
+    def _admit(self, draft: Draft, now: float) -> None:
         """Start waiting sequences, in order, while blocks for all their known tokens are free.
 
         All blocks are taken at once, so a prompt that has started always finishes its prefill:
@@ -283,9 +284,11 @@ class Scheduler:
             insort(self._running, sequence, key=self._waiting.rank)
             if not sequence.started:
                 sequence.started = True
+                sequence.admitted = now
                 sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
-                self._prompt_tokens += sequence.prompt_len
-                self._cached_tokens += sequence.num_cached
+                if not sequence.request.output:  # else the engine that died has counted it
+                    self._prompt_tokens += sequence.prompt_len
+                    self._cached_tokens += sequence.num_cached
             draft.new_rows.append(sequence.new_row())
             draft.add(sequence, count, blocks)
 
@@ -331,7 +334,7 @@ class Scheduler:
         ]
         return Allowance.beside(cost, self._step_seconds, contexts)
 
-    def commit(self, result: StepResult) -> list[EngineOutput]:
+    def commit(self, result: StepResult, now: float = 0.0) -> list[EngineOutput]:
         """Take in what a planned step computed; the outputs stand in the plan's order."""
         assert self._planned, "there is no plan to commit"
         plan, sequences = self._planned.popleft()
@@ -356,7 +359,7 @@ class Scheduler:
                 continue  # aborted, or ended by the step before
             if drawn is not None:
                 assert drawn.id == sequence.id, "the result is not in the plan's order"
-                outputs.append(self._accept(sequence, drawn))
+                outputs.append(self._accept(sequence, drawn, now))
         assert next(sampled, None) is None, "more was sampled than planned"
         self._lift_fences(plan.step)
         return outputs
@@ -369,7 +372,7 @@ class Scheduler:
             else:
                 self._fenced.append((last_step, blocks, held))
 
-    def _accept(self, sequence: Sequence, drawn: Sampled) -> EngineOutput:
+    def _accept(self, sequence: Sequence, drawn: Sampled, now: float) -> EngineOutput:
         if drawn.error is not None or drawn.stuck:
             if not drawn.stuck:
                 # What made the logits wrong may be in the cache, where others would find it; behind
@@ -390,10 +393,14 @@ class Scheduler:
             reason = "length"
         if reason:
             self._end(sequence, reason)
+        times = None
+        if reason or sequence.first_token is None:
+            times = sequence.tell_times(now, ended=reason is not None)
         stop = token if reason == "stop" else None
         logprobs = None if drawn.logprobs is None else [drawn.logprobs]
+        found = sequence.num_cached
         return EngineOutput(
-            sequence.id, [token], reason, stop, sequence.num_cached, None, logprobs, scores, spent
+            *(sequence.id, [token], reason, stop, found, None, logprobs, scores, spent, times)
         )
 
     def _release_passed(self, sequence: Sequence) -> None:

@@ -9,7 +9,7 @@ import bisect
 import enum
 
 from engine.plan import NewRow, VisionSpan
-from wire.messages import EngineRequest, PromptLogprobs
+from wire.messages import EngineRequest, PromptLogprobs, Times
 
 
 class Refused(Exception):
@@ -40,13 +40,18 @@ class Sequence:
     token on, or those of its ``lookup``; None if nobody waits for them.
     ``encode_seconds`` is what its pictures took of the encoder since the last output.
     ``num_charged`` tokens were charged to the tenant, by this engine or one that died.
+    ``added``, ``admitted`` and ``first_token`` are moments: it came, it first entered the batch,
+    and its first token was known.
     """
 
     __slots__ = (
+        "added",
+        "admitted",
         "arrival",
         "blocks",
         "digests",
         "encode_seconds",
+        "first_token",
         "held",
         "id",
         "items",
@@ -71,7 +76,9 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: EngineRequest, arrival: int, max_len: int) -> None:
+    def __init__(
+        self, request: EngineRequest, arrival: int, max_len: int, added: float = 0.0
+    ) -> None:
         self.id = request.id
         self.request = request
         self.arrival = arrival
@@ -103,6 +110,8 @@ class Sequence:
         asked = asked and not request.output
         self.scores: list[PromptLogprobs] | None = [] if asked else None
         self.encode_seconds: list[float] | None = None
+        self.added = self.admitted = added
+        self.first_token: float | None = None
 
     @property
     def first_unscored(self) -> int | None:
@@ -131,6 +140,16 @@ class Sequence:
         """A picture was encoded for this sequence; the first item that shows it pays."""
         spent = self.encode_seconds = self.encode_seconds or [0.0] * len(self.items)
         spent[next(i for i, item in enumerate(self.items) if item.digest == digest)] += seconds
+
+    def tell_times(self, now: float, *, ended: bool) -> Times | None:
+        """What the output of ``now`` tells. One that goes on behind some output began elsewhere."""
+        if self.request.output:
+            return None
+        queue = prefill = 0.0
+        if self.first_token is None:
+            self.first_token = now
+            queue, prefill = self.admitted - self.added, now - self.admitted
+        return Times(queue, prefill, now - self.first_token if ended else None)
 
     def new_row(self) -> NewRow:
         """The whole sequence, for a runner that does not hold it."""

@@ -25,7 +25,7 @@ from wire.channel import Buffer
 from wire.errors import ClientTooSlow, EngineFailed, ServiceError
 from wire.histogram import TOKEN_SECONDS, Histogram
 from wire.logs import about, request_id
-from wire.messages import Abort, EngineOutput, EngineRequest, StepReport
+from wire.messages import Abort, EngineOutput, EngineRequest, StepReport, Times
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class _Stream:
         self.tried = False  # has passed its trial since the last death
         self.sent_length = 0  # of token_ids, when the request was sent last
         self.lost = False  # with its engine, and not sent again yet
+        self.asked_at = time.monotonic()
+        self.waited = 0.0  # until it was sent last, for an engine
         self.last_at: float | None = None  # when its last token arrived
         self.outputs: list[EngineOutput] = []
         self.error: ServiceError | None = None
@@ -87,6 +89,7 @@ def _merged(
         return [*_merged(outputs[:-1], ids), last]
     logprobs = [entry for output in outputs for entry in output.logprobs or ()]
     seconds = [output.encode_seconds for output in outputs if output.encode_seconds is not None]
+    times = [output.times for output in outputs if output.times is not None]
     whole = EngineOutput(
         last.id,
         ids(itertools.chain.from_iterable(output.token_ids for output in outputs)),
@@ -96,6 +99,7 @@ def _merged(
         logprobs=logprobs or None,
         prompt_logprobs=outputs[0].prompt_logprobs,
         encode_seconds=[sum(item) for item in zip(*seconds, strict=True)] or None,
+        times=Times(times[0].queue, times[0].prefill, times[-1].decode) if times else None,
     )
     return [whole]
 
@@ -210,6 +214,10 @@ class Streams:
         if output.token_ids:
             if stream.last_at is not None:
                 self.gaps.observe(now - stream.last_at)
+            elif output.times is not None:
+                queue = output.times.queue + stream.waited
+                times = msgspec.structs.replace(output.times, queue=queue)
+                output = msgspec.structs.replace(output, times=times)
             stream.last_at = now
         stream.token_ids.fromlist(output.token_ids)
         joined = stream.add(output)
@@ -322,6 +330,7 @@ class Streams:
         if stream.token_ids and limit is not None and length >= limit:
             self._give(EngineOutput(request.id, [], "length"), time.monotonic())
             return
+        stream.waited = time.monotonic() - stream.asked_at
         self.resumed += stream.lost
         stream.lost = False
         stream.sent_length = len(stream.token_ids)

@@ -97,6 +97,16 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     top: list[tuple[int, float]]
 
 
+class Times(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Seconds of a request in its engine: until it entered the batch, from there to its first
+    token, however often it was preempted, and from there to its last. The first output has the
+    first two, the last one the third."""
+
+    queue: float = 0.0
+    prefill: float = 0.0
+    decode: float | None = None
+
+
 class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one request. ``finish_reason`` is None, "stop", "length", "stuck" or "error".
 
@@ -107,7 +117,8 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     ``prompt_logprobs`` stands in the first output, with one per token of the prompt but the first,
     or per position of a lookup.
     ``encode_seconds`` has an entry per item of the request: what encoding it took since the last
-    output. None where nothing was encoded.
+    output. None where nothing was encoded. ``times`` are told by an engine that had the request
+    from its beginning.
     """
 
     id: str
@@ -119,6 +130,7 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[PromptLogprobs] | None = None
     encode_seconds: list[float] | None = None
+    times: Times | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

@@ -11,6 +11,7 @@ from preprocessing import Loaded, Spent
 from server.chat.conversation import Conversation
 from server.chat.prompt import Segment, Video
 from server.chat.showing import Gallery
+from server.chat.timings import Stopwatch
 from server.schemas.common import (
     ImageUsage,
     MediaUsage,
@@ -84,12 +85,14 @@ def _common(
 
 class Meter:
     """Adds up over the outputs of all choices. ``cached`` positions at the beginning of the prompt
-    were not computed again, as far as is known, for the first choice, and ``shared`` for others."""
+    were not computed again, as far as is known, for the first choice, and ``shared`` for others.
+    The ``stopwatch`` has the time of each choice."""
 
     def __init__(self, items: Sequence[VisionItem], shown: Sequence[Shown]) -> None:
         self._items = items
         self._shown = shown
         self._encode_seconds = [0.0] * len(items)
+        self.stopwatch = Stopwatch()
         self.cached = 0
         self._found: dict[int, int] = {}
 
@@ -109,6 +112,7 @@ class Meter:
             self.cached = max(self.cached, output.cached_tokens)
         else:
             self._found[index] = output.cached_tokens
+        self.stopwatch.add(index, output)
         for item, seconds in enumerate(output.encode_seconds or ()):
             self._encode_seconds[item] += seconds
 
