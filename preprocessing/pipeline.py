@@ -319,8 +319,18 @@ def _named(part: MediaPart) -> dict[str, str]:
 
 
 def _tell(decoding: Span, loaded: Loaded, tiles: int) -> None:
-    hit = loaded.spent.prepare == 0
-    decoding.set({"internvl.media.tiles": tiles, "internvl.media.cache_hit": hit})
+    """What became of it, just now. A worker tells how long tiling took; of a video it is the sum
+    over the frames."""
+    spent, now = loaded.spent, time.time()
+    decoding.set(
+        {
+            "internvl.media.tiles": tiles,
+            "internvl.media.cache_hit": spent.prepare == 0,
+            "internvl.media.queue_seconds": spent.queue,
+        }
+    )
+    if spent.tile:
+        decoding.child("media.tile", now - spent.tile).end(now)
 
 
 async def _digest(encoded: bytes, settings: TileSettings, part: MediaPart) -> bytes:

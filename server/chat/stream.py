@@ -237,7 +237,7 @@ async def chunks(
     metrics.prompt_length.observe(length)
     unfinished = "abort"
     begun = False
-    generation = Generation(chat)
+    generation = Generation(chat, engine)
     try:
         async with contextlib.aclosing(choices.outputs()) as outputs:
             async for index, output in outputs:

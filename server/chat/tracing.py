@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from engine.client import EngineClient
 from server.chat.prepare import PreparedChat
 from wire import spans
 from wire.messages import EngineOutput
@@ -20,9 +21,9 @@ class State(Protocol):
 
 
 class Generation:
-    """The answers of one chat, from now on."""
+    """The answers of one chat by ``engine``, from now on."""
 
-    def __init__(self, chat: PreparedChat) -> None:
+    def __init__(self, chat: PreparedChat, engine: EngineClient) -> None:
         above = spans.current.get()
         self._is_traced = above is not None
         sampling = chat.engine.sampling
@@ -31,6 +32,7 @@ class Generation:
         self._began = self._asked = time.time()
         self._decoding: dict[int, Span] = {}
         self._failed = False
+        self._engine, self._restarts = engine, engine.restarts
         self._span.set(
             {
                 "gen_ai.operation.name": kind,
@@ -51,16 +53,22 @@ class Generation:
         )
 
     def begin(self, index: int, output: EngineOutput) -> None:
-        """The first tokens of a choice."""
+        """The first tokens of a choice. Where the parts before them stood is known from how long
+        the engine says they took."""
         if not self._is_traced:
             return
-        now = time.time()
-        prefill = self._span.child("prefill", self._asked)
+        now, times = time.time(), output.times
+        begun = self._asked if times is None else max(now - times.prefill, self._asked)
+        if times is not None:
+            queue = self._span.child("queue", max(begun - times.queue, self._asked))
+            queue.set({"internvl.choice": index})
+            queue.end(begun)
+        prefill = self._span.child("prefill", begun)
         prefill.set({"internvl.choice": index, "internvl.cached_tokens": output.cached_tokens})
         if encoded := [seconds for seconds in output.encode_seconds or () if seconds]:
-            encode = prefill.child("encode", self._asked)
+            encode = prefill.child("encode", begun)
             encode.set({"internvl.choice": index, "internvl.pictures": len(encoded)})
-            encode.end(self._asked + sum(encoded))
+            encode.end(min(begun + sum(encoded), now))
         prefill.end(now)
         if not self._decoding:
             self._span.set({"gen_ai.response.time_to_first_chunk": now - self._began})
@@ -88,6 +96,7 @@ class Generation:
                 "gen_ai.usage.output_tokens": sum(state.completion_tokens for state in states),
                 "gen_ai.usage.cache_read.input_tokens": cached,
                 "gen_ai.response.finish_reasons": reasons,
+                "internvl.engine_restarts": self._engine.restarts - self._restarts or None,
                 "error.type": spans.ABORTED if "abort" in reasons and not self._failed else None,
             }
         )

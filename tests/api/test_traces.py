@@ -1,6 +1,7 @@
 """What a collector of traces is sent about a request, and that no request notices the collector."""
 
 import asyncio
+import itertools
 import json
 import logging
 import socket
@@ -23,7 +24,7 @@ from tests.fake_engine import EOS, FakeEngine, Script, Step, say
 from tests.servers import ROOT
 from tests.small_tokenizer import encode_rendered
 from wire.errors import EngineFailed
-from wire.messages import EngineOutput, EngineRequest
+from wire.messages import EngineOutput, EngineRequest, Times
 from wire.settings import SettingError, TracingSettings
 
 CHAT = "/v1/chat/completions"
@@ -128,6 +129,23 @@ async def test_a_stream_has_the_same_tree_and_each_choice_its_own_decoding(
     assert chat["gen_ai.request.stream"] is True
     assert chat["gen_ai.request.choice.count"] == 2
     assert chat["gen_ai.response.finish_reasons"] == ["stop", "stop"]
+
+
+async def test_what_the_engine_measured_stands_before_the_first_token(traced: Traced) -> None:
+    def script(request: EngineRequest) -> Iterator[Step]:
+        first = encode_rendered("A")
+        yield EngineOutput(request.id, first, times=Times(queue=0.001, prefill=0.002))
+        yield EngineOutput(request.id, [EOS], "stop", EOS, times=Times(decode=9.0))
+
+    never = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.05, never.set)
+    traced.house.engine.script = lambda request: itertools.chain([never], script(request))
+    (tree,) = await traced.trees(await traced.ask())
+    queue, prefill = tree.one("queue"), tree.one("prefill")
+    assert queue.seconds == pytest.approx(0.001, abs=1e-5)
+    assert prefill.seconds == pytest.approx(0.002, abs=1e-5)
+    assert queue.end == prefill.begin
+    assert tree.one("chat tiny").begin <= queue.begin
 
 
 async def test_other_dialects_and_completions_are_traced_too(traced: Traced) -> None:

@@ -56,8 +56,10 @@ def test_each_picture_has_its_spans_and_one_that_was_cached_says_so(
     first = ask(house.server, "first", red, blue, {"type": "text", "text": "What?"})
     ask(house.server, "again", red, {"type": "text", "text": "What?"})
     tree = collector.of("first")
-    media = {"media": [{"media.decode": []}] * 2 + [{"media.fetch": []}] * 2}
-    generated = {"chat internvl-demo": [{"decode": []}, {"prefill": [{"encode": []}]}]}
+    one = {"media.decode": [{"media.tile": []}]}
+    media = {"media": [one, one, {"media.fetch": []}, {"media.fetch": []}]}
+    prefill = {"prefill": [{"encode": []}]}
+    generated = {"chat internvl-demo": [{"decode": []}, prefill, {"queue": []}]}
     assert tree.shape == {f"POST {CHAT}": [generated, media, {"prompt": []}]}
     usage = first.json()["usage"]
     told = {span.attributes["internvl.media.part"]: span for span in tree.all("media.decode")}
@@ -74,10 +76,13 @@ def test_each_picture_has_its_spans_and_one_that_was_cached_says_so(
     for span in collector.spans:
         if span.trace == tree.top.trace:
             assert tree.top.begin <= span.begin <= span.end <= tree.top.end
+    queue, prefill, decode = (tree.one(name) for name in ("queue", "prefill", "decode"))
+    assert chat.begin <= queue.begin <= queue.end <= prefill.begin
+    assert prefill.end <= decode.begin <= decode.end <= chat.end
     assert tree.one("media").end <= tree.one("prompt").begin <= chat.begin
     again = collector.of("again")
     assert again.one("media.decode").attributes["internvl.media.cache_hit"] is True
-    assert not again.all("encode")
+    assert not again.all("encode") + again.all("media.tile")
 
 
 def test_a_stream_that_outlives_its_engine_is_one_trace(house: House, collector: Collector) -> None:
@@ -95,6 +100,7 @@ def test_a_stream_that_outlives_its_engine_is_one_trace(house: House, collector:
     assert chat.attributes["gen_ai.usage.output_tokens"] == 150
     assert chat.attributes["gen_ai.response.finish_reasons"] == ["length"]
     assert "error.type" not in {**chat.attributes, **tree.top.attributes}
+    assert chat.attributes["internvl.engine_restarts"] == 1
     assert tree.one("decode").attributes["internvl.tokens"] == 150
     log = [json.loads(line) for line in server.log.read_text().splitlines()]
     on = [line for line in log if f"request={name} goes on" in line["message"]]
