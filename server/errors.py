@@ -177,8 +177,8 @@ def untraced(_: Scope, __: str) -> Iterator[Callable[[int], None]]:
 class Boundary:
     """Outermost layer: request id in and out, one log line, and a 500 for what escapes.
 
-    ``observe`` is called with the status of every finished HTTP request. ``root_path`` is taken off
-    the paths that begin with it. All but probes is traced by ``trace``.
+    ``observe`` is called with the status of every finished HTTP request, and ``trace`` traces it,
+    but for probes. ``root_path`` is taken off the paths that begin with it.
     """
 
     def __init__(
@@ -236,7 +236,8 @@ class Boundary:
         finally:
             status = status or CLIENT_CLOSED
             _log(scope, status, time.monotonic() - began)
-            self._observe(status)
+            if scope["path"] not in _PROBES:  # that they ask means nothing, nor what they are told
+                self._observe(status)
             answered(status)
 
 

@@ -89,7 +89,7 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         _gauge("requests_in_flight", "HTTP requests being answered."),
     ),
     "Requests": (
-        _counter("http_requests", "Answered HTTP requests.", "status"),
+        _counter("http_requests", "Answered HTTP requests, but for probes.", "status"),
         _counter(
             "requests_refused",
             "Requests refused because too much is being done already, by the error's code.",
