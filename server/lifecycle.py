@@ -271,7 +271,7 @@ class Service:
         except TimeoutError:
             logger.warning("the time to finish is over; ending what still runs")
             # Each request gets an error of its own, not a cut stream.
-            self._end_preparing()
+            self.abort_all()
             await self.engine.stop()
 
     async def stop(self) -> None:

@@ -38,7 +38,7 @@ class Server:
     """``python -m server`` with some flags; ready when the constructor returns.
 
     ``module`` is run in its place, by ``python``. ``trust`` is what to check its certificate with,
-    if it has one.
+    if it has one. ``at`` is where it listens: by default somewhere free.
     """
 
     def __init__(
@@ -49,14 +49,16 @@ class Server:
         environment: Mapping[str, str] | None = None,
         trust: ssl.SSLContext | None = None,
         python: str = sys.executable,
+        at: tuple[str, int] | None = None,
     ) -> None:
-        self.port = free_port()
-        self.url = f"{'http' if trust is None else 'https'}://127.0.0.1:{self.port}"
+        host, self.port = at or ("127.0.0.1", free_port())
+        self.url = f"{'http' if trust is None else 'https'}://{host}:{self.port}"
+        place = ("--host", host, "--port", str(self.port))
         self.trust: ssl.SSLContext | bool = trust or True
         self.log = log
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
-                [python, "-m", module, "--port", str(self.port), *SMALL_BLOCKS, *flags],
+                [python, "-m", module, *place, *SMALL_BLOCKS, *flags],
                 cwd=ROOT,
                 stdout=sink,
                 stderr=sink,

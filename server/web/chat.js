@@ -52,17 +52,18 @@ async function content({ text, locate, media = [] }, { tiles }) {
 /** Answers that are arriving, by the id of their conversation. */
 export const runs = new Map();
 
-/** Ask for the answer to what `chat` ends with. `onkept` hears when the conversation is stored. */
-export async function ask(chat, settings, { onchange, onkept }) {
+/** Ask for the answer to what `chat` ends with. */
+export async function ask(chat, settings, onchange) {
   const message = { role: 'assistant', text: '', boxes: [], state: 'running', name: unique(), place: null };
   const before = [...chat.messages];
   chat.messages.push(message);
   chat.title ||= (before.at(-1).text || before.at(-1).media?.[0]?.name || 'Conversation').slice(0, 80);
-  await run(chat, message, { onchange, onkept, makeBody: () => toBody(before, settings) });
+  onchange(message);
+  await run(chat, message, onchange, () => toBody(before, settings));
 }
 
 /** Go on with an answer that was arriving when the page was closed. */
-export async function resume(chat, { onchange, onkept }) {
+export async function resume(chat, onchange) {
   const message = chat.messages.at(-1);
   if (message?.state !== 'running' || runs.has(chat.id)) return;
   if (!message.place) {
@@ -70,27 +71,22 @@ export async function resume(chat, { onchange, onkept }) {
     onchange(message);
     return;
   }
-  await run(chat, message, { onchange, onkept, makeBody: null });
+  await run(chat, message, onchange, null);
 }
 
-async function run(chat, message, { onchange, onkept, makeBody }) {
+async function run(chat, message, onchange, makeBody) {
   const controller = new AbortController();
   const began = performance.now();
   const timing = {};
   const kept = message.text;
   let saved = began;
-  const stop = () => {
+  runs.set(chat.id, () => {
     message.state = 'stopped';
     controller.abort();
     end(message.name);
-  };
-  const keep = async () => {
-    chat.kept = await saveChat(chat);
-    onkept();
-  };
-  runs.set(chat.id, stop);
-  onchange(message);
-  keep();
+  });
+  message.state = 'running';
+  const keep = async () => { chat.kept = await saveChat(chat); };
   try {
     const body = makeBody && await makeBody();
     const chunks = answer({
@@ -117,9 +113,9 @@ async function run(chat, message, { onchange, onkept, makeBody }) {
   }
   Object.assign(message, { lost: false, place: null });
   chat.updated = Date.now();
-  if (runs.get(chat.id) === stop) runs.delete(chat.id); // else there is another one already
-  onchange(message);
+  runs.delete(chat.id);
   await keep();
+  onchange(message);
 }
 
 /** Take in a chunk; whether it has anything to read. */

@@ -308,7 +308,7 @@ async def test_what_runs_at_the_end_of_a_drain_is_told_so(houses: Houses) -> Non
     client = Client(house, HELLO | {"stream": True})
     await within(client.read_until(b"Yes"))
     await within(house.service.drain())
-    await within(client.read_until(b'data: {"error":'))
+    await within(client.read_until(b'data: {"error":{"message":"The server is shutting down."'))
     await within(client.task)
     assert house.service.gate.idle.is_set()
     assert not house.service.failed.is_set()

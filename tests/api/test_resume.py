@@ -505,4 +505,4 @@ async def test_the_end_of_a_drain_is_an_error_in_the_stream(houses: Houses) -> N
         await within(house.service.drain())
         await within(back)
     assert reader.is_done
-    assert "stopping" in json.loads(reader.events[-2][1])["error"]["message"]
+    assert "shutting down" in json.loads(reader.events[-2][1])["error"]["message"]

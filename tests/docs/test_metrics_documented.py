@@ -10,7 +10,7 @@ from server.metric_table import TABLE, page
 from tests.servers import Server
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
-OPERATIONS = PAGE.with_name("operations.md")
+PAGES = [PAGE.with_name(name) for name in ("operations.md", "observability.md")]
 
 
 def scraped(text: str) -> dict[str, str]:
@@ -36,6 +36,7 @@ def test_a_server_has_the_metrics_of_the_table_and_no_others(demo_server: Server
 
 
 def test_what_operators_are_told_to_watch_exists() -> None:
-    named = set(re.findall(r"`((?:internvl|process)_\w+)`", OPERATIONS.read_text("utf-8")))
+    text = "".join(page.read_text("utf-8") for page in PAGES)
+    named = set(re.findall(r"`((?:internvl|process)_\w+)`", text))
     assert named >= {"internvl_num_requests_waiting"}
     assert named <= TABLE.keys() | {"internvl_key_"}

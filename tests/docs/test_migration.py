@@ -11,6 +11,7 @@ from server.admin import Admin
 from server.cli import main
 from server.routes import MODULES
 from tests.servers import ROOT
+from wire.loading import load
 from wire.settings import each_setting
 
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
@@ -34,6 +35,13 @@ def test_every_flag_exists(capsys: pytest.CaptureFixture[str]) -> None:
     named -= {"--no-enable-prefix-caching", "--collect-detailed-traces"}
     assert len(named) > 50
     assert named <= flags
+
+
+def test_values_that_are_shown_are_taken() -> None:
+    shown = [tuple(each.split()) for each in re.findall(r"`(--[a-z][\w-]* [\w./-]+)`", ours())]
+    assert len(shown) > 5
+    for flag, value in shown:
+        load({flag[2:].replace("-", "_"): value}, {})
 
 
 def test_every_variable_exists() -> None:
