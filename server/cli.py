@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from server.commands import about, machine, rank, run_batch, serve, verify
+from server.commands import about, chat, machine, rank, run_batch, serve, verify
 from wire.errors import Unservable
 from wire.settings import SettingError
 
@@ -21,6 +21,8 @@ An OpenAI-compatible inference server for InternVL3.
   internvl serve --model /models/InternVL3-2B --host 0.0.0.0 --port 9000
   INTERNVL_API_KEY=secret internvl serve  clients must send this key
   internvl serve --config server.toml     the same settings from a file
+  internvl chat cat.png                   talk with it in the terminal
+  echo "What is this?" | internvl chat cat.png
   internvl run-batch -i in.jsonl -o out.jsonl    answer a file of requests
   internvl key alice >> keys.toml         make a key for --api-keys-file
   internvl doctor                         what this machine has to serve with
@@ -72,6 +74,6 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", title="commands", required=True
     )
-    for module in (serve, run_batch, rank, machine, verify, about):
+    for module in (serve, chat, run_batch, rank, machine, verify, about):
         module.add(commands)
     return parser

@@ -3,11 +3,11 @@
 import http.server
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 Answer = tuple[int, dict[str, str], Any]
-"""Status, headers, and a body: bytes as they are, else as JSON."""
+"""Status, headers, and a body: bytes as they are, an iterator of them as it goes, else as JSON."""
 
 
 class Api:
@@ -38,8 +38,16 @@ class Api:
 
             def reply(handler, given: Answer) -> None:
                 status, headers, body = given
-                data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 try:
+                    if isinstance(body, Iterator):
+                        handler.send_response(status)
+                        handler.send_header("connection", "close")
+                        handler.end_headers()
+                        for part in body:
+                            handler.wfile.write(part)
+                        handler.close_connection = True
+                        return
+                    data = body if isinstance(body, bytes) else json.dumps(body).encode()
                     handler.send_response(status)
                     for name, value in {"content-length": str(len(data)), **headers}.items():
                         handler.send_header(name, value)

@@ -1,0 +1,1 @@
+"""``internvl chat``: a conversation with a model in the terminal."""
