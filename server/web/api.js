@@ -3,9 +3,9 @@
 
 /** What the server refused or failed with. */
 export class ApiError extends Error {
-  constructor(status, detail, retryAfter = null) {
+  constructor(status, detail) {
     super(detail?.message ?? `The server answered with status ${status}.`);
-    Object.assign(this, { status, code: detail?.code ?? null, param: detail?.param ?? null, retryAfter });
+    Object.assign(this, { status, code: detail?.code ?? null, param: detail?.param ?? null });
   }
 }
 
@@ -17,6 +17,7 @@ export class Dropped extends Error {
 }
 
 const TRIES = 10; // to come back to a stream, within about 35 seconds
+const SILENCE = 60000; // milliseconds; the server sends a comment every 15 seconds, if nothing else
 
 let key = '';
 
@@ -35,7 +36,7 @@ async function request(path, { method = 'GET', body, signal, headers = {} } = {}
   }
   if (response.ok) return response;
   const told = await response.json().catch(() => null);
-  throw new ApiError(response.status, told?.error, response.headers.get('Retry-After'));
+  throw new ApiError(response.status, told?.error);
 }
 
 const json = async (path, options) => (await request(path, options)).json();
@@ -65,7 +66,7 @@ export async function* events(body) {
   let event = { data: [] };
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await within(SILENCE, reader.read());
       if (done) return; // what has no blank line behind it is no event
       rest += value;
       // A \r at the end may be half of a \r\n.
@@ -85,6 +86,12 @@ export async function* events(body) {
   } finally {
     reader.cancel().catch(() => {});
   }
+}
+
+function within(milliseconds, promise) {
+  let timer;
+  const late = new Promise((_, reject) => { timer = setTimeout(() => reject(new Dropped()), milliseconds); });
+  return Promise.race([promise, late]).finally(() => clearTimeout(timer));
 }
 
 /** Before the next try: a while, or until the browser is online again. */

@@ -16,6 +16,7 @@ const POLL = 1500; // milliseconds, while the server is not ready
 
 const settings = store.loadSettings();
 let chat = newChat();
+let shownKey = ''; // what it was when the settings were opened
 
 const log = new Log($('#log'), {
   edit(message, text) {
@@ -50,26 +51,32 @@ function send(message) {
 }
 
 function answer() {
-  composer.field.focus();
+  toDraft();
   announce('Waiting for the answer.');
-  return follow(chat, (onchange) => ask(chat, settings, onchange));
+  return follow(chat, (listener) => ask(chat, settings, listener));
+}
+
+/** Go on typing; but on a touch screen that would show a keyboard. */
+function toDraft() {
+  if (matchMedia('(pointer: fine)').matches) composer.field.focus();
 }
 
 /** `work` on an answer of `own`, which goes on while other conversations are looked at. */
 async function follow(own, work) {
-  const done = work((message) => {
-    if (own !== chat) return;
-    log.refresh();
-    log.update(message);
-    composer.setRunning(runs.has(own.id));
-    $('#welcome').hidden = true;
+  const done = work({
+    onchange(message) {
+      if (own !== chat) return;
+      log.refresh();
+      log.update(message);
+      composer.setRunning(runs.has(own.id));
+      $('#welcome').hidden = true;
+    },
+    onkept: drawChats,
   });
   store.setCurrentChat(own.id);
   await done;
-  if (own === chat) composer.setRunning(runs.has(own.id));
   if (own.messages.at(-1)?.error?.status === 401) openSettings(own.messages.at(-1).error.message);
   if (own.kept === false) notice('The browser has no room to keep this conversation: it is gone when the page is closed.');
-  drawChats();
 }
 
 async function openChat(id) {
@@ -83,7 +90,7 @@ async function openChat(id) {
   composer.changed();
   drawChats();
   if (!runs.has(chat.id) && chat.messages.at(-1)?.state === 'running') {
-    follow(chat, (onchange) => resume(chat, onchange));
+    follow(chat, (listener) => resume(chat, listener));
   }
 }
 
@@ -91,10 +98,15 @@ const opened = new Map([[chat.id, chat]]); // those that may be arriving must no
 
 async function drawChats() {
   const chats = await store.listChats();
+  // Not without need: the focus may be there.
+  const news = JSON.stringify([chat.id, chats.map(({ id, title }) => [id, title])]);
+  if ($('#chats').dataset.shown === news) return;
+  $('#chats').dataset.shown = news;
   $('#chats').replaceChildren(...chats.map(({ id, title }) => h('li', {},
     h('button', { type: 'button', 'aria-current': id === chat.id && 'true', onclick: () => leave(id) }, title),
     button(`Delete ${title}`, 'trash', async () => {
       runs.get(id)?.();
+      if (opened.has(id)) opened.get(id).deleted = true; // its answer may end later
       opened.delete(id);
       await store.deleteChat(id);
       if (id === chat.id) await openChat(null);
@@ -106,7 +118,7 @@ async function drawChats() {
 function leave(id) {
   openChat(id);
   if (narrow.matches) toggleSide(false);
-  composer.field.focus();
+  toDraft();
 }
 
 const narrow = matchMedia('(max-width: 60rem)');
@@ -165,8 +177,9 @@ function bindSettings() {
   });
   $('#settings').addEventListener('close', () => {
     $('#wrong-key').textContent = '';
+    if ($('#key').value === shownKey) return;
     const last = chat.messages.at(-1);
-    if ($('#key').value && last?.error?.status === 401) log.again(last);
+    if (last?.error?.status === 401) log.again(last);
     connect();
   });
   $('#close').addEventListener('click', () => $('#settings').close());
@@ -180,7 +193,10 @@ function bindSettings() {
 
 /** Show the settings; because of a key, if one is wrong or missing. */
 function openSettings(wrongKey = '') {
-  if (!$('#settings').open) $('#settings').showModal();
+  if (!$('#settings').open) {
+    shownKey = $('#key').value;
+    $('#settings').showModal();
+  }
   $('#wrong-key').textContent = wrongKey;
   if (wrongKey) $('#key').focus();
 }
@@ -221,7 +237,8 @@ function transcript() {
 async function exportChat() {
   try {
     // The body of a request: it can be sent again as it is.
-    download('conversation.json', 'application/json', JSON.stringify(await toBody(chat.messages, settings), null, 1));
+    const body = { model: $('#model').value, ...await toBody(chat.messages, settings) };
+    download('conversation.json', 'application/json', JSON.stringify(body, null, 1));
   } catch {
     notice('The further fields in the settings are no JSON object.');
   }

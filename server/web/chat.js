@@ -52,18 +52,17 @@ async function content({ text, locate, media = [] }, { tiles }) {
 /** Answers that are arriving, by the id of their conversation. */
 export const runs = new Map();
 
-/** Ask for the answer to what `chat` ends with. */
-export async function ask(chat, settings, onchange) {
+/** Ask for the answer to what `chat` ends with. `onkept` hears when the conversation is stored. */
+export async function ask(chat, settings, { onchange, onkept }) {
   const message = { role: 'assistant', text: '', boxes: [], state: 'running', name: unique(), place: null };
   const before = [...chat.messages];
   chat.messages.push(message);
   chat.title ||= (before.at(-1).text || before.at(-1).media?.[0]?.name || 'Conversation').slice(0, 80);
-  onchange(message);
-  await run(chat, message, onchange, () => toBody(before, settings));
+  await run(chat, message, { onchange, onkept, makeBody: () => toBody(before, settings) });
 }
 
 /** Go on with an answer that was arriving when the page was closed. */
-export async function resume(chat, onchange) {
+export async function resume(chat, { onchange, onkept }) {
   const message = chat.messages.at(-1);
   if (message?.state !== 'running' || runs.has(chat.id)) return;
   if (!message.place) {
@@ -71,22 +70,27 @@ export async function resume(chat, onchange) {
     onchange(message);
     return;
   }
-  await run(chat, message, onchange, null);
+  await run(chat, message, { onchange, onkept, makeBody: null });
 }
 
-async function run(chat, message, onchange, makeBody) {
+async function run(chat, message, { onchange, onkept, makeBody }) {
   const controller = new AbortController();
   const began = performance.now();
   const timing = {};
   const kept = message.text;
   let saved = began;
-  runs.set(chat.id, () => {
+  const stop = () => {
     message.state = 'stopped';
     controller.abort();
     end(message.name);
-  });
-  message.state = 'running';
-  const keep = async () => { chat.kept = await saveChat(chat); };
+  };
+  const keep = async () => {
+    chat.kept = await saveChat(chat);
+    onkept();
+  };
+  runs.set(chat.id, stop);
+  onchange(message);
+  keep();
   try {
     const body = makeBody && await makeBody();
     const chunks = answer({
@@ -113,9 +117,9 @@ async function run(chat, message, onchange, makeBody) {
   }
   Object.assign(message, { lost: false, place: null });
   chat.updated = Date.now();
-  runs.delete(chat.id);
-  await keep();
+  if (runs.get(chat.id) === stop) runs.delete(chat.id); // else there is another one already
   onchange(message);
+  await keep();
 }
 
 /** Take in a chunk; whether it has anything to read. */

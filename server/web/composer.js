@@ -137,13 +137,17 @@ export class Composer {
     const { chat, settings } = this.context();
     const asking = new AbortController();
     this.asking = asking;
+    let body;
     try {
-      const told = await askPreview(await toBody([...chat.messages, this.draft], settings), asking.signal);
+      body = await toBody([...chat.messages, this.draft], settings);
+      const told = await askPreview(body, asking.signal);
       if (!asking.signal.aborted) this.tellCost(told);
     } catch (error) {
       // A refusal of the message is worth knowing before it is sent; all else shows when it is.
       const isOurs = error.status === 400 || error.status === 413;
-      if (!asking.signal.aborted) this.tell(isOurs ? error.message : '', isOurs);
+      const part = error.param?.match(/^messages\[(\d+)\]\.content\[(\d+)\]/);
+      const wrong = part && Number(part[1]) === body.messages.length - 1 ? this.media[part[2]] : null;
+      if (!asking.signal.aborted) this.tell(isOurs ? `${wrong ? `${wrong.name}: ` : ''}${error.message}` : '', isOurs);
     }
   }
 
@@ -155,12 +159,10 @@ export class Composer {
       if (label) label.textContent = (part.frames ? `${part.frames} fr · ` : '') + plural(part.tiles, 'tile');
     });
     const tiles = told.parts.reduce((sum, part) => sum + part.tiles, 0);
-    const text = `${plural(told.prompt_tokens, 'token')}${tiles ? ` with ${plural(tiles, 'tile')}` : ''}`;
-    if (told.fits) this.tell(`${text} of ${count(told.max_model_len)}`);
-    else {
-      const less = told.largest && ` With ${plural(told.largest.visual_budget.max_tiles, 'tile')} in all (see the settings) it fits.`;
-      this.tell(`${text}: more than fits in ${count(told.max_model_len)}.${less ?? ''}`, true);
-    }
+    const pictures = tiles ? ` · ${plural(tiles, 'tile')}` : '';
+    const text = `${count(told.prompt_tokens)} of ${count(told.max_model_len)} tokens${pictures}`;
+    const less = told.largest && ` With ${plural(told.largest.visual_budget.max_tiles, 'tile')} in all (settings) it would.`;
+    this.tell(told.fits ? text : `${text}: it does not fit.${less ?? ''}`, !told.fits);
   }
 
   tell(text, isWrong = false) {

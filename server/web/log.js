@@ -13,7 +13,7 @@ const READ_OUT = 2000; // characters
 export class Log {
   /** `edit(message, text)` and `again(message)` are what its buttons do. */
   constructor(place, { edit, again }) {
-    Object.assign(this, { place, edit, again, chat: null, nodes: new Map(), due: new Set(), follows: true });
+    Object.assign(this, { place, edit, again, chat: null, nodes: new Map(), due: new Set(), read: new WeakSet(), follows: true });
     const scroller = $('#scroller');
     const toEnd = () => { scroller.scrollTop = scroller.scrollHeight; };
     scroller.addEventListener('scroll', () => {
@@ -53,8 +53,7 @@ export class Log {
   /** `message` has changed. */
   update(message) {
     if (!this.nodes.has(message)) return;
-    const isOver = message.state !== 'running';
-    if (isOver && !this.nodes.get(message).dataset.over) this.readOut(message);
+    if (message.state !== 'running' && !this.read.has(message)) this.readOut(message);
     if (!this.due.size) requestAnimationFrame(() => this.drawDue());
     this.due.add(message);
   }
@@ -65,6 +64,7 @@ export class Log {
   }
 
   readOut(message) {
+    this.read.add(message);
     const ends = { done: 'Answer: ', stopped: 'Stopped. ', failed: `${message.error?.message} ` };
     announce(ends[message.state] + message.text.slice(0, READ_OUT));
   }
@@ -136,7 +136,6 @@ export class Log {
     node.setAttribute('aria-busy', String(isRunning));
     node.classList.toggle('arriving', isRunning && !message.lost);
     node.classList.toggle('waiting', isRunning && !message.text && !message.boxes.length);
-    if (!isRunning) node.dataset.over = 'yes';
     const drawn = message.boxes.filter((box) => box.image_index !== null);
     show($('.text', node), drawn.length ? withoutNumbers(message.text) : message.text);
     const place = $('.figures', node);

@@ -87,8 +87,15 @@ export async function loadChat(id) {
 
 const written = new Set(); // pictures that are kept already
 
+let saving = Promise.resolve(); // one after the other: what is newer must not be overwritten
+
 /** Keep `chat`; older ones go where there is no room. False if it could not be kept. */
-export async function saveChat(chat) {
+export function saveChat(chat) {
+  saving = saving.then(() => chat.deleted || save(chat));
+  return saving;
+}
+
+async function save(chat) {
   const media = chat.messages.flatMap((message) => message.media ?? []);
   const plain = {
     id: chat.id, title: chat.title, updated: chat.updated, bytes: media.reduce((sum, each) => sum + each.blob.size, 0),
@@ -130,6 +137,7 @@ export async function deleteChat(id) {
     media.index('chat').openKeyCursor(id).onsuccess = ({ target: { result: cursor } }) => {
       if (!cursor) return;
       media.delete(cursor.primaryKey);
+      written.delete(cursor.primaryKey);
       cursor.continue();
     };
   }).catch(() => {});

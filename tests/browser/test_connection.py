@@ -1,0 +1,125 @@
+"""Answers that are stopped, and connections that break."""
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.cable import Cable
+from tests.browser.conftest import Chat, Chats
+from tests.servers import Server
+
+LONG = '{"ignore_eos": true}'
+RUNNING = "internvl_num_requests_running"
+
+
+@pytest.fixture
+def cable(demo_server: Server) -> Iterator[Cable]:
+    with Cable(demo_server.port) as cable:
+        yield cable
+
+
+@pytest.fixture
+def chat(chats: Chats, cable: Cable) -> Chat:
+    return chats.new().open(cable.url)
+
+
+def ask_and_hold(chat: Chat, cable: Cable, tokens: int) -> None:
+    """Ask for a long answer; it is held up behind its first words."""
+    chat.set(max_completion_tokens=tokens, more=LONG)
+    cable.hold_after(6)
+    chat.send("Hello!")
+    assert cable.held.wait(30)
+    expect(chat.answer).to_contain_text("Hello! Show")
+    expect(chat.page.locator("#chats li")).to_have_count(1)
+
+
+def whole(server: Server, tokens: int) -> str:
+    return server.ask("Hello!", max_tokens=tokens, extra_body={"ignore_eos": True})
+
+
+def test_an_answer_goes_on_where_its_connection_broke(
+    chat: Chat, cable: Cable, demo_server: Server
+) -> None:
+    ask_and_hold(chat, cable, 60)
+    chat.forgive("ERR_")
+    before = demo_server.metric("internvl_streams_resumed_total")
+    cable.cut()
+    expect(chat.answers.locator(".note")).to_contain_text("Reconnecting")
+    cable.mend()
+    text = chat.wait_for_end()
+    assert text.split() == whole(demo_server, 60).split()
+    assert demo_server.metric("internvl_streams_resumed_total") == (before or 0) + 1
+    expect(chat.answers.locator(".note")).not_to_contain_text("Reconnecting")
+
+
+def test_an_answer_goes_on_after_the_page_was_reloaded(
+    chat: Chat, cable: Cable, demo_server: Server
+) -> None:
+    ask_and_hold(chat, cable, 60)
+    chat.page.reload()
+    expect(chat.page.locator("article.user .text")).to_have_text("Hello!")
+    text = chat.wait_for_end()
+    assert text.split() == whole(demo_server, 60).split()
+
+
+@pytest.mark.parametrize("how", ["button", "Escape"])
+def test_stopping_ends_the_work_at_once_and_keeps_what_is_there(
+    chat: Chat, cable: Cable, demo_server: Server, how: str
+) -> None:
+    ask_and_hold(chat, cable, 3000)
+    assert demo_server.metric(RUNNING) == 1
+    if how == "button":
+        chat.button("Stop").click()
+    else:
+        chat.page.keyboard.press("Escape")
+    chat.wait_for_end()
+    expect(chat.answers.locator(".note")).to_have_text("Stopped.")
+    expect(chat.answer).to_contain_text("Hello! Show")
+    # Without a word to the server it would go on for its grace period, 30 seconds.
+    demo_server.wait_for_metric(RUNNING, 0)
+    expect(chat.button("Send")).to_be_visible()
+    chat.set(more="")
+    chat.send("Thank you!")
+    assert chat.wait_for_end(2)
+
+
+def test_an_answer_that_was_left_alone_too_long_can_be_asked_for_again(
+    chat: Chat, cable: Cable
+) -> None:
+    ask_and_hold(chat, cable, 60)
+    chat.forgive("ERR_|status of 404")
+    gone = '{"error": {"message": "There is no such stream.", "code": "not_found"}}'
+    chat.page.route("**/events", lambda route: route.fulfill(status=404, body=gone))
+    cable.cut()
+    cable.mend()
+    expect(chat.answers.locator(".error")).to_contain_text("is no longer there")
+    expect(chat.answer).to_contain_text("Hello! Show")
+    chat.page.unroute("**/events")
+    chat.button("Try again").click()
+    assert len(chat.wait_for_end()) > 60
+
+
+def test_a_server_that_is_away_is_told_and_found_again(chat: Chat, cable: Cable) -> None:
+    expect(chat.page.get_by_role("combobox", name="Model")).to_have_value("internvl-demo")
+    chat.forgive("ERR_")
+    cable.cut()
+    chat.send("Hello!")
+    expect(chat.answers.locator(".error")).to_contain_text("The server cannot be reached.")
+    cable.mend()
+    chat.button("Try again").click()
+    assert chat.wait_for_end().startswith("Hello!")
+
+
+def test_an_answer_goes_on_while_another_conversation_is_looked_at(
+    chat: Chat, cable: Cable, demo_server: Server
+) -> None:
+    chat.set(max_completion_tokens=60, more=LONG)
+    chat.send("Hello!")
+    expect(chat.page.locator("#chats li")).to_have_count(1)
+    chat.button("New chat").click()
+    expect(chat.page.locator("article")).to_have_count(0)
+    expect(chat.button("Send")).to_be_visible()
+    chat.button("Hello!").click()
+    text = chat.wait_for_end()
+    assert text.split() == whole(demo_server, 60).split()
