@@ -8,6 +8,10 @@ TORCH ?= torch==2.13.0
 # For a CPU-only wheel from PyTorch's own index: TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
 ARGS ?=
+# The whole suite runs in two processes, file by file: half of the time a test waits, for a server
+# say. After a crash pytest-xdist would begin the file again, for ever.
+WORKERS ?= 2
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,7 +53,7 @@ serve: $(VENV)/.runtime  ## serve the embedded demo model on 127.0.0.1:8000 (ARG
 test: lint unit clients  ## everything that must pass before a change lands
 
 unit: $(VENV)/.dev tools  ## the test suite without the linters (ARGS="tests/api -k stream")
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL) --durations 20)
 
 tools:  ## install Chromium (as root) and Prometheus for the tests, on Debian
 	@tests/tools.sh

@@ -1,5 +1,6 @@
 """Fixtures shared by the test folders."""
 
+import fcntl
 import importlib.metadata
 import os
 import subprocess
@@ -44,24 +45,30 @@ def corpus(request: pytest.FixtureRequest) -> list[Path]:
     """The files of Tests/images; fetched once and kept in pytest's cache."""
     kept = Path(request.config.cache.mkdir(f"pillow-{PILLOW}"))  # type: ignore[union-attr]
     done = kept / "complete"
-    if not done.exists():
-        fetched = subprocess.run(
-            [*FETCH, "--dest", str(kept), f"pillow=={PILLOW}"],
-            capture_output=True,
-            timeout=300,
-            check=False,
-        )
-        if fetched.returncode:
-            reason = f"pip cannot fetch Pillow's sources: {fetched.stderr.decode()[-300:]}"
-            assert not os.environ.get("CI"), reason
-            pytest.skip(reason)
-        (archive,) = kept.glob("*.tar.gz")
-        with tarfile.open(archive) as sources:
-            for member in sources:
-                _, inside, name = member.name.partition("/Tests/images/")
-                file = sources.extractfile(member) if inside else None
-                if file is not None:
-                    (kept / name.replace("/", "-")).write_bytes(file.read())
-        archive.unlink()
-        done.touch()
+    with done.open("a") as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)  # another worker may be fetching
+        if not done.stat().st_size:
+            fetch_corpus(kept)
+            mark.write("\n")
     return sorted(path for path in kept.iterdir() if path != done)
+
+
+def fetch_corpus(folder: Path) -> None:
+    fetched = subprocess.run(
+        [*FETCH, "--dest", str(folder), f"pillow=={PILLOW}"],
+        capture_output=True,
+        timeout=280,
+        check=False,
+    )
+    if fetched.returncode:
+        reason = f"pip cannot fetch Pillow's sources: {fetched.stderr.decode()[-300:]}"
+        assert not os.environ.get("CI"), reason
+        pytest.skip(reason)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as sources:
+        for member in sources:
+            _, inside, name = member.name.partition("/Tests/images/")
+            file = sources.extractfile(member) if inside else None
+            if file is not None:
+                (folder / name.replace("/", "-")).write_bytes(file.read())
+    archive.unlink()

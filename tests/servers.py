@@ -1,8 +1,10 @@
 """A real server in a child process, for the tests that go through sockets."""
 
 import base64
+import contextlib
 import io
 import os
+import secrets
 import signal
 import socket
 import ssl
@@ -29,9 +31,13 @@ SMALL_BLOCKS = ("--block-size", "16")
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """One below those that the kernel gives to connections and port 0, so that nothing takes it
+    before the server does."""
+    while True:
+        port = 10_000 + secrets.randbelow(22_768)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:
