@@ -8,8 +8,8 @@ TORCH ?= torch==2.13.0
 # For a CPU-only wheel from PyTorch's own index: TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
 ARGS ?=
-# The whole suite runs in two processes, file by file: half of the time a test waits, for a server
-# say. After a crash pytest-xdist would begin the file again, for ever.
+# The whole suite runs in two processes: one alone leaves half of two cores idle. A file's tests stay
+# together. After a crash pytest-xdist would begin the file again, for ever.
 WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
@@ -50,7 +50,10 @@ setup: $(VENV)/.dev  ## prepare .venv with everything, tests' tools included
 serve: $(VENV)/.runtime  ## serve the embedded demo model on 127.0.0.1:8000 (ARGS="--port 9000")
 	@exec $(BIN)/internvl serve $(ARGS)
 
-test: lint unit clients  ## everything that must pass before a change lands
+# What has to be installed comes first, side by side with the linters.
+test:  ## everything that must pass before a change lands
+	@$(MAKE) --no-print-directory --jobs 2 lint tools $(CLIENTS)/.npm
+	@$(MAKE) --no-print-directory unit clients
 
 unit: $(VENV)/.dev tools  ## the test suite without the linters (ARGS="tests/api -k stream")
 	@$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL) --durations 20)
