@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.client import CASES, Client
+from benchmarks.cases import CASES, our_client
 from benchmarks.compare import Comparison, end_in_order, facts, our_server
 from benchmarks.table import report
 from tests.checkpoints import INTERNVL3_1B, make_checkpoint
@@ -51,7 +51,7 @@ def main() -> None:
     cases = [case.at_most(max(2, case.requests // 2)) for case in CASES]
     with tempfile.TemporaryDirectory() as folder:
         large = make_1b(given.work or Path(folder) / "1b")
-        comparison = Comparison(cases, Client, int(time.time()), given.out, facts("our own"))
+        comparison = Comparison(cases, our_client, int(time.time()), given.out, facts("our own"))
         for name, model in (("demo model", None), ("1B shape", large)):
             for number in range(ROUNDS):
                 comparison.measure(our_server(model, name), number)

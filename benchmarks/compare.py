@@ -29,10 +29,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.client import CASES, Case, Client
+from benchmarks.cases import CASES, our_client
 from benchmarks.processes import Server, cpu_seconds, machine, machine_seconds
 from benchmarks.table import OURS, report
 from benchmarks.vllm_client import VllmClient, VllmProgram
+from server.bench.client import Case
 
 WARM_UP = (
     Case("", "", 2, input_tokens=32, output_tokens=8),
@@ -43,7 +44,7 @@ WARM_UP = (
 class Sender(Protocol):
     """A client of one server."""
 
-    def measure(self, case: Case, seed: int) -> dict[str, float]: ...
+    def measure(self, case: Case, seed: int) -> dict[str, float | None]: ...
 
 
 class Comparison:
@@ -182,7 +183,7 @@ def main() -> None:
     servers = [our_server(given.model, flags=given.flags, log=given.logs / f"{OURS}.log")]
     servers += [Server(*peer, log=given.logs / f"{peer[0]}.log") for peer in given.peer]
     with contextlib.ExitStack() as stack:
-        client: Callable[[str], Sender] = Client
+        client: Callable[[str], Sender] = our_client
         if given.vllm_python:
             program = stack.enter_context(VllmProgram(given.vllm_python))
             client = functools.partial(VllmClient, program=program, tokenizer=given.model)

@@ -1,4 +1,4 @@
-"""Cases of ``benchmarks.client`` sent by ``vllm bench serve``: a client that we did not write."""
+"""Cases of ``benchmarks.cases`` sent by ``vllm bench serve``: a client that we did not write."""
 
 import json
 import os
@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.client import Case, Client
+from benchmarks.cases import our_client
+from server.bench.client import Case
 
 # Runs under a Python that has vLLM, and stays: the import takes longer than most cases. A line of
 # JSON in, the words of a command line; a line of JSON out.
@@ -72,16 +73,16 @@ class VllmProgram:
 
 
 class VllmClient:
-    """As ``Client``; a case it has no data set for, the same picture again, is sent by ``Client``.
+    """As our own; a case it has no data set for, the same picture again, is sent by our own.
 
     ``tokenizer`` is the checkpoint's folder: prompts are random tokens.
     """
 
     def __init__(self, url: str, program: VllmProgram, tokenizer: Path) -> None:
-        self.own, self.program, self.tokenizer = Client(url), program, tokenizer
+        self.own, self.program, self.tokenizer = our_client(url), program, tokenizer
 
-    def measure(self, case: Case, seed: int) -> dict[str, float]:
-        """See ``Client.measure``; the first of requests that share a prefix is measured too."""
+    def measure(self, case: Case, seed: int) -> dict[str, float | None]:
+        """As our own; but the first of requests that share a prefix is measured too."""
         if case.again:
             return self.own.measure(case, seed)
         found = self.program.run(self._words(case, seed))

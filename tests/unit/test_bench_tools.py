@@ -10,12 +10,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from benchmarks.bench import give_texts
+from benchmarks.cases import CASES, our_client
 from benchmarks.charts import BEGIN, CHARTS, END, chart, insert
-from benchmarks.client import CASES, Answer, Case, Client, summary
 from benchmarks.compare import Comparison, facts, our_server, without_folders
 from benchmarks.processes import Server as Process
 from benchmarks.table import MARKS, TTFT, Results, report
 from benchmarks.vllm_client import VllmClient, VllmProgram
+from server.bench.client import Answer, Case, Failed, summary
 from tests.checkpoints import make_checkpoint
 from tests.servers import ROOT, Server
 
@@ -133,10 +134,24 @@ def test_figures_of_answers() -> None:
     assert found["ttft_p50_ms"] == pytest.approx(200)
     assert found["itl_p50_ms"] == pytest.approx(100)
     assert found["tpot_p50_ms"] == pytest.approx((100 + 50) / 2)
+    assert found["e2e_p50_ms"] == pytest.approx(450)
+    assert [found[f"{name}_count"] for name in ("ttft", "itl", "tpot", "e2e")] == [2, 3, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("count", "known"), [(0, ()), (1, (50,)), (9, (50,)), (10, (50, 90)), (100, (50, 90, 99))]
+)
+def test_a_percentile_of_too_few_values_is_none(count: int, known: tuple[int, ...]) -> None:
+    answers = [Answer([0.1 + index / 1000], 1, 1) for index in range(count)]
+    found = summary(answers, 1.0)
+    assert tuple(p for p in (50, 90, 99) if found[f"ttft_p{p}_ms"] is not None) == known
+    assert found["itl_p50_ms"] is None
+    if count == 100:
+        assert found["ttft_p90_ms"] == pytest.approx(100 + 89.1)
 
 
 def test_prompts_have_the_tokens_of_the_case(demo_server: Server) -> None:
-    client = Client(demo_server.url)
+    client = our_client(demo_server.url)
     few = client.measure(Case("", "", 3, 2, input_tokens=50, output_tokens=8), 1)
     many = client.measure(Case("", "", 3, 2, input_tokens=150, output_tokens=8), 1)
     assert (few["requests"], few["output_tokens"]) == (3, 24)
@@ -145,7 +160,7 @@ def test_prompts_have_the_tokens_of_the_case(demo_server: Server) -> None:
 
 
 def test_what_is_shared_was_sent_before(demo_server: Server) -> None:
-    client = Client(demo_server.url)
+    client = our_client(demo_server.url)
     name = "internvl_prefix_cache_hits_total"
     case = {"requests": 2, "input_tokens": 16, "output_tokens": 2}
 
@@ -162,14 +177,14 @@ def test_what_is_shared_was_sent_before(demo_server: Server) -> None:
 
 
 def test_a_refusal_is_an_error(demo_server: Server) -> None:
-    with pytest.raises(RuntimeError, match="400"):
-        Client(demo_server.url).measure(Case("", "", 1, input_tokens=9000), 1)
+    with pytest.raises(Failed, match="400"):
+        our_client(demo_server.url).measure(Case("", "", 1, input_tokens=9000), 1)
 
 
 def test_a_failed_case_does_not_end_the_comparison(demo_server: Server, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     cases = [Case("long", "", 1, input_tokens=9000), Case("short", "", 1, output_tokens=4)]
-    comparison = Comparison(cases, Client, 7, out, facts("our own"))
+    comparison = Comparison(cases, our_client, 7, out, facts("our own"))
     server = Process("ours", demo_server.url, str(demo_server.process.pid))
     for number in (0, 1):
         comparison.measure(server, number)

@@ -1,0 +1,1 @@
+"""``internvl bench``: what a client sees of a server under a load."""

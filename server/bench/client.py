@@ -1,0 +1,276 @@
+"""A load, a streaming client that sends it, and the figures of what came back.
+
+The client speaks the OpenAI protocol to any server. Prompts are seeded random words, as many as
+make the wanted number of tokens with the server's own tokenizer; pictures are seeded noise, sent as
+PNG.
+"""
+
+import asyncio
+import base64
+import dataclasses
+import io
+import itertools
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from server.target import Target, said
+from server.terminal import plain
+from wire.errors import Unservable
+
+PERCENTILES = (50, 90, 99)
+
+# Frequent English words: about a token each in the vocabulary of a language model.
+_COMMON = (
+    "the of and to in is you that it he was for on are as with his they at be this have from or "
+    "one had by word but not what all were we when your can said there use an each which she do "
+    "how their if will up other about out many then them these so some her would make like him "
+    "into time has look two more write go see number no way could people my than first water been "
+    "call who oil its now find long down day did get come made may part"
+)
+WORDS = _COMMON.split()
+
+Content = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Requests alike. ``picture`` is the width of each of their ``pictures`` in pixels, 0: they
+    have none; ``height`` 0: it is a square.
+
+    The first ``shared`` tokens are the same in all requests, and so are the pictures if ``again``;
+    then one request more is sent before the measured ones.
+
+    With a ``rate``, so many requests per second begin, at random moments and whatever becomes of
+    them; else the next one begins when one of ``concurrency`` has ended.
+    """
+
+    name: str
+    title: str
+    requests: int
+    concurrency: int = 1
+    input_tokens: int = 128
+    output_tokens: int = 64
+    shared: int = 0
+    picture: int = 0
+    again: bool = False
+    height: int = 0
+    pictures: int = 1
+    rate: float = 0.0
+
+    @property
+    def primed(self) -> bool:
+        return self.again or self.shared > 0
+
+    def at_most(self, requests: int) -> "Case":
+        """With fewer requests, but as many as are sent at once."""
+        return dataclasses.replace(
+            self, requests=max(self.concurrency, min(requests, self.requests))
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """When its pieces of text came, in seconds after the request was due, and the tokens of both
+    sides."""
+
+    arrivals: list[float]
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of the requests of a case, in ``seconds``; why there was no answer, how often."""
+
+    answers: list[Answer]
+    errors: Counter[str]
+    seconds: float
+
+
+class Failed(Unservable):
+    """A request has no whole answer."""
+
+
+class Client:
+    """Sends cases to a server that is ready, to its first model unless one is named.
+
+    Raises server.target.Unreachable or Failed where it does not answer as it should.
+    """
+
+    def __init__(self, target: Target, model: str = "") -> None:
+        self.target = target
+        self.model = model or target.model()
+        chance = random.Random(0)  # noqa: S311
+        short, long = (self._whole([_text(chance, count)], 8).answers[0] for count in (32, 96))
+        self._tokens_per_word = (long.prompt_tokens - short.prompt_tokens) / 64
+        if self._tokens_per_word <= 0:
+            raise Failed(f"{target.url} does not count the tokens of a prompt")
+
+    @property
+    def url(self) -> str:
+        """Without a path."""
+        return self.target.url
+
+    def measure(self, case: Case, seed: int) -> dict[str, float | None]:
+        """What ``summary`` says of the requests of ``case``; ``seed`` decides their contents. All
+        must be answered."""
+        result = self.run(case, seed)
+        if result.errors:
+            raise Failed(next(iter(result.errors)))
+        return summary(result.answers, result.seconds)
+
+    def run(self, case: Case, seed: int, ended: Callable[[], None] = lambda: None) -> Result:
+        """The same for any case; ``ended`` is called after each request."""
+        contents = self._contents(case, seed)
+        if case.primed:
+            self._whole([contents.pop()], case.output_tokens)
+        due = [0.0] * len(contents)
+        if case.rate:
+            chance = random.Random(seed)  # noqa: S311
+            due = list(itertools.accumulate(chance.expovariate(case.rate) for _ in contents))
+        at_once = case.concurrency if not case.rate else len(contents)
+        return asyncio.run(self._send(contents, case.output_tokens, due, at_once, ended))
+
+    def _contents(self, case: Case, seed: int) -> list[Content]:
+        chance, noise = random.Random(seed), np.random.default_rng(seed)  # noqa: S311
+        words = round(case.input_tokens / self._tokens_per_word)
+        shared = _text(chance, round(case.shared / self._tokens_per_word))
+        contents = [shared + _text(chance, words) for _ in range(case.requests + case.primed)]
+        shape = (case.height or case.picture, case.picture, 3)
+        for index, content in enumerate(contents if case.picture else ()):
+            if index == 0 or not case.again:
+                pictures = [
+                    _part(noise.integers(0, 256, shape, dtype=np.uint8))
+                    for _ in range(case.pictures)
+                ]
+            content[:0] = pictures
+        return contents
+
+    def _whole(self, contents: list[Content], tokens: int) -> Result:
+        """Of contents that must be answered, all at once."""
+        due = [0.0] * len(contents)
+        result = asyncio.run(self._send(contents, tokens, due, len(contents), lambda: None))
+        if result.errors:
+            raise Failed(next(iter(result.errors)))
+        return result
+
+    async def _send(
+        self,
+        contents: list[Content],
+        tokens: int,
+        due: list[float],
+        at_once: int,
+        ended: Callable[[], None],
+    ) -> Result:
+        gate = asyncio.Semaphore(at_once)
+        answers: list[Answer] = []
+        errors: Counter[str] = Counter()
+        limits = httpx.Limits(max_connections=None)
+        client = httpx.AsyncClient(**self.target.options, timeout=3600, limits=limits)
+
+        async def one(content: Content, moment: float) -> None:
+            await asyncio.sleep(began + moment - time.perf_counter())
+            async with gate:
+                # What waits because others take their time has begun to wait when it was due.
+                start = began + moment if moment else time.perf_counter()
+                try:
+                    answers.append(await self._ask(client, content, tokens, start))
+                except Failed as error:
+                    errors[str(error)] += 1
+                except (ValueError, LookupError, TypeError):
+                    errors["the answer is no stream of a chat"] += 1
+                except httpx.HTTPError as error:
+                    errors[f"{type(error).__name__}: {error}"] += 1
+            ended()
+
+        async with client:
+            began = time.perf_counter()
+            await asyncio.gather(*map(one, contents, due))
+            return Result(answers, errors, time.perf_counter() - began)
+
+    async def _ask(
+        self, client: httpx.AsyncClient, content: Content, tokens: int, start: float
+    ) -> Answer:
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,  # random weights may end an answer at any token
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        arrivals: list[float] = []
+        usage: dict[str, int] = {}
+        async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            if reply.status_code != httpx.codes.OK:
+                raise Failed(f"{reply.status_code}: {said(await reply.aread())}")
+            async for line in reply.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    raise Failed(f"the stream broke off: {plain(str(event['error']))}")
+                usage = event.get("usage") or usage
+                if any(choice["delta"].get("content") for choice in event["choices"]):
+                    arrivals.append(time.perf_counter() - start)
+        if not arrivals or not usage:
+            raise Failed(f"{len(arrivals)} pieces of text, usage {usage}")
+        return Answer(arrivals, usage["prompt_tokens"], usage["completion_tokens"])
+
+
+def summary(answers: Sequence[Answer], seconds: float) -> dict[str, float | None]:
+    """Figures of requests that took ``seconds`` together.
+
+    Milliseconds to the first text (``ttft``), between two pieces of text (``itl``), per token
+    behind the first (``tpot``) and to the last text (``e2e``). A piece of text may hold several
+    tokens. A percentile that fewer than one of the values could lie above is None.
+    """
+    tokens = sum(answer.output_tokens for answer in answers)
+    values: dict[str, list[float]] = {
+        "ttft": [answer.arrivals[0] for answer in answers],
+        "tpot": [
+            (answer.arrivals[-1] - answer.arrivals[0]) / max(answer.output_tokens - 1, 1)
+            for answer in answers
+        ],
+        "itl": [gap for answer in answers for gap in np.diff(answer.arrivals)],
+        "e2e": [answer.arrivals[-1] for answer in answers],
+    }
+    figures: dict[str, float | None] = {
+        "requests": len(answers),
+        "prompt_tokens": sum(answer.prompt_tokens for answer in answers),
+        "output_tokens": tokens,
+        "requests_per_s": len(answers) / seconds,
+        "tokens_per_s": tokens / seconds,
+    }
+    for name, found in values.items():
+        figures[f"{name}_count"] = len(found)
+        for percent in PERCENTILES:
+            figures[f"{name}_p{percent}_ms"] = _ms(found, percent)
+    return figures
+
+
+def _ms(seconds: Sequence[float], percent: int) -> float | None:
+    if not seconds or (percent > 50 and len(seconds) * (100 - percent) < 100):
+        return None
+    return float(np.percentile(seconds, percent)) * 1000
+
+
+def _text(chance: random.Random, words: int) -> Content:
+    text = "".join(f"{word} " for word in chance.choices(WORDS, k=words))
+    return [{"type": "text", "text": text}]
+
+
+def _part(pixels: np.ndarray) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
