@@ -27,6 +27,23 @@ COUNT = 6
 ROWS = 7  # of all streams: one has two choices
 TOKENS = 40
 MARKED = 666
+LENGTH = 'internvl_request_success_total{finished_reason="length"}'
+COUNTED = (
+    LENGTH,
+    "internvl_prompt_tokens_total",
+    "internvl_generation_tokens_total",
+    "internvl_prefix_cache_queries_total",
+    "internvl_requests_resumed_total",
+    "internvl_time_to_first_token_seconds_count",
+    "internvl_inter_token_latency_seconds_count",
+    "internvl_e2e_request_latency_seconds_count",
+    "internvl_request_queue_time_seconds_count",
+    "internvl_request_prefill_time_seconds_count",
+    "internvl_request_decode_time_seconds_count",
+    "internvl_request_inference_time_seconds_count",
+    "internvl_request_prompt_tokens_sum",
+    "internvl_request_generation_tokens_sum",
+)
 
 Texts = dict[int, str]
 
@@ -40,6 +57,7 @@ class House:
         self.server = Server(folder / "log.txt", flags, module="tests.e2e.faulty_server")
         self._pool = ThreadPoolExecutor(COUNT + 1)
         self.whole: list[Texts] = []  # what is said without a fault
+        self.once: dict[str, float] = {}  # what is counted then
 
     def inject(self, **fault: Any) -> None:
         part = self.fault.with_suffix(".part")
@@ -78,6 +96,9 @@ class House:
     def count(self, name: str) -> float:
         return self.server.metric(name) or 0.0
 
+    def counted(self) -> dict[str, float]:
+        return {name: self.count(name) for name in COUNTED}
+
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
         self.server.close()
@@ -95,6 +116,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     house = House(tmp_path_factory.mktemp("faulty"))
     try:
         house.whole = house.results(house.begin())
+        house.server.wait_for_metric("internvl_requests_in_flight", 0)
+        house.once = house.counted()
+        assert house.once[LENGTH] == ROWS
+        assert house.once["internvl_generation_tokens_total"] == ROWS * TOKENS
+        assert house.once["internvl_inter_token_latency_seconds_count"] == ROWS * (TOKENS - 1)
         yield house
     finally:
         house.close()
@@ -111,13 +137,16 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 )
 def test_no_stream_notices_a_fault_in_a_step(house: House, how: str, kind: str) -> None:
     metric = f'internvl_engine_faults_total{{kind="{kind}"}}'
-    before = house.count(metric)
+    before, counted = house.count(metric), house.counted()
     house.inject(how=how, rows=ROWS)
     streams = house.begin()
     house.is_away()
     assert house.results(streams) == house.whole
     house.is_back()
     assert house.count(metric) == before + 1
+    # As where nothing fails: whoever goes on in another engine is counted once, and timed once.
+    more = {name: value - counted[name] for name, value in house.counted().items()}
+    assert more == house.once | {"internvl_requests_resumed_total": ROWS}
 
 
 def test_no_stream_notices_an_engine_that_is_stopped(house: House) -> None:

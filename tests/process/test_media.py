@@ -389,6 +389,11 @@ async def test_a_picture_that_takes_too_long_is_refused() -> None:
 # what a worker's end costs
 
 
+def kills(media: MediaPipeline) -> dict[str, int]:
+    """Why workers ended, but not those of the close."""
+    return {why: count for why, count in media.stats.kills.items() if count}
+
+
 async def test_a_worker_killed_at_work_costs_nothing() -> None:
     async with pipeline() as media, hanging_job(media, plain()) as (pid, waiting):
         next_one = asyncio.create_task(media.load(plain("blue")))
@@ -410,6 +415,7 @@ async def test_a_picture_whose_workers_die_twice_is_refused(
             "invalid_media",
         )
         assert deaths(media) == 2
+        await until(lambda: kills(media) == {"exit": 2})
 
 
 async def test_an_error_nobody_expected_ends_its_request_and_replaces_the_worker(
@@ -461,7 +467,8 @@ async def test_a_worker_that_hangs_is_killed_at_the_deadline_and_replaced() -> N
             assert await gone(pid)
         assert (await media.load(plain())).count
         stats = media.stats
-        assert (stats.kills["timeout"], deaths(media), stats.replaced) == (1, 0, 1)
+        assert (deaths(media), stats.replaced) == (0, 1)
+        await until(lambda: kills(media) == {"timeout": 1})
 
 
 async def test_a_hanging_worker_does_not_hold_up_the_others() -> None:
@@ -476,13 +483,25 @@ async def test_a_hanging_worker_does_not_hold_up_the_others() -> None:
         assert healthy in media.worker_pids
 
 
-async def test_a_worker_killed_while_idle_costs_nothing() -> None:
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (signal.SIGKILL, "killed"),  # as the system does where memory is short
+        (signal.SIGSEGV, "crash"),
+        (signal.SIGXCPU, "processor_time"),
+        (signal.SIGSYS, "seccomp"),
+    ],
+)
+async def test_a_worker_killed_while_idle_costs_nothing_and_is_told_from_others(
+    number: int, why: str
+) -> None:
     async with pipeline() as media:
         (pid,) = media.worker_pids
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
         assert await gone(pid)
         assert (await media.load(plain())).count
         assert deaths(media) == 1
+        await until(lambda: kills(media) == {why: 1})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -517,6 +536,7 @@ async def test_a_long_job_whose_caller_left_does_not_keep_its_worker(
         assert (await media.load(plain())).count
         assert (await refusal(media, film())).code == "unsupported_media"  # nor its place
         assert (media.stats.replaced, deaths(media), media.stats.busy) == (1, 0, 0)
+        assert kills(media) == {"abandoned": 1}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -563,6 +583,8 @@ async def after_a_lie(monkeypatch: pytest.MonkeyPatch, mode: str) -> AsyncIterat
         yield media
         assert deaths(media) == 1
         assert await gone(pid)
+        leaves = mode in ("half a frame", "dies at work")
+        await until(lambda: kills(media) == {"exit" if leaves else "answer": 1})
 
 
 @pytest.mark.parametrize(
