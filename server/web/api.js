@@ -43,6 +43,9 @@ const json = async (path, options) => (await request(path, options)).json();
 
 export const models = async () => (await json('v1/models')).data;
 
+/** Bytes that a request may have. */
+export const mostBytes = async () => (await json('server_info')).settings.max_request_bytes;
+
 export const preview = (body, signal) => json('v1/internvl/preview', { method: 'POST', body, signal });
 
 /** Whether requests are answered, with the reason if not. */

@@ -16,6 +16,7 @@ const POLL = 1500; // milliseconds, while the server is not ready
 
 const settings = store.loadSettings();
 let chat = newChat();
+let polling = 0;
 let shownKey = ''; // what it was when the settings were opened
 
 const log = new Log($('#log'), {
@@ -207,18 +208,20 @@ function showTheme() {
 
 /** The model's name, as soon as the server has one. */
 async function connect() {
+  clearTimeout(polling);
   const { status, reason, progress } = await api.readiness();
   if (status !== 'ready') {
     const share = progress?.total ? ` (${Math.round(100 * progress.done / progress.total)} %)` : '';
     notice(reason ? `The server is not ready: ${reason}${share}.` : 'The server cannot be reached.');
     $('#notice').dataset.state = 'waiting';
-    setTimeout(connect, POLL);
+    polling = setTimeout(connect, POLL);
     return;
   }
   if ($('#notice').dataset.state) notice();
   delete $('#notice').dataset.state;
   try {
     const models = await api.models();
+    composer.most = await api.mostBytes();
     if (!models.some((each) => each.id === settings.model)) delete settings.model;
     $('#model').replaceChildren(...models.map(({ id }) => h('option', { value: id, selected: id === settings.model }, id)));
     composer.changed();
@@ -260,9 +263,11 @@ $('#model').addEventListener('change', ({ target }) => {
   store.saveSettings(settings);
 });
 addEventListener('keydown', (event) => {
-  if (event.key !== 'Escape' || event.defaultPrevented || $('#settings').open) return;
-  if (narrow.matches && document.body.classList.contains('side')) toggleSide(false);
-  else runs.get(chat.id)?.();
+  if (event.key !== 'Escape' || event.defaultPrevented || event.isComposing || $('#settings').open) return;
+  if (narrow.matches && document.body.classList.contains('side')) {
+    toggleSide(false);
+    $('#menu').focus();
+  } else runs.get(chat.id)?.();
 });
 openChat(store.currentChat());
 connect();

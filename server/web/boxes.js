@@ -5,8 +5,11 @@ import { urlOf } from './media.js';
 
 const COLOURS = 6; // in style.css
 
-/** What `[[…]]` stands for is drawn: the text goes without it, also where it is not complete yet. */
-export const withoutNumbers = (text) => text.replace(/\s*\[\[[\d\s.,[\]-]*(\]\]|$)/g, '');
+/** What `[[…]]` stands for is drawn: the text goes without it, and away if only labels are left. */
+export function withoutNumbers(text, boxes) {
+  const words = text.replace(/\s*\[\[[\d\s.,[\]-]*(\]\]|$)/g, ''); // not complete yet, perhaps
+  return boxes.reduce((rest, { label }) => rest.replace(label ?? '', ''), words).trim() && words;
+}
 
 /** One figure for each picture with boxes; `pictures` are those of the request, in order. */
 export function figures(boxes, pictures) {

@@ -77,7 +77,6 @@ async function run(chat, message, { onchange, onkept, makeBody }) {
   const controller = new AbortController();
   const began = performance.now();
   const timing = {};
-  const kept = message.text;
   let saved = began;
   const stop = () => {
     message.state = 'stopped';
@@ -98,8 +97,10 @@ async function run(chat, message, { onchange, onkept, makeBody }) {
       onplace: (place) => { message.place = place; keep(); },
       onstate: (state) => { message.lost = state === 'lost'; onchange(message); },
     });
-    if (!body) Object.assign(message, { text: '', boxes: [] }); // all of it comes again
+    let again = !body;
     for await (const chunk of chunks) {
+      if (again) Object.assign(message, { text: '', boxes: [] }); // from its beginning
+      again = false;
       const now = performance.now();
       if (take(message, chunk)) timing.first ??= now - began;
       // What a resumed stream repeats was timed by nobody.
@@ -112,7 +113,6 @@ async function run(chat, message, { onchange, onkept, makeBody }) {
     }
     message.state = 'done';
   } catch (error) {
-    message.text ||= kept;
     if (message.state !== 'stopped') fail(message, error);
   }
   Object.assign(message, { lost: false, place: null });

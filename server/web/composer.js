@@ -4,16 +4,19 @@
 import { preview as askPreview } from './api.js';
 import { toBody } from './chat.js';
 import { $, announce, button, h, icon, notice, plural, unique, count } from './dom.js';
-import { kindOf, preview } from './media.js';
+import { kindOf, preview, sent } from './media.js';
 
 const PAUSE = 350; // milliseconds without typing before the cost is asked for
+const HEAVY = 4 << 20; // bytes that are not sent again because a word has changed
+
+const FITS_ITSELF = CSS.supports('field-sizing', 'content');
 
 export class Composer {
   /** `send(message)` and `stop()` are what its button does; `context()` is `{chat, settings}`. */
   constructor({ send, stop, context, editLast }) {
-    Object.assign(this, { send, stop, context, media: [], running: false, asking: null, timer: 0 });
+    Object.assign(this, { send, stop, context, media: [], most: Infinity, running: false, asking: null, timer: 0 });
     this.field = $('#draft');
-    this.field.addEventListener('input', () => this.changed());
+    this.field.addEventListener('input', () => this.changed(true));
     this.field.addEventListener('keydown', (event) => {
       if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) {
         event.preventDefault();
@@ -67,8 +70,11 @@ export class Composer {
     const added = [];
     for (const file of files) {
       const kind = kindOf(file);
-      if (kind) added.push({ id: unique(), kind, name: file.name || `pasted ${kind}`, blob: file });
-      else notice(`${file.name} is neither a picture nor a video.`);
+      const one = { id: unique(), kind, name: file.name || `pasted ${kind}`, blob: file };
+      if (!kind) notice(`${file.name} is neither a picture nor a video.`);
+      else if (sent([...this.allMedia, ...added, one]) > this.most) {
+        notice(`${one.name} is too large: a request with everything in it may have ${count(this.most >> 20)} MiB.`);
+      } else added.push(one);
     }
     if (!added.length) return;
     this.media.push(...added);
@@ -89,6 +95,11 @@ export class Composer {
         this.field.focus();
       }))));
     this.changed();
+  }
+
+  /** Of the request: the conversation's, and those of the message. */
+  get allMedia() {
+    return [...this.context().chat.messages.flatMap((each) => each.media ?? []), ...this.media];
   }
 
   get draft() {
@@ -124,9 +135,18 @@ export class Composer {
     $('#send').disabled = !this.running && this.isEmpty;
   }
 
-  /** Ask again what the message would cost, in a while. */
-  changed() {
+  /** Ask again what the message would cost, in a while; after a word not if that is much to send. */
+  changed(byTyping = false) {
     this.enable();
+    if (!FITS_ITSELF) {
+      this.field.style.height = 'auto';
+      this.field.style.height = `${this.field.scrollHeight}px`;
+    }
+    const told = $('#cost').textContent;
+    if (byTyping && told && !this.isEmpty && sent(this.allMedia) > HEAVY) {
+      this.tell(`about ${told.replace(/^about /, '')}`);
+      return;
+    }
     clearTimeout(this.timer);
     this.asking?.abort();
     if (this.isEmpty) this.tell('');

@@ -9,6 +9,7 @@ import { preview } from './media.js';
 
 const NEAR = 80; // pixels from the end in which new text is followed
 const READ_OUT = 2000; // characters
+const PACE = 16; // tokens that are enough to speak of tokens per second
 
 export class Log {
   /** `edit(message, text)` and `again(message)` are what its buttons do. */
@@ -137,7 +138,7 @@ export class Log {
     node.classList.toggle('arriving', isRunning && !message.lost);
     node.classList.toggle('waiting', isRunning && !message.text && !message.boxes.length);
     const drawn = message.boxes.filter((box) => box.image_index !== null);
-    show($('.text', node), drawn.length ? withoutNumbers(message.text) : message.text);
+    show($('.text', node), drawn.length ? withoutNumbers(message.text, drawn) : message.text);
     const place = $('.figures', node);
     if (place.dataset.boxes !== String(drawn.length)) {
       place.dataset.boxes = drawn.length;
@@ -170,7 +171,7 @@ function stats({ usage, timing }) {
   if (timing?.first !== undefined) {
     parts.push(`first after ${seconds(timing.first)}`);
     const rate = (usage.completion_tokens - 1) / ((timing.total - timing.first) / 1000);
-    if (usage.completion_tokens > 1 && Number.isFinite(rate)) parts.push(`${count(Math.round(rate))} tokens/s`);
+    if (usage.completion_tokens >= PACE && Number.isFinite(rate)) parts.push(`${count(Math.round(rate))} tokens/s`);
   }
   return parts.join(' · ');
 }

@@ -19,6 +19,9 @@ export function urlOf(blob) {
   return urls.get(blob);
 }
 
+/** Bytes of pictures and videos as they are sent. */
+export const sent = (media) => media.reduce((sum, { blob }) => sum + Math.ceil(blob.size / 3) * 4, 0);
+
 const data = new WeakMap();
 
 /** The same as a `data:` URL, which can be sent. */

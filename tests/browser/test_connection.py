@@ -1,5 +1,6 @@
 """Answers that are stopped, and connections that break."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -63,16 +64,18 @@ def test_an_answer_goes_on_after_the_page_was_reloaded(
     assert text.split() == whole(demo_server, 60).split()
 
 
-@pytest.mark.parametrize("how", ["button", "Escape"])
+@pytest.mark.parametrize("how", ["button", "Escape", "after a reload"])
 def test_stopping_ends_the_work_at_once_and_keeps_what_is_there(
     chat: Chat, cable: Cable, demo_server: Server, how: str
 ) -> None:
     ask_and_hold(chat, cable, 3000)
     assert demo_server.metric(RUNNING) == 1
-    if how == "button":
-        chat.button("Stop").click()
-    else:
+    if how == "after a reload":
+        chat.page.reload()
+    if how == "Escape":
         chat.page.keyboard.press("Escape")
+    else:
+        chat.button("Stop").click()
     chat.wait_for_end()
     expect(chat.answers.locator(".note")).to_have_text("Stopped.")
     expect(chat.answer).to_contain_text("Hello! Show")
@@ -123,3 +126,4 @@ def test_an_answer_goes_on_while_another_conversation_is_looked_at(
     chat.button("Hello!").click()
     text = chat.wait_for_end()
     assert text.split() == whole(demo_server, 60).split()
+    expect(chat.answers.locator(".stats")).to_have_text(re.compile(r" s · [\d,]+ tokens/s$"))
