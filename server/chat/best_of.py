@@ -30,6 +30,7 @@ from server.schemas.answer import (
 )
 from server.schemas.common import BestOfUsage, Usage
 from wire.errors import ContextTooLong, EngineFailed
+from wire.spans import span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,8 @@ async def best(
     since = time.monotonic()
     choices = [answer.choice(0) for answer in answers]
     async with preparing(), chat.handle.preparing():
-        compared = await _compare(chat, contest, states, choices)
+        with span("critic", {"internvl.critic": contest.asked.critic}):
+            compared = await _compare(chat, contest, states, choices)
     metrics.critic_time.observe(time.monotonic() - since)
     metrics.compared.add(contest.asked.critic)
     chat.spending.add(compared.read)

@@ -159,6 +159,39 @@ async def test_other_dialects_and_completions_are_traced_too(traced: Traced) -> 
     assert missing.top.attributes["error.type"] == "file_not_found"
 
 
+async def test_choosing_the_best_answer_has_its_own_span(traced: Traced) -> None:
+    answer = await traced.ask(best_of={"n": 2, "critic": "vote"})
+    assert answer.status_code == 200, answer.text
+    (tree,) = await traced.trees(answer)
+    critic = tree.one("critic")
+    assert critic.attributes == {"internvl.critic": "vote"}
+    assert critic.parent == tree.top.id
+    assert tree.one("chat tiny").end <= critic.begin
+
+
+async def test_what_goes_on_in_the_background_stays_in_the_trace_of_who_asked(
+    traced: Traced,
+) -> None:
+    go_on = asyncio.Event()
+
+    def script(request: EngineRequest) -> Iterator[Step]:
+        yield go_on
+        yield from say("A red circle.")(request)
+
+    traced.house.engine.script = script
+    body = {"input": SECRET, "background": True}
+    first = await traced.house.http.post("/v1/responses", json=body)
+    place = f"/v1/responses/{first.json()['id']}"
+    go_on.set()
+    while (await traced.house.http.get(place)).json()["status"] != "completed":
+        await asyncio.sleep(0)
+    (tree,) = await traced.trees(first)
+    chat = tree.one("chat tiny")
+    assert chat.parent == tree.top.id
+    assert chat.end > tree.top.end
+    assert chat.attributes["gen_ai.response.finish_reasons"] == ["stop"]
+
+
 async def test_the_trace_of_a_client_goes_on_here(traced: Traced) -> None:
     trace, span = CLIENT
     headers = {"traceparent": f"00-{trace}-{span}-01", "tracestate": "vendor=1", "baggage": "a=1"}
