@@ -513,6 +513,8 @@ async def test_a_malformed_call_stays_text(house: House) -> None:
 async def test_tokens_and_answers_are_counted(house: House) -> None:
     await house.ask()
     await house.ask(messages=[{"role": "user", "content": [picture("a")]}])
+    for probe in ("/ready", "/live", "/metrics"):  # not counted
+        await house.http.get(probe)
     page = (await house.http.get("/metrics")).text
     assert 'internvl_http_requests_total{status="200"} 2.0' in page
     assert 'internvl_request_success_total{finished_reason="stop"} 2.0' in page

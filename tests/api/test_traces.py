@@ -23,7 +23,9 @@ from tests.collector import Collector, Tree
 from tests.fake_engine import EOS, FakeEngine, Script, Step, say
 from tests.servers import ROOT
 from tests.small_tokenizer import encode_rendered
+from wire import spans
 from wire.errors import EngineFailed
+from wire.logs import trace_id
 from wire.messages import EngineOutput, EngineRequest, Times
 from wire.settings import SettingError, TracingSettings
 
@@ -207,7 +209,15 @@ async def test_a_client_that_does_not_sample_its_trace_gets_none_here(
 ) -> None:
     trace, span = CLIENT
     caplog.set_level(logging.INFO)
+    kept: list[object] = []
+
+    def script(request: EngineRequest) -> Iterator[Step]:
+        kept.append(spans.current.get())
+        yield from say("A red circle.")(request)
+
+    traced.house.engine.script = script
     await traced.ask(headers={"traceparent": f"00-{trace}-{span}-00"}, stream=True)
+    assert kept == [None]  # nothing is done for it
     await traced.house.app.state.tracing.close()
     assert not traced.collector.spans
     assert f"trace={trace}" in caplog.text  # where it can still be found
@@ -449,6 +459,7 @@ async def test_json_lines_name_the_trace(traced: Traced, caplog: pytest.LogCaptu
         logging.getLogger().removeHandler(handler)
     (access,) = [line for line in lines if line["logger"] == "server.access"]
     assert access["trace_id"] == tree.top.trace
+    assert (trace_id.get(), spans.current.get()) == (None, None)
 
 
 def test_opentelemetry_is_loaded_only_where_something_is_traced() -> None:
