@@ -17,10 +17,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CLIENTS := .venv-clients
+CHECKOV := .venv-checkov
 NODE := tests/clients/node
 CODE := server engine model preprocessing wire demo tests benchmarks docs
 
-.PHONY: help setup serve test lint fmt unit tools clients docs clean lock lock-clients train evaluate bench
+.PHONY: help setup serve test lint lint-chart fmt unit tools clients docs clean lock lock-clients train evaluate bench
 
 help:  ## list the recipes
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -99,6 +100,15 @@ lint: $(VENV)/.dev  ## style, types and the walls between the packages
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+# checkov pins many versions, so it has an environment of its own; it takes half a minute to install.
+$(CHECKOV)/bin/checkov: | $(BIN)/python
+	@$(BIN)/python -m venv --clear $(CHECKOV)
+	@$(CHECKOV)/bin/pip install --quiet --disable-pip-version-check 'checkov>=3.3,<4'
+
+lint-chart: $(VENV)/.dev $(CHECKOV)/bin/checkov  ## show what the chart renders to checkov
+	@$(BIN)/python -m tests.deploy.chart manifests build/chart
+	@$(CHECKOV)/bin/checkov --framework kubernetes --directory build/chart --skip-download --compact --quiet
+
 fmt: $(VENV)/.dev  ## format the code and repair what can be repaired
 	@$(BIN)/ruff format $(CODE)
 	@$(BIN)/ruff check --fix $(CODE)
@@ -118,4 +128,4 @@ lock: $(VENV)/.dev  ## write the installed versions to constraints.txt
 	@mv constraints.new constraints.txt
 
 clean:  ## remove the environments and everything that was generated
-	rm -rf $(VENV) $(CLIENTS) .tools $(NODE)/node_modules build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENTS) $(CHECKOV) .tools $(NODE)/node_modules build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from server.commands import about, bench, chat, machine, rank, run_batch, serve, verify
+from server.commands import about, bench, chat, fetch, machine, rank, run_batch, serve, verify
 from wire.errors import Unservable
 from wire.settings import SettingError
 
@@ -26,6 +26,7 @@ An OpenAI-compatible inference server for InternVL3.
   internvl run-batch -i in.jsonl -o out.jsonl    answer a file of requests
   internvl bench --concurrency 16         what its clients see under a load
   internvl key alice >> keys.toml         make a key for --api-keys-file
+  internvl fetch OpenGVLab/InternVL3-2B --to models/2B     get a checkpoint
   internvl doctor                         what this machine has to serve with
   internvl plan /models/InternVL3-8B --gpu-memory 24GiB    whether a model fits
   internvl rank --leader 10.0.0.1         a further host of one model (--nodes)
@@ -75,6 +76,6 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", title="commands", required=True
     )
-    for module in (serve, chat, run_batch, bench, rank, machine, verify, about):
+    for module in (serve, chat, run_batch, bench, fetch, rank, machine, verify, about):
         module.add(commands)
     return parser

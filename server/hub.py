@@ -13,6 +13,8 @@ from wire.settings import SettingError
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SMALL = ("*.json", "*.jinja", "merges.txt", "tokenizer.model")
 _WEIGHTS = ("*.safetensors",)
+# In a folder that a checkpoint is fetched into: which one, and that it is there as a whole.
+_BEGUN, _COMPLETE = ".internvl-fetch", ".internvl-fetched"
 
 
 def is_name(text: str) -> bool:
@@ -27,16 +29,63 @@ def fetch(name: str, revision: str, *, weights: bool = True) -> Path:
 
     Raises SettingError where it cannot be had.
     """
+    try:
+        return _download(name, revision, None, [*_SMALL, *(_WEIGHTS if weights else ())])
+    except OSError as error:
+        raise SettingError(f"--model: {name} is no folder here, and {error}") from None
+
+
+def fetch_to(folder: Path, name: str, revision: str) -> None:
+    """Download a checkpoint into a folder of its own, if it is not there, or go on where that was
+    interrupted. Several processes may do so at once.
+
+    Raises SettingError where it cannot be had, and where something else is in the folder.
+    """
+    if is_complete(folder, name, revision):
+        return
+    said = _said(name, revision)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and _note(folder / _BEGUN) != said:
+            raise SettingError(f"--to: {folder} has something else in it")
+        (folder / _BEGUN).write_text(said, encoding="utf-8")
+        _download(name, revision, folder, [*_SMALL, *_WEIGHTS])
+        (folder / _COMPLETE).write_text(said, encoding="utf-8")
+    except OSError as error:
+        raise SettingError(f"--to: {error}") from None
+
+
+def is_complete(folder: Path, name: str, revision: str) -> bool:
+    """Whether ``fetch_to`` has done just this."""
+    return _note(folder / _COMPLETE) == _said(name, revision)
+
+
+def _said(name: str, revision: str) -> str:
+    return f"{name} {revision or 'newest'}\n"
+
+
+def _note(file: Path) -> str:
+    """What was noted; "" if nothing was."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise SettingError(f"--to: {error}") from None
+
+
+def _download(name: str, revision: str, folder: Path | None, patterns: list[str]) -> Path:
+    """Raises OSError with a message for people."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Imported late: only who names a model of a hub waits for it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = [*_SMALL, *(_WEIGHTS if weights else ())]
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        found = snapshot_download(
+            name, revision=revision or None, local_dir=folder, allow_patterns=patterns
+        )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise SettingError(
-            f"--model: {name} is no folder here, and cannot be fetched: {reason[0]}"
-        ) from None
+        raise OSError(f"{name} cannot be fetched: {reason[0]}") from None
+    return Path(found)

@@ -7,6 +7,9 @@ import os
 import ssl
 import struct
 import zlib
+from pathlib import Path
+
+KEYS = Path(os.environ.get("API_KEYS", "/etc/internvl/keys/keys"))
 
 
 def connect():
@@ -21,7 +24,7 @@ def connect():
 def call(method, path, body=None):
     link = connect()
     headers = {"Content-Type": "application/json"}
-    key = os.environ.get("API_KEYS", "").split(",")[0].strip()
+    key = KEYS.read_text().split(",")[0].strip() if KEYS.exists() else ""
     if key:
         headers["Authorization"] = f"Bearer {key}"
     link.request(method, path, json.dumps(body) if body else None, headers)

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from server.hub import is_complete
 from tests.checkpoints import make_checkpoint
 
 NAME, COMMIT = "OpenGVLab/InternVL3-0B", "a" * 40
@@ -27,6 +29,7 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answers)
         self.folder = folder
         self.asked: list[str] = []
+        self.withheld = ""  # the name of a file
 
     @property
     def url(self) -> str:
@@ -56,6 +59,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
         elif path.startswith(f"/api/models/{NAME}"):
             facts = {"id": NAME, "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files]}
             status, headers, body = 200, {}, json.dumps(facts).encode()
+        elif path.startswith(f"/{NAME}/resolve/") and Path(path).name == self.server.withheld:
+            status, headers = 403, {}
         elif path.startswith(f"/{NAME}/resolve/"):
             body = (self.server.folder / Path(path).name).read_bytes()
             etag = hashlib.sha256(body).hexdigest()
@@ -136,7 +141,7 @@ def test_what_cannot_be_fetched_is_said_in_a_line(model_hub: Hub, tmp_path: Path
     for model, endpoint in (("Nobody/nothing", model_hub.url), (NAME, "http://127.0.0.1:1")):
         done = plan(model, tmp_path / "cache", endpoint)
         assert done.returncode == 2
-        assert f"--model: {model} is no folder here, and cannot be fetched: " in done.stderr
+        assert f"--model: {model} is no folder here, and {model} cannot be fetched: " in done.stderr
         assert "Traceback" not in done.stderr
 
 
@@ -148,3 +153,85 @@ def test_paths_are_never_asked_for(model_hub: Hub, tmp_path: Path) -> None:
         assert done.returncode == 2
         assert "is not a checkpoint folder" in done.stderr
     assert model_hub.asked == []
+
+
+def fetch(cache: Path, endpoint: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return run(cache, endpoint, "-m", "server", "fetch", *words)
+
+
+def test_a_folder_is_filled_once_and_then_asks_nobody(model_hub: Hub, tmp_path: Path) -> None:
+    cache, to = tmp_path / "cache", tmp_path / "volume" / "model"
+    for endpoint in (model_hub.url, "http://127.0.0.1:1"):
+        done = fetch(cache, endpoint, NAME, "--to", str(to))
+        assert (done.returncode, done.stdout) == (0, f"{to}\n"), done.stderr
+    for file in ("config.json", "tokenizer.json", "model.safetensors"):
+        assert (to / file).read_bytes() == (model_hub.folder / file).read_bytes()
+    assert not names(to) & UNREAD
+    assert "model.safetensors" not in names(cache)
+    waited = fetch(cache, "http://127.0.0.1:1", NAME, "--to", str(to), "--wait")
+    assert (waited.returncode, waited.stdout) == (0, f"{to}\n")
+
+
+def test_several_may_fetch_into_one_folder_at_once(model_hub: Hub, tmp_path: Path) -> None:
+    to = tmp_path / "volume"
+    with ThreadPoolExecutor(3) as pool:
+        calls = [
+            pool.submit(fetch, tmp_path / f"cache{i}", model_hub.url, NAME, "--to", str(to))
+            for i in range(3)
+        ]
+        for call in calls:
+            assert call.result().returncode == 0, call.result().stderr
+    weights = (model_hub.folder / "model.safetensors").read_bytes()
+    assert (to / "model.safetensors").read_bytes() == weights
+
+
+def test_a_fetch_that_was_interrupted_goes_on(model_hub: Hub, tmp_path: Path) -> None:
+    to = tmp_path / "volume"
+    model_hub.withheld = "model.safetensors"
+    failed = fetch(tmp_path / "cache", model_hub.url, NAME, "--to", str(to))
+    assert failed.returncode == 2
+    assert f"{NAME} cannot be fetched: " in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not is_complete(to, NAME, "")
+    model_hub.withheld = ""
+    done = fetch(tmp_path / "cache", model_hub.url, NAME, "--to", str(to))
+    assert done.returncode == 0, done.stderr
+    weights = model_hub.folder / "model.safetensors"
+    assert (to / "model.safetensors").read_bytes() == weights.read_bytes()
+
+
+def test_whoever_waits_goes_on_when_the_folder_is_complete(model_hub: Hub, tmp_path: Path) -> None:
+    to = tmp_path / "volume"
+    command = [sys.executable, "-m", "server", "fetch", NAME, "--to", str(to), "--wait"]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as waiting:
+        try:
+            assert waiting.stderr is not None
+            assert "waiting until" in waiting.stderr.readline()
+            done = fetch(tmp_path / "cache", model_hub.url, NAME, "--to", str(to))
+            assert done.returncode == 0, done.stderr
+            out, _ = waiting.communicate(timeout=30)
+        finally:
+            waiting.kill()
+    assert (waiting.returncode, out) == (0, f"{to}\n")
+
+
+def test_a_folder_with_something_else_is_left_alone(model_hub: Hub, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    other, mine = tmp_path / "other", tmp_path / "mine"
+    assert fetch(cache, model_hub.url, NAME, "--to", str(other)).returncode == 0
+    mine.mkdir()
+    (mine / "letter.txt").write_text("dear")
+    asked = len(model_hub.asked)
+    for folder, words in ((other, ["--revision", COMMIT]), (mine, []), (mine / "letter.txt", [])):
+        refused = fetch(cache, model_hub.url, NAME, "--to", str(folder), *words)
+        assert refused.returncode == 2
+        assert "internvl fetch: --to: " in refused.stderr
+        assert str(folder) in refused.stderr
+    for words in (["/no/name"], [NAME, "--wait"]):
+        refused = fetch(cache, model_hub.url, *words)
+        assert refused.returncode == 2
+        assert "Traceback" not in refused.stderr
+    assert len(model_hub.asked) == asked

@@ -1,18 +1,14 @@
 """What `internvl rank` makes of its flags and of what launchers set, and what it refuses."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import yaml
 
 from engine.node import Host
-from server.cli import main, make_parser
+from server.cli import main
 from server.commands.rank import host_of_ranks
-from tests.servers import ROOT
-from wire.loading import load
 from wire.settings import SettingError
 
 LWS = {"LWS_LEADER_ADDRESS": "eyes-0.eyes.ns", "LWS_GROUP_SIZE": "3", "LWS_WORKER_INDEX": "2"}
@@ -82,29 +78,3 @@ def test_what_cannot_be_is_refused_by_name(
 def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rank", "--node", "1"]) == 2
     assert capsys.readouterr().err.startswith("internvl rank: --leader")
-
-
-def test_the_manifest_in_the_docs_starts_commands_that_fit_each_other(
-    given: dict[str, str],
-) -> None:
-    page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
-    (text,) = re.findall(r"```yaml\n(apiVersion: leaderworkerset.*?)```", page, re.DOTALL)
-    group, _ = yaml.safe_load_all(text)
-    template = group["spec"]["leaderWorkerTemplate"]
-    size = str(template["size"])
-    flags = []
-    for who in ("leaderTemplate", "workerTemplate"):
-        (container,) = template[who]["spec"]["containers"]
-        words = [word.replace("$(LWS_GROUP_SIZE)", size) for word in container["args"]]
-        options = {k: v for k, v in vars(make_parser().parse_args(words)).items() if v is not None}
-        mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
-        assert str(Path(options["rank_secret_file"]).parent) in mounts
-        flags.append(options | {"rank_secret_file": given["rank_secret_file"]})
-    leader, worker = flags
-    del leader["run"], worker["run"]
-    assert (leader.pop("command"), worker.pop("command")) == ("serve", "rank")
-    engine = load(leader, {}).engine
-    assert worker.pop("model") == engine.model
-    found = host(worker, LWS | {"LWS_GROUP_SIZE": size, "LWS_WORKER_INDEX": "1"})
-    assert found.port == engine.rank_port
-    assert (found.processes, engine.nodes) == (engine.tensor_parallel_size // engine.nodes, 2)
