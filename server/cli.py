@@ -33,7 +33,8 @@ An OpenAI-compatible inference server for InternVL3.
   internvl verify /models/InternVL3-2B    compare its answers with transformers'
 
 Every setting can be given as a flag, as an environment variable (INTERNVL_ and its name in
-capitals) or in a TOML file; the flag wins, then the variable. `internvl serve --help` lists them.
+capitals) or in a TOML or YAML file; the flag wins, then the variable. `internvl serve --help`
+lists them.
 """
 
 

@@ -51,7 +51,7 @@ def add_settings(parser: argparse.ArgumentParser, without: Collection[str] = ())
 def add_config(parser: argparse.ArgumentParser) -> None:
     """The flag that names a file of settings."""
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="read settings from a TOML file"
+        "--config", type=Path, metavar="FILE", help="read settings from a TOML or YAML file"
     )
 
 
@@ -105,9 +105,10 @@ def settings_page() -> str:
         "",
         "Written by `internvl settings` from `wire/settings.py`; a test keeps it current.",
         "",
-        "Each setting is a flag of `internvl serve`, an environment variable and a key of the TOML",
-        "file that `--config` names. The flag wins, then the variable, then the file. A value that",
-        "cannot be read is an error wherever it comes from.",
+        "Each setting is a flag of `internvl serve`, an environment variable and a key of the file",
+        "that `--config` names: TOML, or YAML where its name ends with `.yaml` or `.yml`. The flag",
+        "wins, then the variable, then the file. A value that cannot be read is an error wherever",
+        "it comes from.",
     ]
     group = ""
     for name, field, _ in each_setting():

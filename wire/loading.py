@@ -1,9 +1,8 @@
-"""Settings from the command line, the environment, a TOML file and defaults, in this order. A value
+"""Settings from the command line, the environment, a file and defaults, in this order. A value
 that cannot be parsed is fatal wherever it came from."""
 
 import math
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from wire.settings import (
     TracingSettings,
     each_setting,
 )
+from wire.settings_file import read_settings
 
 ENV_PREFIX = "INTERNVL_"
 _MOST_PROCESSES = 64
@@ -31,11 +31,12 @@ def load(cli: Mapping[str, str], env: Mapping[str, str], file: Path | None = Non
 
     ``cli`` holds only the flags that were given, as text, keyed by field name.
     """
-    table = _read_file(file)
+    table = read_settings(file) if file is not None else {}
     known = {field.name for _, field, _ in each_setting()}
-    for name in (*cli, *table):
-        if name not in known:
-            raise SettingError(f"unknown setting {name!r}")
+    for names, where in ((cli, ""), (table, f" in {file}")):
+        for name in names:
+            if name not in known:
+                raise SettingError(f"unknown setting {name!r}{where}")
     groups = ("server", "media", "engine", "critic", "tracing")
     given: dict[str, dict[str, Any]] = {name: {} for name in groups}
     for group, field, kind in each_setting():
@@ -45,7 +46,7 @@ def load(cli: Mapping[str, str], env: Mapping[str, str], file: Path | None = Non
         elif variable in env:
             source, raw = variable, env[variable]
         elif field.name in table:
-            source, raw = f"{field.name} in the settings file", table[field.name]
+            source, raw = f"{field.name} in {file}", table[field.name]
         else:
             continue
         given[group][field.name] = _parse(source, raw, kind, field.metadata)
@@ -83,15 +84,6 @@ def check_ranks(engine: EngineSettings) -> None:
         read_secret(engine.rank_secret_file)
 
 
-def _read_file(file: Path | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingError(f"the settings file cannot be read: {error}") from error
-
-
 def _parse(source: str, raw: Any, kind: Any, metadata: types.MappingProxyType[Any, Any]) -> Any:
     try:
         value = _convert(raw, kind)
@@ -120,9 +112,11 @@ def _convert(raw: Any, kind: Any) -> Any:
         return words[str(raw).lower()]
     if typing.get_origin(kind) is tuple:
         each, _ = typing.get_args(kind)
-        items = raw if isinstance(raw, list) else str(raw).split(",")
+        items = raw.split(",") if isinstance(raw, str) else raw if isinstance(raw, list) else [raw]
+        if not all(isinstance(item, str | int | float) for item in items):
+            raise TypeError(raw)
         return tuple(each(text) for item in items if (text := str(item).strip()))
-    if isinstance(raw, bool) or (kind is not str and not isinstance(raw, str | int | float)):
+    if isinstance(raw, bool) or not isinstance(raw, str | int | float):
         raise TypeError(raw)
     if kind is int and isinstance(raw, float):
         raise TypeError(raw)

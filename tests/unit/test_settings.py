@@ -87,6 +87,11 @@ def test_a_value_that_is_not_allowed_is_fatal_and_names_its_source(name: str, te
         "port = [1]",
         "allow_private_media = 2",
         "unknown = 1",
+        "host = {a = 1}",
+        "host = ['a']",
+        "api_key = [['a']]",
+        "api_key = {a = 1}",
+        f"port = {'[' * 10_000}",
         "port = ",
     ],
 )
@@ -95,6 +100,79 @@ def test_a_wrong_file_is_fatal(tmp_path: Path, line: str) -> None:
     file.write_text(line)
     with pytest.raises(SettingError):
         load({}, {}, file)
+
+
+def yaml(folder: Path, text: str | bytes, name: str = "settings.yaml") -> Path:
+    file = folder / name
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    return file
+
+
+def test_yaml_says_the_same_as_toml(tmp_path: Path) -> None:
+    toml = tmp_path / "settings.toml"
+    toml.write_text(
+        "port = 9000\nhost = '::'\napi_key = ['0123', 'yes']\ndrain_timeout = 2.5\n"
+        "allow_private_media = true\nsystem_prompt = 'a: b # c'\nmax_model_len = 0\n"
+    )
+    text = (
+        "# comment\nport: 9000\nhost: '::'\napi_key: [0123, yes]\ndrain_timeout: 2.5\n"
+        "allow_private_media: yes\nsystem_prompt: 'a: b # c'\nmax_model_len: 0\n"
+    )
+    for name in ("a.yaml", "a.yml", "a.YAML"):
+        assert load({}, {}, yaml(tmp_path, text, name)) == load({}, {}, toml)
+    block = yaml(tmp_path, "api_key:\n  - 2024-01-01\n  - 1e3\n")
+    assert load({}, {}, block).server.api_key == ("2024-01-01", "1e3")
+    assert load({}, {}, yaml(tmp_path, "# nothing\n")) == Settings()
+    assert load({"port": "3"}, {"INTERNVL_HOST": "h"}, yaml(tmp_path, text)).server.port == 3
+
+
+BOMB = "a: &a [x, x]\n" + "".join(f"b{n}: &b{n} [*a, *a]\n" for n in range(9)) + "port: *b8\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("port: eighty", "port in .*settings.yaml: 'eighty' is not a valid int"),
+        ("port: 70000", "port in .*settings.yaml: 70000 must be"),
+        ("device: tpu", "'tpu' is not one of"),
+        ("prot: 1", "unknown setting 'prot' in .*settings.yaml"),
+        ("a: 1\n\nport: 80\nport: 81", "line 4 gives 'port' a second time"),
+        ("port:", "'port' in line 1 needs a value"),
+        ("port: ~", "'port' in line 1 needs a value"),
+        ("port: {a: 1}", "'port' in line 1 needs a value"),
+        ("host: [[a]]", "'host' in line 1 needs a value"),
+        ("host: [a, b]", "host in .*: .* is not a valid str"),
+        ("host: !!python/object/apply:os.system [ls]", "unknown|needs a value|not a valid"),
+        ("host: !!python/name:os.system ''", "'host' in line 1 needs a value"),
+        ("host: !secret x", "'host' in line 1 needs a value"),
+        ("host: *nowhere", "undefined alias in line 1|'nowhere' in line 1"),
+        (BOMB, "needs a value"),
+        ("[1, 2]", "no list of names"),
+        ("just text", "no list of names"),
+        ("? [a]\n: 1", "line 1 begins with something else"),
+        ("<<: {port: 1}", "needs a value"),
+        ("a: 1\n---\nb: 2", "cannot be read"),
+        ("host: 'unclosed", "cannot be read"),
+        ("\thost: x", "line 1"),
+        ("host: \x00", "characters"),
+        (b"host: \xff", "not UTF-8"),
+        ("[" * 100_000, "nested too deeply"),
+        ("#" * (1 << 20) + "#", "more than 1 MiB"),
+    ],
+)
+def test_a_wrong_yaml_file_names_what_is_wrong(
+    tmp_path: Path, text: str | bytes, says: str
+) -> None:
+    with pytest.raises(SettingError, match=says) as raised:
+        load({}, {}, yaml(tmp_path, text))
+    assert "settings.yaml" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_stands_in_a_file_is_not_told_with_its_errors(tmp_path: Path) -> None:
+    with pytest.raises(SettingError) as raised:
+        load({}, {}, yaml(tmp_path, "api_key: [hunter2, 'x\n"))
+    assert "hunter2" not in str(raised.value)
 
 
 def test_a_file_may_hold_lists_and_booleans(tmp_path: Path) -> None:
