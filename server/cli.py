@@ -7,7 +7,18 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from server.commands import about, bench, chat, fetch, machine, rank, run_batch, serve, verify
+from server.commands import (
+    about,
+    bench,
+    chat,
+    completion,
+    fetch,
+    machine,
+    rank,
+    run_batch,
+    serve,
+    verify,
+)
 from wire.errors import Unservable
 from wire.settings import SettingError
 
@@ -79,4 +90,5 @@ def make_parser() -> argparse.ArgumentParser:
     )
     for module in (serve, chat, run_batch, bench, fetch, rank, machine, verify, about):
         module.add(commands)
+    completion.add(commands, parser)
     return parser
