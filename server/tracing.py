@@ -170,22 +170,45 @@ def _endpoint(url: str) -> str:
     return url if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1/traces"
 
 
+class _Heard(logging.Handler):
+    """What OpenTelemetry's exporter says of a failure, which nobody else shall hear."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+        self._logger = logging.getLogger("opentelemetry.exporter")
+        self._logger.setLevel(logging.WARNING)
+        self._logger.propagate = False
+        self._logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage()[:_LONGEST])
+
+    def close(self) -> None:
+        self._logger.removeHandler(self)
+        super().close()
+
+
 class _Telling(SpanExporter):
     """Says in the log when ``exporter`` begins to fail, and when it works again."""
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._exporter = exporter
+        self._heard = _Heard()
         self._works = True
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self._heard.said.clear()
         result = self._exporter.export(spans)
         works = result is SpanExportResult.SUCCESS
         if self._works and not works:
-            logger.warning("the collector does not take traces; requests go on without")
+            why = (self._heard.said or ["no reason given"])[0]
+            logger.warning("traces do not reach the collector; requests go on without: %s", why)
         elif works and not self._works:
-            logger.info("the collector takes traces again")
+            logger.info("traces reach the collector again")
         self._works = works
         return result
 
     def shutdown(self) -> None:
         self._exporter.shutdown()
+        self._heard.close()

@@ -391,6 +391,7 @@ async def test_a_collector_that_fails_is_told_of_once_and_no_request_notices(
         await asyncio.to_thread(collector.wait_for_calls, calls)
     told = [record for record in caplog.records if "collector" in record.getMessage()]
     assert [record.levelname for record in told] == ["WARNING"]
+    assert "400" in told[0].getMessage()
     collector.broken = False
     answer = await traced.ask()
     await traced.trees(answer)
