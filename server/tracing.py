@@ -21,6 +21,7 @@ from opentelemetry.trace import Span as OpenSpan
 from opentelemetry.trace import SpanKind, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.datastructures import Headers
+from starlette.routing import Match
 from starlette.types import Scope
 
 from wire import spans
@@ -107,8 +108,8 @@ class Tracing:
         traced = trace_id.set(f"{span.get_span_context().trace_id:032x}")
 
         def answered(status: int) -> None:
-            # Below what is no route of ours may be anything that a client likes.
-            route: str | None = getattr(scope.get("route"), "path", None)
+            # What is below no route of ours may be anything that a client likes.
+            route = _route(scope)
             kept.set(
                 {
                     "http.request.method": method,
@@ -152,6 +153,15 @@ class Tracing:
         threading.Thread(target=shut_down, name="traces", daemon=True).start()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(over.wait(), FLUSH_TIMEOUT)
+
+
+def _route(scope: Scope) -> str | None:
+    """The path of the route that a request was for, as it is written in the code."""
+    route = scope.get("route")
+    if route is None:  # it was refused before anybody looked
+        routes = scope["app"].state.routes if "app" in scope else ()
+        route = next((one for one in routes if one.matches(scope)[0] is Match.FULL), None)
+    return getattr(route, "path", None)
 
 
 def _endpoint(url: str) -> str:

@@ -23,6 +23,7 @@ from server.lifecycle import Service
 from server.schemas.chat import ChatRequest
 from server.schemas.validate import F, parse_request
 from wire.logs import request_id
+from wire.spans import span
 
 # Larger bodies are read and tokenised in a thread; for smaller ones it costs more than it saves.
 THREAD_BYTES = 1 << 14
@@ -60,7 +61,9 @@ async def attend(request: Request, answer: Callable[[Arrival], Awaitable[Respons
     what reading the body and ``answer`` raise."""
     began = time.monotonic()
     service: Service = request.app.state.service
-    body = await _read_body(request)
+    with span("read") as reading:
+        body = await _read_body(request)
+        reading.set({"http.request.body.size": len(body)})
     run: Run = asyncio.to_thread if len(body) > THREAD_BYTES else _here
     held: contextlib.AsyncExitStack = request.scope["held"]
     arrival = Arrival(service, body, request.state.tenant, held, began, run)

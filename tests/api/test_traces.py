@@ -79,7 +79,11 @@ async def test_a_request_is_a_tree_of_spans_with_what_it_was_and_what_it_took(
     usage = answer.json()["usage"]
     (tree,) = await traced.trees(answer)
     assert tree.shape == {
-        f"POST {CHAT}": [{"chat tiny": [{"decode": []}, {"prefill": []}]}, {"prompt": []}]
+        f"POST {CHAT}": [
+            {"chat tiny": [{"decode": []}, {"prefill": []}]},
+            {"prompt": []},
+            {"read": []},
+        ]
     }
     top, chat = tree.top, tree.one("chat tiny")
     assert (top.kind, top.parent, top.failed) == (SERVER, "", False)
@@ -113,6 +117,8 @@ async def test_a_request_is_a_tree_of_spans_with_what_it_was_and_what_it_took(
         "internvl.visual_tokens": 0,
     }
     assert tree.one("decode").attributes["internvl.tokens"] == usage["completion_tokens"]
+    sent = int(answer.request.headers["content-length"])
+    assert tree.one("read").attributes == {"http.request.body.size": sent}
     service = tree.top.service
     assert service["service.name"] == "internvl-server"
     assert service["service.version"]
@@ -295,6 +301,17 @@ async def test_an_error_is_in_its_trace_by_its_code_and_only_the_servers_own_as_
     assert "url.path" not in nowhere.top.attributes
     assert f"trace={other.top.trace}" in caplog.text
     assert SECRET.encode() not in traced.collector.raw
+
+
+async def test_what_is_refused_at_the_door_is_of_its_route(
+    houses: Houses, collector: Collector
+) -> None:
+    house = await houses.open(api_key=("key",), tracing=TracingSettings(collector.url))
+    answer = await house.ask()
+    assert answer.status_code == 401
+    (tree,) = await Traced(house, collector).trees(answer)
+    assert tree.top.name == f"POST {CHAT}"
+    assert tree.top.attributes["error.type"] == answer.json()["error"]["code"]
 
 
 async def test_an_error_within_a_stream_is_in_its_trace(traced: Traced) -> None:

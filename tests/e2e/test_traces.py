@@ -60,7 +60,7 @@ def test_each_picture_has_its_spans_and_one_that_was_cached_says_so(
     media = {"media": [one, one, {"media.fetch": []}, {"media.fetch": []}]}
     prefill = {"prefill": [{"encode": []}]}
     generated = {"chat internvl-demo": [{"decode": []}, prefill, {"queue": []}]}
-    assert tree.shape == {f"POST {CHAT}": [generated, media, {"prompt": []}]}
+    assert tree.shape == {f"POST {CHAT}": [generated, media, {"prompt": []}, {"read": []}]}
     usage = first.json()["usage"]
     told = {span.attributes["internvl.media.part"]: span for span in tree.all("media.decode")}
     for index, one in enumerate(usage["internvl"]["images"]):
