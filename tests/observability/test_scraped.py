@@ -43,10 +43,10 @@ def kill_engine_under(server: Server) -> None:
     """A stream pauses and goes on."""
     body = {"messages": [{"role": "user", "content": "Hello!"}], "ignore_eos": True}
     body |= {"stream": True, "max_tokens": 150}
+    (engine,) = server.children("engine")
     with httpx.stream("POST", server.url + CHAT, json=body, headers=HEADERS, timeout=90) as answer:
         lines = answer.iter_lines()
         assert json.loads(next(lines)[6:])
-        (engine,) = server.children("engine")
         os.kill(engine, signal.SIGKILL)
         assert [line for line in lines if line][-1] == "data: [DONE]"
 
