@@ -74,24 +74,25 @@ def _ns(moment: float | None) -> int | None:
 
 class Tracing:
     """Begins traces, and sends them to the collector that ``settings`` name. Raises SettingError
-    where that is no address."""
+    where that is no address, or a variable of OpenTelemetry's is wrong."""
 
     def __init__(self, settings: TracingSettings, version: str) -> None:
+        endpoint = _endpoint(settings.otlp_traces_endpoint)
         # It would repeat headers of clients, and tell of every failure.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
-        exporter = OTLPSpanExporter(_endpoint(settings.otlp_traces_endpoint))
-        self._provider = TracerProvider(
-            ParentBased(TraceIdRatioBased(settings.otlp_traces_ratio)),
-            Resource.create(
-                {"service.name": settings.otlp_service_name, "service.version": version}
-            ),
-            shutdown_on_exit=False,  # ``close`` does not wait as long
-            span_limits=SpanLimits(max_span_attribute_length=_LONGEST),
-        )
-        self._provider.add_span_processor(
-            BatchSpanProcessor(
-                _Telling(exporter), max_queue_size=QUEUE, max_export_batch_size=BATCH
+        service = {"service.name": settings.otlp_service_name, "service.version": version}
+        try:
+            self._provider = TracerProvider(
+                ParentBased(TraceIdRatioBased(settings.otlp_traces_ratio)),
+                Resource.create(service),
+                shutdown_on_exit=False,  # ``close`` does not wait as long
+                span_limits=SpanLimits(max_span_attribute_length=_LONGEST),
             )
+            exporter = _Telling(OTLPSpanExporter(endpoint))
+        except ValueError as error:
+            raise SettingError(f"variables of OpenTelemetry: {error}") from None
+        self._provider.add_span_processor(
+            BatchSpanProcessor(exporter, max_queue_size=QUEUE, max_export_batch_size=BATCH)
         )
         self._tracer = self._provider.get_tracer(NAME, version)
         self._propagator = TraceContextTextMapPropagator()
@@ -105,7 +106,8 @@ class Tracing:
         span = self._tracer.start_span(method, above, SpanKind.SERVER)
         kept = _Kept(self._tracer, span)
         before = spans.current.set(kept if span.is_recording() else None)
-        traced = trace_id.set(f"{span.get_span_context().trace_id:032x}")
+        trace = span.get_span_context()
+        traced = trace_id.set(f"{trace.trace_id:032x}" if trace.is_valid else None)
 
         def answered(status: int) -> None:
             # What is below no route of ours may be anything that a client likes.

@@ -438,6 +438,7 @@ async def test_more_spans_than_can_wait_are_dropped_without_a_word(
     traced = Traced(house, collector)
     answers = [await traced.ask() for _ in range(12)]
     assert {answer.status_code for answer in answers} == {200}
+    await house.app.state.tracing.close()
     assert sum("collector" in record.getMessage() for record in caplog.records) <= 1
 
 
@@ -449,6 +450,29 @@ async def test_what_is_no_address_of_a_collector_is_refused_at_the_start(
 ) -> None:
     with pytest.raises(SettingError, match="otlp_traces_endpoint"):
         await houses.open(tracing=TracingSettings(url))
+
+
+async def test_a_variable_of_opentelemetry_that_is_wrong_is_told_of_at_the_start(
+    houses: Houses, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "many")
+    with pytest.raises(SettingError, match="OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT"):
+        await houses.open(tracing=TracingSettings(collector.url))
+
+
+async def test_what_opentelemetry_itself_switches_off_is_off(
+    houses: Houses,
+    collector: Collector,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    caplog.set_level(logging.INFO)
+    house = await houses.open(tracing=TracingSettings(collector.url))
+    assert (await house.ask()).status_code == 200
+    await house.app.state.tracing.close()
+    assert not collector.calls
+    assert "trace=" not in caplog.text
 
 
 async def test_a_collector_without_a_path_is_asked_at_the_usual_one(
