@@ -22,7 +22,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from preprocessing import FrameChoice, MediaPart, MediaPipeline, TiledMedia, TiledVideo, pool
+from preprocessing import (
+    FrameChoice,
+    MediaPart,
+    MediaPipeline,
+    Spent,
+    TiledMedia,
+    TiledVideo,
+    pool,
+)
 from preprocessing.images import open_picture
 from preprocessing.media import Confine, Confined, File, FromWorker, Refused, TileJob, TileSettings
 from preprocessing.tiling import tile
@@ -199,6 +207,22 @@ async def test_neither_a_part_nor_its_tiles_can_end_up_in_a_log() -> None:
         loaded = await media.load(asked)
     assert "base64" not in repr(asked)
     assert len(repr(loaded)) < 300
+
+
+async def test_the_time_of_a_picture_is_told_part_by_part_and_only_of_what_was_done() -> None:
+    async with pipeline(tile_cache_bytes=1 << 20) as media:
+        first, again = [await media.load(plain()) for _ in range(2)]
+        assert min(first.spent) > 0
+        assert again.spent == Spent(again.spent.fetch)
+        assert again.spent.fetch > 0
+        stats = media.stats
+        assert (stats.tile_queries, stats.tile_hits, stats.decoded) == (2, 1, 1)
+
+
+def test_a_worker_that_claims_more_time_than_there_was_is_not_believed() -> None:
+    assert Spent(1, 0, 2, 3).within(10) == Spent(1, 5, 2, 3)
+    assert Spent(1, 0, 1e30, 3).within(10) == Spent(1, 0, 10, 0)
+    assert Spent(1, 0, 2, 1e30).within(10) == Spent(1, 0, 2, 8)
 
 
 async def test_many_at_once_each_get_their_own() -> None:
