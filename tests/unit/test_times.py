@@ -167,16 +167,21 @@ class Reader:
         if connected:
             self.streams.connect()
 
-    async def ask(self) -> None:
-        self.task = asyncio.create_task(self._read())
+    async def ask(self, name: str = "a") -> None:
+        self.task = asyncio.create_task(self._read(name))
         await asyncio.sleep(0)
 
-    async def _read(self) -> list[EngineOutput]:
-        return [output async for output in self.streams.read(*request("a", 3, max_tokens=99))]
+    async def _read(self, name: str) -> list[EngineOutput]:
+        return [output async for output in self.streams.read(*request(name, 3, max_tokens=99))]
 
-    def say(self, *ids: int, end: str | None = None, times: Times | None = None) -> None:
-        output = EngineOutput("a", list(ids), end, times=times)
+    def say(
+        self, *ids: int, name: str = "a", end: str | None = None, times: Times | None = None
+    ) -> None:
+        output = EngineOutput(name, list(ids), end, times=times)
         self.streams.deal(StepReport([output], EngineStats(running=1)))
+
+    def fall_idle(self) -> None:
+        self.streams.deal(StepReport([], EngineStats()))
 
     async def told(self) -> Times:
         """What all outputs together tell."""
@@ -227,3 +232,19 @@ async def test_a_request_whose_engine_dies_is_resumed_once_and_timed_once(clock:
     reader.say(2, end="length")
     assert await reader.told() == Times(31.0, 2.0, None)
     assert (reader.streams.gaps.count, reader.streams.gaps.sum) == (1, 5.0)
+
+
+async def test_a_request_that_is_sent_again_behind_its_trial_is_resumed_once() -> None:
+    reader = Reader()
+    await reader.ask("a")
+    await reader.ask("b")
+    reader.streams.disconnect()
+    reader.streams.connect()
+    for name in "ab":  # each is tried alone
+        reader.say(*range(8), name=name)
+        reader.fall_idle()
+    assert reader.streams.resumed == 2
+    for name in "ab":
+        reader.say(1, name=name, end="length")
+    await reader.task
+    assert reader.streams.resumed == 2
