@@ -1,6 +1,7 @@
 """docs/metrics.md, the table of metrics, and what a server tells are the same."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import httpx
@@ -8,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.metric_table import TABLE, page
 from tests.servers import Server
+from tests.tools import tool
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 PAGES = [PAGE.with_name(name) for name in ("operations.md", "observability.md")]
@@ -33,6 +35,14 @@ def test_a_server_has_the_metrics_of_the_table_and_no_others(demo_server: Server
     # The text format knows no type "info".
     kinds = {name: "gauge" if row.kind == "info" else row.kind for name, row in TABLE.items()}
     assert scraped(text) == kinds
+
+
+def test_prometheus_has_nothing_to_say_about_them(demo_server: Server) -> None:
+    page = httpx.get(demo_server.url + "/metrics").content
+    checked = subprocess.run(
+        [tool("promtool"), "check", "metrics"], input=page, capture_output=True, check=False
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
 
 
 def test_what_operators_are_told_to_watch_exists() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.metric_table import TABLE
 from tests.observability.queries import QUERIES, filled
 from tests.prometheus import JOB, Prometheus
 from tests.servers import ROOT, Server, data_uri, draw, encode
@@ -18,6 +19,20 @@ from tests.servers import ROOT, Server, data_uri, draw, encode
 KEY = "sk-observed"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 CHAT = "/v1/chat/completions"
+# Counters and histograms that this load does not move.
+STILL = {
+    "internvl_best_of_total",
+    "internvl_critic_restarts_total",
+    "internvl_critic_seconds",
+    "internvl_decode_workers_replaced_total",
+    "internvl_files_evicted_total",
+    "internvl_key_requests_refused_total",
+    "internvl_num_preemptions_total",
+    "internvl_requests_given_up_total",
+    "internvl_requests_refused_total",
+    "internvl_sandbox_kills_total",
+    "internvl_streams_resumed_total",
+}
 
 
 def ask(server: Server, *content: Any, **body: Any) -> int:
@@ -33,6 +48,7 @@ def work(server: Server, size: int) -> None:
     picture = {"type": "image_url", "image_url": {"url": url}}
     for _ in range(2):  # the second finds what the first has left
         assert ask(server, picture, {"type": "text", "text": "What?"}) == 200
+    assert ask(server, {"type": "text", "text": "Say what this is:"}, picture) == 200
     assert ask(server, n=2, stream=True) == 200
     broken = {"type": "image_url", "image_url": {"url": data_uri(b"no picture")}}
     assert ask(server, broken) == 400
@@ -74,6 +90,16 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
 def test_every_query_of_the_dashboard_has_something_to_show(scraped: Prometheus) -> None:
     empty = [query for query in QUERIES if not scraped.query(filled(query))]
     assert not empty
+
+
+def test_every_metric_is_there_and_has_moved_if_it_should(scraped: Prometheus) -> None:
+    still = set()
+    for row in TABLE.values():
+        samples = scraped.query(row.name + "_count" * (row.kind == "histogram"))
+        assert samples, row.name
+        if row.kind != "gauge" and not any(value for _, value in samples):
+            still.add(row.name)
+    assert still == STILL
 
 
 def test_the_replicas_to_choose_from_are_there(scraped: Prometheus) -> None:
