@@ -30,6 +30,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.folder = folder
         self.asked: list[str] = []
         self.withheld = ""  # the name of a file
+        self.keys: set[str | None] = set()
 
     @property
     def url(self) -> str:
@@ -48,6 +49,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def _answer(self, *, head: bool) -> None:
         path = self.path.partition("?")[0]
         self.server.asked.append(path)
+        self.server.keys.add(self.headers["Authorization"])
         files = sorted(self.server.folder.iterdir())
         status, headers, body = 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
         if path.startswith(f"/api/models/{NAME}/tree/"):
@@ -170,6 +172,16 @@ def test_a_folder_is_filled_once_and_then_asks_nobody(model_hub: Hub, tmp_path: 
     assert "model.safetensors" not in names(cache)
     waited = fetch(cache, "http://127.0.0.1:1", NAME, "--to", str(to), "--wait")
     assert (waited.returncode, waited.stdout) == (0, f"{to}\n")
+
+
+def test_a_token_is_read_from_a_file_as_secrets_are_mounted(
+    model_hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text("hf_secret\n")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    done = fetch(tmp_path / "cache", model_hub.url, NAME, "--to", str(tmp_path / "volume"))
+    assert done.returncode == 0, done.stderr
+    assert model_hub.keys == {"Bearer hf_secret"}
 
 
 def test_several_may_fetch_into_one_folder_at_once(model_hub: Hub, tmp_path: Path) -> None:
