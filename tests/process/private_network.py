@@ -19,6 +19,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,7 @@ PRIVATE = [
     "3fff::1",
 ]
 METADATA = "169.254.169.254"
+TENTATIVE = 0x40  # an IPv6 address that nothing can be bound to yet
 
 connections: collections.Counter[str] = collections.Counter()
 questions: collections.Counter[str] = collections.Counter()
@@ -83,6 +85,12 @@ def raise_loopback() -> None:
         for address in (a for a in addresses if ":" in a and a != "::1"):
             packed = socket.inet_pton(socket.AF_INET6, address)
             fcntl.ioctl(control, 0x8916, struct.pack("16sIi", packed, 128, 1))
+    while any(int(flags, 16) & TENTATIVE for *_, flags, _ in rows("/proc/net/if_inet6")):
+        time.sleep(0.01)  # the kernel takes each into use in a thread of its own
+
+
+def rows(path: str) -> list[list[str]]:
+    return [line.split() for line in Path(path).read_text("ascii").splitlines()]
 
 
 def mount_over(path: str, text: str, folder: Path) -> None:
