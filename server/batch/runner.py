@@ -13,6 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError
 
 import httpx
 import msgspec
@@ -21,6 +22,7 @@ from server.batch.board import Board
 from server.batch.lines import Failure, Item, Job, Misfit, Outcome, Reply
 from server.batch.output import Output
 from server.target import Target, said
+from server.terminal import plain
 
 # Refused for now: the same request may be answered later.
 _AGAIN = frozenset({408, 429, 502, 503, 504})
@@ -57,6 +59,7 @@ class Runner:
         self._stop = asyncio.Event()
         self._writing = asyncio.Lock()
         self._unwritten: list[bytes] = []
+        self._broken: OSError | None = None
         self._not_before = 0.0
 
     def stop(self) -> None:
@@ -85,7 +88,11 @@ class Runner:
         async with client, asyncio.TaskGroup() as group:
             while True:
                 await free.acquire()
-                item = await source.next()
+                try:
+                    item = await source.next()
+                except OSError as error:
+                    self._give_up(f"the input cannot be read: {error.strerror}")
+                    break
                 if item is None:
                     break
                 group.create_task(one(item))
@@ -122,7 +129,7 @@ class Runner:
                 failure = Failure("timeout", f"no answer in {self._timeout:g} seconds")
                 return Outcome(job.custom_id, error=failure), 0
             except httpx.TransportError as error:
-                why = f"no server answers at {self._target.url}: {error}"
+                why = f"no server answers at {self._target.url}: {plain(str(error))}"
             else:
                 if reply.status_code not in _AGAIN | _NEVER:
                     return _answer(job, reply)
@@ -149,8 +156,13 @@ class Runner:
         self._unwritten.append(line)
         async with self._writing:
             lines, self._unwritten = self._unwritten, []
-            if lines:
-                await asyncio.to_thread(self._output.write, lines)
+            try:
+                if lines and self._broken is None:
+                    await asyncio.to_thread(self._output.write, lines)
+            except OSError as error:
+                self._broken = error
+            if self._broken is not None:  # this line is lost too, whoever tried to write it
+                raise self._broken
 
 
 class _Source:
@@ -166,13 +178,13 @@ class _Source:
 
         def read() -> None:
             # Cancelled, or no loop any more: nobody reads this.
-            with contextlib.suppress(RuntimeError, asyncio.CancelledError):
+            with contextlib.suppress(RuntimeError, asyncio.CancelledError, CancelledError):
                 try:
                     for item in items:
                         put(item)
-                except OSError as error:
+                    put(None)
+                except Exception as error:
                     put(error)
-                put(None)
 
         # Ends with the process, wherever it is: nothing can wake it from reading a terminal.
         threading.Thread(target=read, daemon=True).start()

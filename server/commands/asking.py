@@ -4,11 +4,13 @@ import argparse
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from server.flags import DOOR, add_config, add_settings, given
 from wire.loading import ENV_PREFIX
+from wire.logs import say
 from wire.settings import SettingError, each_setting
 
 if TYPE_CHECKING:
@@ -48,13 +50,17 @@ def asked(options: argparse.Namespace) -> "Iterator[Target]":
     from server.checkpoint import with_critic, with_model
     from server.flags import forget_secrets
     from server.private import private_server
+    from server.terminal import plain
     from wire.loading import load
 
     # What is logged of a good day would stand between questions and answers.
     quiet = {ENV_PREFIX + "LOG_LEVEL": "warning"}
     known = load(settings, quiet | os.environ, options.config)
     forget_secrets()
-    with private_server(with_critic(with_model(known))) as target:
+    known = with_critic(with_model(known))
+    if sys.stderr.isatty():
+        say(f"starting a server with {plain(known.server.served_model_name)}")
+    with private_server(known) as target:
         target.wait_ready()
         yield target
 

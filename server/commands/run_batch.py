@@ -70,7 +70,10 @@ def run(options: argparse.Namespace) -> int:
         say(f"run-batch: the last line of {options.output} was torn off, and is done again")
     board = Board(known.st_size or None)
     left = output.left(read_lines(source), board.skip)
-    first = next(left, None)
+    try:
+        first = next(left, None)
+    except OSError as error:
+        raise SettingError(f"--input: {options.input}: {error.strerror}") from None
     complete = True
     if first is not None:  # or there is no need of a server
         with asked(options) as target:

@@ -197,7 +197,10 @@ def _history() -> Iterator[None]:
     except ImportError:  # a Python without it
         yield
         return
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    home = os.path.expanduser(os.environ.get("XDG_STATE_HOME") or "~/.local/state")
+    if not os.path.isabs(home):  # a user without a home, as in a container
+        yield
+        return
     file = Path(home, "internvl", "chat_history")
     with contextlib.suppress(OSError):
         readline.read_history_file(file)

@@ -436,10 +436,55 @@ def test_a_server_of_its_own_ends_with_a_command_that_is_killed(batch: Batch) ->
         time.sleep(0.02)
 
 
+def test_a_server_that_ends_ends_the_run_which_goes_on_later(batch: Batch) -> None:
+    body = {"prompt": "a", "max_tokens": 300, "ignore_eos": True, "model": "internvl-demo"}
+    batch.input.write_text("".join(line(f"{n}", body, "/v1/completions") for n in range(50)))
+    process = batch.start("--concurrency", "2")
+    batch.wait_for_lines(2)
+    (server,) = children(process.pid)
+    os.kill(server, signal.SIGKILL)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 3, told
+    assert "the server has ended" in told
+    assert "Traceback" not in told
+    done = len(batch.lines)
+    assert 2 <= done < 50
+
+
+def test_a_full_disk_leaves_whole_lines(batch: Batch) -> None:
+    batch.input.write_text("".join(line(f"{number}") for number in range(40)))
+    with Api(lambda *_: (200, {}, USED)) as api:
+        words = [sys.executable, "-m", "server", "run-batch", *batch.words, "--url", api.url]
+        done = subprocess.run(
+            ["bash", "-c", 'ulimit -f 2; exec "$@"', "bash", *words],  # KiB
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 3, done.stderr
+        assert "the output cannot be written: File too large" in done.stderr
+        assert "Traceback" not in done.stderr
+        written = len(batch.lines)
+        assert 0 < written < 40
+        assert f"{written} answered, 0 failed" in done.stderr
+        assert f"{40 - written} answered" in batch.run("--url", api.url)
+    assert len({entry["custom_id"] for entry in batch.lines}) == 40
+
+
+def test_an_input_that_cannot_be_read_says_so(batch: Batch, tmp_path: Path) -> None:
+    batch.words[1] = str(tmp_path)
+    assert "Is a directory" in batch.run("--url", "http://127.0.0.1:9", status=2)
+
+
 def descendants(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    own = [int(word) for word in text.split()]
+    own = children(pid)
     return own + [each for child in own for each in descendants(child)]
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_the_urls_are_those_of_the_app_that_generate() -> None:
