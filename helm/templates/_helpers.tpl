@@ -4,11 +4,11 @@
 
 {{- define "internvl.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | trunc 48 | trimSuffix "-" -}}
 {{- else if contains (include "internvl.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- .Release.Name | trunc 48 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name (include "internvl.name" .) | trunc 50 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name (include "internvl.name" .) | trunc 48 | trimSuffix "-" -}}
 {{- end -}}
 {{- end -}}
 
@@ -270,6 +270,14 @@ checkov.io/skip4: CKV_K8S_35=the server takes keys out of its environment at its
 {{- end -}}
 {{- if and (include "internvl.multiHost" .) (not $values.hosts.secret) -}}
 {{- fail "hosts.secret: pods of a group need a secret" -}}
+{{- end -}}
+{{- if include "internvl.divided" . -}}
+{{- $all := mul (default 1 $values.settings.tensor_parallel_size) (default 1 $values.settings.pipeline_parallel_size) -}}
+{{- if mod $all $values.hosts.size -}}
+{{- fail (printf "hosts.size: %d processes cannot be spread over %d pods" $all (int $values.hosts.size)) -}}
+{{- else if and $values.gpu.count (gt (div $all $values.hosts.size) (int64 $values.gpu.count)) -}}
+{{- fail (printf "gpu.count: %d processes in %d pods need more GPUs" $all (int $values.hosts.size)) -}}
+{{- end -}}
 {{- end -}}
 {{- if and $values.serviceMonitor.enabled $values.podMonitor.enabled -}}
 {{- fail "podMonitor.enabled: with serviceMonitor too everything would be counted twice" -}}

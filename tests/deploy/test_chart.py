@@ -76,6 +76,12 @@ REFUSED: dict[str, dict[str, Any]] = {
         "inferencePool": {"enabled": True, "endpointPicker": {"name": "epp"}},
         "tls": {"existingSecret": "certificate"},
     },
+    "networkPolicy": {"networkPolicy": None},
+    "3 processes cannot": {
+        "hosts": {"size": 2, "secret": "s"},
+        "settings": {"tensor_parallel_size": 3},
+    },
+    "need more GPUs": {"gpu": {"count": 2}, "settings": {"pipeline_parallel_size": 4}},
     "where is Prometheus": {"autoscaling": {"enabled": True, "by": "keda"}},
 }
 

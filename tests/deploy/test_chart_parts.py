@@ -441,3 +441,18 @@ def test_pods_are_spread_and_change_with_their_configuration() -> None:
         for one in (plain, other)
     ]
     assert sums[0] != sums[1]
+
+
+def test_the_longest_name_still_leaves_room_for_what_is_added() -> None:
+    values = EXAMPLES["multi-node"] | {
+        "fullnameOverride": "x" * 48,
+        "dashboards": {"enabled": True},
+    }
+    values["model"] = {"hub": {"name": "a/b", "by": "job"}, "claim": SHARED, "size": "2Gi"}
+    one = rendered(**values)
+    manifests = [m for m in one.manifests.values() if m["kind"] != "ConfigMap"]
+    names = {manifest["metadata"]["name"] for manifest in manifests}
+    # A Job's name becomes a label; a group's pods have their numbers behind its own.
+    assert any("-fetch-" in name for name in names)
+    assert max(map(len, names)) <= 63
+    assert len(one.manifests["LeaderWorkerSet/group"]["metadata"]["name"] + "-99-63") <= 63
