@@ -1,5 +1,6 @@
-"""The Dockerfile and the compose file say what docs/deployment.md promises. Nothing is built."""
+"""The Dockerfile says what docs/deployment.md promises. Only build_image.sh builds it."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -15,9 +16,9 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import compose_spec
 import pytest
-import yaml
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from dockerfile_parse import DockerfileParser
 
 from tests.servers import ROOT, Server, free_port
@@ -95,6 +96,24 @@ class TestTargets:
         assert settings.server.port == int(last(target, "EXPOSE"))
         assert settings.engine.model == ""
 
+    def test_its_labels_say_what_it_is_made_from(self, target: str) -> None:
+        text = " ".join(value for word, value in stages()[target] if word == "LABEL")
+        labels = dict(re.findall(r'org\.opencontainers\.image\.([a-z.]+)="([^"]*)"', text))
+        assert labels == {
+            "title": PROJECT["project"]["name"],
+            "description": labels["description"],
+            "licenses": PROJECT["project"]["license"],
+            "version": "${VERSION}",
+            "source": "${SOURCE}",
+            "revision": "${REVISION}",
+            "created": "${CREATED}",
+            "base.name": "${BASE}",
+        }
+        assert defaults()["VERSION"] == VERSION
+        # Each build has another one: what comes after it is built anew.
+        words = [value.split("=")[0] for word, value in stages()[target] if word != "LABEL"]
+        assert words[-2:] == ["REVISION", "CREATED"]
+
     def test_downloads_no_model_and_writes_only_to_tmp(self, target: str) -> None:
         assert variables(target)["HF_HUB_OFFLINE"] == "1"
         assert variables(target)["HOME"] == "/tmp"
@@ -109,12 +128,16 @@ def test_a_build_without_target_is_the_cpu_image() -> None:
     assert variables("cuda")["NVIDIA_VISIBLE_DEVICES"] == "all"
 
 
-def test_base_and_torch_are_pinned_as_in_the_makefile() -> None:
+def defaults() -> dict[str, str]:
     pairs = [value.split("=", 1) for word, value in instructions() if word == "ARG"]
-    defaults = {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
-    assert ":" in defaults["BASE"]
-    assert not defaults["BASE"].endswith(":latest")
-    assert f"TORCH ?= {defaults['TORCH']}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+
+
+def test_base_and_torch_are_pinned_as_in_the_makefile() -> None:
+    base = defaults()["BASE"]
+    assert ":" in base
+    assert not base.endswith(":latest")
+    assert f"TORCH ?= {defaults()['TORCH']}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_nothing_is_fetched_by_the_file_itself() -> None:
@@ -147,22 +170,40 @@ def test_everything_that_is_packaged_is_copied() -> None:
     assert packages | files | {"constraints.txt"} == set(copied())
 
 
-def interpolated(value: Any) -> Any:
-    """The compose file's ``${NAME:-default}`` replaced by the defaults, as compose does it."""
-    if isinstance(value, dict):
-        return {key: interpolated(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [interpolated(item) for item in value]
-    if isinstance(value, str):
-        value = re.sub(r"\$\{[A-Z_]+:-([^}]*)\}", r"\1", value)
-        assert "$" not in value
-    return value
+def test_the_bill_of_materials_names_every_package_and_its_licence(tmp_path: Path) -> None:
+    """By the command of the build, of what is installed here."""
+    (text,) = re.findall(r"&& /opt/sbom/bin/(cyclonedx-py .*)\"", dict(stages()["build"])["ENV"])
+    *command, file, python = text.split()
+    assert (file, python) == ("/opt/venv/sbom.cdx.json", "/opt/venv/bin/python3")
+    command[0] = str(Path(sys.executable).with_name(command[0]))
+    bill = tmp_path / "sbom.cdx.json"
+    # The build checks all of it against the schema, for which it takes its time.
+    subprocess.run([*command, bill, sys.executable, "--no-validate"], cwd=ROOT, check=True)
+    said = json.loads(bill.read_text(encoding="utf-8"))
+    assert said["metadata"]["component"]["version"] == VERSION
+    parts = {(part["name"], part["version"]): part for part in said["components"]}
+    for wanted in PROJECT["project"]["dependencies"]:
+        name = re.match(r"[\w-]+", wanted)[0]  # type: ignore[index]
+        found = importlib.metadata.distribution(name)
+        assert (found.name, found.version) in parts
+    for part in parts.values():
+        assert part["purl"].startswith("pkg:pypi/")
+        assert part.get("licenses") or part.get("evidence"), part["name"]
+    some = said | {"components": said["components"][:5], "dependencies": []}
+    version = SchemaVersion.from_version(said["specVersion"])
+    assert JsonStrictValidator(version).validate_str(json.dumps(some)) is None
 
 
-@pytest.fixture(scope="module")
-def compose() -> dict[str, Any]:
-    text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
-    return dict(interpolated(yaml.safe_load(text)))
+def test_every_file_of_a_package_that_is_no_source_is_installed() -> None:
+    tools = PROJECT["tool"]["setuptools"]
+    patterns = tools["package-data"]
+    for package in tools["packages"]:
+        folder = ROOT / package.replace(".", "/")
+        for file in folder.iterdir():
+            if file.is_dir() or file.suffix in {".py", ".c", ".h", ".so", ".md"}:
+                continue
+            wanted = [*patterns["*"], *patterns.get(package, [])]
+            assert any(file.match(pattern) for pattern in wanted), file
 
 
 def test_there_is_a_compiler_where_the_c_is_compiled() -> None:
@@ -177,75 +218,6 @@ def test_there_is_a_compiler_where_the_c_is_compiled() -> None:
     }
     copied = {value.split("/")[0] for word, value in stages()["build-app"] if word == "COPY"}
     assert folders <= copied
-
-
-def test_the_page_explains_every_variable_and_build_argument() -> None:
-    page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
-    text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
-    names = set(re.findall(r"\$\{([A-Z_]+)", text))
-    names |= {value.partition("=")[0] for word, value in instructions() if word == "ARG"}
-    assert len(names) > 5
-    for name in names:
-        assert re.search(rf"^\|.*`{name}`.*\|", page, re.MULTILINE), name
-
-
-def seconds(text: str) -> int:
-    return int(text.removesuffix("s"))
-
-
-def test_the_compose_file_obeys_the_specification(compose: dict[str, Any]) -> None:
-    parsed = compose_spec.PyCompose.from_json(json.dumps(compose))
-    assert set(parsed.service_names()) == {"cpu", "gpu"}
-
-
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
-class TestServices:
-    def test_starts_with_its_profile_and_builds_its_target(
-        self, name: str, compose: dict[str, Any]
-    ) -> None:
-        service = compose["services"][name]
-        assert service["profiles"] == [name]
-        assert service["build"]["target"] in stages()
-        suffix = "-cuda" if name == "gpu" else ""
-        assert service["image"] == f"internvl-server:{VERSION}{suffix}"
-
-    def test_runs_without_rights_on_a_file_system_it_cannot_change(
-        self, name: str, compose: dict[str, Any]
-    ) -> None:
-        service = compose["services"][name]
-        assert service["read_only"] is True
-        assert service["cap_drop"] == ["ALL"]
-        assert service["security_opt"] == ["no-new-privileges:true"]
-        assert [mount.split(":")[0] for mount in service["tmpfs"]] == ["/tmp"]
-        assert all(volume.endswith(":/models:ro") for volume in service["volumes"])
-        assert "privileged" not in service
-        assert "user" not in service  # the image's own
-
-    def test_is_reached_from_this_machine_only_until_told_otherwise(
-        self, name: str, compose: dict[str, Any]
-    ) -> None:
-        (port,) = compose["services"][name]["ports"]
-        assert port == "127.0.0.1:8000:" + last("cpu", "EXPOSE")
-
-    def test_its_environment_is_settings_and_outlives_the_drain(
-        self, name: str, compose: dict[str, Any]
-    ) -> None:
-        service = compose["services"][name]
-        assert set(service["environment"]) <= KNOWN
-        settings = load({}, service["environment"]).server
-        assert settings.api_key == ()
-        assert seconds(service["stop_grace_period"]) > settings.drain_timeout
-
-    def test_is_probed_as_the_image_is(self, name: str, compose: dict[str, Any]) -> None:
-        check = compose["services"][name]["healthcheck"]
-        assert check["test"] == ["CMD", *probe()]
-        assert seconds(check["timeout"]) <= seconds(check["interval"])
-
-
-def test_only_the_gpu_service_asks_for_a_gpu(compose: dict[str, Any]) -> None:
-    assert "deploy" not in compose["services"]["cpu"]
-    (device,) = compose["services"]["gpu"]["deploy"]["resources"]["reservations"]["devices"]
-    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
 
 
 def probe() -> list[str]:
