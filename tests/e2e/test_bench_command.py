@@ -159,13 +159,12 @@ def test_what_fails_is_counted_and_told_apart(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["failed"] == 9
 
 
-def test_a_server_of_its_own_is_measured() -> None:
-    figures, told = bench(
-        *("--requests", "10", "--input-tokens", "8", "--output-tokens", "4", "--picture", "64")
-    )
+def test_a_real_server_is_measured(demo_server: Server) -> None:
+    words = ("--requests", "10", "--input-tokens", "8", "--output-tokens", "4", "--picture", "64")
+    figures, told = bench("--url", demo_server.url, *words)
     assert (figures["requests"], figures["failed"], figures["output_tokens"]) == (10, 0, 40)
     assert figures["model"] == "internvl-demo"
-    assert figures["server"] == "started for this"
+    assert figures["server"] == demo_server.url
     assert 0 < figures["ttft_p50_ms"] <= figures["e2e_p50_ms"] <= figures["e2e_p90_ms"]
     assert told == ""
 
