@@ -3,7 +3,7 @@
 import * as api from './api.js';
 import { ask, newChat, resume, runs, toBody } from './chat.js';
 import { Composer } from './composer.js';
-import { $, announce, button, copy, download, h, notice } from './dom.js';
+import { $, announce, button, copy, download, h, notice, unique } from './dom.js';
 import { Log } from './log.js';
 import * as store from './store.js';
 
@@ -137,11 +137,12 @@ function drawExamples() {
     return h('button', {
       type: 'button',
       onclick: async () => {
-        const blob = await (await fetch(url)).blob();
-        composer.attach([new File([blob], file, { type: blob.type })]);
-        const [media] = composer.media.splice(-1);
-        composer.drawMedia();
-        send({ role: 'user', text, locate: Boolean(locate), media: [media] });
+        try {
+          const blob = await (await fetch(url)).blob();
+          send({ role: 'user', text, locate: Boolean(locate), media: [{ id: unique(), kind: 'image', name: file, blob }] });
+        } catch {
+          notice('The server cannot be reached.');
+        }
       },
     }, h('img', { src: url.href, alt: '' }), h('span', {}, locate ? `Locate the ${text}` : text));
   }));

@@ -14,7 +14,7 @@ const PACE = 16; // tokens that are enough to speak of tokens per second
 export class Log {
   /** `edit(message, text)` and `again(message)` are what its buttons do. */
   constructor(place, { edit, again }) {
-    Object.assign(this, { place, edit, again, chat: null, nodes: new Map(), due: new Set(), read: new WeakSet(), follows: true });
+    Object.assign(this, { place, edit, again, chat: null, nodes: new Map(), due: new Set(), follows: true });
     const scroller = $('#scroller');
     const toEnd = () => { scroller.scrollTop = scroller.scrollHeight; };
     scroller.addEventListener('scroll', () => {
@@ -51,10 +51,10 @@ export class Log {
     this.follows = true;
   }
 
-  /** `message` has changed. */
+  /** `message` has changed; the last time because it is over. */
   update(message) {
     if (!this.nodes.has(message)) return;
-    if (message.state !== 'running' && !this.read.has(message)) this.readOut(message);
+    if (message.state !== 'running') this.readOut(message);
     if (!this.due.size) requestAnimationFrame(() => this.drawDue());
     this.due.add(message);
   }
@@ -65,7 +65,6 @@ export class Log {
   }
 
   readOut(message) {
-    this.read.add(message);
     const ends = { done: 'Answer: ', stopped: 'Stopped. ', failed: `${message.error?.message} ` };
     announce(ends[message.state] + message.text.slice(0, READ_OUT));
   }

@@ -251,6 +251,7 @@ def test_a_conversation_is_copied_as_text(chats: Chats, demo_server: Server, sec
     chat = chats.new(permissions=["clipboard-read", "clipboard-write"]).open(demo_server.url)
     chat.send("Hello!")
     text = chat.wait_for_end()
+    chat.page.evaluate("navigator.clipboard.writeText('something else')")
     if not secure:
         chat.page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(); }")
     chat.button("Copy the conversation").click()

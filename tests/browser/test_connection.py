@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import expect
 
+from server.routes.web import VERSION
 from tests.browser.cable import Cable
 from tests.browser.conftest import Chat, Chats
 from tests.servers import Server
@@ -58,6 +59,18 @@ def test_an_answer_goes_on_after_the_page_was_reloaded(
     chat: Chat, cable: Cable, demo_server: Server
 ) -> None:
     ask_and_hold(chat, cable, 60)
+    # What is kept of the answer may be older or newer than what the page has shown.
+    chat.page.evaluate("""async () => {
+        const done = (request) => new Promise((resolve) => { request.onsuccess = resolve; });
+        const opening = indexedDB.open((await indexedDB.databases())[0].name);
+        await done(opening);
+        const chats = opening.result.transaction('chats', 'readwrite').objectStore('chats');
+        const all = chats.getAll();
+        await done(all);
+        all.result[0].messages[1].text = 'Hello! Show me a';
+        await done(chats.put(all.result[0]));
+        opening.result.close();
+    }""")
     chat.page.reload()
     expect(chat.page.locator("article.user .text")).to_have_text("Hello!")
     text = chat.wait_for_end()
@@ -117,13 +130,54 @@ def test_a_server_that_is_away_is_told_and_found_again(chat: Chat, cable: Cable)
 def test_an_answer_goes_on_while_another_conversation_is_looked_at(
     chat: Chat, cable: Cable, demo_server: Server
 ) -> None:
-    chat.set(max_completion_tokens=60, more=LONG)
-    chat.send("Hello!")
-    expect(chat.page.locator("#chats li")).to_have_count(1)
+    ask_and_hold(chat, cable, 60)
+    chat.forgive("ERR_")
     chat.button("New chat").click()
     expect(chat.page.locator("article")).to_have_count(0)
+    with chat.page.expect_event("requestfinished", lambda each: each.url.endswith("/events")):
+        cable.cut()
+        cable.mend()
+    expect(chat.page.locator("#welcome")).to_be_visible()
     expect(chat.button("Send")).to_be_visible()
     chat.button("Hello!").click()
     text = chat.wait_for_end()
     assert text.split() == whole(demo_server, 60).split()
     expect(chat.answers.locator(".stats")).to_have_text(re.compile(r" s · [\d,]+ tokens/s$"))
+
+
+STREAM = (
+    ': a comment\r\n\r\nid: 1\ndata: {"a": "é漢😀"}\n\nid:2\rdata:two\rdata: lines\r\r'
+    "event: other\ndata\n\nid: 3\r\ndata:  x: y\r\n\r\ndata: not ended"
+)
+
+
+def test_events_are_the_same_wherever_the_network_cuts_them(chats: Chats, cable: Cable) -> None:
+    found = (
+        chats.new()
+        .open(cable.url)
+        .page.evaluate(
+            """async ([module, text]) => {
+            const { events } = await import(new URL(module, document.baseURI));
+            const bytes = new TextEncoder().encode(text);
+            const found = new Set();
+            for (let size = 1; size <= bytes.length; size += 1) {
+                const body = new ReadableStream({
+                    start(controller) {
+                        for (let at = 0; at < bytes.length; at += size) {
+                            controller.enqueue(bytes.slice(at, at + size));
+                        }
+                        controller.close();
+                    },
+                });
+                const all = [];
+                for await (const { id, data } of events(body)) all.push([id ?? null, data]);
+                found.add(JSON.stringify(all));
+            }
+            return [...found].map(JSON.parse);
+        }""",
+            [f"web/{VERSION}/api.js", STREAM],
+        )
+    )
+    assert found == [
+        [["1", '{"a": "é漢😀"}'], ["2", "two\nlines"], [None, ""], ["3", " x: y"]],
+    ]

@@ -68,6 +68,8 @@ def test_a_small_telephone_never_scrolls_sideways(chats: Chats, demo_server: Ser
     chat.button("Send").tap()
     chat.wait_for_end()
     assert overflow(chat) == none
+    code = chat.answer.locator("pre")  # scrolls by itself
+    assert code.evaluate("node => { node.scrollLeft = 50; return node.scrollLeft; }") == 50
     chat.page.unroute("**/v1/chat/completions")
     chat.button("Settings").tap()
     assert overflow(chat) == none
