@@ -22,7 +22,8 @@ def cable(demo_server: Server) -> Iterator[Cable]:
 
 
 @pytest.fixture
-def chat(chats: Chats, cable: Cable) -> Chat:
+def chat(cable: Cable, chats: Chats) -> Chat:
+    """A page at the end of the cable, which is there for longer than the page."""
     return chats.new().open(cable.url)
 
 
@@ -151,11 +152,8 @@ STREAM = (
 )
 
 
-def test_events_are_the_same_wherever_the_network_cuts_them(chats: Chats, cable: Cable) -> None:
-    found = (
-        chats.new()
-        .open(cable.url)
-        .page.evaluate(
+def test_events_are_the_same_wherever_the_network_cuts_them(chat: Chat) -> None:
+    found = chat.page.evaluate(
             """async ([module, text]) => {
             const { events } = await import(new URL(module, document.baseURI));
             const bytes = new TextEncoder().encode(text);
