@@ -154,7 +154,7 @@ STREAM = (
 
 def test_events_are_the_same_wherever_the_network_cuts_them(chat: Chat) -> None:
     found = chat.page.evaluate(
-            """async ([module, text]) => {
+        """async ([module, text]) => {
             const { events } = await import(new URL(module, document.baseURI));
             const bytes = new TextEncoder().encode(text);
             const found = new Set();
@@ -173,8 +173,7 @@ def test_events_are_the_same_wherever_the_network_cuts_them(chat: Chat) -> None:
             }
             return [...found].map(JSON.parse);
         }""",
-            [f"web/{VERSION}/api.js", STREAM],
-        )
+        [f"web/{VERSION}/api.js", STREAM],
     )
     assert found == [
         [["1", '{"a": "é漢😀"}'], ["2", "two\nlines"], [None, ""], ["3", " x: y"]],
