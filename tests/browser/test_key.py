@@ -1,4 +1,4 @@
-"""A server that wants an API key."""
+"""A server that wants an API key, and that a proxy may offer under a path."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,10 @@ from tests.servers import Server
 
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server") / "log.txt", ["--api-key", "secret-key"])
+    server = Server(
+        tmp_path_factory.mktemp("server") / "log.txt",
+        ["--api-key", "secret-key", "--root-path", "/vision"],
+    )
     yield server
     server.close()
 
@@ -54,10 +57,15 @@ def test_the_page_asks_for_a_key_and_keeps_it_as_long_as_it_was_told(
     expect(third.page.get_by_role("combobox", name="Model")).to_have_value("internvl-demo")
 
 
-def test_a_question_that_lacked_a_key_is_asked_again_with_it(chats: Chats, keyed: Server) -> None:
+@pytest.mark.parametrize("path", ["", "/vision"])
+def test_a_question_that_lacked_a_key_is_asked_again_with_it(
+    chats: Chats, keyed: Server, path: str
+) -> None:
     chat = chats.new()
     chat.forgive("status of 401")
-    chat.open(keyed.url)
+    asked: list[str] = []
+    chat.page.on("request", lambda request: asked.append(request.url))
+    chat.open(keyed.url + path)
     expect(chat.page.get_by_role("dialog")).to_be_visible()
     chat.page.keyboard.press("Escape")
     expect(chat.page.get_by_role("dialog")).to_be_hidden()
@@ -65,3 +73,5 @@ def test_a_question_that_lacked_a_key_is_asked_again_with_it(chats: Chats, keyed
     expect(chat.answers.locator(".error")).to_contain_text("An API key is needed.")
     give_key(chat, "secret-key")
     assert chat.wait_for_end().startswith("Hello!")
+    named = [url for url in asked if not url.startswith(("data:", "blob:"))]
+    assert all(url.startswith(f"{keyed.url}{path}/") for url in named)
