@@ -83,7 +83,12 @@ KILLS = ("timeout", "processor_time", "seccomp", "killed", "crash", "exit", "ans
 worker gives, or nobody waited for its job any more. The system did: for its processor time, a
 system call, by SIGKILL (for want of memory, perhaps) or by another signal. Or it left."""
 
-_SIGNALS = {signal.SIGXCPU: "processor_time", signal.SIGSYS: "seccomp", signal.SIGKILL: "killed"}
+# Not every number of a signal has a name.
+_SIGNALS: dict[int, str] = {
+    signal.SIGXCPU: "processor_time",
+    signal.SIGSYS: "seccomp",
+    signal.SIGKILL: "killed",
+}
 # Seconds in which a worker that has closed its socket must have ended.
 _LEAVING = 1.0
 
@@ -163,7 +168,7 @@ class _Worker:
             status = await asyncio.to_thread(self.process.wait, _LEAVING)
         except subprocess.TimeoutExpired:
             return "answer"  # it has only said that it is gone
-        return "exit" if status >= 0 else _SIGNALS.get(signal.Signals(-status), "crash")
+        return "exit" if status >= 0 else _SIGNALS.get(-status, "crash")
 
     async def end(self) -> None:
         """Kill the child and reap it. Idempotent."""

@@ -225,7 +225,10 @@ class Metrics:
     def page(self, accept: str = "", *, keys: bool = True) -> tuple[bytes, str]:
         """What a scraper that accepts such a type reads, and its type; with or without what each
         of the ``keys`` has used."""
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except TypeError:  # it compares versions that are no numbers
+            encode, content_type = choose_encoder("")
         return encode(self._whole if keys else self._public), content_type
 
 

@@ -89,11 +89,12 @@ class Tracing:
                 span_limits=SpanLimits(max_span_attribute_length=_LONGEST),
             )
             exporter = _Telling(OTLPSpanExporter(endpoint))
-        except ValueError as error:
+            processor = BatchSpanProcessor(
+                exporter, max_queue_size=QUEUE, max_export_batch_size=BATCH
+            )
+        except (ValueError, RuntimeError) as error:  # the latter of what is to be plugged in
             raise SettingError(f"variables of OpenTelemetry: {error}") from None
-        self._provider.add_span_processor(
-            BatchSpanProcessor(exporter, max_queue_size=QUEUE, max_export_batch_size=BATCH)
-        )
+        self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer(NAME, version)
         self._propagator = TraceContextTextMapPropagator()
 

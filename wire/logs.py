@@ -59,23 +59,40 @@ class _Form(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:
         """The whole of an exception, or where it came from and what kind it is."""
-        if self._process != FRONT or logging.getLogger().isEnabledFor(logging.DEBUG):
+        if self._may_quote():
             return super().formatException(ei)
-        return "\n".join(_kinds(ei[1]))
+        return "\n".join(() if ei[1] is None else _kinds(ei[1], set()))
+
+    def message(self, record: logging.LogRecord) -> str:
+        """What was said; of an exception that nobody has caught asyncio says more, its text and
+        what a callback was given among it."""
+        said = record.getMessage()
+        if record.name != "asyncio" or not record.exc_info or self._may_quote():
+            return said
+        return said.partition("\n")[0].partition("(")[0]
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line, but for exceptions."""
+        record.message = self.message(record)
+        return super().formatMessage(record)
+
+    def _may_quote(self) -> bool:
+        return self._process != FRONT or logging.getLogger().isEnabledFor(logging.DEBUG)
 
 
-def _kinds(error: BaseException | None) -> Iterator[str]:
-    """As Python prints an exception and those before it, without their texts."""
-    if error is None:
-        return
+def _kinds(error: BaseException, seen: set[int]) -> Iterator[str]:
+    """As Python prints an exception and those before it, without their texts; each once, for some
+    are their own reason."""
+    seen.add(id(error))
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if before is not None:
-        yield from _kinds(before)
+    if before is not None and id(before) not in seen:
+        yield from _kinds(before, seen)
         yield "\nWhich led to:\n"
     yield "".join(traceback.format_tb(error.__traceback__)) + type(error).__qualname__
     if isinstance(error, BaseExceptionGroup):
         for one in error.exceptions:
-            yield from _kinds(one)
+            if id(one) not in seen:
+                yield from _kinds(one, seen)
 
 
 class _Json(_Form):
@@ -87,7 +104,7 @@ class _Json(_Form):
             "process": self._process,
             "request_id": request_id.get(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": self.message(record),
         }
         if (trace := trace_id.get()) is not None:
             line["trace_id"] = trace

@@ -44,7 +44,7 @@ from server.schemas.common import (
     TopLogprob,
     Usage,
 )
-from wire.errors import EngineFailed, InvalidRequest
+from wire.errors import EngineFailed, InvalidRequest, ServiceError
 from wire.messages import EngineOutput, TokenLogprobs
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,9 @@ C = TypeVar("C", bound="HasUsage")
 
 Part = tuple[Delta, Logprobs | None]
 """More of an answer, and the tokens since the part before it."""
+
+# By these an answer fails. By others of ours somebody ends it; any that is not ours is a bug.
+_FAILURES = EngineFailed | InvalidRequest
 
 # JSON has no infinity; OpenAI writes this number for it.
 LEAST = -9999.0
@@ -270,7 +273,8 @@ async def chunks(
         yield Chunk(chat.engine.id, created, chat.model.name, [], usage)
     except Exception as error:
         generation.fail(error)
-        unfinished = "error" if isinstance(error, EngineFailed | InvalidRequest) else "abort"
+        ended = isinstance(error, ServiceError) and not isinstance(error, _FAILURES)
+        unfinished = "abort" if ended else "error"
         raise
     finally:
         # Exceptions and frames may hold each other, and us, until the garbage collector comes by:

@@ -189,6 +189,15 @@ async def test_a_finish_reason_of_no_known_kind_makes_no_label(house: House) -> 
     assert not any("forged" in name for name in found)
 
 
+async def test_an_answer_that_a_bug_ends_is_no_abort(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.chat.stream.Detokenizer.push", lambda *_: 1 // 0)
+    assert (await house.ask()).status_code == 500
+    found = await scrape(house)
+    assert (finished(found, "error"), finished(found, "abort")) == (1, 0)
+
+
 async def test_scrapers_get_openmetrics_where_they_ask_for_it(house: House) -> None:
     await house.ask(messages=[{"role": "user", "content": [picture("a")]}])
     answer = await house.http.get("/metrics", headers={"Accept": f"{OPENMETRICS},text/plain;q=0.5"})
@@ -202,6 +211,13 @@ async def test_scrapers_get_openmetrics_where_they_ask_for_it(house: House) -> N
         family.name.removesuffix("_info") if family.name.endswith("_info") else family.name
         for family in parsed
     }
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/openmetrics-text"])
+async def test_versions_that_are_no_numbers_are_passed_over(house: House, kind: str) -> None:
+    answer = await house.http.get("/metrics", headers={"Accept": f"{kind}; version=newest"})
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"].startswith("text/plain")
 
 
 @pytest.mark.parametrize("accept", ["", OPENMETRICS])

@@ -452,11 +452,24 @@ async def test_what_is_no_address_of_a_collector_is_refused_at_the_start(
         await houses.open(tracing=TracingSettings(url))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "many", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "-1", "schedule_delay"),
+        ("OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER", "nobody", "nobody"),
+    ],
+)
 async def test_a_variable_of_opentelemetry_that_is_wrong_is_told_of_at_the_start(
-    houses: Houses, collector: Collector, monkeypatch: pytest.MonkeyPatch
+    houses: Houses,
+    collector: Collector,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: str,
+    told: str,
 ) -> None:
-    monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "many")
-    with pytest.raises(SettingError, match="OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT"):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingError, match=told):
         await houses.open(tracing=TracingSettings(collector.url))
 
 

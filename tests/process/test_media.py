@@ -514,6 +514,7 @@ async def test_a_hanging_worker_does_not_hold_up_the_others() -> None:
         (signal.SIGSEGV, "crash"),
         (signal.SIGXCPU, "processor_time"),
         (signal.SIGSYS, "seccomp"),
+        (signal.SIGRTMIN + 1, "crash"),  # has no name
     ],
 )
 async def test_a_worker_killed_while_idle_costs_nothing_and_is_told_from_others(
@@ -526,6 +527,7 @@ async def test_a_worker_killed_while_idle_costs_nothing_and_is_told_from_others(
         assert (await media.load(plain())).count
         assert deaths(media) == 1
         await until(lambda: kills(media) == {why: 1})
+        await until(lambda: pid not in media.worker_pids)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -44,6 +44,41 @@ UNEXPECTED = """
     fail("Kleo" + "patra")
 """
 
+# What asyncio tells of by itself: a task that nobody asks, and a callback.
+UNASKED = """
+    import asyncio, gc, sys
+    from wire import logs
+    logs.setup(sys.argv[2], "api", sys.argv[1])
+    def fail(secret):
+        raise ValueError(secret)
+    async def fail_later(secret):
+        fail(secret)
+    async def main():
+        task = asyncio.create_task(fail_later("Kleo" + "patra"))
+        await asyncio.wait([task])
+        del task
+        gc.collect()
+        asyncio.get_running_loop().call_soon(fail, "Kleo" + "patra")
+        await asyncio.sleep(0)
+    asyncio.run(main())
+"""
+
+# One exception is the reason of another, and that of the first.
+CIRCLE = """
+    import logging, sys
+    from wire import logs
+    logs.setup("info", "api", sys.argv[1])
+    one, other = ValueError(), KeyError()
+    one.__cause__, other.__cause__ = other, one
+    group = ExceptionGroup("", [one])
+    other.__context__ = group
+    for error in (one, group):
+        try:
+            raise error
+        except Exception:
+            logging.getLogger("a").exception("failed")
+"""
+
 
 def lines(form: str, code: str = CODE, *arguments: str, status: int = 0) -> list[str]:
     done = subprocess.run(
@@ -85,6 +120,23 @@ def test_exceptions_are_told_without_their_texts_unless_they_are_to_be_found() -
         assert told.count("ValueError") == told.count("KeyError") >= 4
         assert told.count("in fail") >= 8
         assert "Kleopatra" in "\n".join(lines(form, UNEXPECTED, "debug", status=1))
+
+
+def test_what_asyncio_tells_of_exceptions_is_without_their_texts_too() -> None:
+    for form in ("json", "text"):
+        told = "\n".join(lines(form, UNASKED, "info"))
+        assert "Kleopatra" not in told
+        assert "Task exception was never retrieved" in told
+        assert "Exception in callback fail" in told
+        assert told.count("ValueError") == 2
+        assert told.count("Kleopatra") < "\n".join(lines(form, UNASKED, "debug")).count("Kleopatra")
+
+
+def test_exceptions_that_are_each_others_reason_are_told_once() -> None:
+    for form in ("json", "text"):
+        told = "\n".join(lines(form, CIRCLE))
+        assert told.count("failed") == 2
+        assert (told.count("ValueError"), told.count("KeyError")) == (2, 2)
 
 
 def test_what_ends_a_thread_or_the_process_is_a_line_like_any_other() -> None:
