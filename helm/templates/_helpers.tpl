@@ -2,19 +2,20 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
 {{- end -}}
 
+{{/* LeaderWorkerSet and StatefulSet add up to 21 characters to it in a label, which has 63. */}}
 {{- define "internvl.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 48 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | trunc 42 | trimSuffix "-" -}}
 {{- else if contains (include "internvl.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 48 | trimSuffix "-" -}}
+{{- .Release.Name | trunc 42 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name (include "internvl.name" .) | trunc 48 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name (include "internvl.name" .) | trunc 42 | trimSuffix "-" -}}
 {{- end -}}
 {{- end -}}
 
 {{- define "internvl.instance" -}}
-app.kubernetes.io/name: {{ include "internvl.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "internvl.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{/* The pods that answer: those of the Deployment, or the leaders. */}}
@@ -34,7 +35,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "internvl.metadata" -}}
 {{- $root := first . -}}
 name: {{ include "internvl.fullname" $root }}{{ last . }}
-namespace: {{ $root.Release.Namespace }}
+namespace: {{ $root.Release.Namespace | quote }}
 labels:
   {{- include "internvl.labels" $root | nindent 2 }}
 {{- end -}}

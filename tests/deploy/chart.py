@@ -89,7 +89,7 @@ def _sort(texts: dict[str, str]) -> Rendered:
 
 def _key(manifest: Manifest) -> str:
     name = manifest["metadata"]["name"]
-    for whole in (NAME, "internvl", "x" * 48):  # the latter two as fullnameOverride
+    for whole in (NAME, "internvl"):  # the latter as fullnameOverride
         if name == whole:
             return str(manifest["kind"])
         name = name.removeprefix(whole + "-")

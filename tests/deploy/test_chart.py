@@ -82,6 +82,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "settings": {"tensor_parallel_size": 3},
     },
     "need more GPUs": {"gpu": {"count": 2}, "settings": {"pipeline_parallel_size": 4}},
+    "fullnameOverride": {"fullnameOverride": "1eye"},
     "where is Prometheus": {"autoscaling": {"enabled": True, "by": "keda"}},
 }
 
@@ -418,3 +419,23 @@ def test_probes_and_scrapes_ask_for_paths_that_the_server_has(
     paths.add(one.manifests["ServiceMonitor"]["spec"]["endpoints"][0]["path"])
     for path in paths:
         assert httpx.get(demo_server.url + path).status_code == 200, path
+
+
+def test_the_longest_name_still_leaves_room_for_what_is_added() -> None:
+    values = chart.examples()["multi-node"] | {"dashboards": {"enabled": True}}
+    claim = {"create": True, "accessModes": ["ReadWriteMany"]}
+    values["model"] = {"hub": {"name": "a/b", "by": "job"}, "claim": claim, "size": "2Gi"}
+    longest: list[dict[str, Any]] = [{"fullnameOverride": "x" * 42}, {"nameOverride": "x" * 50}]
+    for one in chart.render([values | name for name in longest]):
+        assert not one.error
+        kinds = {m["kind"]: m["metadata"]["name"] for m in one.manifests.values()}
+        # A Job's name becomes a label. So does that of a leader's StatefulSet of ranks, with the
+        # hash of a revision, ten characters, behind it.
+        assert len(kinds["Job"]) <= 63
+        assert len(kinds["LeaderWorkerSet"] + "-999-1234567890") <= 63
+
+
+def test_a_name_that_looks_like_a_number_stays_text() -> None:
+    (one,) = chart.render([{"nameOverride": "123"}])
+    for manifest in one.manifests.values():
+        assert manifest["metadata"]["labels"]["app.kubernetes.io/name"] == "123"

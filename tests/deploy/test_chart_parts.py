@@ -136,6 +136,44 @@ def test_another_revision_is_another_folder_and_another_job() -> None:
     assert folders == ["/models/b", "/models/b-refs-pr-1"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image": {"tag": "0.1.0-1"}},
+        {"imagePullSecrets": [{"name": "pull"}]},
+        {"tmp": {"sizeLimit": "2Gi"}},
+        {"model": {"hub": EXAMPLES["tp4"]["model"]["hub"] | {"tokenSecret": "other"}}},
+        {"model": {"claim": {"existing": "other", "create": False}}},
+    ],
+    ids=str,
+)
+def test_a_job_whose_pod_changes_is_another_job(
+    renders: dict[str, Rendered], change: dict[str, Any]
+) -> None:
+    values = EXAMPLES["tp4"]
+    model = values["model"] | change.get("model", {})
+    one = rendered(**(values | change | {"model": model}))
+    before, after = (
+        next(m for m in r.manifests.values() if m["kind"] == "Job") for r in (renders["tp4"], one)
+    )
+    assert before["spec"]["template"] != after["spec"]["template"]
+    # Kubernetes refuses to change the template of a Job that is there.
+    assert before["metadata"]["name"] != after["metadata"]["name"]
+
+
+def test_what_fetches_reaches_the_port_of_a_mirror(renders: dict[str, Rendered]) -> None:
+    def ports(endpoint: str, by: str) -> list[int]:
+        hub = {"name": "a/b", "by": by, "endpoint": endpoint}
+        one = rendered(model={"hub": hub, "claim": SHARED})
+        policy = one.manifests["NetworkPolicy/fetch" if by == "job" else "NetworkPolicy"]
+        return [port["port"] for port in policy["spec"]["egress"][1]["ports"]]
+
+    for by in ("init", "job"):
+        assert ports("https://mirror.example:8443/hub", by) == [443, 8443]
+    assert ports("http://mirror.example", "job") == [443, 80]
+    assert ports("https://[2001:db8::1]", "job") == [443]
+
+
 def test_starting_may_take_as_long_as_the_model_is_large(renders: dict[str, Rendered]) -> None:
     budgets = {}
     for name, one in renders.items():
@@ -328,6 +366,7 @@ def test_keda_asks_prometheus_for_the_same(renders: dict[str, Rendered]) -> None
         given = trigger["metadata"]
         assert given["threshold"] == str(most)
         assert given["query"].startswith(f'sum({name}{{namespace="vision",pod=~"{NAME}-(')
+        assert given["ignoreNullValues"] == "false"
         assert given["serverAddress"] == "http://prometheus-operated.monitoring:9090"
     assert "replicas" not in one.manifests["Deployment"]["spec"]
     assert "HorizontalPodAutoscaler" not in one.manifests
@@ -441,18 +480,3 @@ def test_pods_are_spread_and_change_with_their_configuration() -> None:
         for one in (plain, other)
     ]
     assert sums[0] != sums[1]
-
-
-def test_the_longest_name_still_leaves_room_for_what_is_added() -> None:
-    values = EXAMPLES["multi-node"] | {
-        "fullnameOverride": "x" * 48,
-        "dashboards": {"enabled": True},
-    }
-    values["model"] = {"hub": {"name": "a/b", "by": "job"}, "claim": SHARED, "size": "2Gi"}
-    one = rendered(**values)
-    manifests = [m for m in one.manifests.values() if m["kind"] != "ConfigMap"]
-    names = {manifest["metadata"]["name"] for manifest in manifests}
-    # A Job's name becomes a label; a group's pods have their numbers behind its own.
-    assert any("-fetch-" in name for name in names)
-    assert max(map(len, names)) <= 63
-    assert len(one.manifests["LeaderWorkerSet/group"]["metadata"]["name"] + "-99-63") <= 63
