@@ -27,7 +27,8 @@ def read_ahead(path: Path) -> Iterator[None]:
         for offset in offsets:
             if ended.is_set():
                 return
-            if not _is_there(number, offset):
+            # The kernel reads on a little after each block: its last byte is not there by that.
+            if not _is_there(number, min(offset + _BLOCK, size) - 1):
                 os.preadv(number, [memory], offset)
 
     with path.open("rb") as file, ThreadPoolExecutor(_READERS, "read-ahead") as readers:

@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,14 +30,25 @@ def is_there(path: Path) -> bool:
     return all(page & 1 for page in pages)
 
 
-def test_all_of_a_file_is_read_while_somebody_is_busy_with_it(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    with path.open("wb") as file:
+def written(path: Path, begun: Sequence[int] = ()) -> None:
+    """A file of which nothing is in the page cache but the beginnings of some blocks."""
+    with path.open("wb+") as file:
         file.write(bytes(SIZE))
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for offset in begun:
+            os.pread(file.fileno(), 1, offset)
     if is_there(path):
         pytest.skip("this file system keeps files in memory")
+
+
+@pytest.mark.parametrize("begun", [(), range(0, SIZE, 4 << 20)], ids=["nothing", "some"])
+def test_all_of_a_file_is_read_while_somebody_is_busy_with_it(
+    tmp_path: Path, begun: Sequence[int]
+) -> None:
+    path = tmp_path / "file"
+    written(path, begun)
     deadline = time.monotonic() + 60
     with read_ahead(path):
         while not is_there(path):
