@@ -72,7 +72,7 @@ class Scheduler:
         self._arrivals = 0
         self._steps = 0
         self._prompt_tokens = 0
-        self._cached_tokens = 0
+        self._cached_tokens = self._prefix_queries = 0
         self._generated_tokens = 0
         self._preemptions = 0
 
@@ -96,7 +96,7 @@ class Scheduler:
             encoded_tiles=self._gate.encoded_tiles,
             preemptions=self._preemptions,
             cached_tokens=self._cached_tokens,
-            prefix_queries=self._prompt_tokens if self._prefix_caching else 0,
+            prefix_queries=self._prefix_queries,
             vision_queries=self._gate.queries,
             vision_hits=self._gate.hits,
         )
@@ -289,6 +289,9 @@ class Scheduler:
                 if not sequence.request.output:  # else the engine that died has counted it
                     self._prompt_tokens += sequence.prompt_len
                     self._cached_tokens += sequence.num_cached
+                    if self._prefix_caching:
+                        scored = sequence.first_unscored  # what is behind it is not looked up
+                        self._prefix_queries += sequence.prompt_len if scored is None else scored
             draft.new_rows.append(sequence.new_row())
             draft.add(sequence, count, blocks)
 

@@ -105,7 +105,11 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         _counter("prompt_tokens", "Tokens of prompts, pictures included, once for all choices."),
         _counter("generation_tokens", "Tokens generated, counted as they arrive."),
         _seconds("time_to_first_token", "From the arrival of a request to its first token."),
-        _seconds("e2e_request_latency", "From the arrival of a request to its end, however."),
+        _seconds(
+            "e2e_request_latency",
+            "From the arrival of a request to its end, however; to choose the best of its answers "
+            "takes internvl_critic_seconds more.",
+        ),
         _seconds(
             "inter_token_latency",
             "Between the arrivals of two tokens of a choice from the engine.",
@@ -236,8 +240,9 @@ def page() -> Iterator[str]:
     yield "Written by `python -m server.metric_table`; a test keeps it current.\n"
     yield "`GET /metrics` answers in Prometheus' text format, or in OpenMetrics where the scraper"
     yield "asks for it. Names are those of vLLM where both measure the same. A request has `n`"
-    yield "choices. Counters never fall while the server runs, even where engines die. Metrics with"
-    yield "the label `key` stand on the `admin_port` alone where there is one.\n"
+    yield "choices. Counters never fall while the server runs, even where engines die, but for those"
+    yield "of the engine's process. Metrics with the label `key` stand on the `admin_port` alone where"
+    yield "there is one.\n"
     yield "What a request takes, in order: `request_media_time`, `request_queue_time`,"
     yield "`request_prefill_time`, `request_decode_time`. The last three are of choices that have a"
     yield "token. Preemption, and an engine that dies, lengthen the time in which they happen.\n"

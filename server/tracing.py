@@ -111,14 +111,15 @@ class Tracing:
         traced = trace_id.set(f"{trace.trace_id:032x}" if trace.is_valid else None)
 
         def answered(status: int) -> None:
-            # What is below no route of ours may be anything that a client likes.
-            route = _route(scope)
+            # What is no route of ours, and an id that nobody knows, may be all that a client likes.
+            route, path = _route(scope), scope["path"]
+            is_ours = path == route or (route is not None and status < 400)
             kept.set(
                 {
                     "http.request.method": method,
                     "http.route": route,
                     "url.scheme": scope["scheme"],
-                    "url.path": None if route is None else scope["path"],
+                    "url.path": path if is_ours else None,
                     "network.protocol.version": scope["http_version"],
                     "http.response.status_code": status,
                     "http.response.header.x-request-id": [identity],

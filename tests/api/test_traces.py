@@ -387,6 +387,23 @@ async def test_nothing_that_a_client_has_sent_is_in_a_trace(traced: Traced) -> N
     assert b"red" not in traced.collector.raw  # nor the answer
 
 
+@pytest.mark.parametrize("address", ["models", "files", "responses", "web/1"])
+async def test_an_id_that_is_none_of_ours_is_not_in_a_trace(traced: Traced, address: str) -> None:
+    prefix = "" if address.startswith("web") else "/v1"
+    answer = await traced.house.http.get(f"{prefix}/{address}/{SECRET}")
+    assert answer.status_code == 404
+    (tree,) = await traced.trees(answer)
+    assert tree.top.name.startswith(f"GET {prefix}/{address[:3]}")
+    assert SECRET.encode() not in traced.collector.raw
+
+
+async def test_an_id_of_ours_is_in_its_trace(traced: Traced) -> None:
+    (model,) = (await traced.house.http.get("/v1/models")).json()["data"]
+    path = f"/v1/models/{model['id']}"
+    (tree,) = await traced.trees(await traced.house.http.get(path))
+    assert tree.top.attributes["url.path"] == path
+
+
 async def test_probes_are_not_traced(traced: Traced) -> None:
     for path in ("/live", "/started", "/ready", "/health", "/metrics"):
         assert (await traced.house.http.get(path)).status_code == 200

@@ -137,6 +137,16 @@ def test_what_caches_had_is_a_hit() -> None:
     assert (stats.vision_queries, stats.vision_hits) == (3, 1)
 
 
+def test_what_must_be_scored_is_not_looked_up() -> None:
+    engine = Engine()
+    engine.add("a", 20, max_tokens=2)
+    engine.finish()
+    engine.add("b", 20, max_tokens=2, prompt_logprobs=0)
+    engine.finish()
+    stats = engine.scheduler.stats
+    assert (stats.prefix_queries, stats.prompt_tokens) == (20, 40)
+
+
 def test_counters_of_lost_engines_stay_and_their_gauges_go() -> None:
     lost = EngineStats(running=3, blocks_used=5, steps=7, cached_tokens=11, step_seconds=0.5)
     past = lost.behind(EngineStats(steps=1, vision_hits=2))
