@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the image of the target `cpu` with buildah and runs it with crun, where there is no container
 # engine: as root, on Debian, with buildah, crun and debootstrap from apt. It takes minutes and 20 GB,
-# so `make test` has no part in it.
+# so `make test` has no part in it. `--target cuda` among the options builds and runs that one.
 #
 #   tests/deploy/build_image.sh FOLDER [options of `buildah build`]
 #
@@ -34,6 +34,6 @@ buildah build --isolation chroot --network host --format docker --target cpu \
 buildah inspect --type image internvl-server:built > "$folder/image.json"
 container=$(buildah from internvl-server:built)
 root=$(buildah mount "$container")
-du --summarize --human-readable "$root" "$root"/opt/*
+du --summarize --human-readable "$root"/opt/* "$root"  # the last is the rest
 python3 tests/deploy/run_image.py "$root" "$folder/image.json" "$folder"
 buildah rm "$container"
