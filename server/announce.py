@@ -11,12 +11,15 @@ from server.progress import Loading
 from wire.logs import say
 
 REFRESH = 0.2
+# What listens on all addresses, and the one of them that works on this machine.
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104 - not bound
 
 
 async def announce(service: Service, host: str, port: int, scheme: str = "http") -> None:
     """Tell the operator how loading goes, and then what to do with the server."""
     address = f"{scheme}://{_reachable(host)}:{port}"
-    say(f"listening on {address}, loading {service.name}")
+    everywhere = " and every other address of this machine" if host in EVERYWHERE else ""
+    say(f"listening on {address}{everywhere}, loading {service.name}")
     loading = Loading()
     while not service.settled.is_set():
         loading.show(service.progress)
@@ -38,7 +41,8 @@ async def announce(service: Service, host: str, port: int, scheme: str = "http")
     if service.media.missing:
         lacking = ", ".join(service.media.missing)
         say(f"WARNING: pictures are decoded without these layers of the sandbox: {lacking}")
-    say(f"API at {address}/v1; try:\n\n{example(address, service)}\n")
+    page = f"chat page at {address}/, " if service.settings.server.chat_page else ""
+    say(f"{page}API at {address}/v1; try:\n\n{example(address, service)}\n")
 
 
 def example(address: str, service: Service) -> str:
@@ -73,8 +77,5 @@ def _picture() -> str | None:
 
 def _reachable(host: str) -> str:
     """An address that works on this machine for one that is listened on."""
-    if host in ("0.0.0.0", ""):  # noqa: S104 - compared, not bound
-        return "127.0.0.1"
-    if host == "::":
-        return "[::1]"
-    return f"[{host}]" if ":" in host else host
+    near = EVERYWHERE.get(host, host)
+    return f"[{near}]" if ":" in near else near

@@ -70,6 +70,8 @@ def serve(app: FastAPI, settings: Settings, door: socket.socket | None = None) -
     try:
         server.run(None if door is None else [door])
     except SystemExit as error:  # uvicorn's way to say that the port is taken
+        if error.code:
+            say("nobody was served: another --port or --host?")
         return EXIT_FAILED if error.code else 0
     return EXIT_FAILED if server.service.failed.is_set() else 0
 

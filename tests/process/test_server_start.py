@@ -31,6 +31,7 @@ def test_a_port_that_is_taken_ends_the_server_with_a_reason(tmp_path: Path) -> N
         _, said = server.communicate(timeout=60)
     assert server.returncode == 1
     assert "address already in use" in said
+    assert "another --port" in said
     assert "Traceback" not in said
 
 

@@ -120,7 +120,8 @@ async def test_the_console_tells_how_to_ask(
     await announce(service, "0.0.0.0", 9000)
     await service.stop()
     shown = capsys.readouterr().err
-    assert "http://127.0.0.1:9000/v1" in shown
+    assert "listening on http://127.0.0.1:9000 and every other address" in shown
+    assert "chat page at http://127.0.0.1:9000/, API at http://127.0.0.1:9000/v1" in shown
     assert "secret" not in shown
     assert example("http://127.0.0.1:9000", service) in shown
 
