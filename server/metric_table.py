@@ -10,7 +10,7 @@ from engine.client import FAULTS
 from preprocessing.pool import KILLS
 from wire.histogram import TOKEN_SECONDS
 
-FINISHED = ("stop", "length", "tool_calls", "abort", "error")
+FINISHED = ("stop", "length", "tool_calls", "abort", "stuck", "error")
 STATES = ("starting", "ready", "draining", "failed")
 REFUSALS = ("too_many_requests", "queue_full_requests", "queue_full_tokens", "too_many_pictures")
 MEDIA_REFUSALS = (
@@ -98,7 +98,8 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         ),
         _counter(
             "request_success",
-            "Choices that ended, by why; abort: the client left, or it or an operator ended it.",
+            "Choices that ended, by why; abort: the client left, or it or an operator ended it; "
+            "stuck: its own parameters left no token to go on with.",
             "finished_reason",
             FINISHED,
         ),

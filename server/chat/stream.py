@@ -54,9 +54,6 @@ C = TypeVar("C", bound="HasUsage")
 Part = tuple[Delta, Logprobs | None]
 """More of an answer, and the tokens since the part before it."""
 
-# By these an answer fails. By others of ours somebody ends it; any that is not ours is a bug.
-_FAILURES = EngineFailed | InvalidRequest
-
 # JSON has no infinity; OpenAI writes this number for it.
 LEAST = -9999.0
 
@@ -273,8 +270,7 @@ async def chunks(
         yield Chunk(chat.engine.id, created, chat.model.name, [], usage)
     except Exception as error:
         generation.fail(error)
-        ended = isinstance(error, ServiceError) and not isinstance(error, _FAILURES)
-        unfinished = "abort" if ended else "error"
+        unfinished = _ending(error)
         raise
     finally:
         # Exceptions and frames may hold each other, and us, until the garbage collector comes by:
@@ -285,6 +281,14 @@ async def chunks(
         chat.spending.end(sum(state.completion_tokens for state in states))
         _count(metrics, meter, states, unfinished)
         metrics.e2e_latency.observe(time.monotonic() - began)
+
+
+def _ending(error: Exception) -> str:
+    """Why choices end that an error ends. What is not of our tree is a bug."""
+    if isinstance(error, InvalidRequest):
+        return "stuck"
+    is_fault = isinstance(error, EngineFailed) or not isinstance(error, ServiceError)
+    return "error" if is_fault else "abort"
 
 
 def _count(metrics: Metrics, meter: Meter, states: Sequence[ChoiceState], unfinished: str) -> None:
