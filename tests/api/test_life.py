@@ -199,6 +199,7 @@ async def test_loading_is_shown_with_its_rate_and_as_a_bar_on_a_terminal(
     console = io.StringIO()
     monkeypatch.setattr(console, "isatty", lambda: terminal)
     monkeypatch.setattr("sys.stderr", console)
+    monkeypatch.setenv("TERM", "xterm")
     engine = FakeEngine()
     engine.load.clear()
     house = await houses.open(engine, wait=False)

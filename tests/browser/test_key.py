@@ -72,6 +72,7 @@ def test_a_question_that_lacked_a_key_is_asked_again_with_it(
     chat.send("Hello!")
     expect(chat.answers.locator(".error")).to_contain_text("An API key is needed.")
     give_key(chat, "secret-key")
+    expect(chat.answers.locator(".error")).to_have_count(0)  # it is asked again
     assert chat.wait_for_end().startswith("Hello!")
     named = [url for url in asked if not url.startswith(("data:", "blob:"))]
     assert all(url.startswith(f"{keyed.url}{path}/") for url in named)
