@@ -429,6 +429,7 @@ class ProcessEngine(BaseEngine):
             self.progress = message
         elif isinstance(message, Ready):
             self._failed_starts = 0
+            self.stats = EngineStats(blocks_total=message.blocks_total)
             self._connect(message)
         elif isinstance(message, Fault):
             self.failure = f"{message.kind}: {message.text}"

@@ -248,6 +248,16 @@ async def test_however_often_it_dies_a_ready_engine_is_replaced() -> None:
             assert client.restarts == deaths
 
 
+async def test_how_large_the_cache_is_is_known_before_the_first_step() -> None:
+    async with engine() as client:
+        for deaths in (0, 1):
+            await until(lambda n=deaths: client.restarts == n and client.state == "ready", "ready")
+            assert client.ready is not None
+            assert client.stats.blocks_total == client.ready.blocks_total > 0
+            os.kill(client.pid, signal.SIGKILL)
+            await until(lambda: client.state != "ready", "the death is noticed")
+
+
 async def test_a_load_that_fails_says_why_and_is_not_repeated() -> None:
     async with engine("load=fail", wait=False) as client:
         with pytest.raises(Unavailable) as caught:
