@@ -60,6 +60,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "name": {"model": {"hub": {"name": "/models/x"}}},
     "env": {"env": [{"name": "INTERNVL_PORT", "value": "1"}]},
     "parentRefs": {"gateway": {"enabled": True}},
+    "/gateway/path": {"gateway": {"enabled": True, "parentRefs": [{"name": "a"}], "path": "/v/"}},
     "endpointPicker": {"inferencePool": {"enabled": True}},
     "one of volume": {"model": {"volume": CLAIM, "claim": {"existing": "a"}}},
     "where to": {"model": {"hub": {"name": "a/b"}}},
