@@ -4,8 +4,10 @@ cache that other programs of the hub share, and found there again without a netw
 Only what is read is fetched: no code, and no weights in a form that could hold some.
 """
 
+import functools
 import os
 import re
+import secrets
 from pathlib import Path
 
 from wire.settings import SettingError
@@ -46,9 +48,14 @@ def fetch_to(folder: Path, name: str, revision: str) -> None:
     said = _said(name, revision)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and _note(folder / _BEGUN) != said:
-            raise SettingError(f"--to: {folder} has something else in it")
-        (folder / _BEGUN).write_text(said, encoding="utf-8")
+        begun = _note(folder / _BEGUN)
+        if begun != said:
+            if begun or not all(file.name.startswith(_BEGUN) for file in folder.iterdir()):
+                raise SettingError(f"--to: {folder} has something else in it")
+            # At once: whoever comes at the same time must not find half of it.
+            fresh = folder / f"{_BEGUN}.{secrets.token_hex(8)}"
+            fresh.write_text(said, encoding="utf-8")
+            fresh.replace(folder / _BEGUN)
         _download(name, revision, folder, [*_SMALL, *_WEIGHTS])
         (folder / _COMPLETE).write_text(said, encoding="utf-8")
     except OSError as error:
@@ -82,10 +89,20 @@ def _download(name: str, revision: str, folder: Path | None, patterns: list[str]
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        found = snapshot_download(
-            name, revision=revision or None, local_dir=folder, allow_patterns=patterns
+        get = functools.partial(
+            snapshot_download,
+            name,
+            revision=revision or None,
+            local_dir=folder,
+            allow_patterns=patterns,
         )
+        found = get()
+        # Of a hub that cannot be asked, it takes whatever is in the folder for the whole.
+        if folder is not None:
+            left = [file.filename for file in get(dry_run=True) if file.will_download]
+            if left:
+                raise OSError(f"{left[0]} is not there")
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        reason = str(error.__cause__ or error).strip().splitlines()[:1] or [type(error).__name__]
         raise OSError(f"{name} cannot be fetched: {reason[0]}") from None
     return Path(found)

@@ -212,6 +212,22 @@ def test_a_fetch_that_was_interrupted_goes_on(model_hub: Hub, tmp_path: Path) ->
     assert (to / "model.safetensors").read_bytes() == weights.read_bytes()
 
 
+@pytest.mark.parametrize("reason", ["nobody", "unknown"])
+def test_a_folder_is_not_complete_because_the_hub_does_not_say_what_is_missing(
+    model_hub: Hub, tmp_path: Path, reason: str
+) -> None:
+    name, endpoint = (
+        (NAME, "http://127.0.0.1:1") if reason == "nobody" else ("Nobody/nothing", model_hub.url)
+    )
+    to = tmp_path / "volume"
+    for _ in range(2):
+        failed = fetch(tmp_path / "cache", endpoint, name, "--to", str(to))
+        assert failed.returncode == 2, failed.stdout
+        assert f"{name} cannot be fetched: " in failed.stderr
+        assert "Traceback" not in failed.stderr
+        assert not is_complete(to, name, "")
+
+
 def test_whoever_waits_goes_on_when_the_folder_is_complete(model_hub: Hub, tmp_path: Path) -> None:
     to = tmp_path / "volume"
     command = [sys.executable, "-m", "server", "fetch", NAME, "--to", str(to), "--wait"]
