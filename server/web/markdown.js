@@ -10,7 +10,7 @@ const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
 const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*)$/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])[ \t]+(?=\S)/;
-const DIVIDER = /^ *\|?(?: *:?-+:? *\|)* *:?-+:? *\|? *$/;
+const DIVIDER = /^ *\|?(?: *:?-+:? *\|)* *:?-+:? *(?:\| *)?$/;
 
 /** Show `text` in `place`. Nodes of what has not changed since the last call stay as they are. */
 export function show(place, text) {
@@ -161,10 +161,11 @@ const WORD = /[\p{L}\p{N}_]/u;
 function inline(text, depth = 0) {
   if (depth > 6 || text.length > LONGEST) return [text];
   const nodes = [];
+  const lonely = new Set(); // marks that nothing closes from here on: else each would search to the end
   let from = 0;
   MARKS.lastIndex = 0;
   for (let found = MARKS.exec(text); found; found = MARKS.exec(text)) {
-    const [node, end] = read(text, found, depth) || [found[0], found.index + found[0].length];
+    const [node, end] = read(text, found, depth, lonely) || [found[0], found.index + found[0].length];
     nodes.push(text.slice(from, found.index), node);
     from = end;
     MARKS.lastIndex = end; // others may have used it meanwhile
@@ -173,12 +174,14 @@ function inline(text, depth = 0) {
 }
 
 /** What a mark means, with where it ends; nothing if it is only a character. */
-function read(text, found, depth) {
+function read(text, found, depth, lonely) {
   const [mark, escaped, ticks, emphasis, bracket, address] = found;
   const after = found.index + mark.length;
   if (escaped) return [escaped, after];
+  if (lonely.has(mark)) return null;
   if (ticks) {
     const end = closing(text, ticks, after, (at) => text[at - 1] !== '`' && text[at + ticks.length] !== '`');
+    if (end < 0) lonely.add(mark);
     return end > 0 && [h('code', {}, text.slice(after, end).replace(/^ (.+) $/s, '$1')), end + ticks.length];
   }
   if (emphasis) {
@@ -186,6 +189,7 @@ function read(text, found, depth) {
     if (!text[after]?.trim() || inWord(found.index - 1)) return null;
     const end = closing(text, mark, after + 1, (at) => text[at - 1].trim()
       && !inWord(at + mark.length) && (mark.length > 1 || (text[at + 1] !== mark && text[at - 1] !== mark)));
+    if (end < 0) lonely.add(mark);
     return end > 0 && [h(TAGS[mark], {}, inline(text.slice(after, end), depth + 1)), end + mark.length];
   }
   if (address) {
