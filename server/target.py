@@ -1,6 +1,7 @@
 """The server that a command asks: one that was started for it, or one that is there."""
 
 import dataclasses
+import re
 import subprocess
 import time
 from typing import Any
@@ -42,6 +43,11 @@ class Target:
         return {"base_url": self.url, "headers": headers, "trust_env": self.process is None}
 
     @property
+    def shown(self) -> str:
+        """The address for people, and for files: without a password."""
+        return re.sub("//[^/]*@", "//", self.url)
+
+    @property
     def ended(self) -> bool:
         """Whether it was started here and is no more."""
         return self.process is not None and self.process.poll() is not None
@@ -54,7 +60,7 @@ class Target:
                 loading.show(health.progress)
                 if health.reason != told and self.process is None:
                     told = health.reason
-                    say(f"waiting for {self.url}: {plain(told)}")
+                    say(f"waiting for {self.shown}: {plain(told)}")
                 time.sleep(_POLL)
         loading.end()
 
@@ -62,10 +68,10 @@ class Target:
         """None when it is ready, as far as one can tell."""
         try:
             answer = client.get("/ready")
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             if self.process is not None:
                 raise Unreachable("the server ended before it was ready") from None
-            raise Unreachable(f"no server answers at {self.url}: {plain(str(error))}") from None
+            raise Unreachable(f"no server answers at {self.shown}: {plain(str(error))}") from None
         if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
             return None  # other servers have no such path
         try:
@@ -80,11 +86,11 @@ class Target:
                 answer = client.get("/v1/models")
                 if answer.status_code == httpx.codes.OK:
                     return str(answer.json()["data"][0]["id"])
-        except httpx.TransportError as error:
-            raise Unreachable(f"no server answers at {self.url}: {plain(str(error))}") from None
+        except httpx.RequestError as error:
+            raise Unreachable(f"no server answers at {self.shown}: {plain(str(error))}") from None
         except (ValueError, LookupError, TypeError):
-            raise Unreachable(f"{self.url} does not say which models it has") from None
-        raise Unreachable(f"{self.url} answers {answer.status_code}: {said(answer.content)}")
+            raise Unreachable(f"{self.shown} does not say which models it has") from None
+        raise Unreachable(f"{self.shown} answers {answer.status_code}: {said(answer.content)}")
 
 
 class _Detail(msgspec.Struct):

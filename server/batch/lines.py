@@ -11,6 +11,8 @@ from msgspec import Meta
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 MAX_LINE = 128 << 20
 PREFIX = "batch_req_"
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What may be wrong with JSON; the last is of lists in lists in lists."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -119,7 +121,7 @@ def _parse(number: int, size: int, line: bytes) -> Job | Misfit:
         found = msgspec.json.decode(line, type=_Line)
         body = msgspec.json.decode(found.body, type=_Body)
         line.decode()
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         return Misfit(number, size, _name(line), str(error))
     reason = ""
     if found.method != "POST":
@@ -136,5 +138,5 @@ def _parse(number: int, size: int, line: bytes) -> Job | Misfit:
 def _name(line: bytes) -> str | None:
     try:
         return msgspec.json.decode(line, type=_Named).custom_id
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNREADABLE:
         return None

@@ -19,7 +19,7 @@ import httpx
 import msgspec
 
 from server.batch.board import Board
-from server.batch.lines import Failure, Item, Job, Misfit, Outcome, Reply
+from server.batch.lines import UNREADABLE, Failure, Item, Job, Misfit, Outcome, Reply
 from server.batch.output import Output
 from server.target import Target, said
 from server.terminal import plain
@@ -128,8 +128,8 @@ class Runner:
             except httpx.ReadTimeout:
                 failure = Failure("timeout", f"no answer in {self._timeout:g} seconds")
                 return Outcome(job.custom_id, error=failure), 0
-            except httpx.TransportError as error:
-                why = f"no server answers at {self._target.url}: {plain(str(error))}"
+            except httpx.RequestError as error:
+                why = f"no server answers at {self._target.shown}: {plain(str(error))}"
             else:
                 if reply.status_code not in _AGAIN | _NEVER:
                     return _answer(job, reply)
@@ -212,10 +212,10 @@ def _answer(job: Job, reply: httpx.Response) -> tuple[Outcome, int]:
         body.decode()
         if b"\n" in body:
             body = msgspec.json.format(body, indent=-1)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNREADABLE:
         try:  # another form of usage, or no JSON at all
             body = msgspec.json.encode(msgspec.json.decode(body))
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except UNREADABLE:
             body = msgspec.json.encode(body[:10_000].decode(errors="replace"))
     told = Reply(reply.status_code, reply.headers.get("x-request-id", ""), msgspec.Raw(body))
     return Outcome(job.custom_id, told), tokens

@@ -113,12 +113,12 @@ class Client:
         short, long = (self._whole([_text(chance, count)], 8).answers[0] for count in (32, 96))
         self._tokens_per_word = (long.prompt_tokens - short.prompt_tokens) / 64
         if self._tokens_per_word <= 0:
-            raise Failed(f"{target.url} does not count the tokens of a prompt")
+            raise Failed(f"{target.shown} does not count the tokens of a prompt")
 
     @property
     def url(self) -> str:
         """Without a path."""
-        return self.target.url
+        return self.target.shown
 
     def measure(self, case: Case, seed: int) -> dict[str, float | None]:
         """What ``summary`` says of the requests of ``case``; ``seed`` decides their contents. All
@@ -239,8 +239,9 @@ def summary(answers: Sequence[Answer], seconds: float) -> dict[str, float | None
     values: dict[str, list[float]] = {
         "ttft": [answer.arrivals[0] for answer in answers],
         "tpot": [
-            (answer.arrivals[-1] - answer.arrivals[0]) / max(answer.output_tokens - 1, 1)
+            (answer.arrivals[-1] - answer.arrivals[0]) / (answer.output_tokens - 1)
             for answer in answers
+            if answer.output_tokens > 1
         ],
         "itl": [gap for answer in answers for gap in np.diff(answer.arrivals)],
         "e2e": [answer.arrivals[-1] for answer in answers],

@@ -83,6 +83,9 @@ def _address(options: argparse.Namespace, settings: dict[str, str]) -> str:
 
 
 def _key(options: argparse.Namespace) -> str:
-    if options.api_key is not None:
-        return str(options.api_key)
-    return os.environ.get(ENV_PREFIX + "API_KEY", "").split(",")[0].strip()
+    key = options.api_key
+    if key is None:
+        key = os.environ.get(ENV_PREFIX + "API_KEY", "").split(",")[0].strip()
+    if not (key.isascii() and key.isprintable()):
+        raise SettingError("--api-key: there are characters in it that no key has")
+    return str(key)

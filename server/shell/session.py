@@ -1,5 +1,6 @@
 """The conversation: what was said, and the next answer as a stream of text."""
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from server.target import said
 from server.terminal import plain
 
 _URL = "/v1/chat/completions"
+_JSON = {"Content-Type": "application/json"}
 
 
 class Refused(Exception):
@@ -101,7 +103,11 @@ class Session:
 
     def _events(self, body: dict[str, Any]) -> Iterator[_Event]:
         try:
-            with self._client.stream("POST", _URL, json=body) as reply:
+            content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError):  # such as NaN, or half of a character
+            raise Refused("a value in it cannot be sent; /set shows the fields") from None
+        try:
+            with self._client.stream("POST", _URL, content=content, headers=_JSON) as reply:
                 if reply.status_code != httpx.codes.OK:
                     raise Refused(f"{reply.status_code}: {said(reply.read())}")
                 for data in _data(reply.iter_bytes()):

@@ -44,6 +44,9 @@ class Shell:
                 except KeyboardInterrupt:
                     self._paper.note("\nCtrl-D or /quit leaves")
                     continue
+                except UnicodeDecodeError:
+                    self._complain("what was typed is no text")
+                    continue
                 if line in ("/quit", "/exit"):
                     return
                 with contextlib.suppress(KeyboardInterrupt):

@@ -156,6 +156,27 @@ def test_no_answer_gives_commands_to_the_terminal(tmp_path: Path, cut: int) -> N
     assert "\x1b[2J" not in terminal.shown
 
 
+def test_what_cannot_be_sent_ends_no_conversation(tmp_path: Path) -> None:
+    with (
+        Api(lambda *_: (200, {}, stream("Good", " day"))) as api,
+        Terminal(["chat", "--url", api.url], tmp_path) as terminal,
+    ):
+        terminal.expect("> ")
+        for value in ("NaN", "1e999", '"\\ud800"'):
+            terminal.type(f"/set top_p {value}\n")
+            terminal.expect("top_p")
+            terminal.expect("> ")
+            terminal.type("Hi\n")
+            terminal.expect("cannot be sent")
+            terminal.expect("> ")
+        terminal.type("/set top_p\n")
+        terminal.expect("> ")
+        terminal.type("Hi\n")
+        terminal.expect("Good day")
+        assert terminal.leave() == 0
+    assert len(api.asked) == 1
+
+
 def test_neither_a_server_s_errors_do(tmp_path: Path) -> None:
     said = "no\x1b]0;owned\x07\nsuch \u202emodel"
     for answer in (

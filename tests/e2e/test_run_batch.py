@@ -120,24 +120,25 @@ def test_lines_that_cannot_be_used_are_told_and_stop_nothing(batch: Batch) -> No
         '{"method": "POST"}\n',
         line(7),
         line(""),
+        line("deep", []).replace("[]", "[" * 100_000 + "]" * 100_000),
         line("last").strip(),
     ]
     batch.input.write_text("".join(lines))
     with Api(lambda *_: (200, {}, USED)) as api:
         told = batch.run("--url", api.url, status=1)
-        assert "2 answered, 10 failed" in told
+        assert "2 answered, 11 failed" in told
         found = {entry["error"]["line"]: entry for entry in batch.lines if entry["error"]}
-        assert sorted(found) == [3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+        assert sorted(found) == [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
         names = [found[number]["custom_id"] for number in sorted(found)]
-        assert names == [None, None, "get", "where", "stream", "later", "no body", *[None] * 3]
+        assert names == [None, None, "get", "where", "stream", "later", "no body", *[None] * 4]
         for number, word in {3: "JSON", 4: "'first'", 5: "'GET'", 6: "/v1/embeddings"}.items():
             message = found[number]["error"]["message"]
             assert message.startswith(f"line {number}: ")
             assert word in message
         assert found[9]["response"] is None
         # The status is that of all that is there, and nothing is told twice.
-        assert "0 answered, 0 failed, 12 done before" in batch.run("--url", api.url, status=1)
-    assert len(batch.lines) == 12
+        assert "0 answered, 0 failed, 13 done before" in batch.run("--url", api.url, status=1)
+    assert len(batch.lines) == 13
     assert len(api.asked) == 2
 
 
@@ -179,6 +180,14 @@ def test_what_nobody_can_answer_now_is_left_for_another_run(
         assert "goes on" in told
         assert batch.lines == []
         assert len(api.asked) < 10
+
+
+def test_an_answer_that_is_packed_wrongly_is_no_answer(batch: Batch) -> None:
+    batch.input.write_text(line("a"))
+    with Api(lambda *_: (200, {"content-encoding": "gzip"}, b"not packed")) as api:
+        told = batch.run("--url", api.url, "--patience", "1", status=3)
+    assert "Traceback" not in told
+    assert batch.lines == []
 
 
 def test_the_first_signal_finishes_what_is_running(batch: Batch) -> None:
@@ -252,6 +261,7 @@ def test_an_answer_that_is_no_line_of_json_becomes_one(batch: Batch) -> None:
         "pretty": json.dumps({"a": [1, {"b": "ü\n"}]}, indent=2).encode(),
         "page": b"<html>\nno \xff gateway",
         "odd": {"usage": [1]},
+        "deep": b"[" * 100_000,
     }
     batch.input.write_text("".join(map(line, bodies)))
     with Api(lambda _, body: (200, {}, bodies[said(body)])) as api:
@@ -260,6 +270,7 @@ def test_an_answer_that_is_no_line_of_json_becomes_one(batch: Batch) -> None:
     assert found["pretty"] == {"a": [1, {"b": "ü\n"}]}
     assert found["odd"] == {"usage": [1]}
     assert "gateway" in found["page"]
+    assert found["deep"] == "[" * 10_000
 
 
 def test_a_file_that_is_no_output_stays_as_it_is(batch: Batch) -> None:
@@ -296,6 +307,8 @@ def test_two_runs_do_not_write_one_file(batch: Batch) -> None:
     ("words", "status", "says"),
     [
         (["--url", "http://127.0.0.1:9"], 1, "no server answers at http://127.0.0.1:9"),
+        (["--url", "http://me:word@127.0.0.1:9"], 1, "no server answers at http://127.0.0.1:9: "),
+        (["--url", "http://127.0.0.1:9", "--api-key", "kéy"], 2, "that no key has"),
         (["--url", "127.0.0.1:9"], 2, "is no address"),
         (["--url", "http://127.0.0.1:9", "--max-num-seqs", "3"], 2, "--max-num-seqs is a setting"),
         (["--api-key", "k"], 2, "--api-key is for"),

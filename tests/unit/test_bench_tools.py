@@ -138,6 +138,11 @@ def test_figures_of_answers() -> None:
     assert [found[f"{name}_count"] for name in ("ttft", "itl", "tpot", "e2e")] == [2, 3, 2, 2]
 
 
+def test_an_answer_of_one_token_has_no_time_per_further_token() -> None:
+    found = summary([Answer([0.1, 0.5], 1, 3), Answer([0.1], 1, 1)], 1.0)
+    assert (found["tpot_count"], found["tpot_p50_ms"]) == (1, pytest.approx(200))
+
+
 @pytest.mark.parametrize(
     ("count", "known"), [(0, ()), (1, (50,)), (9, (50,)), (10, (50, 90)), (100, (50, 90, 99))]
 )
