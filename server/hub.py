@@ -4,11 +4,11 @@ cache that other programs of the hub share, and found there again without a netw
 Only what is read is fetched: no code, and no weights in a form that could hold some.
 """
 
-import functools
 import os
 import re
 import secrets
 from pathlib import Path
+from typing import Any
 
 from wire.settings import SettingError
 
@@ -89,19 +89,14 @@ def _download(name: str, revision: str, folder: Path | None, patterns: list[str]
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        get = functools.partial(
-            snapshot_download,
-            name,
-            revision=revision or None,
-            local_dir=folder,
-            allow_patterns=patterns,
-        )
-        found = get()
-        # Of a hub that cannot be asked, it takes whatever is in the folder for the whole.
+        wanted: dict[str, Any] = {"revision": revision or None, "local_dir": folder}
+        wanted["allow_patterns"] = patterns
+        found = snapshot_download(name, **wanted)
         if folder is not None:
-            left = [file.filename for file in get(dry_run=True) if file.will_download]
-            if left:
-                raise OSError(f"{left[0]} is not there")
+            # Of a hub that cannot be asked, it takes whatever is in the folder for the whole.
+            for file in snapshot_download(name, **wanted, dry_run=True):
+                if file.will_download:
+                    raise OSError(f"{file.filename} is not there")
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[:1] or [type(error).__name__]
         raise OSError(f"{name} cannot be fetched: {reason[0]}") from None
