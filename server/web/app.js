@@ -81,7 +81,9 @@ async function follow(own, work) {
 }
 
 async function openChat(id) {
+  wanted = id;
   const found = opened.get(id) ?? (id && await store.loadChat(id));
+  if (wanted !== id) return; // another was chosen meanwhile
   chat = found || newChat();
   opened.set(chat.id, chat);
   store.setCurrentChat(found ? chat.id : null);
@@ -93,6 +95,21 @@ async function openChat(id) {
   if (!runs.has(chat.id) && chat.messages.at(-1)?.state === 'running') {
     follow(chat, (listener) => resume(chat, listener));
   }
+}
+
+let wanted = null; // the conversation that was chosen last
+
+/** Another tab has added to a conversation: what is added here must come behind that. */
+async function takeOver(id) {
+  const found = await store.loadChat(id);
+  if (found && !runs.has(id)) {
+    opened.delete(id);
+    if (id === chat.id) {
+      opened.set(id, found);
+      await openChat(id);
+    }
+  }
+  await drawChats();
 }
 
 const opened = new Map([[chat.id, chat]]); // those that may be arriving must not be loaded again
@@ -270,5 +287,6 @@ addEventListener('keydown', (event) => {
     $('#menu').focus();
   } else runs.get(chat.id)?.();
 });
+store.hearTabs(takeOver);
 openChat(store.currentChat());
 connect();

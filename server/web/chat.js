@@ -4,7 +4,7 @@
 import { ApiError, Dropped, answer, end } from './api.js';
 import { unique } from './dom.js';
 import { dataUrl } from './media.js';
-import { saveChat } from './store.js';
+import { saveChat, tellTabs } from './store.js';
 
 const SAVE_EVERY = 1000; // milliseconds, while an answer arrives
 const LOCATE = 'Please provide the bounding box coordinate of the region this sentence describes: ';
@@ -120,6 +120,7 @@ async function run(chat, message, { onchange, onkept, makeBody }) {
   if (runs.get(chat.id) === stop) runs.delete(chat.id); // else there is another one already
   onchange(message);
   await keep();
+  tellTabs(chat.id);
 }
 
 /** Take in a chunk; whether it has anything to read. */

@@ -87,6 +87,19 @@ export async function loadChat(id) {
 
 const written = new Set(); // pictures that are kept already
 
+const tabs = new BroadcastChannel(PLACE);
+
+/** Say to other tabs that a conversation is not what it was. */
+export const tellTabs = (id) => tabs.postMessage(id);
+
+/** `listener(id)` hears what other tabs say. */
+export function hearTabs(listener) {
+  tabs.addEventListener('message', ({ data }) => {
+    written.clear(); // they may have deleted some
+    listener(data);
+  });
+}
+
 let saving = Promise.resolve(); // one after the other: what is newer must not be overwritten
 
 /** Keep `chat`; older ones go where there is no room. False if it could not be kept. */
