@@ -89,7 +89,9 @@ def _parse(source: str, raw: Any, kind: Any, metadata: types.MappingProxyType[An
         value = _convert(raw, kind)
     except (TypeError, ValueError):
         name = kind.__name__ if isinstance(kind, type) else "list"
-        raise SettingError(f"{source}: {raw!r} is not a valid {name}") from None
+        # Lists and tables are not repeated: there may be a key in them.
+        said = repr(raw) if isinstance(raw, str | int | float) else f"a {type(raw).__name__}"
+        raise SettingError(f"{source}: {said} is not a valid {name}") from None
     low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
     if choices and value not in choices:
         raise SettingError(f"{source}: {value!r} is not one of {', '.join(choices)}")

@@ -84,10 +84,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _open(name: str) -> BinaryIO:
-    if name == "-":
-        return open(0, "rb", closefd=False)
     try:
-        return open(name, "rb")
+        return open(0, "rb", closefd=False) if name == "-" else open(name, "rb")
     except OSError as error:
         raise SettingError(f"--input: {name}: {error.strerror}") from None
 

@@ -328,6 +328,12 @@ def test_what_cannot_begin_says_why_in_a_line(
     assert told.count("\n") == 1
 
 
+def test_a_standard_input_that_is_closed_is_told(batch: Batch) -> None:
+    batch.words[1] = "-"
+    told = batch.run(status=2, preexec_fn=lambda: os.close(0))  # noqa: PLW1509
+    assert told == "internvl run-batch: --input: -: Bad file descriptor\n"
+
+
 def test_the_key_is_sent_and_is_no_argument(batch: Batch) -> None:
     batch.input.write_text(line("a"))
     with Api(lambda *_: (200, {}, USED)) as api:
