@@ -330,7 +330,7 @@ def test_what_cannot_begin_says_why_in_a_line(
 
 def test_a_standard_input_that_is_closed_is_told(batch: Batch) -> None:
     batch.words[1] = "-"
-    told = batch.run(status=2, preexec_fn=lambda: os.close(0))  # noqa: PLW1509
+    told = batch.run(status=2, preexec_fn=lambda: os.close(0))
     assert told == "internvl run-batch: --input: -: Bad file descriptor\n"
 
 

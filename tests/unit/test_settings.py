@@ -178,7 +178,7 @@ def test_what_stands_in_a_file_is_not_told_with_its_errors(tmp_path: Path) -> No
 def test_a_key_in_a_table_is_not_told_with_its_error(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text('api_key = {name = "sekret"}')
-    with pytest.raises(SettingError, match="api_key in .*: a dict is not a valid list") as raised:
+    with pytest.raises(SettingError, match=r"api_key in .*: a dict is not a valid list") as raised:
         load({}, {}, file)
     assert "sekret" not in str(raised.value)
 
