@@ -91,13 +91,15 @@ class _Block:
     so it is what is drawn that is made safe."""
 
     def __init__(self, text: str) -> None:
-        self._markdown = Markdown(text, hyperlinks=False)  # they may hide where they lead
-        # Marks of places, <box> and <ref>, are text.
-        parser = MarkdownIt(options_update={"html": False}).enable(["strikethrough", "table"])
-        self._markdown.parsed = parser.parse(text)
+        self._text = text
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
-        for segment in console.render(self._markdown, options):
+        # Read only when it is drawn, a few times a second: answers grow token by token.
+        markdown = Markdown("", hyperlinks=False)  # they may hide where they lead
+        # Marks of places, <box> and <ref>, are text.
+        parser = MarkdownIt(options_update={"html": False}).enable(["strikethrough", "table"])
+        markdown.parsed = parser.parse(self._text)
+        for segment in console.render(markdown, options):
             if segment.control is None:
                 yield Segment(plain(segment.text), segment.style)
 
