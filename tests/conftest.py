@@ -3,6 +3,7 @@
 import fcntl
 import importlib.metadata
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.servers import Server
+
+# What is started in the background ignores Ctrl-C, which programs in tests must not inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # They have an environment of their own: `make clients`.
 collect_ignore = ["clients"]
