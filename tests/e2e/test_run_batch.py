@@ -375,8 +375,8 @@ def read_all(descriptor: int) -> str:
     return b"".join(parts).decode(errors="replace")
 
 
-# Prints the most KiB that a command took. What a process was before it became another program counts:
-# a child of pytest would have taken as much as pytest.
+# Prints the most KiB that a command took. What a process was before it became another program
+# counts: a child of pytest would have taken as much as pytest.
 MOST_MEMORY = """
 import resource, subprocess, sys
 status = subprocess.run(sys.argv[1:]).returncode
