@@ -42,6 +42,18 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
+    def interrupt(self, says: str) -> None:
+        """Ctrl-C at the prompt, until this is said of it: one that comes between showing the prompt
+        and waiting for keys is noticed by Python only at the next key."""
+        for _ in range(30):
+            self.type(CTRL_C)
+            end = time.monotonic() + 3
+            while time.monotonic() < end and self._read(0.1):
+                if self.shown.find(says, self._seen) >= 0:
+                    self.expect(says)
+                    return
+        raise AssertionError(f"{says!r} is not in {self.shown[self._seen :]!r}")
+
     def expect(self, text: str, deadline: float = 90) -> str:
         """What is shown since the last time, up to this."""
         end = time.monotonic() + deadline

@@ -112,8 +112,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
         terminal.type(CTRL_C)
         terminal.expect("stopped")
         terminal.expect("> ")
-        terminal.type("half a line" + CTRL_C)
-        terminal.expect("leaves")
+        terminal.type("half a line")
+        terminal.expect("half a line")
+        terminal.interrupt("leaves")
         terminal.expect("> ")
         terminal.type("two\n")
         terminal.expect("Next.")
@@ -205,8 +206,7 @@ def test_a_server_of_its_own_shows_the_demo_model_a_picture(tmp_path: Path) -> N
         terminal.type("What is this?\n")
         terminal.expect("yellow")
         terminal.expect("> ")
-        terminal.type(CTRL_C)  # and the server does not end of it
-        terminal.expect("leaves")
+        terminal.interrupt("leaves")  # and the server does not end of it
         terminal.expect("> ")
         terminal.type("/regenerate\n")
         terminal.expect("tokens in")
