@@ -32,6 +32,7 @@ from wire.settings import EngineSettings
 
 GEOMETRY = VisionGeometry(tile_size=2, tokens_per_tile=4)
 TOKEN_BYTES = 10
+TILE_BYTES = GEOMETRY.tokens_per_tile * TOKEN_BYTES
 TILE_SECONDS = 0.25  # that encoding takes
 VOCAB = 97
 IMAGE = 96
@@ -385,3 +386,18 @@ def alone_with_scores(
     engine.finish()
     assert not any(work.start for work in engine.runner.plans[0].work)
     return engine.tokens["alone"], engine.scores.get("alone")
+
+
+def crowded(pipelined: str) -> Engine:
+    """It has run three requests, two with a picture, in memory for fewer of each."""
+    engine = Engine(
+        num_kv_blocks=9,
+        encoder_cache_bytes=TILE_BYTES,
+        enable_prefix_caching=False,
+        async_scheduling=pipelined,
+    )
+    engine.add("a", 6, max_tokens=16)
+    engine.add("b", 3, (1, 1), max_tokens=16, seed=1)
+    engine.add("c", 3, (2, 1), max_tokens=16, seed=2)
+    engine.finish()
+    return engine

@@ -25,6 +25,13 @@ class Panel(NamedTuple):
     height: int = HEIGHT
 
 
+def number(
+    title: str, about: str, unit: str, queries: dict[str, str], **marks: float | None
+) -> Panel:
+    """A small panel with nothing but a number; ``marks`` are ``warn`` and ``bad``."""
+    return Panel(title, about, unit, queries, width=4, number=True, height=4, **marks)
+
+
 def every(name: str, *matchers: str) -> str:
     """The series of a metric, of all that is chosen."""
     return f"internvl_{name}" + ", ".join([CHOSEN, *matchers]) + "}"
@@ -68,63 +75,45 @@ def increase(name: str, by: str) -> str:
 
 ROWS: dict[str, Sequence[Panel]] = {
     "Traffic and errors": (
-        Panel(
+        number(
             "Replicas ready",
             "Servers whose model is loaded and that take work.",
             "short",
             {"ready": total("state", 'state="ready"')},
-            width=4,
-            number=True,
-            height=4,
         ),
-        Panel(
+        number(
             "Requests in flight",
             "HTTP requests being answered; --max-concurrent-requests bounds them per replica.",
             "short",
             {"in flight": total("requests_in_flight")},
-            width=4,
-            number=True,
-            height=4,
         ),
-        Panel(
+        number(
             "Requests per second",
             "Answered, whatever the status; but for probes.",
             "reqps",
             {"requests": rate("http_requests_total")},
-            width=4,
-            number=True,
-            height=4,
         ),
-        Panel(
+        number(
             "Tokens per second",
             "Generated, by all replicas.",
             "short",
             {"tokens": rate("generation_tokens_total")},
-            width=4,
-            number=True,
-            height=4,
         ),
-        Panel(
+        number(
             "Failed",
             "Share of requests answered with 5xx.",
             "percentunit",
             {"5xx": share("http_requests_total", 'status=~"5.."')},
-            width=4,
-            number=True,
             warn=0.01,
             bad=0.05,
-            height=4,
         ),
-        Panel(
+        number(
             "First token",
             "Nine of ten requests had their first token after so long.",
             "s",
             {"p90": quantile("time_to_first_token_seconds", 0.9)},
-            width=4,
-            number=True,
             warn=5,
             bad=10,
-            height=4,
         ),
         Panel(
             "Requests by status",

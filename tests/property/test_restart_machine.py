@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from engine.core import EngineCore
 from engine.plan import Sampled, Work
 from engine.streams import Streams
-from tests.fake_runner import GEOMETRY, TOKEN_BYTES, FakeRunner, alone_with_scores, request
+from tests.fake_runner import TILE_BYTES, FakeRunner, alone_with_scores, request
 from wire.channel import Buffer
 from wire.errors import EngineFailed
 from wire.messages import Abort, EngineRequest, PromptLogprobs, StepReport
@@ -35,7 +35,6 @@ PARTS = st.lists(
     min_size=1,
     max_size=3,
 )
-TILE_BYTES = GEOMETRY.tokens_per_tile * TOKEN_BYTES
 
 
 class Died(Exception):

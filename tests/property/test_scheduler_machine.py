@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from engine.cost import CostModel, Load, count_pairs
 from engine.plan import StepPlan
-from tests.fake_runner import GEOMETRY, TOKEN_BYTES, Engine, alone_with_scores
+from tests.fake_runner import TILE_BYTES, Engine, alone_with_scores
 from wire.messages import StepReport
 
 Parts = list[int | tuple[int, int]]
@@ -41,7 +41,6 @@ COSTS = st.builds(
     pairs=st.sampled_from([1e-8, 1e-5]),
     tiles=st.sampled_from([1e-4, 1e-3, 1e-2]),
 )
-TILE_BYTES = GEOMETRY.tokens_per_tile * TOKEN_BYTES
 
 
 class Traffic(RuleBasedStateMachine):

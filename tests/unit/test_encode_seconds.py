@@ -2,9 +2,7 @@
 
 import pytest
 
-from tests.fake_runner import GEOMETRY, TILE_SECONDS, TOKEN_BYTES, Engine
-
-TILE_BYTES = GEOMETRY.tokens_per_tile * TOKEN_BYTES
+from tests.fake_runner import GEOMETRY, TILE_BYTES, TILE_SECONDS, Engine, crowded
 
 
 def charged(engine: Engine, name: str) -> list[float]:
@@ -60,16 +58,7 @@ def test_what_a_cache_had_costs_nothing(pipelined: str) -> None:
 
 
 def test_preempted_requests_pay_for_each_time_a_picture_is_encoded(pipelined: str) -> None:
-    engine = Engine(
-        num_kv_blocks=9,
-        encoder_cache_bytes=TILE_BYTES,
-        enable_prefix_caching=False,
-        async_scheduling=pipelined,
-    )
-    engine.add("a", 6, max_tokens=16)
-    engine.add("b", 3, (1, 1), max_tokens=16, seed=1)
-    engine.add("c", 3, (2, 1), max_tokens=16, seed=2)
-    engine.finish()
+    engine = crowded(pipelined)
     assert engine.scheduler.stats.preemptions > 0
     assert charged(engine, "c")[0] > 1
     assert sum(charged(engine, "b") + charged(engine, "c")) == encoded(engine)

@@ -8,11 +8,9 @@ import msgspec
 import pytest
 
 from engine.plan import StepPlan
-from tests.fake_runner import EOS, GEOMETRY, TOKEN_BYTES, Engine, alone, picture, request
+from tests.fake_runner import EOS, TILE_BYTES, Engine, alone, picture, request
 from wire.messages import EngineRequest, Flush, LogLevel, StepReport, VisionItem
 from wire.sampling import SamplingParams
-
-TILE_BYTES = GEOMETRY.tokens_per_tile * TOKEN_BYTES
 
 
 def work(plan: StepPlan) -> dict[str, tuple[int, int, bool]]:

@@ -8,10 +8,9 @@ import pytest
 
 from engine.cost import CostModel, Load
 from engine.plan import StepPlan
-from tests.fake_runner import GEOMETRY, TOKEN_BYTES, Engine, alone
+from tests.fake_runner import TILE_BYTES, Engine, alone
 
 COST = CostModel(steps=0.01, rows=1e-3, reads=1e-6, tokens=1e-3, pairs=1e-6, tiles=0.02)
-TILE_BYTES = GEOMETRY.tokens_per_tile * TOKEN_BYTES
 
 
 def engine(budget: float, cost: CostModel = COST, **settings: object) -> Engine:

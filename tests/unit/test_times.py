@@ -9,10 +9,8 @@ import pytest
 
 from engine import core, streams
 from engine.streams import Streams
-from tests.fake_runner import GEOMETRY, TOKEN_BYTES, Engine, request
+from tests.fake_runner import GEOMETRY, Engine, crowded, request
 from wire.messages import EngineOutput, EngineStats, StepReport, Times
-
-TILE_BYTES = GEOMETRY.tokens_per_tile * TOKEN_BYTES
 
 
 @pytest.fixture(params=["off", "on"])
@@ -105,16 +103,7 @@ def test_an_engine_that_goes_on_behind_some_output_neither_times_nor_counts_the_
 def test_caches_are_looked_at_once_for_each_request_however_often_it_is_preempted(
     pipelined: str,
 ) -> None:
-    engine = Engine(
-        num_kv_blocks=9,
-        encoder_cache_bytes=TILE_BYTES,
-        enable_prefix_caching=False,
-        async_scheduling=pipelined,
-    )
-    engine.add("a", 6, max_tokens=16)
-    engine.add("b", 3, (1, 1), max_tokens=16, seed=1)
-    engine.add("c", 3, (2, 1), max_tokens=16, seed=2)
-    engine.finish()
+    engine = crowded(pipelined)
     stats = engine.scheduler.stats
     assert stats.preemptions > 0
     assert (stats.vision_queries, stats.vision_hits) == (2, 0)
