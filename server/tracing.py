@@ -7,9 +7,10 @@ length, and are sent by a thread: whatever the collector does, no request notice
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -38,6 +39,8 @@ FLUSH_TIMEOUT = 3.0
 QUEUE, BATCH = 4096, 512
 # Characters of an attribute.
 _LONGEST = 256
+# They may hold keys.
+_HEADERS = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"})
 
 
@@ -78,6 +81,7 @@ class Tracing:
 
     def __init__(self, settings: TracingSettings, version: str) -> None:
         endpoint = _endpoint(settings.otlp_traces_endpoint)
+        _check_headers()
         # It would repeat headers of clients, and tell of every failure.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
         service = {"service.name": settings.otlp_service_name, "service.version": version}
@@ -182,6 +186,14 @@ def _endpoint(url: str) -> str:
             "otlp_traces_endpoint: keys belong in the variable OTEL_EXPORTER_OTLP_HEADERS"
         )
     return url if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1/traces"
+
+
+def _check_headers() -> None:
+    """Raises SettingError for what no header can hold: the exporter would repeat it in the log."""
+    for name in _HEADERS:
+        text = unquote(os.environ.get(name, ""))
+        if not (text.isascii() and text.isprintable()):
+            raise SettingError(f"{name} has characters that no header can hold")
 
 
 class _Heard(logging.Handler):

@@ -474,6 +474,12 @@ async def test_what_is_no_address_of_a_collector_is_refused_at_the_start(
     [
         ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "many", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT"),
         ("OTEL_BSP_SCHEDULE_DELAY", "-1", "schedule_delay"),
+        (
+            "OTEL_EXPORTER_OTLP_HEADERS",
+            "authorization=a%20key%0A",
+            "OTLP_HEADERS has characters that no header can hold$",
+        ),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "authorization=ключ", "OTLP_TRACES_HEADERS has"),
         ("OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER", "nobody", "nobody"),
     ],
 )
