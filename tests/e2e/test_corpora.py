@@ -81,7 +81,10 @@ def test_pictures_of_pillows_own_tests(server: Server, corpus: list[Path]) -> No
     assert found["shown"] > len(corpus) // 2
     known = {"shown", "unsupported_media", "invalid_media", "media_too_large", "media_timeout"}
     assert found.keys() <= known
-    assert server.metric("internvl_decode_workers_replaced_total") == 0
+    # A busy machine may let one overrun its deadline; none may die of a picture.
+    slow = server.metric('internvl_sandbox_kills_total{reason="timeout"}')
+    assert server.metric("internvl_decode_workers_replaced_total") == slow
+    assert slow <= found["media_timeout"]
 
 
 def test_bombs_and_polyglots(server: Server) -> None:
