@@ -91,7 +91,8 @@ def build_model(
     if group.stage == 0:
         model.vision.fit(config.tile_grid)
         model.vision.fold()
-    model.ops.prepare(list(model.modules()), model.decoder.output if group.stage == 0 else None)
+    head = model.decoder.output if group.stage == 0 else None
+    model.ops.prepare(list(model.modules()), head, set(model.decoder.modules()))
     return model.eval()
 
 

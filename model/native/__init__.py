@@ -10,7 +10,7 @@ from typing import Any
 
 from wire.native import load
 
-VERSION = 3
+VERSION = 4
 """That of the functions' arguments, here and in pool.c: one more with every change of them."""
 BEST = 4
 """For ``internvl_choose``: the best instruction set of this processor; tests choose others too."""
@@ -24,7 +24,10 @@ class Matrix(ctypes.Structure):
     """A linear layer in panels (``struct matrix``, model/native/kernels.h)."""
 
     _fields_ = (
-        *((name, _p) for name in ("panels", "scales", "sums", "bias")),
+        *(
+            (name, _p)
+            for name in ("panels", "scales", "sums", "bias", "bases", "odd_starts", "odds")
+        ),
         *((name, _l) for name in ("inputs", "outputs")),
     )
 
@@ -74,6 +77,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "internvl_large_pages": [_p, ctypes.c_ulong],
     "internvl_pack": [_p, _l, _l, _p, _l],
     "internvl_pack8": [_p, _l, _l, _p, _p, _p, _l],
+    "internvl_odds": [_p, _l, _l, _l, _p, _p],
+    "internvl_pack12": [_p, _l, _l, _l, _p, _p, _p, _p],
     "internvl_linear_scratch": [_matrix, _l],
     "internvl_linear": [_matrix, _p, _l, _l, _p, _l, _i, _p],
     "internvl_add_norm": [_p, _l, _p, _l, _p, _p, _p, _l, _l, _l, _f, _i],
@@ -95,8 +100,9 @@ def _library() -> Any:
             function = getattr(library, name)
             function.argtypes = arguments
             function.restype = _l
-        library.internvl_choose(BEST)
     return library
 
 
 LIBRARY: Any = _library()
+NARROW = LIBRARY is not None and LIBRARY.internvl_choose(BEST) == 3
+"""Whether twelve bits a weight pay: measured with AVX512-BF16, and with AMX, where they do not."""

@@ -2,14 +2,30 @@
 #pragma once
 #include "block.h"
 
-/* A linear layer in panels (internvl_pack), quantised if it has scales (internvl_pack8). */
+/* A weight that is too far from the others of its panel for twelve bits. */
+struct odd {
+  int32_t input;
+  uint16_t column; /* of its group */
+  bf16 value;
+};
+
+/* A linear layer in panels (internvl_pack), quantised if it has scales (internvl_pack8), narrow if it
+   has bases (internvl_pack12), one for each panel, with the odds of panel i from odd_starts[i] on. */
 struct matrix {
   const void *panels;
   const float *scales;
   const int32_t *sums;
   const float *bias; /* or NULL */
+  const uint8_t *bases;
+  const int32_t *odd_starts;
+  const struct odd *odds;
   long inputs, outputs;
 };
+
+/* Bytes that so many inputs of a panel take. */
+static inline long panel_bytes(const struct matrix *m, long inputs) {
+  return inputs * LANES * (m->scales ? 2 : m->bases ? 3 : 4) / 2;
+}
 
 /* What follows a product: nothing; GELU; silu(even panel) * odd panel, half as many outputs; or
    nothing, and y is fp32 and there is no bias. */
@@ -40,3 +56,13 @@ void internvl_rotate_write(const struct heads *h, const struct batch *batch, con
                            bf16 *query, bf16 *cache);
 void internvl_attend(const struct heads *h, const struct batch *batch, const bf16 *query, bf16 *cache,
                      bf16 *out);
+
+/* few.c: narrow panels, and the products of at most FEW rows, if few_fit says so. */
+enum { FEW = 24, PIECE = 192, EXPONENTS = 128, ZERO = 15 };
+int few_fit(long rows);
+int few_rows(long rows);
+const uint32_t *few_pairs(const bf16 *x, long ldx, long rows, long inputs, uint32_t *to);
+/* c[count][COLUMNS] = x * the group of panels at `column`. */
+void few_product(const struct matrix *m, long column, const uint32_t *x, int count, float *c);
+void few_widen(const uint8_t *from, int base, long inputs, bf16 *to);
+void few_add_odds(const struct matrix *m, long column, const bf16 *x, long ldx, long rows, float *c);

@@ -18,8 +18,9 @@ struct linear {
   const bf16 *x;
   const int8_t *x8; /* in its place, if the matrix is quantised */
   float *heats;     /* what a whole number of each row stands for */
+  const uint32_t *pairs; /* few rows in the order of few.c */
   void *y;
-  long rows, ldx, ldy, ld8, tall, groups, chunks;
+  long rows, ldx, ldy, ld8, tall, groups, chunks, run;
   int kind;
 };
 
@@ -144,44 +145,73 @@ static void quantise(void *context, long index) {
 enum { DEEP = 256 };
 /* Rows at a time: they stay in the second cache while the panels pass by. */
 enum { TALLEST = 640, TALL_BYTES = 200 * 8192 };
+/* Groups at a time, for few rows. */
+enum { LONGEST_RUN = 4 };
+
+/* Rows `first` to `last` of a group of panels that have been summed to c: what follows. */
+static void end_rows(const struct linear *w, float *c, long row, int rows, long column) {
+  if (w->m->scales) widen(w, c, row, rows, column);
+  if (w->m->odds) few_add_odds(w->m, column, w->x + row * w->ldx, w->ldx, rows, c);
+#if defined(__x86_64__)
+  if (block_level >= 3 && w->kind <= GELU && column + COLUMNS <= w->m->outputs) {
+    finish_fast(w, c, row, rows, column);
+    return;
+  }
+#endif
+  finish(w, c, row, rows, column);
+}
+
+/* Groups of panels one behind the other: where one ends the next is on its way. */
+static void few_part(void *context, long index) {
+  const struct linear *w = context;
+  float c[FEW * COLUMNS] __attribute__((aligned(64)));
+  for (long group = index * w->run; group < (index + 1) * w->run && group < w->groups; group++) {
+    few_product(w->m, group * COLUMNS, w->pairs, few_rows(w->rows), c);
+    end_rows(w, c, 0, (int)w->rows, group * COLUMNS);
+  }
+#if defined(__x86_64__)
+  _mm_sfence(); /* stores past the caches are not in order with others */
+#endif
+}
 
 static void part(void *context, long index) {
   const struct linear *w = context;
-  long chunk = index / w->groups, group = index % w->groups;
+  const struct matrix *m = w->m;
+  long chunk = index / w->groups, group = index % w->groups, column = group * COLUMNS;
   long first = chunk * w->tall, last = first + w->tall < w->rows ? first + w->tall : w->rows;
-  long stride = w->m->inputs * LANES, column = group * COLUMNS;
-  long panels = (w->m->outputs - column + LANES - 1) / LANES;
-  if (panels > GROUP) panels = GROUP;
-  long size = w->m->scales ? 1 : 2, deep = last - first > ROWS ? DEEP * 2 / size : w->m->inputs;
-  long each = GROUP * stride * size, further = pool_threads();
-  const char *b = (const char *)w->m->panels + group * each;
-  const char *next = group + further < w->groups ? b + further * each : NULL;
+  int panels = column + LANES < m->outputs ? GROUP : 1;
+  long deep = last - first > ROWS || m->bases ? DEEP * 2 / (m->scales ? 1 : 2) : m->inputs;
+  long apart = panel_bytes(m, m->inputs), further = pool_threads();
+  const char *b = (const char *)m->panels + group * GROUP * apart;
+  const char *next = group + further < w->groups ? b + further * GROUP * apart : NULL;
   float c[TALLEST * COLUMNS] __attribute__((aligned(64)));
+  bf16 widened[GROUP][DEEP * LANES] __attribute__((aligned(64)));
   long blocks = (last - first + ROWS - 1) / ROWS;
-  for (long k = 0; k < w->m->inputs; k += deep) {
-    int inputs = (int)(w->m->inputs - k < deep ? w->m->inputs - k : deep);
-    int done = k + inputs == w->m->inputs;
-    const char *at = b + k * LANES * size;
-    struct soon soon = {done ? next : at + deep * LANES * size, stride * size, 0};
-    if (soon.from && blocks > 1) soon.lines = (int)((16 + blocks - 1) / blocks);
+  for (long k = 0; k < m->inputs; k += deep) {
+    int inputs = (int)(m->inputs - k < deep ? m->inputs - k : deep);
+    int done = k + inputs == m->inputs;
+    const char *at = b + panel_bytes(m, k);
+    const bf16 *panel = (const void *)at;
+    long stride = m->inputs * LANES;
+    if (m->bases) {
+      for (int p = 0; p < panels; p++)
+        few_widen((const uint8_t *)at + p * apart, m->bases[group * GROUP + p], inputs, widened[p]);
+      panel = widened[0];
+      stride = DEEP * LANES;
+    }
+    struct soon soon = {done ? next : at + panel_bytes(m, deep), apart, 0};
+    long lines = panel_bytes(m, DEEP * 2 / (m->scales ? 1 : 2)) / 512;
+    if (soon.from && blocks > 1) soon.lines = (int)((lines + blocks - 1) / blocks);
     for (long row = first; row < last; row += ROWS) {
       int rows = last - row < ROWS ? (int)(last - row) : ROWS;
       float *to = c + (row - first) * COLUMNS;
-      if (w->m->scales)
-        block_product8(w->x8 + row * w->ld8 + k, w->ld8, rows, (const int8_t *)at, stride,
-                       (int)panels, inputs, w->m->sums + column, (int32_t *)to, k > 0, &soon);
+      if (m->scales)
+        block_product8(w->x8 + row * w->ld8 + k, w->ld8, rows, (const int8_t *)at, stride, panels, inputs,
+                       m->sums + column, (int32_t *)to, k > 0, &soon);
       else
-        block_product(w->x + row * w->ldx + k, w->ldx, rows, (const bf16 *)at, stride, (int)panels,
-                      inputs, to, COLUMNS, k > 0, &soon);
-      if (!done) continue;
-      if (w->m->scales) widen(w, to, row, rows, column);
-#if defined(__x86_64__)
-      if (block_level >= 3 && w->kind <= GELU && column + COLUMNS <= w->m->outputs) {
-        finish_fast(w, to, row, rows, column);
-        continue;
-      }
-#endif
-      finish(w, to, row, rows, column);
+        block_product(w->x + row * w->ldx + k, w->ldx, rows, panel, stride, panels, inputs, to, COLUMNS,
+                      k > 0, &soon);
+      if (done) end_rows(w, to, row, rows, column);
     }
   }
 #if defined(__x86_64__)
@@ -196,9 +226,10 @@ static long apart8(long inputs) { return inputs + 64; }
 static long heats_bytes(long rows) { return (rows * sizeof(float) + 63) / 64 * 64; }
 
 /* Bytes that internvl_linear needs as scratch: for a quantised layer the rows in whole numbers, and
-   what one of each stands for. */
+   what one of each stands for; for few rows those in another order. */
 long internvl_linear_scratch(const struct matrix *m, long rows) {
-  return m->scales ? heats_bytes(rows) + rows * apart8(m->inputs) : 0;
+  if (m->scales) return heats_bytes(rows) + rows * apart8(m->inputs);
+  return few_fit(rows) && rows > 1 ? few_rows(rows) * m->inputs * (long)sizeof(bf16) : 0;
 }
 
 /* y[rows][outputs] = kind(x[rows][inputs] * panels + bias); ldx and ldy are the distances of rows in
@@ -213,81 +244,17 @@ void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows,
     pool_run(quantise, &w, (rows + AT_ONCE - 1) / AT_ONCE);
   }
   w.groups = (m->outputs + COLUMNS - 1) / COLUMNS;
+  if (!m->scales && few_fit(rows)) {
+    w.pairs = few_pairs(x, ldx, rows, m->inputs, scratch);
+    long share = w.groups / (4 * pool_threads());
+    w.run = share < 1 ? 1 : share < LONGEST_RUN ? share : LONGEST_RUN;
+    pool_run(few_part, &w, (w.groups + w.run - 1) / w.run);
+    return;
+  }
   long tall = TALL_BYTES / (m->inputs * (m->scales ? 1 : 2));
   tall = tall < ROWS ? ROWS : tall < TALLEST ? tall : TALLEST;
   long chunks = (rows + tall - 1) / tall;
   w.tall = ((rows + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
   w.chunks = (rows + w.tall - 1) / w.tall; /* fewer, where they were rounded up */
   pool_run(part, &w, w.groups * w.chunks);
-}
-
-struct pack {
-  const bf16 *from;
-  bf16 *to;
-  int8_t *to8;
-  float *scales;
-  int32_t *sums;
-  long outputs, inputs, padded, gates;
-};
-
-/* Which row of the matrix a lane of a panel holds: with gates, even panels hold rows of the first half
-   and odd ones of the second. */
-static long source(const struct pack *p, long panel, long lane) {
-  return p->gates ? (panel % 2) * p->gates + panel / 2 * LANES + lane : panel * LANES + lane;
-}
-
-static void pack_panel(void *context, long panel) {
-  const struct pack *p = context;
-  bf16 *to = p->to + panel * p->padded * LANES;
-  for (int lane = 0; lane < LANES; lane++) {
-    long row = source(p, panel, lane), inside = row < p->outputs ? p->inputs : 0;
-    const bf16 *from = p->from + row * p->inputs;
-    for (long i = 0; i < inside; i++) to[(i / 2 * LANES + lane) * 2 + i % 2] = from[i];
-    for (long i = inside; i < p->padded; i++) to[(i / 2 * LANES + lane) * 2 + i % 2] = 0;
-  }
-}
-
-/* from[outputs][inputs] to panels. gates: how many of the outputs are gates, or 0. */
-void internvl_pack(const bf16 *from, long outputs, long inputs, bf16 *to, long gates) {
-  struct pack p = {.from = from, .to = to, .outputs = outputs, .inputs = inputs, .gates = gates};
-  p.padded = (inputs + STEP - 1) / STEP * STEP;
-  pool_run(pack_panel, &p, (outputs + LANES - 1) / LANES);
-}
-
-static void pack_panel8(void *context, long panel) {
-  const struct pack *p = context;
-  int8_t *to = p->to8 + panel * p->inputs * LANES;
-  for (int lane = 0; lane < LANES; lane++) {
-    long row = source(p, panel, lane), inside = row < p->outputs ? p->inputs : 0;
-    const bf16 *from = p->from + row * p->inputs;
-    float most = 1e-12f;
-    for (long i = 0; i < inside; i++) most = fmaxf(most, fabsf(wide(from[i])));
-    int32_t sum = 0;
-    for (long i = 0; i < p->inputs; i++) {
-      int8_t whole = i < inside ? (int8_t)lrintf(wide(from[i]) * 127 / most) : 0;
-      to[(i / 4 * LANES + lane) * 4 + i % 4] = whole;
-      sum += whole;
-    }
-    p->scales[panel * LANES + lane] = most / 127;
-    p->sums[panel * LANES + lane] = sum;
-  }
-}
-
-/* The same in whole numbers, the largest of each output to 127. scales and sums: [panels * LANES] in the
-   order of the panels, and LANES more that are read but not used. inputs is a multiple of STEP8. */
-void internvl_pack8(const bf16 *from, long outputs, long inputs, int8_t *to, float *scales,
-                    int32_t *sums, long gates) {
-  struct pack p = {.from = from, .to8 = to, .scales = scales, .sums = sums, .outputs = outputs,
-                   .inputs = inputs, .gates = gates};
-  pool_run(pack_panel8, &p, (outputs + LANES - 1) / LANES);
-}
-
-/* Ask for large pages: a matrix that is read once per step is read a quarter faster. */
-#include <sys/mman.h>
-void internvl_large_pages(void *start, unsigned long bytes) {
-#ifdef MADV_HUGEPAGE
-  unsigned long size = 2ul << 20, from = ((unsigned long)start + size - 1) / size * size;
-  unsigned long until = ((unsigned long)start + bytes) / size * size;
-  if (from < until) madvise((void *)from, until - from, MADV_HUGEPAGE);
-#endif
 }

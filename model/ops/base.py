@@ -4,7 +4,7 @@ This class is the reference: plain torch, on every device and for every type. Su
 weights and choose other layouts, and may be told apart by their speed and their last bits alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import torch
@@ -19,10 +19,16 @@ class Ops:
 
     name: ClassVar[str] = "torch"
 
-    def prepare(self, modules: Sequence[nn.Module], head: Embedding | Linear | None) -> None:
+    def prepare(
+        self,
+        modules: Sequence[nn.Module],
+        head: Embedding | Linear | None,
+        decoding: Collection[nn.Module] = (),
+    ) -> None:
         """Bring the weights of a model that was just loaded into the form the operations want.
 
-        ``head`` is the module among them that makes logits, if one does.
+        ``head`` is the module among them that makes logits, if one does; ``decoding`` are those
+        that a step of one token reads, so that their size counts.
         """
 
     def patches(

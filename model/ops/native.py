@@ -4,18 +4,21 @@ With "int8" all products, that of the head too, are in whole numbers: weights wi
 output, and activations, as they come, with one per row.
 
 Weights are packed once, in the order in which the products read them, and take the place of those
-that were loaded. Every row of a result depends on its own input alone: not on the rows computed
-beside it, nor on how many there are.
+that were loaded. With AVX512-BF16 the decoder's weights are kept in twelve bits, which say the
+same (few.c): a step of few tokens takes as long as reading them.
+
+Every row of a result depends on its own input alone: not on the rows computed beside it, nor on how
+many there are.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from model.layers import Embedding, LayerNorm, Linear, RMSNorm, Router
-from model.native import LANES, LIBRARY, STEP, STEP8, Heads, Matrix
+from model.native import LANES, LIBRARY, NARROW, STEP, STEP8, Heads, Matrix
 from model.ops.base import Ops
 
 _PLAIN, _GELU, _GATE, _FLOATS = range(4)
@@ -24,6 +27,8 @@ _PLAIN, _GELU, _GATE, _FLOATS = range(4)
 _GAP = 32
 # Weights are packed into pieces of memory of at least so many bytes: large pages are 2 MiB.
 _ARENA = 64 << 20
+# One weight in so many may be odd, each an addition more; of random ones one in 15,000 is.
+_ODD = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,7 @@ class _Packed:
     """A matrix in panels, and the memory that it names."""
 
     matrix: Matrix
-    memory: tuple[Tensor | None, ...]
+    memory: tuple[Tensor, ...]
 
 
 class NativeOps(Ops):
@@ -39,8 +44,9 @@ class NativeOps(Ops):
 
     name = "native"
 
-    def __init__(self, quantization: str = "none") -> None:
+    def __init__(self, quantization: str = "none", *, narrow: bool = NARROW) -> None:
         self._int8 = quantization == "int8"
+        self._narrows = narrow
         self._packed: dict[nn.Module, _Packed] = {}
         self._norms: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         self._arena = scratch(0)
@@ -62,7 +68,12 @@ class NativeOps(Ops):
             None if LIBRARY else "it was not compiled when this version of the server was installed"
         )
 
-    def prepare(self, modules: Sequence[nn.Module], head: Embedding | Linear | None) -> None:
+    def prepare(
+        self,
+        modules: Sequence[nn.Module],
+        head: Embedding | Linear | None,
+        decoding: Collection[nn.Module] = (),
+    ) -> None:
         # Two pools of threads would take the cores from each other: what torch still does is small.
         LIBRARY.internvl_threads(torch.get_num_threads())
         torch.set_num_threads(1)
@@ -75,43 +86,60 @@ class NativeOps(Ops):
                 outputs, inputs = module.weight.shape
                 # Gates stand in panels of their own, beside those they belong to.
                 if plain and inputs % STEP == 0 and not (gated and outputs % (2 * LANES)):
-                    self._pack(module, module.bias, gates=gated)
+                    self._pack(module, module.bias, gates=gated, decoding=module in decoding)
                     del module.weight
             elif isinstance(module, LayerNorm | RMSNorm) and len(module.weight) % LANES == 0:
                 bias = module.bias.float() if isinstance(module, LayerNorm) else None
                 self._norms[module] = module.weight.float(), bias
         if isinstance(head, Embedding) and head.weight.shape[1] % STEP == 0:
-            self._pack(head, None, gates=False)
+            self._pack(head, None, gates=False, decoding=True)
 
     def tiles_at_once(self, device: torch.device) -> int:
         return 1  # the rows of one fill the cores, and more leave the caches
 
-    def _pack(self, layer: Linear | Embedding, bias: Tensor | None, *, gates: bool) -> None:
+    def _pack(
+        self, layer: Linear | Embedding, bias: Tensor | None, *, gates: bool, decoding: bool
+    ) -> None:
         weight = layer.weight
         outputs, inputs = weight.shape
-        lanes = -(-outputs // LANES) * LANES
+        panels = -(-outputs // LANES)
+        shape = weight.data_ptr(), outputs, inputs
         first = outputs // 2 if gates else 0
-        wide = None if bias is None else bias.float()
-        scales = sums = None
+        memory: dict[str, Tensor] = {}
+        if bias is not None:
+            memory["bias"] = bias.float()
         if self._int8 and inputs % STEP8 == 0 and not isinstance(layer, Router):
-            panels = self._take(-(-lanes * inputs // 2))
             # The C reads both panels of a group, also where there is one.
-            scales, sums = torch.zeros(lanes + LANES), torch.zeros(lanes + LANES, dtype=torch.int32)
-            LIBRARY.internvl_pack8(
-                weight.data_ptr(),
-                outputs,
-                inputs,
-                panels.data_ptr(),
-                scales.data_ptr(),
-                sums.data_ptr(),
-                first,
-            )
+            memory["scales"] = torch.zeros((panels + 1) * LANES)
+            memory["sums"] = torch.zeros((panels + 1) * LANES, dtype=torch.int32)
+            memory["panels"] = self._take(panels * LANES * inputs // 2)
+            pointers = (memory[name].data_ptr() for name in ("panels", "scales", "sums"))
+            LIBRARY.internvl_pack8(*shape, *pointers, first)
+        elif decoding and self._narrows and (narrow := self._narrow(shape, panels, first)):
+            memory |= narrow
         else:
-            panels = self._take(lanes * inputs)
-            LIBRARY.internvl_pack(weight.data_ptr(), outputs, inputs, panels.data_ptr(), first)
-        memory = panels, scales, sums, wide
-        pointers = (None if part is None else part.data_ptr() for part in memory)
-        self._packed[layer] = _Packed(Matrix(*pointers, inputs, outputs), memory)
+            memory["panels"] = self._take(panels * LANES * inputs)
+            LIBRARY.internvl_pack(*shape, memory["panels"].data_ptr(), first)
+        named = {name: part.data_ptr() for name, part in memory.items()}
+        matrix = Matrix(**named, inputs=inputs, outputs=outputs)
+        self._packed[layer] = _Packed(matrix, tuple(memory.values()))
+
+    def _narrow(self, shape: tuple[int, int, int], panels: int, gates: int) -> dict[str, Tensor]:
+        """A matrix in twelve bits; nothing where these cannot say too many of its weights."""
+        _, outputs, inputs = shape
+        bases = torch.empty(panels + 1, dtype=torch.uint8)
+        starts = torch.empty(panels + 1, dtype=torch.int32)
+        found = LIBRARY.internvl_odds(*shape, gates, bases.data_ptr(), starts.data_ptr())
+        if found > outputs * inputs // _ODD:
+            return {}
+        memory = {
+            "bases": bases,
+            "odd_starts": starts,
+            "odds": torch.empty(found + 1, dtype=torch.int64),
+            "panels": self._take(panels * LANES * inputs * 3 // 4),
+        }
+        LIBRARY.internvl_pack12(*shape, gates, *(part.data_ptr() for part in memory.values()))
+        return memory
 
     def matrix(self, layer: nn.Module) -> Matrix | None:
         """A layer in panels, if it was packed; there as long as these operations."""

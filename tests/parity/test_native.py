@@ -68,9 +68,12 @@ class Gated(torch.nn.Module):
         self.gate_up = gate_up
 
 
-def prepared(*layers: torch.nn.Module, quantization: str = "none") -> NativeOps:
-    ops = NativeOps(quantization)
-    ops.prepare([part for layer in layers for part in layer.modules()], Embedding(0, 1))
+def prepared(
+    *layers: torch.nn.Module, quantization: str = "none", narrow: bool = False
+) -> NativeOps:
+    ops = NativeOps(quantization, narrow=narrow)
+    parts = [part for layer in layers for part in layer.modules()]
+    ops.prepare(parts, Embedding(0, 1), set(parts))
     return ops
 
 
@@ -89,24 +92,69 @@ def close(found: Tensor, expected: Tensor, atol: float = 2e-3) -> None:
     torch.testing.assert_close(found.double(), expected.double(), rtol=ROUNDING, atol=atol)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize(
     ("inputs", "outputs"), [(32, 16), (64, 40), (96, 65), (1056, 33), (128, 512)]
 )
-def test_products_equal_the_formula(level: int, inputs: int, outputs: int) -> None:
+def test_products_equal_the_formula(level: int, inputs: int, outputs: int, narrow: bool) -> None:
     layer = filled(Linear(inputs, outputs, bias=True))
     weight, bias = layer.weight.double(), layer.bias.double()
-    ops = prepared(layer)
-    for count in (1, 2, 15, 16, 17, 33, 70):
+    ops = prepared(layer, narrow=narrow)
+    for count in (1, 2, 3, 7, 12, 15, 16, 17, 24, 25, 33, 70):
         x = rows(count, inputs)
         expected = x.double() @ weight.T + bias
         close(ops.linear(layer, x), expected)
         close(ops.linear_gelu(layer, x), torch.nn.functional.gelu(expected))
 
 
-def test_gates_stand_beside_what_they_let_through(level: int) -> None:
+@pytest.mark.parametrize("count", [1, 20, 30])
+def test_twelve_bits_say_every_weight(level: int, count: int) -> None:
+    """Products with ones are the weights themselves: near to each other, zeros, and odd ones."""
+    layer = filled(Linear(1056, 40, bias=False))
+    weight = layer.weight.detach()
+    weight[0, 0], weight[5, 1000] = 3e38, -1e-30
+    weight[16:32, 7], weight[39, 1055], weight[38, 3] = 0, -7e7, -0.0
+    expected = weight.clone()
+    ops = prepared(layer, narrow=True)
+    packed = ops.matrix(layer)
+    assert packed is not None
+    assert packed.bases
+    found = torch.cat(
+        [ops.linear(layer, x).clone() for x in torch.eye(1056, dtype=BF16).split(count)]
+    )
+    assert torch.equal(found, expected.T)
+
+
+def test_twelve_bits_are_not_taken_where_many_weights_need_more(level: int) -> None:
+    layer = filled(Linear(64, 48, bias=False))
+    layer.weight.detach()[3] *= 2.0 ** torch.arange(-64, 64, 2)
+    expected = rows(5, 64).double() @ layer.weight.double().T
+    ops = prepared(layer, narrow=True)
+    packed = ops.matrix(layer)
+    assert packed is not None
+    assert not packed.bases
+    torch.testing.assert_close(
+        ops.linear(layer, rows(5, 64)).double(), expected, rtol=ROUNDING, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_product_depends_on_its_own_row_alone(level: int, narrow: bool) -> None:
+    layer = filled(Linear(1056, 96, bias=True))
+    layer.weight.detach()[7, 9] = 1e5
+    ops = prepared(layer, narrow=narrow)
+    x = rows(70, 1056)
+    whole = ops.linear(layer, x).clone()
+    for count in (1, 2, 3, 8, 11, 14, 23, 25, 32, 40):
+        assert torch.equal(ops.linear(layer, x[:count]), whole[:count])
+        assert torch.equal(ops.linear(layer, x[-count:]), whole[-count:])
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_gates_stand_beside_what_they_let_through(level: int, narrow: bool) -> None:
     layer = filled(Linear(64, 2 * 48, bias=False))
     gate, up = layer.weight.double().chunk(2)
-    ops = prepared(Gated(layer))
+    ops = prepared(Gated(layer), narrow=narrow)
     x = rows(19, 64) * 4
     expected = torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
     close(ops.gate_up(layer, x), expected)

@@ -1,0 +1,156 @@
+/* Matrices to panels. */
+#include "kernels.h"
+#include "pool.h"
+
+#include <math.h>
+#include <string.h>
+
+struct pack {
+  const bf16 *from;
+  bf16 *to;
+  int8_t *to8;
+  float *scales;
+  int32_t *sums;
+  uint8_t *bases;
+  int32_t *counts;
+  struct odd *odds;
+  long outputs, inputs, padded, gates;
+};
+
+/* Which row of the matrix a lane of a panel holds: with gates, even panels hold rows of the first half
+   and odd ones of the second. */
+static long source(const struct pack *p, long panel, long lane) {
+  return p->gates ? (panel % 2) * p->gates + panel / 2 * LANES + lane : panel * LANES + lane;
+}
+
+static void pack_panel(void *context, long panel) {
+  const struct pack *p = context;
+  bf16 *to = p->to + panel * p->padded * LANES;
+  for (int lane = 0; lane < LANES; lane++) {
+    long row = source(p, panel, lane), inside = row < p->outputs ? p->inputs : 0;
+    const bf16 *from = p->from + row * p->inputs;
+    for (long i = 0; i < inside; i++) to[(i / 2 * LANES + lane) * 2 + i % 2] = from[i];
+    for (long i = inside; i < p->padded; i++) to[(i / 2 * LANES + lane) * 2 + i % 2] = 0;
+  }
+}
+
+/* from[outputs][inputs] to panels. gates: how many of the outputs are gates, or 0. */
+void internvl_pack(const bf16 *from, long outputs, long inputs, bf16 *to, long gates) {
+  struct pack p = {.from = from, .to = to, .outputs = outputs, .inputs = inputs, .gates = gates};
+  p.padded = (inputs + STEP - 1) / STEP * STEP;
+  pool_run(pack_panel, &p, (outputs + LANES - 1) / LANES);
+}
+
+static void pack_panel8(void *context, long panel) {
+  const struct pack *p = context;
+  int8_t *to = p->to8 + panel * p->inputs * LANES;
+  for (int lane = 0; lane < LANES; lane++) {
+    long row = source(p, panel, lane), inside = row < p->outputs ? p->inputs : 0;
+    const bf16 *from = p->from + row * p->inputs;
+    float most = 1e-12f;
+    for (long i = 0; i < inside; i++) most = fmaxf(most, fabsf(wide(from[i])));
+    int32_t sum = 0;
+    for (long i = 0; i < p->inputs; i++) {
+      int8_t whole = i < inside ? (int8_t)lrintf(wide(from[i]) * 127 / most) : 0;
+      to[(i / 4 * LANES + lane) * 4 + i % 4] = whole;
+      sum += whole;
+    }
+    p->scales[panel * LANES + lane] = most / 127;
+    p->sums[panel * LANES + lane] = sum;
+  }
+}
+
+/* The same in whole numbers, the largest of each output to 127. scales and sums: [panels * LANES] in the
+   order of the panels, and LANES more that are read but not used. inputs is a multiple of STEP8. */
+void internvl_pack8(const bf16 *from, long outputs, long inputs, int8_t *to, float *scales,
+                    int32_t *sums, long gates) {
+  struct pack p = {.from = from, .to8 = to, .scales = scales, .sums = sums, .outputs = outputs,
+                   .inputs = inputs, .gates = gates};
+  pool_run(pack_panel8, &p, (outputs + LANES - 1) / LANES);
+}
+
+/* The exponents that a panel's codes stand for begin at the one from which on there are most. */
+enum { CODES = 15, HIGHEST_BASE = 240 };
+
+static int exponent(bf16 weight) { return weight >> 7 & 0xff; }
+
+/* Zeros are said without an exponent. */
+static int is_odd(bf16 weight, int base) {
+  int code = exponent(weight) - base;
+  return (weight & 0x7fff) && (code < 0 || code >= CODES);
+}
+
+static void choose_base(void *context, long panel) {
+  struct pack *p = context;
+  long found[256] = {0}, inside = 0, most = -1;
+  for (int lane = 0; lane < LANES; lane++) {
+    long row = source(p, panel, lane);
+    for (long i = 0; row < p->outputs && i < p->inputs; i++)
+      found[exponent(p->from[row * p->inputs + i])] += (p->from[row * p->inputs + i] & 0x7fff) > 0;
+  }
+  for (int i = 1; i < CODES; i++) inside += found[i];
+  for (int base = 1; base <= HIGHEST_BASE; base++) {
+    inside += found[base + CODES - 1];
+    if (inside > most) {
+      most = inside;
+      p->bases[panel] = (uint8_t)base;
+    }
+    inside -= found[base];
+  }
+  long odds = -most;
+  for (int i = 0; i < 256; i++) odds += found[i];
+  p->counts[panel] = (int32_t)odds;
+}
+
+/* How many weights of from[outputs][inputs] twelve bits cannot say. bases: [panels + 1]; starts:
+   [panels + 1], where the odd ones of each panel begin. */
+long internvl_odds(const bf16 *from, long outputs, long inputs, long gates, uint8_t *bases, int32_t *starts) {
+  struct pack p = {.from = from, .outputs = outputs, .inputs = inputs, .gates = gates, .bases = bases,
+                   .counts = starts + 1};
+  long panels = (outputs + LANES - 1) / LANES;
+  pool_run(choose_base, &p, panels);
+  bases[panels] = starts[0] = 0;
+  for (long panel = 0; panel < panels; panel++) starts[panel + 1] += starts[panel];
+  return starts[panels];
+}
+
+static void pack_panel12(void *context, long panel) {
+  const struct pack *p = context;
+  uint8_t *to = (uint8_t *)p->to8 + panel * p->inputs * LANES * 3 / 2;
+  struct odd *odd = p->odds + p->counts[panel];
+  int base = p->bases[panel];
+  memset(to, 0, p->inputs * LANES * 3 / 2);
+  for (long i = 0; i < p->inputs; i++)
+    for (int lane = 0; lane < LANES; lane++) {
+      long row = source(p, panel, lane);
+      bf16 weight = row < p->outputs ? p->from[row * p->inputs + i] : 0;
+      int code = weight & 0x7fff ? exponent(weight) - base : ZERO;
+      if (is_odd(weight, base)) {
+        *odd++ = (struct odd){(int32_t)i, (uint16_t)(panel % GROUP * LANES + lane), weight};
+        weight = 0;
+        code = ZERO;
+      }
+      long pair = i % 8 / 2, word = lane * 2 + i % 2;
+      uint8_t *piece = to + i / 8 * PIECE;
+      piece[pair * 32 + word] = (uint8_t)(weight >> 8 & 0x80) | (weight & 0x7f);
+      piece[EXPONENTS + word * 2 + pair / 2] |= (uint8_t)(code << pair % 2 * 4);
+    }
+}
+
+/* The same in twelve bits (few.c), given what internvl_odds found. inputs is a multiple of STEP. */
+void internvl_pack12(const bf16 *from, long outputs, long inputs, long gates, uint8_t *bases, int32_t *starts,
+                     struct odd *odds, uint8_t *to) {
+  struct pack p = {.from = from, .to8 = (int8_t *)to, .outputs = outputs, .inputs = inputs, .gates = gates,
+                   .bases = bases, .counts = starts, .odds = odds};
+  pool_run(pack_panel12, &p, (outputs + LANES - 1) / LANES);
+}
+
+/* Ask for large pages: a matrix that is read once per step is read a quarter faster. */
+#include <sys/mman.h>
+void internvl_large_pages(void *start, unsigned long bytes) {
+#ifdef MADV_HUGEPAGE
+  unsigned long size = 2ul << 20, from = ((unsigned long)start + size - 1) / size * size;
+  unsigned long until = ((unsigned long)start + bytes) / size * size;
+  if (from < until) madvise((void *)from, until - from, MADV_HUGEPAGE);
+#endif
+}
