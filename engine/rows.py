@@ -5,6 +5,7 @@ time in proportion to a sequence's length except adding it. Rows come and go as 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ from model.attention.base import AttentionBatch
 from model.transfer import to_device
 from wire.positions import saved
 from wire.sampling import SamplingParams
+
+_NOTHING = np.zeros((3, 0), dtype=np.int64)
 
 
 @dataclasses.dataclass
@@ -37,6 +40,7 @@ class Row:
     length: int
     matcher: Matcher | None
     is_plain: bool
+    is_greedy: bool
     turns: np.ndarray | None
     saved: int
     blocks: int = 0
@@ -74,6 +78,15 @@ class DeviceRows:
         self.padding = capacity
         self.tables = torch.zeros(capacity + 1, max_blocks, dtype=torch.long, device=device)
         self.last = torch.zeros(capacity + 1, dtype=torch.long, device=device)
+        self._host = self.last.numpy() if device.type == "cpu" else None
+
+    def note(self, lines: Sequence[int], tokens: Tensor) -> None:
+        """Keep the tokens drawn last for lines, where the next step finds them."""
+        if self._host is None:
+            self.last[to_device(lines, self.last.device)] = tokens.clamp(min=0)
+            return
+        for line, token in zip(lines, tokens.tolist(), strict=True):
+            self._host[line] = max(token, 0)
 
     def update(self, entries: np.ndarray) -> None:
         """Set entries of the tables: [3, n] lines, places and blocks, no place twice."""
@@ -117,7 +130,8 @@ class Rows:
             end,
             length,
             matcher,
-            is_plain(new.sampling, matcher),
+            plain := is_plain(new.sampling, matcher),
+            plain and new.sampling.greedy,
             turns,
             less,
         )
@@ -139,6 +153,8 @@ class Rows:
 
     def appended(self) -> np.ndarray:
         """What ``append_blocks`` has done since the last call, for ``DeviceRows.update``."""
+        if not self._appended:
+            return _NOTHING
         found, self._appended = self._appended, []
         # A line that changed its owner since then has its last one's blocks.
         entries = {
@@ -174,6 +190,10 @@ class Rows:
         """Whether ``sampler.sample_plain`` can draw for all of them."""
         return all(self._rows[name].is_plain for name in names)
 
+    def are_greedy(self, names: Sequence[str]) -> bool:
+        """Whether it needs nothing but their logits for that."""
+        return all(self._rows[name].is_greedy for name in names)
+
     def decode_inputs(self, work: Sequence[Work], size: int) -> np.ndarray:
         """Work of one token each, int32 [4, size]: lines of the tables, ids, lengths, and how many
         positions the pictures before have saved.
@@ -191,49 +211,52 @@ class Rows:
         found[3, : len(work)] = [row.saved for row in rows]
         return found
 
-    def lines(self, names: Sequence[str]) -> Tensor:
-        """Where sequences stand in the tables, int64."""
-        return to_device(np.array([self._rows[name].index for name in names]), self._device)
+    def lines(self, names: Sequence[str]) -> list[int]:
+        """Where sequences stand in the tables."""
+        return [self._rows[name].index for name in names]
 
     def batch(self, work: Sequence[Work]) -> StepBatch:
         """The flat batch of a plan's work, whose block tables are up to date."""
         size, device = self._block_size, self._device
+        # What there is one of per row is Python's: arrays pay where there is one per token.
         rows = [self._rows[item.id] for item in work]
-        lines = np.array([row.index for row in rows])
-        first = np.array([item.start for item in work])
-        counts = np.array([item.count for item in work])
-        ends = counts.cumsum()
-        starts = ends - counts
-        owners = lines.repeat(counts)
-        positions = np.arange(ends[-1]) + (first - starts).repeat(counts)
-        slots = self._tables[owners, positions // size] * size + positions % size
-        contexts = first + counts
-        width = -(-int(contexts.max()) // size)
+        counts = [item.count for item in work]
+        contexts = [item.start + item.count for item in work]
+        bounds = [0, *itertools.accumulate(counts)]
+        owners = lines = np.array([row.index for row in rows])
+        positions = np.array([item.start for item in work])
+        if bounds[-1] > len(rows):
+            owners = lines.repeat(counts)
+            positions = np.arange(bounds[-1]) + (positions - bounds[:-1]).repeat(counts)
+        places, offsets = np.divmod(positions, size)
+        slots = self._tables[owners, places] * size + offsets
+        width = -(-max(contexts) // size)
         tables = self._tables[lines, :width]
-        # Entries that a row does not own must not name another row's blocks.
-        tables = np.where(np.arange(width) < self._owned[lines, None], tables, tables[:, :1])
+        if any(row.blocks < width for row in rows):
+            # Entries that a row does not own must not name another row's blocks.
+            tables = np.where(np.arange(width) < self._owned[lines, None], tables, tables[:, :1])
         attention = AttentionBatch(
-            query_starts=to_device(np.append(starts, ends[-1]).astype(np.int32), device),
-            context_lengths=to_device(contexts.astype(np.int32), device),
+            query_starts=to_device(np.array(bounds, dtype=np.int32), device),
+            context_lengths=to_device(np.array(contexts, dtype=np.int32), device),
             slots=to_device(slots, device),
             block_tables=to_device(tables, device),
-            queries=tuple(counts.tolist()),
-            contexts=tuple(contexts.tolist()),
+            queries=tuple(counts),
+            contexts=tuple(contexts),
         )
         ids = self._tokens[owners, positions]
         turns = positions
         if any(row.turns is not None for row in rows):
             turns = positions.astype(np.float32)
-            for item, row, start in zip(work, rows, starts.tolist(), strict=True):
+            for item, row, start in zip(work, rows, bounds, strict=False):
                 turns[start : start + item.count] = row.positions(item.start, item.count)
-        late = first == [row.length for row in rows]
-        unknown = to_device(np.stack([starts[late], lines[late]]), device) if late.any() else None
+        late = [
+            (start, row.index)
+            for item, row, start in zip(work, rows, bounds, strict=False)
+            if item.start == row.length
+        ]
+        unknown = to_device(np.array(late).T, device) if late else None
         return StepBatch(
-            to_device(ids, device),
-            unknown,
-            to_device(turns, device),
-            attention,
-            starts.tolist(),
+            to_device(ids, device), unknown, to_device(turns, device), attention, bounds[:-1]
         )
 
 

@@ -38,7 +38,7 @@ from engine.memory import LARGE, kv_blocks, largest_step, measure, shallow, with
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import DeviceRows, Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, asked, logprobs, score
-from engine.sampling.sampler import NOTHING_LEFT, draws, sample
+from engine.sampling.sampler import NOTHING_LEFT, draws, sample, sample_plain
 from engine.trial import Trial
 from engine.vision import EncoderOutputs, Encoding, NoOutputs
 from model import ModelConfig, build_model, count_parameters, load_config
@@ -56,10 +56,11 @@ logger = logging.getLogger(__name__)
 
 # Up to this many parameters the CPU computes in fp32: exact, and no slower at that size.
 _SMALL = 100_000_000
+_NO_TOKENS = torch.zeros(0)
 _NOT_FINITE = "the model's output is not a number"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Begun:
     """A step whose forward pass is launched: the rows to draw for, and their logits [R, V]."""
 
@@ -125,6 +126,7 @@ class ModelRunner:
         self._attention = choose(
             settings.attention_backend, self._model.text, device, dtype, settings.block_size
         )
+        self._device = device
         progress(Progress("cache"))
         limit = _max_model_len(settings, config)
         # No more than a step may draw for: memory is set aside for the logits of so many.
@@ -292,14 +294,14 @@ class ModelRunner:
     @torch.inference_mode()
     def begin(self, plan: StepPlan) -> None:
         """Apply a plan, in the order that StepPlan states, and launch its forward pass."""
-        began = moment(self._model.device)
+        began = moment(self._device)
         self._forget(plan)
         for new in plan.new_rows:
             matcher = self._grammars.matcher(new.sampling) if self._grammars else None
             self._rows.add(new, matcher)
         encoding = self._vision.encode(plan.encode)
-        begun = self._compute(plan) if plan.work else _Begun(plan.step, [])
-        self._begun = dataclasses.replace(begun, began=began, encoding=encoding)
+        self._begun = self._compute(plan) if plan.work else _Begun(plan.step, [])
+        self._begun.began, self._begun.encoding = began, encoding
 
     @torch.inference_mode()
     def sample(self) -> None:
@@ -307,18 +309,19 @@ class ModelRunner:
         assert self._begun is not None, "nothing was begun"
         assert self._drawn is None, "the step before is not finished"
         begun, self._begun = self._begun, None
-        tokens, likely = torch.zeros(0), None
+        tokens, likely = _NO_TOKENS, None
         if begun.names:
             if begun.logits is not None and self._draws:
                 tokens, likely = self._draw(begun, begun.logits)
                 self._group.broadcast(tokens)
             else:
                 tokens = self._device_rows.last.new_empty(len(begun.names))
-                self._note(begun.names, self._group.broadcast(tokens))
+                lines = self._rows.lines(begun.names)
+                self._device_rows.note(lines, self._group.broadcast(tokens))
         # Copied now, behind the draw: a copy asked for later would stand behind the next step.
         tokens, likely = to_host(tokens), likely and likely.to_host()
         scored = begun.scored and begun.scored.to_host()
-        ended = moment(self._model.device)
+        ended = moment(self._device)
         on_device = self._device_rows.last.is_cuda
         arrived = torch.cuda.current_stream().record_event() if on_device else None
         self._drawn = _Drawn(
@@ -328,17 +331,20 @@ class ModelRunner:
 
     def _draw(self, begun: _Begun, logits: Tensor) -> tuple[Tensor, Likely | None]:
         """The next tokens [R] of the step's rows, and their logprobs if any asks."""
-        rows = [self._rows.sample_row(name) for name in begun.names]
-        if begun.graph is not None and self._rows.are_plain(begun.names):
+        names, likely = begun.names, None
+        if begun.graph is not None and self._rows.are_plain(names):
+            rows = [self._rows.sample_row(name) for name in names]
             return begun.graph.sample(draws(rows, begun.graph.size))[: len(rows)], None
-        logits = logits[: len(rows)]
-        tokens = sample(logits, rows)
-        self._note(begun.names, tokens)
-        return tokens, logprobs(logits, tokens, rows)
-
-    def _note(self, names: list[str], tokens: Tensor) -> None:
-        """Keep the rows' last tokens where the next step finds them."""
-        self._device_rows.last[self._rows.lines(names)] = tokens.clamp(min=0)
+        if begun.graph is not None:
+            logits = logits[: len(names)]
+        if self._rows.are_greedy(names):
+            tokens = sample_plain(logits)
+        else:
+            rows = [self._rows.sample_row(name) for name in names]
+            tokens = sample(logits, rows)
+            likely = logprobs(logits, tokens, rows)
+        self._device_rows.note(self._rows.lines(names), tokens)
+        return tokens, likely
 
     def finish(self) -> StepResult:
         """Wait for the tokens of the step that was sampled; rows that live get theirs."""
@@ -396,7 +402,9 @@ class ModelRunner:
         if self._group.stage:
             return _Begun(plan.step, names)
         scored = self._score(scoring) if scoring else None
-        logits = self._model.logits(hidden[to_device(last, hidden.device)]) if last else None
+        if last and len(last) < hidden.shape[0]:
+            hidden = hidden[to_device(last, hidden.device)]
+        logits = self._model.logits(hidden) if last else None
         return _Begun(plan.step, names, logits, scored)
 
     def _decode_graph(self, plan: StepPlan) -> DecodeGraph | None:

@@ -106,7 +106,7 @@ class Decoder(nn.Module):
             if group.stage:
                 return hidden
             hidden, delta = group.receive(passed)
-        return ops.add_norm(hidden, delta, self.norm)[1]
+        return ops.keep(ops.add_norm(hidden, delta, self.norm)[1])
 
     @property
     def like(self) -> Tensor:

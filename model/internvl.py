@@ -37,6 +37,7 @@ class InternVL(nn.Module):
         self.ops = Ops()
         self.parameter_count = 0  # as stored
         self._statistics: tuple[Tensor, Tensor] | None = None  # of pixels: mean and deviation
+        self._frequencies: Tensor | None = None  # of rotary positions
         if group.stage == 0:
             self.vision = VisionModel(config.vision)
             self.projector = Projector(config.projector)
@@ -89,10 +90,12 @@ class InternVL(nn.Module):
         may be fractions in fp32. Later stages take only the shape of the one, and give no other.
         """
         text = self.text
+        if self._frequencies is None:  # likewise
+            self._frequencies = inverse_frequencies(text.head_dim, text.rope_theta, self.device)
         # A step's few cosines cost less than a table that has to follow the device about.
-        frequencies = inverse_frequencies(text.head_dim, text.rope_theta, positions.device)
-        step = AttentionStep(attention, batch, kv, angles(positions, frequencies))
-        return self.ops.keep(self.decoder(embeddings, step, self.ops))
+        step = AttentionStep(attention, batch, kv, angles(positions, self._frequencies))
+        hidden: Tensor = self.decoder(embeddings, step, self.ops)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[M, hidden]`` to fp32 logits ``[M, vocab]``."""

@@ -18,7 +18,7 @@ def inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> Te
 
 def angles(positions: Tensor, frequencies: Tensor) -> Angles:
     """Cosine and sine, each ``[N, 1, head_dim / 2]`` fp32, for positions ``[N]``."""
-    turns = positions.float()[:, None, None] * frequencies
+    turns = positions.view(-1, 1, 1) * frequencies
     return turns.cos(), turns.sin()
 
 

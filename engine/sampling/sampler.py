@@ -3,6 +3,7 @@
 A draw depends on the row's logits, its seed and its output position, and on nothing else.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from engine.sampling.base import NOT_FINITE, NOTHING_LEFT, SampleRow, Step
 from engine.sampling.filters import COLDEST
 from engine.sampling.noise import exponentials, key
 from model import triton as kernels
+from model.draw import highest
 from model.transfer import to_device
 
 # Logits that go through the steps at once, which make several times as much of them. On the CPU as
@@ -51,10 +53,12 @@ def sample_plain(logits: Tensor, draws: Tensor | None = None) -> Tensor:
         from engine.sampling import fused
 
         return fused.draw(logits, fused.plain_wishes(draws, logits))
+    if draws is None:
+        best, tokens = highest(logits)
+        return _checked(tokens, best)
     count = _at_once(logits)
-    wanted = [None] * len(logits) if draws is None else draws.split(count, dim=1)
-    parts = [_plain(*part) for part in zip(logits.split(count), wanted, strict=False)]
-    return torch.cat(parts)
+    parts = zip(logits.split(count), draws.split(count, dim=1), strict=True)
+    return torch.cat([_plain(*part) for part in parts])
 
 
 def draws(rows: Sequence[SampleRow], size: int) -> np.ndarray | None:
@@ -80,15 +84,13 @@ def _at_once(logits: Tensor) -> int:
     return max(1, most // logits.shape[-1])
 
 
-def _plain(logits: Tensor, draws: Tensor | None) -> Tensor:
-    best, tokens = _highest(logits)
-    if draws is not None:
-        heats = draws[2].view(torch.float32)[:, None]
-        # As the step does it, to the bit; a greedy row's quotient is not used.
-        cooled = torch.where(heats == 1.0, logits, (logits - best[:, None]) / heats)
-        drawn = _race(cooled, draws[:2].T)
-        tokens = torch.where(heats[:, 0] > 0, drawn, tokens)
-    return _checked(tokens, best)
+def _plain(logits: Tensor, draws: Tensor) -> Tensor:
+    best, tokens = highest(logits)
+    heats = draws[2].view(torch.float32)[:, None]
+    # As the step does it, to the bit; a greedy row's quotient is not used.
+    cooled = torch.where(heats == 1.0, logits, (logits - best[:, None]) / heats)
+    drawn = _race(cooled, draws[:2].T)
+    return _checked(torch.where(heats[:, 0] > 0, drawn, tokens), best)
 
 
 def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
@@ -97,7 +99,7 @@ def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         from engine.sampling import fused
 
         return fused.draw(logits, to_device(fused.wishes(rows), logits.device))
-    best, tokens = _highest(logits)
+    best, tokens = highest(logits)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if drawn:
         chosen = [rows[i] for i in drawn]
@@ -111,18 +113,10 @@ def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     return _checked(tokens, best)
 
 
-def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest logit of each row, NaN if there is one, and its place."""
-    if logits.device.type != "cpu":
-        best, places = logits.max(dim=-1)
-        return best, places
-    # On the CPU much faster than torch's maximum with its place; the first NaN counts as highest.
-    places = torch.from_numpy(logits.numpy().argmax(-1))
-    return logits.gather(-1, places[:, None])[:, 0], places
-
-
 def _checked(tokens: Tensor, best: Tensor) -> Tensor:
     # NaN and +inf come through a maximum; -inf alone means that a token was removed.
+    if best.device.type == "cpu" and all(map(math.isfinite, best.tolist())):
+        return tokens
     return tokens.where(best.isfinite(), NOT_FINITE).where(best != -torch.inf, NOTHING_LEFT)
 
 

@@ -5,10 +5,11 @@ nothing else can read these blocks. A row's result depends on its own query and 
 """
 
 import dataclasses
+import itertools
+from array import array
 from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ class _Plan:
     """A batch as the C wants it, and the memory that it names."""
 
     batch: Batch
-    memory: tuple[Tensor | np.ndarray, ...]
+    memory: tuple[object, ...]
 
 
 class NativeAttention(AttentionBackend):
@@ -54,22 +55,24 @@ class NativeAttention(AttentionBackend):
         return NativeOps.missing(device, dtype)
 
     def plan(self, batch: AttentionBatch, cache: KVCache) -> _Plan:
-        queries = np.array(batch.queries)
         at_once = LIBRARY.internvl_attend_tokens(self.heads, self.kv_heads)
-        tasks = np.append(0, (-(-queries // at_once) * self.kv_heads).cumsum())
-        tables = batch.block_tables.contiguous()
-        starts, contexts = np.append(0, queries.cumsum()), np.array(batch.contexts)
+        rows, tables = len(batch.contexts), batch.block_tables.contiguous()
+        tasks = (-(-count // at_once) * self.kv_heads for count in batch.queries)
+        numbers = array("q", itertools.accumulate(batch.queries, initial=0))
+        numbers.extend(itertools.accumulate(tasks, initial=0))
+        numbers.extend(batch.contexts)
+        starts, line = numbers.buffer_info()[0], (rows + 1) * numbers.itemsize
         found = Batch(
             slots=batch.slots.data_ptr(),
             tables=tables.data_ptr(),
-            starts=starts.ctypes.data,
-            contexts=contexts.ctypes.data,
-            tasks=tasks.ctypes.data,
+            starts=starts,
+            tasks=starts + line,
+            contexts=starts + 2 * line,
             width=tables.shape[1],
-            rows=len(contexts),
-            tokens=len(batch.slots),
+            rows=rows,
+            tokens=sum(batch.queries),
         )
-        return _Plan(found, (batch.slots, tables, starts, contexts, tasks))
+        return _Plan(found, (batch.slots, tables, numbers))
 
     def rotate_write(
         self, cache: Tensor, qkv: Tensor, at: Angles, plan: _Plan

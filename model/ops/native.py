@@ -184,11 +184,9 @@ class NativeOps(Ops):
         packed = self._packed.get(layer)
         if packed is None:
             return super().logits(layer, hidden)
-        count = len(hidden) * packed.matrix.outputs
-        if len(self._floats) < count:
-            self._floats = torch.empty(count)
-        out = self._floats[:count].view(-1, packed.matrix.outputs)
-        return self._product(packed, hidden, _FLOATS, out)
+        if len(self._floats) < len(hidden):
+            self._floats = torch.empty(len(hidden), packed.matrix.outputs)
+        return self._product(packed, hidden, _FLOATS, self._floats[: len(hidden)])
 
     def _product(self, packed: _Packed, x: Tensor, kind: int, y: Tensor) -> Tensor:
         flat = x.reshape(-1, packed.matrix.inputs)
@@ -204,7 +202,7 @@ class NativeOps(Ops):
             kind,
             self._scratch.data_ptr(),
         )
-        return y.view(*x.shape[:-1], -1)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
     def _rows(self, rows: int, columns: int) -> Tensor:
         """Memory for a result ``[rows, columns]``."""
