@@ -123,16 +123,19 @@ AVX512 static inline __attribute__((always_inline)) void avx512_rows(
     for (int p = 0; p < GROUP; p++) _mm512_storeu_ps(c + r * ldc + p * LANES, sum[r][p]);
 }
 
+/* Blocks of the same height, as far as that goes: a few rows alone would wait for their own sums. */
 AVX512 static void avx512(const bf16 *a, long lda, int rows, const bf16 *b, long stride, int panels,
                           int inputs, float *c, long ldc, int more, struct soon *soon) {
   (void)soon;
   if (panels < GROUP) stride = 0; /* the panel twice: the second result is not used */
-  int row = 0;
-  for (; row + 12 <= rows; row += 12)
-    avx512_rows(a + row * lda, lda, 12, b, stride, inputs, c + row * ldc, ldc, more);
-  for (; row + 4 <= rows; row += 4)
-    avx512_rows(a + row * lda, lda, 4, b, stride, inputs, c + row * ldc, ldc, more);
-  for (; row < rows; row++) avx512_rows(a + row * lda, lda, 1, b, stride, inputs, c + row * ldc, ldc, more);
+  for (int left = (rows + 11) / 12, count; left; left--, rows -= count, a += count * lda, c += count * ldc) {
+    count = (rows + left - 1) / left;
+    switch (count) {
+#define OF(n) case n: avx512_rows(a, lda, n, b, stride, inputs, c, ldc, more); break;
+      OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) OF(10) OF(11) OF(12)
+#undef OF
+    }
+  }
 }
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
