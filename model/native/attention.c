@@ -298,30 +298,34 @@ struct tile {
   int heads, head;
 };
 
-/* Keys and values of one head of one tile, packed in pieces of CHUNK keys. What a product reads behind
-   the last patch must be numbers: zeros. */
+/* Keys and values of one head of one tile, packed in pieces of CHUNK keys, a panel of keys at a time.
+   What a product reads behind the last patch must be numbers: zeros. */
 CLONES static void pack_head(void *context, long part) {
   const struct tile *t = context;
   long tile = part / t->heads, h = part % t->heads, size = (long)t->heads * t->head;
   bf16 *to = t->packed + part * 2 * t->padded * t->head;
   static const bf16 zero[MOST_HEAD];
-  for (long i = 0; i < (t->patches + STEP - 1) / STEP * STEP; i += 2) {
-    const bf16 *rows[2];
-    for (int j = 0; j < 2; j++)
-      rows[j] = t->qkv + (tile * t->patches + i + j) * t->ldq + h * t->head;
-    int inside[2] = {i < t->patches, i + 1 < t->patches};
-    bf16 *keys = to + i / CHUNK * 2 * CHUNK * t->head, *values = keys + CHUNK * t->head;
+  for (long i = 0; i < (t->patches + STEP - 1) / STEP * STEP; i += LANES) {
+    const bf16 *keys[LANES], *values[LANES];
+    for (int j = 0; j < LANES; j++) {
+      const bf16 *query = t->qkv + (tile * t->patches + i + j) * t->ldq + h * t->head;
+      keys[j] = i + j < t->patches ? query + size : zero;
+      values[j] = i + j < t->patches ? query + 2 * size : zero;
+    }
     long at = i % CHUNK;
-    for (int j = 0; j < 2; j++) {
-      const bf16 *key = inside[j] ? rows[j] + size : zero;
-      bf16 *panel = keys + at / LANES * LANES * t->head + (at + j) % LANES * 2;
-      for (int k = 0; k < t->head; k += 2) memcpy(panel + k * LANES, key + k, 2 * sizeof(bf16));
+    bf16 *panel = to + i / CHUNK * 2 * CHUNK * t->head + at * t->head;
+    bf16 *pairs = to + (i / CHUNK * 2 + 1) * CHUNK * t->head + at * LANES;
+    for (int k = 0; k < t->head; k += 2 * LANES, panel += 2 * LANES * LANES) {
+      words x[LANES];
+      for (int j = 0; j < LANES; j++) memcpy(x + j, keys[j] + k, sizeof *x);
+      transpose(x);
+      memcpy(panel, x, sizeof x);
     }
-    const bf16 *a = inside[0] ? rows[0] + 2 * size : zero, *b = inside[1] ? rows[1] + 2 * size : zero;
-    for (int k = 0; k < t->head; k += LANES) {
-      words low = (words)get_bf16(a + k) >> 16, high = (words)get_bf16(b + k), both = low | high;
-      memcpy(values + k * CHUNK + at * LANES, &both, sizeof both);
-    }
+    for (int k = 0; k < t->head; k += LANES)
+      for (int j = 0; j < LANES; j += 2) {
+        words low = (words)get_bf16(values[j] + k) >> 16, both = low | (words)get_bf16(values[j + 1] + k);
+        memcpy(pairs + k * CHUNK + j * LANES, &both, sizeof both);
+      }
   }
 }
 

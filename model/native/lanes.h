@@ -106,6 +106,20 @@ INLINE floats silu(floats x) {
                               (8 + by) % 16, (9 + by) % 16, (10 + by) % 16, (11 + by) % 16,        \
                               (12 + by) % 16, (13 + by) % 16, (14 + by) % 16, (15 + by) % 16})
 
+/* Rows become columns: every pass shuffles all rows like a deck of cards, the fourth one is the last. */
+INLINE void transpose(words x[LANES]) {
+  for (int pass = 0; pass < 4; pass++) {
+    words y[LANES];
+    for (int i = 0; i < LANES / 2; i++) {
+      const words a = x[i], b = x[i + LANES / 2];
+      y[2 * i] = __builtin_shuffle(a, b, (ints){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+      y[2 * i + 1] =
+          __builtin_shuffle(a, b, (ints){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+    }
+    memcpy(x, y, sizeof y);
+  }
+}
+
 /* The sum of the lanes, in one order everywhere. */
 INLINE float total(floats x) {
   x += TURNED(x, 8);
