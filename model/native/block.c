@@ -138,47 +138,6 @@ AVX512 static void avx512(const bf16 *a, long lda, int rows, const bf16 *b, long
   }
 }
 
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
-VNNI static inline __attribute__((always_inline)) void vnni_rows(
-    const int8_t *a, long lda, int count, const int8_t *b, long stride, int inputs,
-    const int32_t *sums, int32_t *c, int more) {
-  __m512i sum[8][GROUP];
-  /* The instruction wants one side without a sign: 128 more, which is taken away before. */
-  const __m512i flip = _mm512_set1_epi32((int)0x80808080);
-  for (int p = 0; p < GROUP; p++) {
-    __m512i extra = _mm512_slli_epi32(_mm512_loadu_si512(sums + (stride ? p * LANES : 0)), 7);
-    for (int r = 0; r < count; r++)
-      sum[r][p] = more ? _mm512_loadu_si512(c + r * COLUMNS + p * LANES)
-                       : _mm512_sub_epi32(_mm512_setzero_si512(), extra);
-  }
-  for (int i = 0; i < inputs; i += 4, b += 4 * LANES) {
-    __m512i fours[GROUP];
-    for (int p = 0; p < GROUP; p++) {
-      fours[p] = _mm512_loadu_si512(b + p * stride);
-      _mm_prefetch((const char *)(b + p * stride) + 2048, _MM_HINT_T0);
-    }
-    for (int r = 0; r < count; r++) {
-      int four;
-      memcpy(&four, a + r * lda + i, sizeof four);
-      __m512i x = _mm512_xor_si512(_mm512_set1_epi32(four), flip);
-      for (int p = 0; p < GROUP; p++) sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], x, fours[p]);
-    }
-  }
-  for (int r = 0; r < count; r++)
-    for (int p = 0; p < GROUP; p++) _mm512_storeu_si512(c + r * COLUMNS + p * LANES, sum[r][p]);
-}
-
-VNNI static void vnni(const int8_t *a, long lda, int rows, const int8_t *b, long stride, int panels,
-                      int inputs, const int32_t *sums, int32_t *c, int more, struct soon *soon) {
-  (void)soon;
-  if (panels < GROUP) stride = 0; /* the panel twice: the second result is not used */
-  int row = 0;
-  for (; row + 8 <= rows; row += 8)
-    vnni_rows(a + row * lda, lda, 8, b, stride, inputs, sums, c + row * COLUMNS, more);
-  for (; row < rows; row++)
-    vnni_rows(a + row * lda, lda, 1, b, stride, inputs, sums, c + row * COLUMNS, more);
-}
-
 /* AMX: sums in tiles 0 to 3, rows in 4 and 5, panels in 6 and 7. */
 #define AMX __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f")))
 
@@ -387,7 +346,7 @@ long internvl_choose(int most) {
   }
   if (most >= 3 && avx512bf16) {
     block_product = avx512;
-    block_product8 = vnni;
+    block_product8 = portable8; /* wide.c has its own */
     return block_level = 3;
   }
   if (most >= 2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {

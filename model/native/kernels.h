@@ -57,12 +57,18 @@ void internvl_rotate_write(const struct heads *h, const struct batch *batch, con
 void internvl_attend(const struct heads *h, const struct batch *batch, const bf16 *query, bf16 *cache,
                      bf16 *out);
 
-/* few.c: narrow panels, and the products of at most FEW rows, if few_fit says so. */
-enum { FEW = 24, PIECE = 192, EXPONENTS = 128, ZERO = 15 };
-int few_fit(long rows);
-int few_rows(long rows);
-const uint32_t *few_pairs(const bf16 *x, long ldx, long rows, long inputs, uint32_t *to);
-/* c[count][COLUMNS] = x * the group of panels at `column`. */
-void few_product(const struct matrix *m, long column, const uint32_t *x, int count, float *c);
-void few_widen(const uint8_t *from, int base, long inputs, bf16 *to);
-void few_add_odds(const struct matrix *m, long column, const bf16 *x, long ldx, long rows, float *c);
+/* wide.c: products by AVX512, if wide_fit() says so, and narrow panels. */
+enum { TALLEST_BLOCK = 24, PIECE = 192, EXPONENTS = 128, ZERO = 15 };
+struct blocks {
+  long count;
+  int height;
+};
+int wide_fit(void);
+struct blocks wide_blocks(long rows);
+const uint32_t *wide_turn(const void *x, long ldx, long rows, long words, uint32_t *to);
+/* c[rows][COLUMNS] = a block of rows times the group of panels at `column`, which is in the caches if it
+   was multiplied before (`again`). start: for whole numbers, what each row's sums begin with. */
+void wide_product(const struct matrix *m, long column, const uint32_t *x, const int32_t *start, int rows,
+                  int again, void *c);
+void wide_widen(const uint8_t *from, int base, long inputs, bf16 *to);
+void wide_add_odds(const struct matrix *m, long column, const bf16 *x, long ldx, long rows, float *c);

@@ -18,9 +18,11 @@ struct linear {
   const bf16 *x;
   const int8_t *x8; /* in its place, if the matrix is quantised */
   float *heats;     /* what a whole number of each row stands for */
-  const uint32_t *pairs; /* few rows in the order of few.c */
+  int32_t *starts;  /* with wide.c, what the sums of its whole numbers begin with */
+  const uint32_t *words; /* the rows in the order of wide.c */
   void *y;
   long rows, ldx, ldy, ld8, tall, groups, chunks, run;
+  struct blocks blocks;
   int kind;
 };
 
@@ -122,6 +124,12 @@ CLONES static bf16 largest_bits(const bf16 *x, long count) {
   return found;
 }
 
+CLONES static int32_t sum_of(const int8_t *x, long count) {
+  int32_t sum = 0;
+  for (long i = 0; i < count; i++) sum += x[i];
+  return sum;
+}
+
 /* Rows to whole numbers between -127 and 127, the largest of each row to one of these. */
 static void quantise(void *context, long index) {
   const struct linear *w = context;
@@ -134,6 +142,8 @@ static void quantise(void *context, long index) {
 #if defined(__x86_64__)
     if (block_level >= 3) {
       fast_whole_numbers(x, w->m->inputs, 1 / w->heats[row], to);
+      /* The instruction wants weights without a sign: they get 128 more. */
+      w->starts[row] = -128 * sum_of(to, w->m->inputs);
       continue;
     }
 #endif
@@ -154,7 +164,7 @@ enum { LONGEST_RUN = 4 };
 /* Rows `first` to `last` of a group of panels that have been summed to c: what follows. */
 static void end_rows(const struct linear *w, float *c, long row, int rows, long column) {
   if (w->m->scales) widen(w, c, row, rows, column);
-  if (w->m->odds) few_add_odds(w->m, column, w->x + row * w->ldx, w->ldx, rows, c);
+  if (w->m->odds) wide_add_odds(w->m, column, w->x + row * w->ldx, w->ldx, rows, c);
 #if defined(__x86_64__)
   if (block_level >= 3 && w->kind <= GELU && column + COLUMNS <= w->m->outputs) {
     finish_fast(w, c, row, rows, column);
@@ -165,13 +175,17 @@ static void end_rows(const struct linear *w, float *c, long row, int rows, long 
 }
 
 /* Groups of panels one behind the other: where one ends the next is on its way. */
-static void few_part(void *context, long index) {
+static void wide_part(void *context, long index) {
   const struct linear *w = context;
-  float c[FEW * COLUMNS] __attribute__((aligned(64)));
-  for (long group = index * w->run; group < (index + 1) * w->run && group < w->groups; group++) {
-    few_product(w->m, group * COLUMNS, w->pairs, few_rows(w->rows), c);
-    end_rows(w, c, 0, (int)w->rows, group * COLUMNS);
-  }
+  float c[TALLEST_BLOCK * COLUMNS] __attribute__((aligned(64)));
+  long height = w->blocks.height, words = w->m->inputs / (w->m->scales ? 4 : 2);
+  for (long group = index * w->run; group < (index + 1) * w->run && group < w->groups; group++)
+    for (long row = 0; row < w->rows; row += height) {
+      int rows = (int)(w->rows - row < height ? w->rows - row : height);
+      const int32_t *start = w->starts ? w->starts + row : NULL;
+      wide_product(w->m, group * COLUMNS, w->words + row * words, start, (int)height, row > 0, c);
+      end_rows(w, c, row, rows, group * COLUMNS);
+    }
 #if defined(__x86_64__)
   _mm_sfence(); /* stores past the caches are not in order with others */
 #endif
@@ -199,7 +213,7 @@ static void part(void *context, long index) {
     long stride = m->inputs * LANES;
     if (m->bases) {
       for (int p = 0; p < panels; p++)
-        few_widen((const uint8_t *)at + p * apart, m->bases[group * GROUP + p], inputs, widened[p]);
+        wide_widen((const uint8_t *)at + p * apart, m->bases[group * GROUP + p], inputs, widened[p]);
       panel = widened[0];
       stride = WIDENED * LANES;
     }
@@ -229,11 +243,14 @@ static long apart8(long inputs) { return inputs + 64; }
 
 static long heats_bytes(long rows) { return (rows * sizeof(float) + 63) / 64 * 64; }
 
-/* Bytes that internvl_linear needs as scratch: for a quantised layer the rows in whole numbers, and
-   what one of each stands for; for few rows those in another order. */
+/* Rows of blocks of wide.c. */
+static long padded(long rows) { return rows + TALLEST_BLOCK; }
+
+/* Bytes that internvl_linear needs as scratch: for a quantised layer the rows in whole numbers, what
+   one of each stands for and their sums; for wide.c the rows in another order. */
 long internvl_linear_scratch(const struct matrix *m, long rows) {
-  if (m->scales) return heats_bytes(rows) + rows * apart8(m->inputs);
-  return few_fit(rows) && rows > 1 ? few_rows(rows) * m->inputs * (long)sizeof(bf16) : 0;
+  long bytes = m->scales ? 2 * heats_bytes(padded(rows)) + rows * apart8(m->inputs) : 0;
+  return wide_fit() ? bytes + padded(rows) * m->inputs * (m->scales ? 1 : 2) : bytes;
 }
 
 /* y[rows][outputs] = kind(x[rows][inputs] * panels + bias); ldx and ldy are the distances of rows in
@@ -241,18 +258,22 @@ long internvl_linear_scratch(const struct matrix *m, long rows) {
 void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows, void *y, long ldy,
                      int kind, void *scratch) {
   struct linear w = {.m = m, .x = x, .y = y, .rows = rows, .ldx = ldx, .ldy = ldy, .kind = kind};
+  w.groups = (m->outputs + COLUMNS - 1) / COLUMNS;
   if (m->scales) {
     w.heats = scratch;
     w.ld8 = apart8(m->inputs);
-    w.x8 = (int8_t *)scratch + heats_bytes(rows);
+    w.starts = (int32_t *)((char *)scratch + heats_bytes(padded(rows)));
+    w.x8 = (int8_t *)w.starts + heats_bytes(padded(rows));
     pool_run(quantise, &w, (rows + AT_ONCE - 1) / AT_ONCE);
+    scratch = (char *)w.x8 + rows * w.ld8;
   }
-  w.groups = (m->outputs + COLUMNS - 1) / COLUMNS;
-  if (!m->scales && few_fit(rows)) {
-    w.pairs = few_pairs(x, ldx, rows, m->inputs, scratch);
+  if (wide_fit()) {
+    w.blocks = wide_blocks(rows);
+    w.words = m->scales ? wide_turn(w.x8, w.ld8, rows, m->inputs / 4, scratch)
+                        : wide_turn(x, ldx * 2, rows, m->inputs / 2, scratch);
     long share = w.groups / (4 * pool_threads());
-    w.run = share < 1 ? 1 : share < LONGEST_RUN ? share : LONGEST_RUN;
-    pool_run(few_part, &w, (w.groups + w.run - 1) / w.run);
+    w.run = rows > TALLEST_BLOCK || share < 1 ? 1 : share < LONGEST_RUN ? share : LONGEST_RUN;
+    pool_run(wide_part, &w, (w.groups + w.run - 1) / w.run);
     return;
   }
   long tall = (block_level > 3 ? TALL_BYTES : THIRD_BYTES) / (m->inputs * (m->scales ? 1 : 2));

@@ -137,7 +137,7 @@ static void pack_panel12(void *context, long panel) {
     }
 }
 
-/* The same in twelve bits (few.c), given what internvl_odds found. inputs is a multiple of STEP. */
+/* The same in twelve bits (wide.c), given what internvl_odds found. inputs is a multiple of STEP. */
 void internvl_pack12(const bf16 *from, long outputs, long inputs, long gates, uint8_t *bases, int32_t *starts,
                      struct odd *odds, uint8_t *to) {
   struct pack p = {.from = from, .to8 = (int8_t *)to, .outputs = outputs, .inputs = inputs, .gates = gates,

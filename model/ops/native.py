@@ -5,7 +5,7 @@ output, and activations, as they come, with one per row.
 
 Weights are packed once, in the order in which the products read them, and take the place of those
 that were loaded. With AVX512-BF16 the decoder's weights are kept in twelve bits, which say the
-same (few.c): a step of few tokens takes as long as reading them.
+same (wide.c): a step of few tokens takes as long as reading them.
 
 Every row of a result depends on its own input alone: not on the rows computed beside it, nor on how
 many there are.
