@@ -151,13 +151,10 @@ static void quantise(void *context, long index) {
   }
 }
 
-/* AMX, inputs at a time: their part of a group of panels stays in the first cache while rows pass by. */
+/* Inputs at a time: their part of a group of panels stays in the first cache while rows pass by. */
 enum { DEEP = 256 };
 /* Rows at a time: they stay in the second cache while the panels pass by. */
 enum { TALLEST = 640, TALL_BYTES = 200 * 8192 };
-/* Other products are slow enough for the second cache, where all inputs of a group are, and rows in the
-   third; weights in twelve bits are widened for so many inputs at a time. */
-enum { WIDENED = 1024, THIRD_BYTES = 16 << 20 };
 /* Groups at a time, for few rows. */
 enum { LONGEST_RUN = 4 };
 
@@ -197,13 +194,12 @@ static void part(void *context, long index) {
   long chunk = index / w->groups, group = index % w->groups, column = group * COLUMNS;
   long first = chunk * w->tall, last = first + w->tall < w->rows ? first + w->tall : w->rows;
   int panels = column + LANES < m->outputs ? GROUP : 1;
-  long deep = m->bases ? WIDENED : m->inputs;
-  if (block_level > 3 && (last - first > ROWS || m->bases)) deep = DEEP * 2 / (m->scales ? 1 : 2);
+  long deep = last - first > ROWS || m->bases ? DEEP * 2 / (m->scales ? 1 : 2) : m->inputs;
   long apart = panel_bytes(m, m->inputs), further = pool_threads();
   const char *b = (const char *)m->panels + group * GROUP * apart;
   const char *next = group + further < w->groups ? b + further * GROUP * apart : NULL;
   float c[TALLEST * COLUMNS] __attribute__((aligned(64)));
-  bf16 widened[GROUP][WIDENED * LANES] __attribute__((aligned(64)));
+  bf16 widened[GROUP][DEEP * LANES] __attribute__((aligned(64)));
   long blocks = (last - first + ROWS - 1) / ROWS;
   for (long k = 0; k < m->inputs; k += deep) {
     int inputs = (int)(m->inputs - k < deep ? m->inputs - k : deep);
@@ -215,14 +211,14 @@ static void part(void *context, long index) {
       for (int p = 0; p < panels; p++)
         wide_widen((const uint8_t *)at + p * apart, m->bases[group * GROUP + p], inputs, widened[p]);
       panel = widened[0];
-      stride = WIDENED * LANES;
+      stride = DEEP * LANES;
     }
     struct soon soon = {done ? next : at + panel_bytes(m, deep), apart, 0};
     long lines = panel_bytes(m, DEEP * 2 / (m->scales ? 1 : 2)) / 512;
     if (soon.from && blocks > 1) soon.lines = (int)((lines + blocks - 1) / blocks);
     for (long row = first; row < last; row += ROWS) {
       int rows = last - row < ROWS ? (int)(last - row) : ROWS;
-      float *to = deep < m->inputs ? c + (row - first) * COLUMNS : c;
+      float *to = c + (row - first) * COLUMNS;
       if (m->scales)
         block_product8(w->x8 + row * w->ld8 + k, w->ld8, rows, (const int8_t *)at, stride, panels, inputs,
                        m->sums + column, (int32_t *)to, k > 0, &soon);
@@ -276,11 +272,9 @@ void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows,
     pool_run(wide_part, &w, (w.groups + w.run - 1) / w.run);
     return;
   }
-  long tall = (block_level > 3 ? TALL_BYTES : THIRD_BYTES) / (m->inputs * (m->scales ? 1 : 2));
-  if ((block_level > 3 || m->bases) && tall > TALLEST) tall = TALLEST;
-  if (tall < ROWS) tall = ROWS;
-  long chunks = (rows + tall - 1) / tall, enough = (2 * pool_threads() + w.groups - 1) / w.groups;
-  if (block_level < 4 && chunks < enough) chunks = enough;
+  long tall = TALL_BYTES / (m->inputs * (m->scales ? 1 : 2));
+  tall = tall < ROWS ? ROWS : tall < TALLEST ? tall : TALLEST;
+  long chunks = (rows + tall - 1) / tall;
   w.tall = ((rows + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
   w.chunks = (rows + w.tall - 1) / w.tall; /* fewer, where they were rounded up */
   pool_run(part, &w, w.groups * w.chunks);
