@@ -13,6 +13,7 @@ from typing import Any
 import httpcore
 
 _READ = 16 << 10  # bytes parsed before other tasks get their turn
+_PLAIN = 256 << 10  # likewise where nothing is parsed; asyncio takes no more from a socket
 _FRAMING = (
     128 << 10
 )  # bytes of protocol that every answer may have; httpcore's own header limit fits
@@ -25,6 +26,7 @@ class MeteredNetwork(httpcore.AsyncNetworkBackend):
         self._network = httpcore.AnyIOBackend()
         self._streams: list[httpcore.AsyncNetworkStream] = []
         self._received = 0
+        self._plain = False
         self.content = 0
 
     async def connect_tcp(
@@ -45,8 +47,20 @@ class MeteredNetwork(httpcore.AsyncNetworkBackend):
         for stream in self._streams:
             await stream.aclose()
 
+    def expect_content_alone(self) -> None:
+        """What comes next is content of a length that the head has told: nothing in it costs more
+        than its bytes."""
+        self._plain = True
+
+    @property
+    def most(self) -> int:
+        """Bytes to read at once."""
+        return _PLAIN if self._plain else _READ
+
     def count(self, size: int) -> None:
         """Note what was read. Raises RemoteProtocolError when too little of it is content."""
+        if self._plain:
+            return
         self._received += size
         if self._received - self.content > _FRAMING + self.content // 16:
             raise httpcore.RemoteProtocolError("more protocol than content")
@@ -58,7 +72,8 @@ class _MeteredStream(httpcore.AsyncNetworkStream):
         self._network = network
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        data = await self._stream.read(min(max_bytes, _READ), timeout)
+        # httpcore asks for 64 KiB and takes more: to cut what the socket gave costs the most.
+        data = await self._stream.read(self._network.most, timeout)
         self._network.count(len(data))
         return data
 

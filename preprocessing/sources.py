@@ -284,6 +284,8 @@ async def _read(
         pieces = _unpacked(pieces, part)
     elif coding not in {"identity", ""}:
         raise part.unreachable("compressed answer")
+    elif length.isdecimal() and "transfer-encoding" not in headers:
+        network.expect_content_alone()
     try:
         async for piece in pieces:
             part.add(piece)

@@ -8,8 +8,9 @@ import socket
 import threading
 import zlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
+import httpcore
 import pytest
 
 from tests.sites import BODY, OPEN, Site, answer, fetch, refusal
@@ -221,3 +222,51 @@ async def test_lies_about_lengths_are_taken_at_their_word_or_refused(
     else:
         code = (await refusal(site.url("/lie"), **OPEN)).code
         assert code in {"media_unreachable", "media_too_large", "invalid_media"}
+
+
+# what is read at once
+
+
+class Recorded(httpcore.AnyIOBackend):
+    """The network, and how much was asked of its connections at a time."""
+
+    asked: ClassVar[list[int]] = []
+
+    async def connect_tcp(self, *arguments: Any, **options: Any) -> httpcore.AsyncNetworkStream:
+        stream = await super().connect_tcp(*arguments, **options)
+        read = stream.read
+
+        async def recorded(most: int, timeout: float | None = None) -> bytes:
+            self.asked.append(most)
+            return await read(most, timeout)
+
+        stream.read = recorded  # type: ignore[method-assign]
+        return stream
+
+
+@pytest.mark.parametrize("coding", ["identity", "chunked"])
+async def test_only_a_body_of_known_length_is_read_in_large_pieces(
+    site: Site, coding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks cost the reader more than their bytes: other tasks get their turn between them."""
+    body = BODY * 100
+    length = b"Content-Length: %d\r\n" % len(body)
+    head = b"HTTP/1.1 200 OK\r\n" + length
+    if coding == "chunked":  # which the length does not change
+        head += b"Transfer-Encoding: chunked\r\n"
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    site.pages["/long"] = raw(head + b"\r\n", body)
+    monkeypatch.setattr(Recorded, "asked", [])
+    monkeypatch.setattr(httpcore, "AnyIOBackend", Recorded)
+    assert await fetch(site.url("/long"), **OPEN) == BODY * 100
+    head_sizes, sizes = Recorded.asked[:1], set(Recorded.asked[1:])
+    assert head_sizes == [16 << 10]
+    assert sizes == {256 << 10 if coding == "identity" else 16 << 10}
+
+
+async def test_what_comes_behind_the_announced_length_is_not_read(site: Site) -> None:
+    gone = threading.Event()
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+    site.pages["/more"] = endless(site, head + BODY, itertools.repeat(b"x" * 65536), gone)
+    assert await fetch(site.url("/more"), **OPEN) == BODY
+    assert await asyncio.to_thread(gone.wait, 10)
