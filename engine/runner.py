@@ -389,21 +389,35 @@ class ModelRunner:
             padded = graph.forward(self._rows.decode_inputs(plan.work, graph.size))
             return _Begun(plan.step, [work.id for work in plan.work], padded, graph=graph)
         batch = self._rows.batch(plan.work)
-        hidden = self._model(
-            self._embed(plan, batch), batch.positions, batch.attention, self._kv, self._attention
-        )
-        names, last, scoring = [], [], []
+        names, last = [], []
         for work, start in zip(plan.work, batch.starts, strict=True):
-            if work.score:
-                scoring.append((work, hidden[start : start + work.count]))
             if work.sample:
                 names.append(work.id)
                 last.append(start + work.count - 1)
+        scores = any(work.score for work in plan.work)
+        embeddings, scored = self._embed(plan, batch), None
+        some = None
+        if len(last) < len(embeddings):
+            some = to_device(last, embeddings.device, torch.int64)
+        hidden = self._model(
+            embeddings,
+            batch.positions,
+            batch.attention,
+            self._kv,
+            self._attention,
+            None if scores else some,
+        )
         if self._group.stage:
             return _Begun(plan.step, names)
-        scored = self._score(scoring) if scoring else None
-        if last and len(last) < hidden.shape[0]:
-            hidden = hidden[to_device(last, hidden.device)]
+        if scores:
+            scored = self._score(
+                [
+                    (work, hidden[start : start + work.count])
+                    for work, start in zip(plan.work, batch.starts, strict=True)
+                    if work.score
+                ]
+            )
+            hidden = hidden if some is None else hidden[some]
         logits = self._model.logits(hidden) if last else None
         return _Begun(plan.step, names, logits, scored)
 

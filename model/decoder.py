@@ -66,7 +66,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings ``[N, hidden]`` to the last hidden states ``[N, hidden]``.
+    """Embeddings ``[N, hidden]`` to the last hidden states of the ``wanted`` rows, or of all.
 
     With ``tied`` the embedding's matrix is the head's too. ``config`` is of one rank's part: stages
     behind the first have layers alone, and what they are given and give back has no meaning.
@@ -87,10 +87,12 @@ class Decoder(nn.Module):
             self.norm = RMSNorm(size, config.eps)
             self.head = None if tied else Linear(size, vocab_size, bias=False)
 
-    def forward(self, embeddings: Tensor, step: AttentionStep, ops: Ops) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, step: AttentionStep, ops: Ops, wanted: Tensor | None = None
+    ) -> Tensor:
         group = self._group
         if group.is_alone:
-            whole = step.through(self.layers, self.norm, embeddings, ops)
+            whole = step.through(self.layers, self.norm, embeddings, ops, wanted)
             if whole is not None:
                 return whole
         hidden: Tensor = embeddings
@@ -106,6 +108,8 @@ class Decoder(nn.Module):
             if group.stage:
                 return hidden
             hidden, delta = group.receive(passed)
+        if wanted is not None:
+            hidden, delta = hidden[wanted], delta[wanted]
         return ops.keep(ops.add_norm(hidden, delta, self.norm)[1])
 
     @property

@@ -85,16 +85,18 @@ class InternVL(nn.Module):
         batch: AttentionBatch,
         kv: KVCache,
         attention: AttentionBackend,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """Embeddings ``[N, hidden]`` to hidden states ``[N, hidden]``, at ``positions`` [N], which
-        may be fractions in fp32. Later stages take only the shape of the one, and give no other.
+        """Embeddings ``[N, hidden]`` to hidden states, at ``positions`` [N], which may be fractions
+        in fp32: of the ``wanted`` rows, int64 in ascending order, or of all ``[N, hidden]``. Later
+        stages take only the shape of the one, and what they give has no meaning.
         """
         text = self.text
         if self._frequencies is None:  # likewise
             self._frequencies = inverse_frequencies(text.head_dim, text.rope_theta, self.device)
         # A step's few cosines cost less than a table that has to follow the device about.
         step = AttentionStep(attention, batch, kv, angles(positions, self._frequencies))
-        hidden: Tensor = self.decoder(embeddings, step, self.ops)
+        hidden: Tensor = self.decoder(embeddings, step, self.ops, wanted)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -96,9 +96,11 @@ class AttentionBackend(ABC):
         at: Angles,
         plan: Any,
         ops: Ops,
+        wanted: Tensor | None,
     ) -> Tensor | None:
-        """All layers of the decoder and its last norm at once, ``[N, hidden] -> [N, hidden]``; None
-        where they are computed piece by piece. What was in ``hidden`` may be lost."""
+        """All layers of the decoder and its last norm at once, ``[N, hidden] -> [M, hidden]``: the
+        ``wanted`` rows, or all. None where they are computed piece by piece. What was in ``hidden``
+        may be lost."""
         return None
 
 
@@ -114,11 +116,16 @@ class AttentionStep:
         self._plan = backend.plan(batch, cache)
 
     def through(
-        self, layers: nn.ModuleList, norm: nn.Module, hidden: Tensor, ops: Ops
+        self,
+        layers: nn.ModuleList,
+        norm: nn.Module,
+        hidden: Tensor,
+        ops: Ops,
+        wanted: Tensor | None,
     ) -> Tensor | None:
         """The backend's ``through`` for this step."""
-        backend = self._backend
-        return backend.through(layers, norm, hidden, self._cache, self._at, self._plan, ops)
+        backend, cache = self._backend, self._cache
+        return backend.through(layers, norm, hidden, cache, self._at, self._plan, ops, wanted)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """Attention of ``layer`` for the step's tokens, from their queries, keys and values as

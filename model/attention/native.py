@@ -124,6 +124,7 @@ class NativeAttention(AttentionBackend):
         at: Angles,
         plan: _Plan,
         ops: Ops,
+        wanted: Tensor | None,
     ) -> Tensor | None:
         if self._prepared != (layers, cache, ops):
             self._layers = self._prepare(layers, norm, cache, ops)
@@ -133,10 +134,17 @@ class NativeAttention(AttentionBackend):
         hidden = hidden.contiguous()
         needed = LIBRARY.internvl_decode_scratch(self._layers, len(hidden))
         self._scratch = grown(self._scratch, needed // 2)
-        out = torch.empty_like(hidden)
+        count = len(hidden) if wanted is None else len(wanted)
+        out = torch.empty((count, hidden.shape[1]), dtype=hidden.dtype)
         plan.batch.cosine, plan.batch.sine = (angle.data_ptr() for angle in at)
         LIBRARY.internvl_decode(
-            self._layers, plan.batch, hidden.data_ptr(), out.data_ptr(), self._scratch.data_ptr()
+            self._layers,
+            plan.batch,
+            None if wanted is None else wanted.data_ptr(),
+            count,
+            hidden.data_ptr(),
+            out.data_ptr(),
+            self._scratch.data_ptr(),
         )
         return out
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from wire.native import load
 
-VERSION = 5
+VERSION = 6
 """That of the functions' arguments, here and in pool.c: one more with every change of them."""
 BEST = 4
 """For ``internvl_choose``: the best instruction set of this processor; tests choose others too."""
@@ -90,7 +90,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "internvl_attend": [_heads, _batch, _p, _p, _p],
     "internvl_decode_scratch": [ctypes.POINTER(Layers), _l],
     "internvl_highest": [_p, _l, _l, _l, _p, _p],
-    "internvl_decode": [ctypes.POINTER(Layers), _batch, _p, _p, _p],
+    "internvl_decode": [ctypes.POINTER(Layers), _batch, _p, _l, _p, _p, _p],
 }
 
 

@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include <stddef.h>
+#include <string.h>
 
 struct layer {
   const float *norm1, *norm2, *q_norm, *k_norm; /* the last two or NULL */
@@ -42,10 +43,11 @@ long internvl_decode_scratch(const struct decoder *d, long tokens) {
   return 3 * tokens * longest(d->layers) * sizeof(bf16) + quantised(d->layers, tokens);
 }
 
-/* hidden[tokens][hidden] through all layers and the last norm to out[tokens][hidden]; what was in
-   hidden is lost. */
-void internvl_decode(const struct decoder *d, const struct batch *batch, bf16 *hidden, bf16 *out,
-                     bf16 *scratch) {
+/* hidden[tokens][hidden] through all layers and the last norm to out[count][hidden], for the `wanted`
+   rows, in ascending order: of the others the last layer leaves keys and values only. What was in hidden
+   is lost. */
+void internvl_decode(const struct decoder *d, const struct batch *batch, const int64_t *wanted, long count,
+                     bf16 *hidden, bf16 *out, bf16 *scratch) {
   long size = d->hidden, tokens = batch->tokens, ld = longest(d->layers);
   long width = (long)d->heads.heads * d->heads.head;
   bf16 *normed = scratch, *wide = normed + tokens * ld, *delta = wide + tokens * ld;
@@ -59,6 +61,13 @@ void internvl_decode(const struct decoder *d, const struct batch *batch, bf16 *h
       internvl_head_norms(&d->heads, wide, ld, tokens, l->q_norm, l->k_norm, d->eps);
     internvl_rotate_write(&d->heads, batch, wide, ld, delta, l->cache);
     internvl_attend(&d->heads, batch, delta, l->cache, normed);
+    if (i == d->count - 1 && count < tokens) {
+      for (long row = 0; row < count; row++) {
+        memmove(normed + row * width, normed + wanted[row] * width, width * sizeof(bf16));
+        memmove(hidden + row * size, hidden + wanted[row] * size, size * sizeof(bf16));
+      }
+      if (!(tokens = count)) return;
+    }
     internvl_linear(&l->out, normed, width, tokens, delta, ld, PLAIN, whole);
     internvl_add_norm(hidden, size, delta, ld, l->norm2, NULL, normed, ld, tokens, size, d->eps, 0);
     internvl_linear(&l->gate_up, normed, ld, tokens, wide, ld, GATE, whole);
