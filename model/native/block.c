@@ -123,19 +123,72 @@ AVX512 static inline __attribute__((always_inline)) void avx512_rows(
     for (int p = 0; p < GROUP; p++) _mm512_storeu_ps(c + r * ldc + p * LANES, sum[r][p]);
 }
 
-/* Blocks of the same height, as far as that goes: a few rows alone would wait for their own sums. */
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+VNNI static inline __attribute__((always_inline)) void vnni_rows(
+    const int8_t *a, long lda, int count, const int8_t *b, long stride, int inputs,
+    const int32_t *sums, int32_t *c, int more) {
+  __m512i sum[12][GROUP];
+  for (int p = 0; p < GROUP; p++) {
+    /* The instruction wants one side without a sign: rows have 128 more, taken away before. */
+    __m512i extra = _mm512_slli_epi32(_mm512_loadu_si512(sums + (stride ? p * LANES : 0)), 7);
+    for (int r = 0; r < count; r++)
+      sum[r][p] = more ? _mm512_loadu_si512(c + r * COLUMNS + p * LANES)
+                       : _mm512_sub_epi32(_mm512_setzero_si512(), extra);
+  }
+  for (int i = 0; i < inputs; i += 4, b += 4 * LANES) {
+    __m512i fours[GROUP];
+    for (int p = 0; p < GROUP; p++) {
+      fours[p] = _mm512_loadu_si512(b + p * stride);
+      _mm_prefetch((const char *)(b + p * stride) + 2048, _MM_HINT_T0);
+    }
+    for (int r = 0; r < count; r++) {
+      int four;
+      memcpy(&four, a + r * lda + i, sizeof four);
+      __m512i x = _mm512_set1_epi32(four);
+      for (int p = 0; p < GROUP; p++) sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], x, fours[p]);
+    }
+  }
+  for (int r = 0; r < count; r++)
+    for (int p = 0; p < GROUP; p++) _mm512_storeu_si512(c + r * COLUMNS + p * LANES, sum[r][p]);
+}
+
+/* Rows in blocks of the same height, as far as that goes, up to 12, whose sums fill the registers: a few
+   rows alone would wait for their own sums. */
+#define BLOCKS(rows, block)                                                                          \
+  for (int left = (rows + 11) / 12, row = 0, count; left; left--, row += count) {                    \
+    count = (rows - row + left - 1) / left;                                                          \
+    switch (count) { /* each a function of its own */                                                \
+      case 1: block(1); break;                                                                       \
+      case 2: block(2); break;                                                                       \
+      case 3: block(3); break;                                                                       \
+      case 4: block(4); break;                                                                       \
+      case 5: block(5); break;                                                                       \
+      case 6: block(6); break;                                                                       \
+      case 7: block(7); break;                                                                       \
+      case 8: block(8); break;                                                                       \
+      case 9: block(9); break;                                                                       \
+      case 10: block(10); break;                                                                     \
+      case 11: block(11); break;                                                                     \
+      case 12: block(12); break;                                                                     \
+    }                                                                                                \
+  }
+
 AVX512 static void avx512(const bf16 *a, long lda, int rows, const bf16 *b, long stride, int panels,
                           int inputs, float *c, long ldc, int more, struct soon *soon) {
   (void)soon;
   if (panels < GROUP) stride = 0; /* the panel twice: the second result is not used */
-  for (int left = (rows + 11) / 12, count; left; left--, rows -= count, a += count * lda, c += count * ldc) {
-    count = (rows + left - 1) / left;
-    switch (count) {
-#define OF(n) case n: avx512_rows(a, lda, n, b, stride, inputs, c, ldc, more); break;
-      OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) OF(10) OF(11) OF(12)
-#undef OF
-    }
-  }
+#define BLOCK(n) avx512_rows(a + row * lda, lda, n, b, stride, inputs, c + row * ldc, ldc, more)
+  BLOCKS(rows, BLOCK)
+#undef BLOCK
+}
+
+VNNI static void vnni(const int8_t *a, long lda, int rows, const int8_t *b, long stride, int panels,
+                      int inputs, const int32_t *sums, int32_t *c, int more, struct soon *soon) {
+  (void)soon;
+  if (panels < GROUP) stride = 0;
+#define BLOCK(n) vnni_rows(a + row * lda, lda, n, b, stride, inputs, sums, c + row * COLUMNS, more)
+  BLOCKS(rows, BLOCK)
+#undef BLOCK
 }
 
 /* AMX: sums in tiles 0 to 3, rows in 4 and 5, panels in 6 and 7. */
@@ -346,7 +399,7 @@ long internvl_choose(int most) {
   }
   if (most >= 3 && avx512bf16) {
     block_product = avx512;
-    block_product8 = portable8; /* wide.c has its own */
+    block_product8 = vnni;
     return block_level = 3;
   }
   if (most >= 2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {

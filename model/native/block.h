@@ -22,6 +22,7 @@ enum {
   STEP = 32,         /* inputs are padded to a multiple of this */
   GROUP = 2,         /* panels of a block */
   ROWS = 32,         /* rows of a block */
+  HIGH = 36,         /* with AVX512 */
   COLUMNS = 32,      /* LANES * GROUP */
 };
 

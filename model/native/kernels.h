@@ -63,7 +63,7 @@ struct blocks {
   long count;
   int height;
 };
-int wide_fit(void);
+int wide_fit(long rows);
 struct blocks wide_blocks(long rows);
 const uint32_t *wide_turn(const void *x, long ldx, long rows, long words, uint32_t *to);
 /* c[rows][COLUMNS] = a block of rows times the group of panels at `column`, which is in the caches if it

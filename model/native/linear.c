@@ -23,7 +23,7 @@ struct linear {
   void *y;
   long rows, ldx, ldy, ld8, tall, groups, chunks, run;
   struct blocks blocks;
-  int kind;
+  int kind, fits;
 };
 
 CLONES static void finish(const struct linear *w, const float *c, long row, int rows, long column) {
@@ -100,10 +100,11 @@ CLONES static void whole_numbers(const bf16 *x, long count, float scale, int8_t 
 #if defined(__x86_64__)
 /* The same; compilers take the bytes one by one. */
 __attribute__((target("avx512f,avx512bw"))) static void fast_whole_numbers(const bf16 *x, long count,
-                                                                           float scale, int8_t *to) {
+                                                                           float scale, float to_whole,
+                                                                           int8_t *to) {
   for (long i = 0; i < count; i += LANES) {
     __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(x + i))), 16);
-    __m512 whole = _mm512_add_ps(_mm512_mul_ps((__m512)wide, _mm512_set1_ps(scale)), _mm512_set1_ps(TO_WHOLE));
+    __m512 whole = _mm512_add_ps(_mm512_mul_ps((__m512)wide, _mm512_set1_ps(scale)), _mm512_set1_ps(to_whole));
     _mm_storeu_si128((void *)(to + i), _mm512_cvtepi32_epi8((__m512i)whole));
   }
 }
@@ -141,9 +142,10 @@ static void quantise(void *context, long index) {
     w->heats[row] = most < 0x7f80 ? fmaxf(wide(most), 1e-12f) / 127 : NAN;
 #if defined(__x86_64__)
     if (block_level >= 3) {
-      fast_whole_numbers(x, w->m->inputs, 1 / w->heats[row], to);
-      /* The instruction wants weights without a sign: they get 128 more. */
-      w->starts[row] = -128 * sum_of(to, w->m->inputs);
+      /* AVX512 wants one side without a sign: the rows get 128 more, or with wide.c the weights. */
+      int more = block_level == 3 && !w->fits ? 128 : 0;
+      fast_whole_numbers(x, w->m->inputs, 1 / w->heats[row], TO_WHOLE + more, to);
+      if (w->fits) w->starts[row] = -128 * sum_of(to, w->m->inputs);
       continue;
     }
 #endif
@@ -151,10 +153,13 @@ static void quantise(void *context, long index) {
   }
 }
 
-/* Inputs at a time: their part of a group of panels stays in the first cache while rows pass by. */
+/* AMX, inputs at a time: their part of a group of panels stays in the first cache while rows pass by. */
 enum { DEEP = 256 };
 /* Rows at a time: they stay in the second cache while the panels pass by. */
 enum { TALLEST = 640, TALL_BYTES = 200 * 8192 };
+/* Other products are slow enough for the second cache, where all inputs of a group are, and rows in the
+   third; weights in twelve bits are widened for so many inputs at a time. */
+enum { WIDENED = 1024, THIRD_BYTES = 16 << 20 };
 /* Groups at a time, for few rows. */
 enum { LONGEST_RUN = 4 };
 
@@ -194,12 +199,13 @@ static void part(void *context, long index) {
   long chunk = index / w->groups, group = index % w->groups, column = group * COLUMNS;
   long first = chunk * w->tall, last = first + w->tall < w->rows ? first + w->tall : w->rows;
   int panels = column + LANES < m->outputs ? GROUP : 1;
-  long deep = last - first > ROWS || m->bases ? DEEP * 2 / (m->scales ? 1 : 2) : m->inputs;
+  long deep = m->bases ? WIDENED : m->inputs, high = block_level == 3 ? HIGH : ROWS;
+  if (block_level > 3 && (last - first > ROWS || m->bases)) deep = DEEP * 2 / (m->scales ? 1 : 2);
   long apart = panel_bytes(m, m->inputs), further = pool_threads();
   const char *b = (const char *)m->panels + group * GROUP * apart;
   const char *next = group + further < w->groups ? b + further * GROUP * apart : NULL;
   float c[TALLEST * COLUMNS] __attribute__((aligned(64)));
-  bf16 widened[GROUP][DEEP * LANES] __attribute__((aligned(64)));
+  bf16 widened[GROUP][WIDENED * LANES] __attribute__((aligned(64)));
   long blocks = (last - first + ROWS - 1) / ROWS;
   for (long k = 0; k < m->inputs; k += deep) {
     int inputs = (int)(m->inputs - k < deep ? m->inputs - k : deep);
@@ -211,14 +217,14 @@ static void part(void *context, long index) {
       for (int p = 0; p < panels; p++)
         wide_widen((const uint8_t *)at + p * apart, m->bases[group * GROUP + p], inputs, widened[p]);
       panel = widened[0];
-      stride = DEEP * LANES;
+      stride = WIDENED * LANES;
     }
     struct soon soon = {done ? next : at + panel_bytes(m, deep), apart, 0};
     long lines = panel_bytes(m, DEEP * 2 / (m->scales ? 1 : 2)) / 512;
     if (soon.from && blocks > 1) soon.lines = (int)((lines + blocks - 1) / blocks);
-    for (long row = first; row < last; row += ROWS) {
-      int rows = last - row < ROWS ? (int)(last - row) : ROWS;
-      float *to = c + (row - first) * COLUMNS;
+    for (long row = first; row < last; row += high) {
+      int rows = (int)(last - row < high ? last - row : high);
+      float *to = deep < m->inputs ? c + (row - first) * COLUMNS : c;
       if (m->scales)
         block_product8(w->x8 + row * w->ld8 + k, w->ld8, rows, (const int8_t *)at, stride, panels, inputs,
                        m->sums + column, (int32_t *)to, k > 0, &soon);
@@ -246,14 +252,15 @@ static long padded(long rows) { return rows + TALLEST_BLOCK; }
    one of each stands for and their sums; for wide.c the rows in another order. */
 long internvl_linear_scratch(const struct matrix *m, long rows) {
   long bytes = m->scales ? 2 * heats_bytes(padded(rows)) + rows * apart8(m->inputs) : 0;
-  return wide_fit() ? bytes + padded(rows) * m->inputs * (m->scales ? 1 : 2) : bytes;
+  return wide_fit(rows) ? bytes + padded(rows) * m->inputs * (m->scales ? 1 : 2) : bytes;
 }
 
 /* y[rows][outputs] = kind(x[rows][inputs] * panels + bias); ldx and ldy are the distances of rows in
    elements. */
 void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows, void *y, long ldy,
                      int kind, void *scratch) {
-  struct linear w = {.m = m, .x = x, .y = y, .rows = rows, .ldx = ldx, .ldy = ldy, .kind = kind};
+  struct linear w = {.m = m, .x = x, .y = y, .rows = rows, .ldx = ldx, .ldy = ldy, .kind = kind,
+                     .fits = wide_fit(rows)};
   w.groups = (m->outputs + COLUMNS - 1) / COLUMNS;
   if (m->scales) {
     w.heats = scratch;
@@ -263,7 +270,7 @@ void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows,
     pool_run(quantise, &w, (rows + AT_ONCE - 1) / AT_ONCE);
     scratch = (char *)w.x8 + rows * w.ld8;
   }
-  if (wide_fit()) {
+  if (w.fits) {
     w.blocks = wide_blocks(rows);
     w.words = m->scales ? wide_turn(w.x8, w.ld8, rows, m->inputs / 4, scratch)
                         : wide_turn(x, ldx * 2, rows, m->inputs / 2, scratch);
@@ -272,9 +279,11 @@ void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows,
     pool_run(wide_part, &w, (w.groups + w.run - 1) / w.run);
     return;
   }
-  long tall = TALL_BYTES / (m->inputs * (m->scales ? 1 : 2));
-  tall = tall < ROWS ? ROWS : tall < TALLEST ? tall : TALLEST;
-  long chunks = (rows + tall - 1) / tall;
+  long tall = (block_level > 3 ? TALL_BYTES : THIRD_BYTES) / (m->inputs * (m->scales ? 1 : 2));
+  if ((block_level > 3 || m->bases) && tall > TALLEST) tall = TALLEST;
+  if (tall < ROWS) tall = ROWS;
+  long chunks = (rows + tall - 1) / tall, enough = (2 * pool_threads() + w.groups - 1) / w.groups;
+  if (block_level < 4 && chunks < enough) chunks = enough;
   w.tall = ((rows + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
   w.chunks = (rows + w.tall - 1) / w.tall; /* fewer, where they were rounded up */
   pool_run(part, &w, w.groups * w.chunks);

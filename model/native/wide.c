@@ -16,6 +16,8 @@
 
 /* Bytes from where a panel is read to where it is fetched. */
 enum { AHEAD = 4096 };
+/* More rows than this leave too little of the second cache to the panels. */
+enum { MOST_ROWS = 120 };
 
 /* Rows of one block: all have the same height, which is one of a few. */
 static int height(long rows) {
@@ -180,7 +182,7 @@ OF(SIXTEEN)
 OF(NARROW)
 OF(WHOLE)
 
-int wide_fit(void) { return block_level == 3; }
+int wide_fit(long rows) { return block_level == 3 && rows <= MOST_ROWS; }
 
 void wide_product(const struct matrix *m, long column, const uint32_t *x, const int32_t *start, int rows,
                   int again, void *c) {
@@ -192,7 +194,7 @@ void wide_product(const struct matrix *m, long column, const uint32_t *x, const 
   else group_SIXTEEN(x, NULL, rows, b, apart, m->inputs / 2, NULL, ahead, c);
 }
 #else
-int wide_fit(void) { return 0; }
+int wide_fit(long rows) { return rows < 0; }
 void wide_product(const struct matrix *m, long column, const uint32_t *x, const int32_t *start, int rows,
                   int again, void *c) {
   (void)m, (void)column, (void)x, (void)start, (void)rows, (void)again, (void)c;

@@ -100,14 +100,14 @@ def test_products_equal_the_formula(level: int, inputs: int, outputs: int, narro
     layer = filled(Linear(inputs, outputs, bias=True))
     weight, bias = layer.weight.double(), layer.bias.double()
     ops = prepared(layer, narrow=narrow)
-    for count in (1, 2, 3, 7, 12, 15, 16, 17, 24, 25, 33, 70):
+    for count in (1, 2, 3, 7, 12, 15, 16, 17, 24, 25, 33, 70, 150):
         x = rows(count, inputs)
         expected = x.double() @ weight.T + bias
         close(ops.linear(layer, x), expected)
         close(ops.linear_gelu(layer, x), torch.nn.functional.gelu(expected))
 
 
-@pytest.mark.parametrize("count", [1, 20, 30])
+@pytest.mark.parametrize("count", [1, 20, 30, 200])
 def test_twelve_bits_say_every_weight(level: int, count: int) -> None:
     """Products with ones are the weights themselves: near to each other, zeros, and odd ones."""
     layer = filled(Linear(1056, 40, bias=False))
@@ -138,14 +138,15 @@ def test_twelve_bits_are_not_taken_where_many_weights_need_more(level: int) -> N
     )
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_a_product_depends_on_its_own_row_alone(level: int, narrow: bool) -> None:
-    layer = filled(Linear(1056, 96, bias=True))
+@pytest.mark.parametrize("weights", ["none", "narrow", "int8"])
+def test_a_product_depends_on_its_own_row_alone(level: int, weights: str) -> None:
+    layer = filled(Linear(1088, 96, bias=True))
     layer.weight.detach()[7, 9] = 1e5
-    ops = prepared(layer, narrow=narrow)
-    x = rows(70, 1056)
+    narrow = weights == "narrow"
+    ops = prepared(layer, quantization="none" if narrow else weights, narrow=narrow)
+    x = rows(170, 1088)
     whole = ops.linear(layer, x).clone()
-    for count in (1, 2, 3, 8, 11, 14, 23, 25, 32, 40):
+    for count in (1, 2, 3, 8, 11, 14, 23, 25, 32, 40, 70, 130):
         assert torch.equal(ops.linear(layer, x[:count]), whole[:count])
         assert torch.equal(ops.linear(layer, x[-count:]), whole[-count:])
 
@@ -169,7 +170,7 @@ def test_quantised_products_equal_the_formula(level: int, inputs: int, outputs: 
     weight, bias = rounded(layer.weight), layer.bias.double()
     gate, up = rounded(gates.weight).chunk(2)
     ops = prepared(layer, Gated(gates), quantization="int8")
-    for count in (1, 2, 15, 16, 17, 33, 70):
+    for count in (1, 2, 15, 16, 17, 33, 70, 150):
         x = rows(count, inputs)
         expected = rounded(x) @ weight.T + bias
         close(ops.linear(layer, x), expected, QUANTISED)
