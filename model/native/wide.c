@@ -115,7 +115,7 @@ AVX512 static void widen_avx512(const uint8_t *from, int base, long inputs, bf16
 enum form { SIXTEEN, NARROW, WHOLE };
 
 /* `rows` rows times `panels` panels, `apart` bytes from one to the next, to c[rows][COLUMNS]. `ahead`:
-   bytes from where a panel is read to where it is fetched. */
+   bytes from where a panel is read to where it is fetched, or 0. */
 AVX512 INLINE void product(enum form form, const uint32_t *x, const int32_t *start, int rows,
                            const uint8_t *b, long apart, int panels, long words, const uint8_t *bases,
                            long ahead, void *c) {
@@ -132,7 +132,7 @@ AVX512 INLINE void product(enum form form, const uint32_t *x, const int32_t *sta
   for (long i = 0; i < words; i += 4, b += piece, x += 4 * rows) {
 #pragma GCC unroll 2
     for (int p = 0; p < panels; p++) {
-      for (int line = 0; line < piece; line += 64)
+      for (int line = 0; ahead && line < piece; line += 64)
         _mm_prefetch((const char *)b + p * apart + ahead + line, _MM_HINT_T0);
       if (form == NARROW) codes[p] = _mm512_loadu_si512(b + p * apart + EXPONENTS);
     }
