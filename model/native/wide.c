@@ -100,6 +100,7 @@ AVX512 static void widen_avx512(const uint8_t *from, int base, long inputs, bf16
   __m512i bits = exponents(base);
   for (long i = 0; i < inputs; i += 8, from += PIECE, to += 8 * LANES) {
     __m512i codes = _mm512_loadu_si512(from + EXPONENTS);
+    for (int line = 0; line < PIECE; line += 64) _mm_prefetch((const char *)from + AHEAD + line, _MM_HINT_T0);
     for (int pair = 0; pair < 4; pair++, codes = _mm512_srli_epi16(codes, 4))
       _mm512_storeu_si512(to + pair * 2 * LANES, widened(from + pair * 32, codes, bits));
   }
