@@ -1,7 +1,7 @@
 /* Attention: rows of queries over packed keys and values, softmax in fp32 as the keys pass by.
 
    Keys are packed as a matrix of keys x head_dim (see block.h), values as one of head_dim x keys, in
-   pieces of so many keys: a block of the paged cache, or CHUNK keys of a tile. Keys are taken CHUNK
+   pieces of so many keys: a block of the paged cache, or a chunk of a tile's. Keys are taken a chunk
    at a time from the first on, so a row's result depends on its own query and keys alone, however
    the batch was cut. */
 #include "kernels.h"
@@ -11,7 +11,10 @@
 #include <math.h>
 #include <stdlib.h>
 
-enum { CHUNK = 544, QUERIES = 32, MOST_HEAD = 256, WIDTH = CHUNK + 16 };
+enum { CHUNK = 544, LONG_CHUNK = 1056, QUERIES = 32, MOST_HEAD = 256, GAP = 16 };
+
+/* AVX512 is slow enough for sums and shares of all keys of a tile in the second cache, AMX is not. */
+static long chunk_keys(void) { return block_level == 3 ? LONG_CHUNK : CHUNK; }
 
 /* Where the keys of one head begin: piece i has `size` keys at keys(i) and values(i). */
 struct source {
@@ -29,8 +32,8 @@ struct rows {
   const bf16 *at; /* the queries, `apart` elements from one to the next: in `query`, or elsewhere */
   long apart;
   bf16 query[QUERIES][MOST_HEAD] __attribute__((aligned(64)));
-  float scores[QUERIES][WIDTH] __attribute__((aligned(64)));
-  bf16 shares[QUERIES][WIDTH] __attribute__((aligned(64)));
+  float scores[QUERIES * (LONG_CHUNK + GAP)] __attribute__((aligned(64)));
+  bf16 shares[QUERIES * (LONG_CHUNK + GAP)] __attribute__((aligned(64)));
   float mixed[QUERIES][MOST_HEAD] __attribute__((aligned(64)));
   float sum[QUERIES][LANES] __attribute__((aligned(64)));
   float highest[QUERIES], fade[QUERIES];
@@ -111,12 +114,12 @@ CLONES static void share_out(const float *scores, long seen, float scale, float 
 
 /* Scores of `keys` keys from `first` on to shares, and what the sums so far are to be multiplied by.
    `scale` holds the change from e to 2 as the base of powers. */
-static void softmax(struct rows *r, long first, long keys, float scale) {
+static void softmax(struct rows *r, long width, long first, long keys, float scale) {
   for (int row = 0; row < r->count; row++) {
     long seen = r->limit[row] - first;
     if (seen > keys) seen = keys;
-    float *scores = r->scores[row], *sums = r->sum[row];
-    bf16 *shares = r->shares[row];
+    float *scores = r->scores + row * width, *sums = r->sum[row];
+    bf16 *shares = r->shares + row * width;
     r->fade[row] = 1;
     if (seen > 0) {
 #if defined(__x86_64__)
@@ -151,30 +154,29 @@ CLONES static void fade(struct rows *r, int head) {
 
 /* Fill r->mixed, not yet divided by r->sum. */
 static void mix(struct rows *r, const struct source *s, int head, float scale) {
-  long most = 0;
+  long most = 0, chunk = chunk_keys(), width = chunk + GAP;
   for (int row = 0; row < r->count; row++) {
     if (r->limit[row] > most) most = r->limit[row];
     r->highest[row] = -INFINITY;
     memset(r->sum[row], 0, sizeof r->sum[row]);
   }
-  for (long first = 0; first < most; first += CHUNK) {
-    long keys = most - first < CHUNK ? (most - first + STEP - 1) / STEP * STEP : CHUNK;
+  for (long first = 0; first < most; first += chunk) {
+    long keys = most - first < chunk ? (most - first + STEP - 1) / STEP * STEP : chunk;
     long inputs;
     for (long key = 0; key < keys; key += inputs) {
-      long at = first + key, left = s->size - at % s->size; /* CHUNK need not be made of pieces */
+      long at = first + key, left = s->size - at % s->size; /* a chunk need not be made of pieces */
       inputs = keys - key < left ? keys - key : left;
       const bf16 *panels = piece(s, at / s->size) + at % s->size * head;
-      block_panels(r->at, r->apart, r->count, panels, (int)(inputs / LANES), head, r->scores[0] + key,
-                   WIDTH);
+      block_panels(r->at, r->apart, r->count, panels, (int)(inputs / LANES), head, r->scores + key, width);
     }
-    softmax(r, first, keys, scale);
+    softmax(r, width, first, keys, scale);
     if (first) fade(r, head);
     for (long key = 0; key < keys; key += inputs) {
       long at = first + key, left = s->size - at % s->size;
       inputs = keys - key < left ? keys - key : left;
       const bf16 *values = piece(s, at / s->size) + s->values + at % s->size * LANES;
       for (int column = 0; column < head; column += COLUMNS)
-        block_product(r->shares[0] + key, WIDTH, r->count, values + column * s->size,
+        block_product(r->shares + key, width, r->count, values + column * s->size,
                       LANES * s->size, GROUP, (int)inputs, r->mixed[0] + column, MOST_HEAD, at > 0, NULL);
     }
   }
@@ -294,15 +296,16 @@ struct tile {
   const bf16 *qkv;
   long ldq, ldo;
   bf16 *packed, *out;
-  long patches, padded, blocks;
+  long patches, padded, blocks, chunk;
   int heads, head;
 };
 
-/* Keys and values of one head of one tile, packed in pieces of CHUNK keys, a panel of keys at a time.
+/* Keys and values of one head of one tile, packed in chunks of keys, a panel of keys at a time.
    What a product reads behind the last patch must be numbers: zeros. */
 CLONES static void pack_head(void *context, long part) {
   const struct tile *t = context;
   long tile = part / t->heads, h = part % t->heads, size = (long)t->heads * t->head;
+  long chunk = t->chunk;
   bf16 *to = t->packed + part * 2 * t->padded * t->head;
   static const bf16 zero[MOST_HEAD];
   for (long i = 0; i < (t->patches + STEP - 1) / STEP * STEP; i += LANES) {
@@ -312,9 +315,9 @@ CLONES static void pack_head(void *context, long part) {
       keys[j] = i + j < t->patches ? query + size : zero;
       values[j] = i + j < t->patches ? query + 2 * size : zero;
     }
-    long at = i % CHUNK;
-    bf16 *panel = to + i / CHUNK * 2 * CHUNK * t->head + at * t->head;
-    bf16 *pairs = to + (i / CHUNK * 2 + 1) * CHUNK * t->head + at * LANES;
+    long at = i % chunk;
+    bf16 *panel = to + i / chunk * 2 * chunk * t->head + at * t->head;
+    bf16 *pairs = to + (i / chunk * 2 + 1) * chunk * t->head + at * LANES;
     for (int k = 0; k < t->head; k += 2 * LANES, panel += 2 * LANES * LANES) {
       words x[LANES];
       for (int j = 0; j < LANES; j++) memcpy(x + j, keys[j] + k, sizeof *x);
@@ -324,7 +327,7 @@ CLONES static void pack_head(void *context, long part) {
     for (int k = 0; k < t->head; k += LANES)
       for (int j = 0; j < LANES; j += 2) {
         words low = (words)get_bf16(values[j] + k) >> 16, both = low | (words)get_bf16(values[j + 1] + k);
-        memcpy(pairs + k * CHUNK + j * LANES, &both, sizeof both);
+        memcpy(pairs + k * chunk + j * LANES, &both, sizeof both);
       }
   }
 }
@@ -339,8 +342,8 @@ static void attend_tile(void *context, long part) {
   r->at = t->qkv + (tile * t->patches + first) * t->ldq + h * t->head;
   r->apart = t->ldq;
   for (int i = 0; i < r->count; i++) r->limit[i] = t->patches;
-  struct source s = {t->packed + which * 2 * t->padded * t->head, NULL, 2 * CHUNK * t->head,
-                     CHUNK * t->head, CHUNK};
+  struct source s = {t->packed + which * 2 * t->padded * t->head, NULL, 2 * t->chunk * t->head,
+                     t->chunk * t->head, t->chunk};
   mix(r, &s, t->head, 1.44269504f / sqrtf(t->head));
   for (int i = 0; i < r->count; i++)
     deliver(r, i, t->head, t->out + (tile * t->patches + first + i) * t->ldo + h * t->head);
@@ -349,15 +352,17 @@ static void attend_tile(void *context, long part) {
 
 /* Elements that internvl_tile_attention needs as scratch. */
 long internvl_tile_scratch(long tiles, long patches, int heads, int head) {
-  return tiles * heads * 2 * ((patches + CHUNK - 1) / CHUNK * CHUNK) * head;
+  long chunk = chunk_keys();
+  return tiles * heads * 2 * ((patches + chunk - 1) / chunk * chunk) * head;
 }
 
 /* Attention of all patches of a tile to each other. qkv rows hold queries, keys and values of all
    heads one behind the other; ldq and ldo are the distances of rows in elements. */
 void internvl_tile_attention(const bf16 *qkv, long ldq, long tiles, long patches, int heads, int head,
                              bf16 *packed, bf16 *out, long ldo) {
-  struct tile t = {qkv, ldq, ldo, packed, out, patches, (patches + CHUNK - 1) / CHUNK * CHUNK,
-                   (patches + QUERIES - 1) / QUERIES, heads, head};
+  long chunk = chunk_keys();
+  struct tile t = {qkv, ldq, ldo, packed, out, patches, (patches + chunk - 1) / chunk * chunk,
+                   (patches + QUERIES - 1) / QUERIES, chunk, heads, head};
   pool_run(pack_head, &t, tiles * heads);
   pool_run(attend_tile, &t, tiles * heads * t.blocks);
 }

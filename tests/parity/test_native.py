@@ -222,7 +222,9 @@ def test_sums_and_norms_equal_the_formula(kind: type[LayerNorm] | type[RMSNorm])
     close(normed, wide)
 
 
-@pytest.mark.parametrize(("patches", "heads", "head"), [(1, 1, 32), (17, 2, 64), (300, 2, 128)])
+@pytest.mark.parametrize(
+    ("patches", "heads", "head"), [(1, 1, 32), (17, 2, 64), (300, 2, 128), (1100, 1, 32)]
+)
 def test_attention_in_a_tile(level: int, patches: int, heads: int, head: int) -> None:
     qkv = rows(2 * patches, 3 * heads * head).view(2, patches, -1)
     found = NativeOps().vision_attention(qkv, heads, None, None)
