@@ -30,6 +30,7 @@ from server.keys import Keys
 from server.lifecycle import Service
 from server.reload import Reloader
 from server.tls import Certificate
+from server.turns import take_short_turns
 from wire.errors import InvalidRequest
 from wire.heap import return_what_is_freed
 from wire.logs import about, say
@@ -56,6 +57,7 @@ IDLE_TIMEOUT = 75
 def serve(app: FastAPI, settings: Settings, door: socket.socket | None = None) -> int:
     """Serve until a signal or a failure; the exit status. ``door`` listens already, for whoever
     has started this process and tells the operator how it goes. Raises SettingError."""
+    take_short_turns()
     certificate = Certificate.of(settings.server)
     config = _config(app, settings.server, certificate)
     operators = None

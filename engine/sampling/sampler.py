@@ -75,7 +75,7 @@ def draws(rows: Sequence[SampleRow], size: int) -> np.ndarray | None:
 def _is_fused(logits: Tensor) -> bool:
     """Whether one kernel draws. Triton is imported then, which takes a while and is not
     everywhere."""
-    return kernels.missing(logits.device) is None
+    return logits.is_cuda and kernels.missing(logits.device) is None
 
 
 def _at_once(logits: Tensor) -> int:

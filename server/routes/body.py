@@ -20,7 +20,7 @@ from server.chat.showing import Room
 from server.chat.sse import unless_gone
 from server.errors import UnsupportedMediaType
 from server.lifecycle import Service
-from server.schemas.chat import ChatRequest
+from server.schemas.chat import ChatRequest, ImagePart
 from server.schemas.validate import F, parse_request
 from wire.logs import request_id
 from wire.spans import span
@@ -64,7 +64,7 @@ async def attend(request: Request, answer: Callable[[Arrival], Awaitable[Respons
     with span("read") as reading:
         body = await _read_body(request)
         reading.set({"http.request.body.size": len(body)})
-    run: Run = asyncio.to_thread if len(body) > THREAD_BYTES else _here
+    run = _run_for(len(body))
     held: contextlib.AsyncExitStack = request.scope["held"]
     arrival = Arrival(service, body, request.state.tenant, held, began, run)
     return await unless_gone(request.receive, answer(arrival))
@@ -115,6 +115,8 @@ async def prepare_chat(arrival: Arrival, request: ChatRequest, identity: str) ->
     """Make a chat ready for the engine; ``identity`` is the answer's id. Raises what ``prepare``
     raises, TooManyRequests, and RequestAborted."""
     service, tenant = arrival.service, arrival.tenant
+    # From here on pictures pass by unread, until somebody decodes them.
+    run = _run_for(len(arrival.body) - _picture_bytes(request))
     service.backlog.check(tenant.id, request.choices)
     metrics = service.metrics
     handle = service.handles.open(tenant.id, identity, request_id.get())
@@ -127,7 +129,7 @@ async def prepare_chat(arrival: Arrival, request: ChatRequest, identity: str) ->
                 service.media,
                 service.settings.media,
                 service.grammars,
-                arrival.run,
+                run,
                 tenant,
                 service.files,
                 arrival.room,
@@ -160,6 +162,19 @@ async def count_prompt(arrival: Arrival, request: ChatRequest) -> int:
     with arrival.service.metrics.counting_refusals():
         drawn = await draw(arrival, request)
         return (await asyncio.to_thread(preview, drawn)).prompt_tokens
+
+
+def _picture_bytes(request: ChatRequest) -> int:
+    return sum(
+        len(part.image_url.url)
+        for message in request.messages
+        for part in message.content or ()
+        if isinstance(part, ImagePart)
+    )
+
+
+def _run_for(size: int) -> Run:
+    return asyncio.to_thread if size > THREAD_BYTES else _here
 
 
 async def _here(function: Callable[..., _T], /, *arguments: Any) -> _T:
