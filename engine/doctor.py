@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from engine.choices import choose_dtype
 from engine.memory import free_memory
-from engine.runner import choose_dtype
 from engine.sizing import size
 from model import CheckpointError, load_config, ops
 from model import triton as kernels

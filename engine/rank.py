@@ -57,7 +57,8 @@ def load_part(
     """
     import torch
 
-    from engine.runner import ModelRunner, default_threads
+    from engine.choices import default_threads
+    from engine.runner import ModelRunner
     from model import load_config, parallel, stages
 
     settings = join.settings

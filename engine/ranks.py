@@ -77,7 +77,7 @@ class Ranks:
         sockets |= {place.node * each + place.process: sock for place, sock in others.items()}
 
         # Late, so that the other processes of this host are importing the same meanwhile.
-        from engine.runner import choose_device
+        from engine.choices import choose_device
 
         listener = listen(settings.rank_host if others else own, 0, size)
         part = Join(

@@ -11,7 +11,6 @@ draw, ``finish`` waits for the ids. Only ``finish`` waits for the device.
 import dataclasses
 import gc
 import logging
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.choices import choose_device, choose_dtype, default_threads
 from engine.clock import Moment, moment, seconds_between
 from engine.core import EngineCore
 from engine.cost import CostModel
@@ -41,7 +41,7 @@ from engine.sampling.logprobs import Likely, Scored, asked, logprobs, score
 from engine.sampling.sampler import NOTHING_LEFT, draws, sample, sample_plain
 from engine.trial import Trial
 from engine.vision import EncoderOutputs, Encoding, NoOutputs
-from model import ModelConfig, build_model, count_parameters, load_config
+from model import ModelConfig, build_model, load_config
 from model.attention import choose
 from model.kv_cache import KVCache
 from model.parallel import Group
@@ -54,8 +54,6 @@ from wire.settings import EngineSettings, SettingError
 
 logger = logging.getLogger(__name__)
 
-# Up to this many parameters the CPU computes in fp32: exact, and no slower at that size.
-_SMALL = 100_000_000
 _NO_TOKENS = torch.zeros(0)
 _NOT_FINITE = "the model's output is not a number"
 
@@ -464,35 +462,6 @@ class ModelRunner:
         if reason == NOTHING_LEFT:
             return Sampled(name, 0, stuck=True)
         return Sampled(name, 0, _NOT_FINITE)
-
-
-def choose_device(settings: EngineSettings) -> str:
-    """Its type. Raises ValueError."""
-    if settings.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise SettingError("device is cuda, but torch finds no CUDA device")
-    return settings.device
-
-
-def default_threads(config: ModelConfig) -> int:
-    """One per core; but a small model's operations are shorter than waking a second thread."""
-    return 1 if count_parameters(config) <= _SMALL else len(os.sched_getaffinity(0))
-
-
-def choose_dtype(
-    settings: EngineSettings, config: ModelConfig, device: torch.device
-) -> torch.dtype:
-    """What a checkpoint is computed in there."""
-    name = settings.dtype
-    if name == "auto":
-        small = device.type == "cpu" and count_parameters(config) <= _SMALL
-        name = "float32" if small else config.dtype
-        if settings.quantization == "int8" and device.type == "cpu":
-            name = "bfloat16"
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def _max_model_len(settings: EngineSettings, config: ModelConfig) -> int:
