@@ -58,7 +58,7 @@ void internvl_attend(const struct heads *h, const struct batch *batch, const bf1
                      bf16 *out);
 
 /* wide.c: products by AVX512, if wide_fit() says so, and narrow panels. */
-enum { TALLEST_BLOCK = 24, PIECE = 192, EXPONENTS = 128, ZERO = 15 };
+enum { TALLEST_BLOCK = 28, PIECE = 192, EXPONENTS = 128, ZERO = 15 };
 struct blocks {
   long count;
   int height;

@@ -125,7 +125,7 @@ AVX512 INLINE void product(enum form form, const uint32_t *x, const int32_t *sta
 #pragma GCC unroll 2
   for (int p = 0; p < panels; p++) {
     if (form == NARROW) bits[p] = exponents(bases[p]);
-#pragma GCC unroll 24
+#pragma GCC unroll 28
     for (int row = 0; row < rows; row++)
       sum[row][p] = form == WHOLE ? _mm512_set1_epi32(start[row]) : _mm512_setzero_si512();
   }
@@ -149,18 +149,18 @@ AVX512 INLINE void product(enum form form, const uint32_t *x, const int32_t *sta
           line = _mm512_loadu_si512(b + p * apart + word * 64);
           if (form == WHOLE) line = _mm512_xor_si512(line, flip);
         }
-#pragma GCC unroll 24
+#pragma GCC unroll 28
         for (int row = 0; row < rows; row++) ADD_PRODUCT(sum[row][p], form, line, x[word * rows + row]);
       }
   }
 #pragma GCC unroll 2
   for (int p = 0; p < panels; p++)
-#pragma GCC unroll 24
+#pragma GCC unroll 28
     for (int row = 0; row < rows; row++)
       _mm512_storeu_si512((int32_t *)c + row * COLUMNS + p * LANES, sum[row][p]);
 }
 
-/* There are 32 registers: up to 12 rows of both panels, or 24 of one after the other. */
+/* There are 32 registers: up to 12 rows of both panels, or 28 of one after the other. */
 AVX512 INLINE void group(enum form form, const uint32_t *x, const int32_t *start, int rows, const uint8_t *b,
                          long apart, long words, const uint8_t *bases, long ahead, void *c) {
   switch (rows) {
@@ -170,7 +170,7 @@ AVX512 INLINE void group(enum form form, const uint32_t *x, const int32_t *start
     product(form, x, start, n, b, 0, 1, words, bases, ahead, c);                                   \
     product(form, x, start, n, b + apart, 0, 1, words, bases ? bases + 1 : NULL, ahead, (float *)c + LANES); \
     break;
-    BOTH(1) BOTH(4) BOTH(8) BOTH(12) EACH(16) EACH(20) EACH(24)
+    BOTH(1) BOTH(4) BOTH(8) BOTH(12) EACH(16) EACH(20) EACH(24) EACH(28)
   }
 }
 
