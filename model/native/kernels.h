@@ -57,8 +57,9 @@ void internvl_rotate_write(const struct heads *h, const struct batch *batch, con
 void internvl_attend(const struct heads *h, const struct batch *batch, const bf16 *query, bf16 *cache,
                      bf16 *out);
 
-/* wide.c: products by AVX512, if wide_fit() says so, and narrow panels. */
-enum { TALLEST_BLOCK = 28, PIECE = 192, EXPONENTS = 128, ZERO = 15 };
+/* wide.c: products by AVX512, if wide_fit() says so, and narrow panels. More rows than MOST_ROWS leave
+   too little of the second cache to the panels. */
+enum { TALLEST_BLOCK = 28, MOST_ROWS = 120, PIECE = 192, EXPONENTS = 128, ZERO = 15 };
 struct blocks {
   long count;
   int height;

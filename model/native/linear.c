@@ -248,11 +248,12 @@ static long heats_bytes(long rows) { return (rows * sizeof(float) + 63) / 64 * 6
 /* Rows of blocks of wide.c. */
 static long padded(long rows) { return rows + TALLEST_BLOCK; }
 
-/* Bytes that internvl_linear needs as scratch: for a quantised layer the rows in whole numbers, what
-   one of each stands for and their sums; for wide.c the rows in another order. */
+/* Bytes that internvl_linear needs as scratch for so many rows or fewer: for a quantised layer the rows
+   in whole numbers, what one of each stands for and their sums; for wide.c the rows in another order. */
 long internvl_linear_scratch(const struct matrix *m, long rows) {
   long bytes = m->scales ? 2 * heats_bytes(padded(rows)) + rows * apart8(m->inputs) : 0;
-  return wide_fit(rows) ? bytes + padded(rows) * m->inputs * (m->scales ? 1 : 2) : bytes;
+  long few = rows < MOST_ROWS ? rows : MOST_ROWS;
+  return wide_fit(few) ? bytes + padded(few) * m->inputs * (m->scales ? 1 : 2) : bytes;
 }
 
 /* y[rows][outputs] = kind(x[rows][inputs] * panels + bias); ldx and ldy are the distances of rows in

@@ -16,8 +16,6 @@
 
 /* Bytes from where a panel is read to where it is fetched. */
 enum { AHEAD = 4096 };
-/* More rows than this leave too little of the second cache to the panels. */
-enum { MOST_ROWS = 120 };
 
 /* Rows of one block: all have the same height, which is one of a few. */
 static int height(long rows) {

@@ -22,6 +22,8 @@ from model.ops import choose as choose_ops
 from tests.checkpoints import Shape, make_checkpoint
 from tests.parity import test_scheduled
 from tests.parity.test_attention import BATCHES, config, expected_and_found
+from wire.messages import EngineRequest
+from wire.sampling import SamplingParams
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="there was no C compiler")
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -311,6 +313,25 @@ def test_tokens_do_not_depend_on_how_they_are_served(
     tokens = serve(folder, [requests, again], **how)
     assert {name.removeprefix("again "): row for name, row in tokens.items()} == alone
     assert {name: tokens[f"again {name}"] for name in alone} == alone
+
+
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_no_step_writes_behind_its_scratch(
+    folder: Path, level: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where many rows come in, and some leave the last layer, so that it has another way."""
+    guarded = []
+
+    def guard(memory: Tensor, count: int) -> Tensor:
+        guarded.append((torch.full((count + 2**17,), 7, dtype=BF16), count))
+        return guarded[-1][0][:count]
+
+    monkeypatch.setattr("model.attention.native.grown", guard)
+    sampling = SamplingParams(max_tokens=2)
+    long = [EngineRequest(f"{n}", [n] * 60, sampling) for n in range(4)]
+    serve(folder, [[(request, []) for request in long]], quantization=kind)
+    assert guarded
+    assert all((memory[count:] == 7).all() for memory, count in guarded)
 
 
 @pytest.mark.parametrize("shape", [QWEN3, MIXTURE], ids=["Qwen3", "mixture of experts"])
