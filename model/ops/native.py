@@ -314,4 +314,4 @@ def grown(memory: Tensor, count: int) -> Tensor:
 
 
 def _view(memory: Tensor, rows: int, columns: int) -> Tensor:
-    return memory[: rows * (columns + _GAP)].view(rows, -1)[:, :columns]
+    return memory[: rows * (columns + _GAP)].view(rows, columns + _GAP)[:, :columns]

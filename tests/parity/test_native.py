@@ -344,6 +344,8 @@ def test_nor_do_those_of_other_decoders(shape: Shape, kind: str, tmp_path: Path)
     assert serve(folder, [requests], quantization=kind) == alone
     cramped = {"max_num_batched_tokens": 7, "num_kv_blocks": 6, "max_num_seqs": 5}
     assert serve(folder, [requests], quantization=kind, **cramped) == alone
+    # Alone, most steps of a prompt draw nothing.
+    assert serve(folder, [[r] for r in requests], quantization=kind, **cramped) == alone
 
 
 @pytest.mark.parametrize("shape", [SHAPE, QWEN3], ids=["Qwen2", "Qwen3"])
