@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -58,11 +59,23 @@ def compute(settings: EngineSettings, runner: Watched, cases: list[Case]) -> dic
 def _hidden_states(model: InternVL) -> Iterator[list[Tensor]]:
     """Of every token that is computed meanwhile, pass by pass."""
     passes: list[Tensor] = []
-    hook = model.register_forward_hook(lambda _, __, hidden: passes.append(hidden.clone()))
+    wanted: Tensor | None = None
+
+    def leave_none_out(_: object, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal wanted
+        *others, wanted = given
+        return (*others, None)
+
+    def keep(_: object, __: object, hidden: Tensor) -> Tensor:
+        passes.append(hidden.clone())
+        return hidden if wanted is None else hidden[wanted]
+
+    hooks = model.register_forward_pre_hook(leave_none_out), model.register_forward_hook(keep)
     try:
         yield passes
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def main() -> int:
