@@ -111,12 +111,15 @@ def told(response: Response, unknown: Sequence[str]) -> Response:
     return response
 
 
-async def prepare_chat(arrival: Arrival, request: ChatRequest, identity: str) -> PreparedChat:
-    """Make a chat ready for the engine; ``identity`` is the answer's id. Raises what ``prepare``
-    raises, TooManyRequests, and RequestAborted."""
+async def prepare_chat(
+    arrival: Arrival, request: ChatRequest, identity: str, before: int = 0
+) -> PreparedChat:
+    """Make a chat ready for the engine; ``identity`` is the answer's id, and so many bytes of the
+    conversation came ``before`` this body. Raises what ``prepare`` raises, TooManyRequests, and
+    RequestAborted."""
     service, tenant = arrival.service, arrival.tenant
     # From here on pictures pass by unread, until somebody decodes them.
-    run = _run_for(len(arrival.body) - _picture_bytes(request))
+    run = _run_for(before + len(arrival.body) - _picture_bytes(request))
     service.backlog.check(tenant.id, request.choices)
     metrics = service.metrics
     handle = service.handles.open(tenant.id, identity, request_id.get())

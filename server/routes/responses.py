@@ -57,7 +57,7 @@ async def _answer(arrival: Arrival) -> Response:
         asked, origins = await run(as_chat, request, before)
         with origins.named():
             identity = f"resp_{uuid.uuid4().hex}"
-            chat = await prepare_chat(arrival, asked, identity)
+            chat = await prepare_chat(arrival, asked, identity, sum(map(len, before)))
         items = (*before, *await run(items_of, request)) if request.store is not False else ()
     response = begun(chat, request)
 

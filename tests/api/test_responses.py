@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import openai
@@ -9,6 +10,8 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from server.chat import prepare
+from server.chat.conversation import read_conversation
 from tests.api.conftest import House, Houses, listening
 from tests.fake_engine import FakeEngine, say
 from tests.mutants import mutants
@@ -157,6 +160,27 @@ async def test_a_conversation_is_no_larger_than_a_body_may_be(houses: Houses) ->
     answer = await ask(house, input="x" * 800, **goes_on)
     assert answer.status_code == 413
     assert answer.json()["error"]["param"] == "previous_response_id"
+
+
+async def test_what_went_before_counts_where_it_is_read(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread where there is much to read; pictures are none of that, now or before."""
+    here = []
+
+    def noted(*arguments: Any) -> Any:
+        here.append(threading.current_thread() is threading.main_thread())
+        return read_conversation(*arguments)
+
+    monkeypatch.setattr(prepare, "read_conversation", noted)
+    picture = PICTURE | {"image_url": "data:image/png;base64," + "x" * 100_000}
+    parts = [{"type": "input_text", "text": ""}] * 1000
+    for now, later in (([picture], []), ([picture], parts), (parts, [])):
+        first = await ask(house, input=[{"role": "user", "content": now}])
+        more = [{"role": "user", "content": [*later, {"type": "input_text", "text": "And?"}]}]
+        goes_on = await ask(house, input=more, previous_response_id=first.json()["id"])
+        assert goes_on.status_code == 200
+    assert here == [True, True, True, False, False, False]
 
 
 async def test_what_a_response_goes_on_from_has_no_more_parts_than_a_body_may_have(
