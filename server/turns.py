@@ -37,8 +37,8 @@ def take_short_turns() -> bool:
     system = ctypes.CDLL(None).syscall
     found = _Attributes()
     size = ctypes.sizeof(found)
-    if system(get, 0, ctypes.byref(found), size, 0) or found.policy:
-        return False  # or another policy was chosen for it
+    if system(get, 0, ctypes.byref(found), size, 0) or found.policy or found.nice < 0:
+        return False  # or somebody chose something else, which what it starts would lose
     found.size, found.runtime = size, _SHORT
     found.flags |= _RESET_ON_FORK
     return bool(system(put, 0, ctypes.byref(found), 0) == 0)

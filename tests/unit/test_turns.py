@@ -30,6 +30,27 @@ def test_a_thread_has_short_turns_and_its_children_do_not() -> None:
     assert int(own) == 100_000 < int(childs)
 
 
+NICE = """
+import ctypes, os, subprocess, sys
+from server import turns
+try:
+    os.nice(-5)
+except PermissionError:
+    sys.exit(9)
+turns.take_short_turns()
+print(subprocess.check_output([sys.executable, "-c", "import os; print(os.nice(0))"], text=True))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_a_server_that_comes_before_others_keeps_its_place_for_all_it_starts() -> None:
+    command = [sys.executable, "-c", NICE]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode == 9:
+        pytest.skip("only root may be less nice")
+    assert found.stdout.split() == ["-5"]
+
+
 def test_where_linux_is_not_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     from server import turns
 
