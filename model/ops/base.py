@@ -111,4 +111,4 @@ class Ops:
 
     def embed(self, layer: Embedding, ids: Tensor) -> Tensor:
         """Token ids ``[N]`` to rows ``[N, size]``."""
-        return layer.weight.index_select(0, ids)
+        return functional.embedding(ids, layer.weight)
