@@ -64,7 +64,7 @@ async def attend(request: Request, answer: Callable[[Arrival], Awaitable[Respons
     with span("read") as reading:
         body = await _read_body(request)
         reading.set({"http.request.body.size": len(body)})
-    run = _run_for(len(body))
+    run = run_for(len(body))
     held: contextlib.AsyncExitStack = request.scope["held"]
     arrival = Arrival(service, body, request.state.tenant, held, began, run)
     return await unless_gone(request.receive, answer(arrival))
@@ -119,7 +119,7 @@ async def prepare_chat(
     RequestAborted."""
     service, tenant = arrival.service, arrival.tenant
     # From here on pictures pass by unread, until somebody decodes them.
-    run = _run_for(before + len(arrival.body) - _picture_bytes(request))
+    run = run_for(before + len(arrival.body) - _picture_bytes(request))
     service.backlog.check(tenant.id, request.choices)
     metrics = service.metrics
     handle = service.handles.open(tenant.id, identity, request_id.get())
@@ -176,7 +176,8 @@ def _picture_bytes(request: ChatRequest) -> int:
     )
 
 
-def _run_for(size: int) -> Run:
+def run_for(size: int) -> Run:
+    """What does the work on so many bytes."""
     return asyncio.to_thread if size > THREAD_BYTES else _here
 
 

@@ -1,6 +1,7 @@
 """/v1/responses."""
 
 import asyncio
+import dataclasses
 import functools
 import uuid
 from typing import Annotated, Literal
@@ -32,6 +33,7 @@ from server.routes.body import (
     count_prompt,
     prepare_chat,
     read_form,
+    run_for,
     told,
     whole,
 )
@@ -54,10 +56,11 @@ async def _answer(arrival: Arrival) -> Response:
     async with service.preparing():
         request, unknown = await read_form(arrival, ResponsesRequest)
         before = _before(arrival, request)
-        asked, origins = await run(as_chat, request, before)
+        earlier = sum(map(len, before))
+        asked, origins = await run_for(len(arrival.body) + earlier)(as_chat, request, before)
         with origins.named():
             identity = f"resp_{uuid.uuid4().hex}"
-            chat = await prepare_chat(arrival, asked, identity, sum(map(len, before)))
+            chat = await prepare_chat(arrival, asked, identity, earlier)
         items = (*before, *await run(items_of, request)) if request.store is not False else ()
     response = begun(chat, request)
 
@@ -135,7 +138,10 @@ async def count_input_tokens(request: Request) -> Response:
 
 async def _count(arrival: Arrival) -> Response:
     request, unknown = await read_form(arrival, ResponsesRequest)
-    asked, origins = await arrival.run(as_chat, request, _before(arrival, request))
+    before = _before(arrival, request)
+    run = run_for(len(arrival.body) + sum(map(len, before)))
+    asked, origins = await run(as_chat, request, before)
+    arrival = dataclasses.replace(arrival, run=run)
     with origins.named():
         return whole(InputTokens(await count_prompt(arrival, asked)), unknown)
 

@@ -11,7 +11,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from server.chat import prepare
-from server.chat.conversation import read_conversation
+from server.routes import responses
 from tests.api.conftest import House, Houses, listening
 from tests.fake_engine import FakeEngine, say
 from tests.mutants import mutants
@@ -166,13 +166,19 @@ async def test_what_went_before_counts_where_it_is_read(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a thread where there is much to read; pictures are none of that, now or before."""
-    here = []
+    here: dict[str, list[bool]] = {}
 
-    def noted(*arguments: Any) -> Any:
-        here.append(threading.current_thread() is threading.main_thread())
-        return read_conversation(*arguments)
+    def noting(function: Any, owner: Any) -> None:
+        own = here.setdefault(function.__name__, [])
 
-    monkeypatch.setattr(prepare, "read_conversation", noted)
+        def noted(*arguments: Any) -> Any:
+            own.append(threading.current_thread() is threading.main_thread())
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, function.__name__, noted)
+
+    noting(responses.as_chat, responses)
+    noting(prepare.read_conversation, prepare)
     picture = PICTURE | {"image_url": "data:image/png;base64," + "x" * 100_000}
     parts = [{"type": "input_text", "text": ""}] * 1000
     for now, later in (([picture], []), ([picture], parts), (parts, [])):
@@ -180,7 +186,12 @@ async def test_what_went_before_counts_where_it_is_read(
         more = [{"role": "user", "content": [*later, {"type": "input_text", "text": "And?"}]}]
         goes_on = await ask(house, input=more, previous_response_id=first.json()["id"])
         assert goes_on.status_code == 200
-    assert here == [True, True, True, False, False, False]
+    assert here["read_conversation"] == [True, True, True, False, False, False]
+    count = {"input": "And?", "previous_response_id": first.json()["id"]}
+    counted = await house.http.post("/v1/responses/input_tokens", json=count)
+    assert counted.status_code == 200
+    assert here["read_conversation"][6:] == [False]
+    assert here["as_chat"] == [False] * 7
 
 
 async def test_what_a_response_goes_on_from_has_no_more_parts_than_a_body_may_have(
