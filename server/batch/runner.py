@@ -59,6 +59,7 @@ class Runner:
         self._stop = asyncio.Event()
         self._writing = asyncio.Lock()
         self._unwritten: list[bytes] = []
+        self._asked = self._kept = 0  # lines so far, in one order
         self._broken: OSError | None = None
         self._not_before = 0.0
 
@@ -154,15 +155,21 @@ class Runner:
     async def _write(self, line: bytes) -> None:
         """Return when it is on the disk, with all that came meanwhile. Raises OSError."""
         self._unwritten.append(line)
+        self._asked += 1
+        mine = self._asked
         async with self._writing:
-            lines, self._unwritten = self._unwritten, []
-            try:
-                if lines and self._broken is None:
+            if mine <= self._kept:
+                return  # whatever became of those behind it
+            if self._broken is None:
+                lines, self._unwritten = self._unwritten, []
+                try:
                     await asyncio.to_thread(self._output.write, lines)
-            except OSError as error:
-                self._broken = error
-            if self._broken is not None:  # this line is lost too, whoever tried to write it
-                raise self._broken
+                except OSError as error:
+                    self._broken = error
+                else:
+                    self._kept += len(lines)
+                    return
+            raise self._broken
 
 
 class _Source:
