@@ -188,9 +188,6 @@ static void wide_part(void *context, long index) {
       wide_product(w->m, group * COLUMNS, w->words + row * words, start, (int)height, row > 0, c);
       end_rows(w, c, row, rows, group * COLUMNS);
     }
-#if defined(__x86_64__)
-  _mm_sfence(); /* stores past the caches are not in order with others */
-#endif
 }
 
 static void part(void *context, long index) {

@@ -12,7 +12,7 @@ struct pack {
   float *scales;
   int32_t *sums;
   uint8_t *bases;
-  int32_t *counts;
+  int32_t *starts;
   struct odd *odds;
   long outputs, inputs, padded, gates;
 };
@@ -74,10 +74,10 @@ enum { CODES = 15, HIGHEST_BASE = 240 };
 
 static int exponent(bf16 weight) { return weight >> 7 & 0xff; }
 
-/* Zeros are said without an exponent. */
-static int is_odd(bf16 weight, int base) {
+/* Zeros are said without an exponent. Negative: twelve bits cannot say this weight. */
+static int code_of(bf16 weight, int base) {
   int code = exponent(weight) - base;
-  return (weight & 0x7fff) && (code < 0 || code >= CODES);
+  return !(weight & 0x7fff) ? ZERO : code < CODES ? code : -1;
 }
 
 static void choose_base(void *context, long panel) {
@@ -99,14 +99,14 @@ static void choose_base(void *context, long panel) {
   }
   long odds = -most;
   for (int i = 0; i < 256; i++) odds += found[i];
-  p->counts[panel] = (int32_t)odds;
+  p->starts[panel + 1] = (int32_t)odds; /* how many; internvl_odds adds up */
 }
 
 /* How many weights of from[outputs][inputs] twelve bits cannot say. bases: [panels + 1]; starts:
    [panels + 1], where the odd ones of each panel begin. */
 long internvl_odds(const bf16 *from, long outputs, long inputs, long gates, uint8_t *bases, int32_t *starts) {
   struct pack p = {.from = from, .outputs = outputs, .inputs = inputs, .gates = gates, .bases = bases,
-                   .counts = starts + 1};
+                   .starts = starts};
   long panels = (outputs + LANES - 1) / LANES;
   pool_run(choose_base, &p, panels);
   bases[panels] = starts[0] = 0;
@@ -117,15 +117,15 @@ long internvl_odds(const bf16 *from, long outputs, long inputs, long gates, uint
 static void pack_panel12(void *context, long panel) {
   const struct pack *p = context;
   uint8_t *to = (uint8_t *)p->to8 + panel * p->inputs * LANES * 3 / 2;
-  struct odd *odd = p->odds + p->counts[panel];
+  struct odd *odd = p->odds + p->starts[panel];
   int base = p->bases[panel];
   memset(to, 0, p->inputs * LANES * 3 / 2);
   for (long i = 0; i < p->inputs; i++)
     for (int lane = 0; lane < LANES; lane++) {
       long row = source(p, panel, lane);
       bf16 weight = row < p->outputs ? p->from[row * p->inputs + i] : 0;
-      int code = weight & 0x7fff ? exponent(weight) - base : ZERO;
-      if (is_odd(weight, base)) {
+      int code = code_of(weight, base);
+      if (code < 0) {
         *odd++ = (struct odd){(int32_t)i, (uint16_t)(panel % GROUP * LANES + lane), weight};
         weight = 0;
         code = ZERO;
@@ -141,7 +141,7 @@ static void pack_panel12(void *context, long panel) {
 void internvl_pack12(const bf16 *from, long outputs, long inputs, long gates, uint8_t *bases, int32_t *starts,
                      struct odd *odds, uint8_t *to) {
   struct pack p = {.from = from, .to8 = (int8_t *)to, .outputs = outputs, .inputs = inputs, .gates = gates,
-                   .bases = bases, .counts = starts, .odds = odds};
+                   .bases = bases, .starts = starts, .odds = odds};
   pool_run(pack_panel12, &p, (outputs + LANES - 1) / LANES);
 }
 
