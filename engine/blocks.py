@@ -1,12 +1,14 @@
 """The pool of KV-cache blocks: which are free, how often each of the others is referenced, and
-which full block holds what.
+which holds what.
 
-Only the Scheduler calls it. A block is a number, ``0 .. total - 1``; the pool never sees what is
-in it, only its digest, and never decides who gets one.
+Only the Scheduler calls it. A block is a number, ``0 .. total - 1``; the pool never decides who
+gets one, and of what is in it knows the digest if it is full, and what it begins with.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+
+from engine.prefix import Part, Parts
 
 
 class BlockPool:
@@ -15,7 +17,8 @@ class BlockPool:
     A block is in the free list exactly when its count is zero. Freed blocks go to the end of
     the list, the last block of a sequence first, so that the oldest contents are overwritten
     first and of one sequence its tail before its head. A published block can be found by its
-    digest until it is handed out again, also while it is free.
+    digest until it is handed out again, also while it is free; so can one that is noted, by what
+    it begins with.
     """
 
     def __init__(self, total: int) -> None:
@@ -25,6 +28,7 @@ class BlockPool:
         self._references = [0] * total
         self._digests: list[bytes | None] = [None] * total
         self._found: dict[bytes, int] = {}
+        self._parts = Parts()
 
     @property
     def num_free(self) -> int:
@@ -79,16 +83,29 @@ class BlockPool:
         if self._found.setdefault(digest, block) == block:
             self._digests[block] = digest
 
+    def note(self, block: int, parent: bytes, part: Part) -> None:
+        """Let what a block begins with be found behind its parent; that will not change while the
+        block is referenced."""
+        self._parts.note(block, parent, part)
+
+    def find_part(self, parent: bytes, wanted: Part) -> tuple[int, int]:
+        """A block that begins with the most of what is wanted, and how many positions; 0: none."""
+        return self._parts.find(parent, wanted)
+
     def forget(self, blocks: Sequence[int]) -> None:
         """Let nobody find these blocks any more."""
         for block in blocks:
+            self._parts.forget(block)
             digest, self._digests[block] = self._digests[block], None
             if digest is not None:
                 del self._found[digest]
 
     def forget_digests(self, digests: Iterable[bytes]) -> None:
-        """Let nothing be found by any of these any more."""
-        self.forget([self._found[digest] for digest in digests if digest in self._found])
+        """Let nothing be found by any of these any more, nor behind them."""
+        for digest in digests:
+            self._parts.forget_behind(digest)
+            if digest in self._found:
+                self.forget([self._found[digest]])
 
     def free(self, blocks: Sequence[int]) -> None:
         """Give back one reference of each block of a sequence, which are in its own order."""
@@ -105,3 +122,4 @@ class BlockPool:
         assert min(self._references, default=0) >= 0, "a block was freed too often"
         published = {d: b for b, d in enumerate(self._digests) if d is not None}
         assert published == self._found, "a block is found under a digest that is not its own"
+        self._parts.check()

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from engine.cost import Allowance
-from engine.plan import EncodeItem, NewRow, Work
+from engine.plan import Copy, EncodeItem, NewRow, Work
 from engine.sequence import Sequence
 
 
@@ -16,6 +16,7 @@ class Draft:
     __slots__ = (
         "_allow",
         "_time",
+        "copies",
         "encode",
         "gate_open",
         "new_rows",
@@ -41,6 +42,7 @@ class Draft:
         self.sequences: list[Sequence] = []  # of each work, in its order
         self.encode: list[EncodeItem] = []
         self.preempted: list[str] = []
+        self.copies: list[Copy] = []
 
     @property
     def time(self) -> Allowance:

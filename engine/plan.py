@@ -57,6 +57,13 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     score: bool = False
 
 
+class Copy(msgspec.Struct, frozen=True, gc=False):
+    """Block ``target`` becomes what block ``source`` is, which may be itself."""
+
+    source: int
+    target: int
+
+
 class EncodeItem(msgspec.Struct, frozen=True):
     """Encode tiles ``start : start + tiles`` of picture ``digest``, which request ``request_id``
     shows."""
@@ -68,11 +75,15 @@ class EncodeItem(msgspec.Struct, frozen=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """One step. Order of application: remove, drop, add, encode, compute, sample.
+    """One step. Order of application: remove, drop, add, encode, copy, compute, sample.
 
     ``removed`` sequences never come back: their row, if there is one (a sequence may end before
     its first step), and their raw tiles go. ``preempted`` rows go too, but their raw tiles stay:
     the sequence comes back as a NewRow.
+
+    ``copies`` are made one after the other. Each target is the first of a new row's new blocks, and
+    has the keys and values of its tokens before the first that is computed. A source may be a new
+    block of another row.
     """
 
     step: int
@@ -82,6 +93,7 @@ class StepPlan(msgspec.Struct, frozen=True):
     drop: list[bytes]
     removed: list[str]
     preempted: list[str] = []
+    copies: list[Copy] = []
 
     @property
     def ids(self) -> list[str]:

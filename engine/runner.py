@@ -375,7 +375,10 @@ class ModelRunner:
 
     def _compute(self, plan: StepPlan) -> _Begun:
         """The logits of the rows to draw for, and what is looked up of prompts."""
-        fresh = [block for work in plan.work for block in work.new_blocks]
+        for copy in plan.copies:
+            self._kv.copy(copy.source, copy.target)
+        kept = {copy.target for copy in plan.copies}
+        fresh = [block for work in plan.work for block in work.new_blocks if block not in kept]
         if fresh:
             self._kv.clear(fresh)
         for work in plan.work:

@@ -35,8 +35,8 @@ from engine.blocks import BlockPool
 from engine.cost import Allowance, CostModel, step_budget
 from engine.draft import Draft
 from engine.gate import Gate
-from engine.plan import Sampled, StepPlan, StepResult
-from engine.prefix import extend_digests
+from engine.plan import Copy, Sampled, StepPlan, StepResult
+from engine.reuse import Prefixes
 from engine.sequence import Refused, Sequence, Status
 from engine.vision_cache import VisionCache
 from engine.waiting import QUEUES
@@ -58,7 +58,7 @@ class Scheduler:
         self._max_seqs = settings.max_num_seqs
         self._step_seconds = step_budget(settings, ready.device)
         self._pool = BlockPool(ready.blocks_total)
-        self._prefix_caching = settings.enable_prefix_caching
+        self._prefixes = Prefixes(self._pool, ready.block_size, settings.enable_prefix_caching)
         # Blocks that admission leaves to the sequences already running.
         self._watermark = max(1, ready.blocks_total // 100)
         self._vision = VisionCache(settings.encoder_cache_bytes)
@@ -143,7 +143,7 @@ class Scheduler:
 
     def flush(self) -> None:
         """Let no later request find what was cached until now."""
-        self._pool.forget(range(self._pool.total))
+        self._prefixes.flush(self._arrivals)
         self._vision.flush()
 
     def plan(self, cost: CostModel | None = None, now: float = 0.0) -> StepPlan | None:
@@ -176,6 +176,7 @@ class Scheduler:
             drop=self._vision.take_dropped(),
             removed=removed,
             preempted=draft.preempted,
+            copies=draft.copies,
         )
         self._steps += 1
         self._planned.append((plan, draft.sequences))
@@ -240,7 +241,7 @@ class Scheduler:
             return
         if self._fenced:
             return  # some blocks come free anyway when the step under way is committed
-        hits = self._find_prefix(head)
+        hits = self._prefixes.find(head)
         need = -(-len(head.token_ids) // self._block_size) - len(hits)
         need += self._pool.count_free(hits)
         free, kept = self._pool.num_free, len(running)
@@ -262,12 +263,14 @@ class Scheduler:
             sequence = self._waiting.head()
             if sequence is None:
                 return
-            hits = self._find_prefix(sequence)
+            hits = self._prefixes.find(sequence)
             need = -(-len(sequence.token_ids) // self._block_size) - len(hits)
             room = self._pool.num_free - (self._watermark if self._running else 0)
             if need + self._pool.count_free(hits) > room:
                 return
-            sequence.num_computed = sequence.num_planned = len(hits) * self._block_size
+            source, begun = self._prefixes.find_part(sequence, len(hits))
+            start = len(hits) * self._block_size + begun
+            sequence.num_computed = sequence.num_planned = start
             sequence.pass_spans()
             missing = sequence.num_known - sequence.num_planned
             count = self._gate.reach(sequence, min(missing, draft.tokens), draft)
@@ -277,6 +280,8 @@ class Scheduler:
             self._pool.share(hits)
             blocks = self._pool.allocate(need)
             assert blocks is not None
+            if begun:
+                draft.copies.append(Copy(source, blocks[0]))
             self._waiting.take(sequence)
             sequence.blocks = hits + blocks
             sequence.num_published = len(hits)
@@ -289,40 +294,11 @@ class Scheduler:
                 if not sequence.request.output:  # else the engine that died has counted it
                     self._prompt_tokens += sequence.prompt_len
                     self._cached_tokens += sequence.num_cached
-                    if self._prefix_caching:
+                    if self._prefixes.enabled:
                         scored = sequence.first_unscored  # what is behind it is not looked up
                         self._prefix_queries += sequence.prompt_len if scored is None else scored
             draft.new_rows.append(sequence.new_row())
             draft.add(sequence, count, blocks)
-
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks that hold a prefix of the sequence; never of all: its last token is computed, and
-        so is what must be scored."""
-        if not self._prefix_caching:
-            return []
-        self._name_blocks(sequence)
-        most = len(sequence.token_ids) - 1
-        if (unscored := sequence.first_unscored) is not None:
-            most = unscored
-        return self._pool.match(sequence.digests[: most // self._block_size])
-
-    def _name_blocks(self, sequence: Sequence) -> None:
-        request = sequence.request
-        extend_digests(
-            sequence.digests,
-            sequence.token_ids,
-            request.items,
-            self._block_size,
-            request.cache_salt,
-        )
-
-    def _publish(self, sequence: Sequence) -> None:
-        """Let the blocks be found that have become full and computed."""
-        full = sequence.num_computed // self._block_size
-        self._name_blocks(sequence)
-        for index in range(sequence.num_published, full):
-            self._pool.publish(sequence.blocks[index], sequence.digests[index])
-        sequence.num_published = full
 
     def _allow(self, cost: CostModel | None, draft: Draft) -> Allowance:
         """The time for prompts and pictures; ``draft`` holds none yet, only rows that generate."""
@@ -347,7 +323,7 @@ class Scheduler:
                 payer.charge_encoding(item.digest, seconds)
         outputs: list[EngineOutput] = []
         sampled, scored = iter(result.sampled), iter(result.scored)
-        publishing, block_size, running = self._prefix_caching, self._block_size, Status.RUNNING
+        publishing, block_size, running = self._prefixes.enabled, self._block_size, Status.RUNNING
         for sequence, work in zip(sequences, plan.work, strict=True):
             drawn = next(sampled) if work.sample else None
             if work.score:
@@ -355,11 +331,13 @@ class Scheduler:
             if sequence.status is running:  # and not preempted since
                 sequence.num_computed += work.count
                 if publishing and sequence.num_computed // block_size > sequence.num_published:
-                    self._publish(sequence)
+                    self._prefixes.publish(sequence)
                 if sequence.held:
                     self._release_passed(sequence)
-            elif sequence.status is Status.ENDED:
-                continue  # aborted, or ended by the step before
+            elif sequence.status is Status.ENDED:  # aborted, or ended by the step before
+                if drawn is not None and drawn.error is not None:
+                    self._prefixes.distrust(sequence)
+                continue
             if drawn is not None:
                 assert drawn.id == sequence.id, "the result is not in the plan's order"
                 outputs.append(self._accept(sequence, drawn, now))
@@ -377,12 +355,10 @@ class Scheduler:
 
     def _accept(self, sequence: Sequence, drawn: Sampled, now: float) -> EngineOutput:
         if drawn.error is not None or drawn.stuck:
-            if not drawn.stuck:
-                # What made the logits wrong may be in the cache, where others would find it; behind
-                # a gap too, since the blocks before it may be computed again.
-                self._pool.forget_digests(sequence.digests)
             ending = "stuck" if drawn.error is None else "error"
             self._end(sequence, ending)
+            if not drawn.stuck:
+                self._prefixes.distrust(sequence)
             return EngineOutput(sequence.id, [], ending, error=drawn.error)
         token = drawn.token_id
         sequence.token_ids.append(token)
@@ -430,6 +406,7 @@ class Scheduler:
             )
 
     def _free(self, sequence: Sequence) -> None:
+        self._prefixes.leave(sequence)
         if self._planned and sequence.last_step >= self._planned[0][0].step:
             self._fenced.append((sequence.last_step, sequence.blocks, sequence.held))
         else:

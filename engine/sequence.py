@@ -121,6 +121,13 @@ class Sequence:
             return known if known < self.prompt_len - 1 else None
         return self.lookup.at[known] if known < len(self.lookup.at) else None
 
+    @property
+    def most_cached(self) -> int:
+        """Positions that may be found: never all, its last token is computed, and so is what must
+        be scored."""
+        unscored = self.first_unscored
+        return len(self.token_ids) - 1 if unscored is None else unscored
+
     def scores_in(self, start: int, count: int) -> bool:
         """Whether somebody waits for log-probabilities behind so many positions."""
         if self.scores is None:

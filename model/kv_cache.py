@@ -34,6 +34,11 @@ class KVCache:
         values = config.layers * 2 * config.kv_heads * block_size * config.head_dim
         return values * dtype.itemsize
 
+    def copy(self, source: int, target: int) -> None:
+        """Make a block what another one is, whole: only attention knows the order inside."""
+        if source != target:
+            self._data[:, target] = self._data[:, source]
+
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks that get a new owner.
 

@@ -133,6 +133,7 @@ class FakeRunner:
         for item in plan.encode:
             self._encode(item)
         self._check_budgets(plan)
+        self._copy(plan)
         for work in plan.work:
             self._compute(work)
         self._scored[plan.step] = [self._score(work) for work in plan.work if work.score]
@@ -213,6 +214,23 @@ class FakeRunner:
         assert len(fresh) == len(set(fresh)), "a block is handed out twice"
         owned = {block for row in self.rows.values() for block in row.blocks}
         assert not owned & set(fresh), "a block is handed out that a row reads"
+
+    def _copy(self, plan: StepPlan) -> None:
+        """Blocks as they are, with what is stale in them; their rows go on from there."""
+        size = self._ready.block_size
+        begun = {}
+        for work in plan.work:
+            missing = work.start - len(self.rows[work.id].states)
+            assert 0 <= missing < size, "positions are not contiguous"
+            if missing:
+                begun[work.new_blocks[0]] = work.id, missing
+        targets = [copy.target for copy in plan.copies]
+        assert targets == list(begun), "positions that nobody computed"
+        for copy in plan.copies:
+            for slot in range(size):
+                self.cache[copy.target, slot] = self.cache.get((copy.source, slot), 0)
+        for block, (name, count) in begun.items():
+            self.rows[name].states += [self.cache[block, slot] for slot in range(count)]
 
     def _compute(self, work: Work) -> None:
         row = self.rows[work.id]

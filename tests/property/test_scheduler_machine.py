@@ -47,7 +47,7 @@ class Traffic(RuleBasedStateMachine):
     """Arrivals, steps and aborts in any order."""
 
     @initialize(
-        block_size=st.integers(1, 5),
+        block_size=st.sampled_from([1, 3, 4, 12, 16, 24]),
         blocks=st.integers(8, 40),
         tokens=st.integers(1, 40),
         seqs=st.integers(1, 6),
@@ -192,6 +192,7 @@ class Traffic(RuleBasedStateMachine):
         scheduler.flush()
         scheduler.check()
         assert not scheduler._pool._found
+        assert not scheduler._pool._parts.blocks
         assert len(scheduler._vision._entries) == scheduler._vision.num_referenced
 
     def pick(self, data: st.DataObject) -> str:
@@ -206,6 +207,7 @@ class Traffic(RuleBasedStateMachine):
         self.engine.finish()
         event(f"preempted {self.engine.scheduler.stats.preemptions > 0}")
         event(f"found {self.engine.scheduler.stats.cached_tokens > 0}")
+        event(f"copied {any(plan.copies for plan in self.engine.runner.plans)}")
         assert set(self.engine.ends) == set(self.requests) - self.aborted
         for name, (parts, options) in self.requests.items():
             length = sum(p if isinstance(p, int) else p[1] * 4 for p in parts)
