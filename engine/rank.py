@@ -74,7 +74,13 @@ def load_part(
     threads = max(1, default_threads(config) // join.each)
     settings = dataclasses.replace(settings, threads=settings.threads or threads)
     group = parallel.join(
-        join.rank, join.size, join.address, device, listener, settings.pipeline_parallel_size
+        join.rank,
+        join.size,
+        join.address,
+        device,
+        listener,
+        settings.pipeline_parallel_size,
+        share_memory=settings.symmetric_memory,
     )
     return ModelRunner(settings, progress, group)
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model import symmetric
 from model.backbones.backbone import Rows, parts
 from model.schema import TextConfig
 from wire.knob import SettingError
@@ -29,6 +30,10 @@ from wire.knob import SettingError
 _VOCABULARY_STEP = 64
 # Ranks wait for each other's loading; that one has died is seen by those who watch its process.
 _PATIENCE = datetime.timedelta(hours=4)
+# In which ranks that are all there have met to share memory, or do not.
+_MEETING = datetime.timedelta(minutes=1)
+# Bytes of what a rank says against it.
+_WORDS = 200
 
 
 class Group:
@@ -88,6 +93,8 @@ class Group:
 class _Joined(Group):
     """Ranks over torch.distributed's process group."""
 
+    _shared: symmetric.SharedSums | None = None
+
     def __init__(self, rank: int, size: int, stages: int, device: torch.device) -> None:
         self.size, self.stages = size // stages, stages
         self.stage, self.rank = divmod(rank, self.size)
@@ -102,15 +109,39 @@ class _Joined(Group):
                 for first in range(0, size, step)
             ]
             self._peers = made[self.stage]
-        machine = torch.tensor([_machine()], device=device)
-        machines = [torch.empty_like(machine) for _ in range(size)]
-        dist.all_gather(machines, machine)
-        self.neighbours = int((torch.cat(machines) == machine).sum())
+        place = torch.tensor([_machine(), device.index or 0], device=device)
+        found = [torch.empty_like(place) for _ in range(size)]
+        dist.all_gather(found, place)
+        places = torch.stack(found).tolist()
+        self.neighbours = [machine for machine, _ in places].count(places[rank][0])
+        self._places = places[self.stage * step :][:step]
+
+    def share_memory(self, store: dist.Store) -> None:  # type: ignore[name-defined]  # it is public
+        """Have small sums do without NCCL, if all ranks of the stage can. All must call it."""
+        group = self._peers or dist.group.WORLD
+        assert group is not None and self.device is not None  # noqa: S101, PT018 - for mypy
+        # Who waits for one that has failed gives up before all others do.
+        store.set_timeout(_MEETING)
+        try:
+            self._shared = symmetric.shared_sums(
+                group, self.device, self._places, self._first_words
+            )
+        finally:
+            store.set_timeout(_PATIENCE)
+
+    def _first_words(self, own: str) -> str:
+        """What the first rank of this stage says that says anything."""
+        words = own.encode("ascii", "replace")[:_WORDS].ljust(_WORDS)
+        mine = torch.tensor(list(words), dtype=torch.uint8, device=self.device)
+        said = [bytes(line.tolist()).decode("ascii").strip() for line in self._all(mine)]
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(said) if text), "")
 
     def sum(self, x: Tensor) -> Tensor:
         if self.size == 1:
             return x
         x = x.contiguous()
+        if self._shared is not None and (total := self._shared(x)) is not None:
+            return total
         if x.is_cuda or self.size == 2:
             dist.all_reduce(x, group=self._peers)
             return x
@@ -148,6 +179,7 @@ class _Joined(Group):
         return int(found)
 
     def leave(self) -> None:
+        self._shared = None
         dist.destroy_process_group()
 
 
@@ -158,13 +190,17 @@ def join(
     device: torch.device,
     listener: socket.socket | None = None,
     stages: int = 1,
+    *,
+    share_memory: bool = True,
 ) -> Group:
     """Meet the other ranks of a group at ``address``, where the first one listens: on ``listener``,
     which is taken over, or on a socket of its own. Waits for all of them.
 
     ``rank`` is one of all ``size``, which are counted stage by stage.
 
-    NCCL connects CUDA devices, gloo everything else. A process is in one group at a time.
+    NCCL connects CUDA devices, gloo everything else; with ``share_memory`` small sums do without
+    NCCL where they can (``model.symmetric``), which takes its memory here, before any is counted. A
+    process is in one group at a time.
     """
     if size == 1:
         return Group()
@@ -192,7 +228,10 @@ def join(
         timeout=_PATIENCE,
         device_id=device if cuda else None,
     )
-    return _Joined(rank, size, stages, device)
+    group = _Joined(rank, size, stages, device)
+    if share_memory and group.size > 1 and device.type in symmetric.DEVICES:
+        group.share_memory(store)
+    return group
 
 
 def _machine() -> int:

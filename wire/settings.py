@@ -402,6 +402,11 @@ class EngineSettings:
         low=1,
         high=64,
     )
+    symmetric_memory: bool = knob(
+        True,
+        "With several GPUs that reach each other's memory, add up what few rows need there, "
+        "without NCCL; false: by NCCL alone.",
+    )
     pipeline_parallel_size: int = knob(
         1,
         "Stages that the layers are shared out over, one behind the other, of "

@@ -45,6 +45,13 @@ class Workers:
         for pipe in self._pipes[: size - 1]:
             pipe.send(("do", (action,)))
 
+    def ask(self, question: Callable[[Group], Any], own: Group) -> list[Any]:
+        """What a function of a module answers about each rank's group."""
+        pipes = self._pipes[: own.size * own.stages - 1]
+        for pipe in pipes:
+            pipe.send(("group", (question,)))
+        return [question(own), *(pipe.recv() for pipe in pipes)]
+
     def meet(self, size: int, stages: int = 1) -> tuple[Group, list[Connection]]:
         """A group of so many ranks in all, and the pipes to all but this one."""
         listener = socket.create_server((LOOPBACK, 0))
@@ -119,6 +126,8 @@ def _work(pipe: Connection) -> None:
                 runner = ModelRunner(*arguments, group=group)
             elif name == "do":
                 arguments[0]()
+            elif name == "group":
+                pipe.send(arguments[0](group))
             elif name == "ask":
                 pipe.send(arguments[0](runner))
             else:
