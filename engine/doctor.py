@@ -80,6 +80,9 @@ def examine(checkpoint: str = "") -> Iterator[Finding]:
     yield OK, f"operations: {ops.choose(device, dtype).name}"
     chosen = False
     for name, backend in BACKENDS.items():
+        if backend.on_request:  # may compile for minutes
+            yield OK, f"attention: {name}: only by --attention-backend {name}"
+            continue
         reason = backend(text).supports(device, dtype, EngineSettings.block_size)
         found = reason or ("could be used" if chosen else "is used")
         chosen = chosen or reason is None

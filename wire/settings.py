@@ -312,8 +312,18 @@ class EngineSettings:
     attention_backend: str = knob(
         "auto",
         "Attention implementation; 'auto': on CUDA the first of those listed that is installed and "
-        "passes a small test, on the CPU 'native' for bfloat16 and 'sdpa' for others.",
-        choices=("auto", "fa3", "flash_attn", "torch_varlen", "triton", "native", "sdpa"),
+        "passes a small test, on the CPU 'native' for bfloat16 and 'sdpa' for others; 'flashinfer' "
+        "by its name alone: it compiles when it starts and goes without CUDA graphs for steps.",
+        choices=(
+            "auto",
+            "fa3",
+            "flash_attn",
+            "torch_varlen",
+            "triton",
+            "native",
+            "sdpa",
+            "flashinfer",
+        ),
     )
     max_model_len: int = knob(
         0, "Most tokens of prompt plus completion; 0: the model's own limit.", low=0

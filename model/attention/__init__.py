@@ -6,6 +6,7 @@ import torch
 
 from model.attention.base import AttentionBackend
 from model.attention.flash import Fa3Attention, FlashAttnAttention, TorchVarlenAttention
+from model.attention.flashinfer import FlashInferAttention
 from model.attention.native import NativeAttention
 from model.attention.sdpa import SdpaAttention
 from model.attention.triton_paged import TritonAttention
@@ -23,9 +24,10 @@ BACKENDS: dict[str, type[AttentionBackend]] = {
         TritonAttention,
         NativeAttention,
         SdpaAttention,
+        FlashInferAttention,
     )
 }
-"""Best first."""
+"""Best first; last, those on request."""
 
 
 def choose(
@@ -35,7 +37,8 @@ def choose(
 
     Raises ValueError with all reasons where none does.
     """
-    names = list(BACKENDS) if name == "auto" else [name]
+    usual = [each for each, backend in BACKENDS.items() if not backend.on_request]
+    names = usual if name == "auto" else [name]
     reasons: list[str] = []
     for candidate in names:
         backend = BACKENDS[candidate](config)

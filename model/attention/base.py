@@ -48,6 +48,9 @@ class AttentionBackend(ABC):
     Rows of length 0 with a negative slot are padding.
     """
 
+    on_request = False
+    """Whether it is chosen by its name alone, never by "auto"."""
+
     def __init__(self, config: TextConfig) -> None:
         self.heads = config.heads
         self.kv_heads = config.kv_heads

@@ -54,9 +54,14 @@ def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def expected_and_found(
-    backend: AttentionBackend, rows: list[tuple[int, int]], block_size: int, dtype: torch.dtype
+    backend: AttentionBackend,
+    rows: list[tuple[int, int]],
+    block_size: int,
+    dtype: torch.dtype,
+    free_blocks: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Write contexts in two goes, the last tokens in the step under test."""
+    """Write contexts in two goes, the last tokens in the step under test. Blocks that no row has
+    are full of ``free_blocks``."""
     torch.manual_seed(0)
     heads, kv_heads, head_dim = backend.heads, backend.kv_heads, backend.head_dim
     needed = [-(-context // block_size) for _, context in rows]
@@ -71,11 +76,12 @@ def expected_and_found(
         dtype=dtype,
     )
     kv.layers[0].fill_(0)
+    kv.layers[0][free] = free_blocks
     shape = (kv_heads, head_dim)
     keys = [torch.randn(context, *shape).to(dtype) for _, context in rows]
     values = [torch.randn(context, *shape).to(dtype) for _, context in rows]
 
-    def batch(lengths: list[int], starts: list[int]) -> AttentionBatch:
+    def batch(tables: list[list[int]], lengths: list[int], starts: list[int]) -> AttentionBatch:
         slots = [
             table[p // block_size] * block_size + p % block_size
             for table, length, start in zip(tables, lengths, starts, strict=True)
@@ -95,12 +101,13 @@ def expected_and_found(
     old = [context - new for new, context in rows]
     earlier = [i for i, count in enumerate(old) if count]
     if earlier:
-        plan = backend.plan(batch(old, [0] * len(rows)), kv)
+        lengths = [old[i] for i in earlier]
+        plan = backend.plan(batch([tables[i] for i in earlier], lengths, [0] * len(earlier)), kv)
         past = [torch.cat([x[i][: old[i]] for i in earlier]) for x in (keys, values)]
         backend.write(kv.layers[0], past[0], past[1], plan)
     news = [new for new, _ in rows]
     queries = [torch.randn(new, heads, head_dim).to(dtype) for new in news]
-    plan = backend.plan(batch(news, old), kv)
+    plan = backend.plan(batch(tables, news, old), kv)
     key = torch.cat([k[n:] for k, n in zip(keys, old, strict=True)])
     value = torch.cat([v[n:] for v, n in zip(values, old, strict=True)])
     backend.write(kv.layers[0], key, value, plan)
