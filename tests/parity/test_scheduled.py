@@ -121,7 +121,7 @@ def test_together_is_alone(folder: Path, alone: dict[str, list[int]], mode: str)
 
 
 @pytest.mark.parametrize("mode", ["off", "on"])
-@pytest.mark.parametrize("block_size", [3, 16])
+@pytest.mark.parametrize("block_size", [3, 16, 64])
 def test_cached_is_uncached(
     folder: Path, alone: dict[str, list[int]], block_size: int, mode: str
 ) -> None:

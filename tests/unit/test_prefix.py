@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.blocks import BlockPool
-from engine.prefix import extend_digests
+from engine.prefix import GRAIN, Part, Parts, count_common, extend_digests, part_of
 from tests.fake_runner import GEOMETRY, Engine, alone, request
 from wire.messages import VisionItem
 
@@ -114,6 +114,85 @@ def test_a_match_ends_at_the_first_gap() -> None:
     pool.publish(a, b"a")
     pool.publish(c, b"c")
     assert pool.match([b"a", b"b", b"c"]) == [a]
+
+
+# Parts of blocks
+
+TOKENS = st.lists(st.integers(0, 2), max_size=4 * GRAIN)
+SHOWN = st.lists(
+    st.tuples(st.integers(-9, 30), st.sampled_from([b"p", b"q"]), st.sampled_from([1.0, 0.5])),
+    max_size=3,
+    unique_by=lambda item: item[0],
+).map(sorted)
+
+
+def part(tokens: Sequence[int], *items: VisionItem, start: int = 0) -> Part:
+    return part_of([0] * start + [*tokens], items, start, start + len(tokens))
+
+
+@given(TOKENS, TOKENS, SHOWN, SHOWN)
+def test_two_parts_have_in_common_what_no_position_before_contradicts(
+    one: list[int],
+    other: list[int],
+    shown: list[tuple[int, bytes, float]],
+    also: list[tuple[int, bytes, float]],
+) -> None:
+    pairs = [Part(part(tokens).tokens, tuple(i)) for tokens, i in ((one, shown), (other, also))]
+    places = {place for place, *_ in set(shown) ^ set(also)}
+    same = 0
+    while same < min(len(one), len(other)) and one[same] == other[same]:
+        if any(place <= same for place in places):
+            break
+        same += 1
+    assert count_common(*pairs) == same // GRAIN * GRAIN
+    assert count_common(*reversed(pairs)) == same // GRAIN * GRAIN
+
+
+def test_the_block_with_the_most_in_common_is_found() -> None:
+    parts, tokens = Parts(), list(range(4 * GRAIN))
+    parts.note(7, b"a", part([*tokens[:GRAIN], *[99] * GRAIN]))
+    parts.note(8, b"a", part(tokens[: 3 * GRAIN]))
+    parts.note(9, b"b", part(tokens))
+    assert parts.find(b"a", part(tokens)) == (8, 3 * GRAIN)
+    assert parts.find(b"a", part([*tokens[: 2 * GRAIN], 99])) == (8, 2 * GRAIN)
+    assert parts.find(b"a", part([99] * GRAIN))[1] == 0
+    assert parts.find(b"c", part(tokens))[1] == 0
+    parts.forget(8)
+    assert parts.find(b"a", part(tokens)) == (7, GRAIN)
+    parts.forget_behind(b"a")
+    assert parts.blocks == {9}
+    parts.check()
+
+
+def test_equal_parts_are_known_once_and_the_last_one_is_found() -> None:
+    parts, tokens = Parts(), range(GRAIN)
+    for block in (1, 2):
+        parts.note(block, b"a", part(tokens))
+    assert parts.blocks == {2}
+    parts.note(2, b"b", part(tokens))
+    assert parts.find(b"a", part(tokens))[1] == 0
+    parts.check()
+
+
+def test_of_many_parts_behind_one_block_the_oldest_are_forgotten() -> None:
+    parts = Parts()
+    for block in range(1000):
+        parts.note(block, b"a", part([block] * GRAIN))
+        parts.check()
+    assert parts.find(b"a", part([999] * GRAIN)) == (999, GRAIN)
+    assert parts.find(b"a", part([0] * GRAIN))[1] == 0
+    assert len(parts.blocks) < 100
+
+
+def test_a_noted_block_is_found_until_it_is_handed_out_again() -> None:
+    pool, tokens = BlockPool(2), part(range(GRAIN))
+    blocks = pool.allocate(1) or []
+    pool.note(blocks[0], b"a", tokens)
+    pool.free(blocks)
+    assert pool.find_part(b"a", tokens) == (blocks[0], GRAIN)
+    assert pool.allocate(2) is not None
+    assert pool.find_part(b"a", tokens)[1] == 0
+    pool.check()
 
 
 # Sequences
@@ -270,3 +349,170 @@ def test_without_the_cache_everything_is_computed(budget: int) -> None:
         engine.finish()
     assert engine.ends["b"].cached_tokens == 0
     assert engine.tokens["b"] == engine.tokens["a"] == alone(9, (1, 1), 5, max_tokens=3)
+
+
+# Sequences that go on from a part of a block
+
+BLOCK = 4 * GRAIN
+
+
+def test_the_same_prompt_is_computed_again_from_its_last_grain_on() -> None:
+    engine = Engine(block_size=BLOCK)
+    engine.add("a", BLOCK + 2 * GRAIN + 3, max_tokens=3)
+    engine.finish()
+    engine.add("b", BLOCK + 2 * GRAIN + 3, max_tokens=3)
+    plan = engine.step()
+    assert [(work.start, work.count) for work in plan.work] == [(BLOCK + 2 * GRAIN, 3)]
+    engine.finish()
+    assert engine.tokens["b"] == engine.tokens["a"] == alone(BLOCK + 2 * GRAIN + 3, max_tokens=3)
+    assert engine.ends["b"].cached_tokens == BLOCK + 2 * GRAIN
+
+
+def test_a_full_block_is_copied_as_far_as_another_sequence_agrees() -> None:
+    """Also while the one that computed it goes on."""
+    common = [n % 90 for n in range(BLOCK + 2 * GRAIN + 1)]
+    engine = Engine(block_size=BLOCK)
+    engine.add_tokens("a", [*common, *[91] * BLOCK], max_tokens=9)
+    engine.step()
+    engine.add_tokens("b", [*common, *[92] * BLOCK], max_tokens=9)
+    plan = engine.step()
+    assert plan.work[1].start == BLOCK + 2 * GRAIN
+    assert len(plan.copies) == 1
+    engine.finish()
+    fresh = Engine(enable_prefix_caching=False)
+    fresh.add_tokens("b", [*common, *[92] * BLOCK], max_tokens=9)
+    fresh.finish()
+    assert engine.tokens["b"] == fresh.tokens["b"]
+
+
+def test_a_part_never_covers_the_last_token_nor_what_must_be_scored() -> None:
+    engine = Engine(block_size=BLOCK)
+    engine.add("a", 2 * GRAIN, max_tokens=GRAIN)
+    engine.finish()
+    engine.add("b", 2 * GRAIN, max_tokens=1)
+    assert engine.step().work[0].start == GRAIN
+    engine.add("c", 2 * GRAIN, max_tokens=1, prompt_logprobs=0)
+    assert engine.step().work[0].start == 0
+    engine.finish()
+
+
+def test_the_next_turn_goes_on_where_the_last_one_ended() -> None:
+    engine = Engine(block_size=BLOCK)
+    engine.add("a", GRAIN, max_tokens=2 * GRAIN + 1)
+    engine.finish()
+    said = [*engine.runner.plans[0].new_rows[0].token_ids, *engine.tokens["a"]]
+    engine.add_tokens("b", [*said, 1, 2, 3], max_tokens=2)
+    assert engine.step().work[0].start == 3 * GRAIN
+
+
+def test_the_last_token_of_an_answer_is_not_found_for_it_was_not_computed() -> None:
+    engine = Engine(block_size=BLOCK)
+    engine.add("a", GRAIN, max_tokens=2 * GRAIN)
+    engine.finish()
+    said = [*engine.runner.plans[0].new_rows[0].token_ids, *engine.tokens["a"]]
+    engine.add_tokens("b", [*said, 1, 2, 3], max_tokens=2)
+    assert engine.step().work[0].start == 2 * GRAIN
+
+
+def test_of_an_aborted_prompt_what_was_computed_is_found() -> None:
+    engine = Engine(block_size=BLOCK, max_num_batched_tokens=GRAIN)
+    engine.add("a", 3 * GRAIN, max_tokens=1)
+    engine.step()
+    engine.core.abort(["a"])
+    engine.finish()
+    engine.add("b", 3 * GRAIN, max_tokens=1)
+    assert engine.step().work[0].start == GRAIN
+
+
+def test_a_part_ends_where_another_picture_begins() -> None:
+    engine = Engine(block_size=BLOCK)
+    for name, seed in (("a", 1), ("b", 2)):
+        engine.add(name, GRAIN + 3, (seed, 2), 5, max_tokens=3)
+        engine.finish()
+        assert engine.tokens[name] == alone(GRAIN + 3, (seed, 2), 5, max_tokens=3)
+    assert engine.ends["b"].cached_tokens == GRAIN
+
+
+def test_a_part_may_end_inside_a_picture() -> None:
+    """What is left of it is read from the encoder's output, which is there or made again."""
+    engine = Engine(block_size=BLOCK, encoder_cache_bytes=GEOMETRY.tokens_per_tile * 40)
+    engine.add("a", GRAIN - 2, (1, 2), max_tokens=1)
+    engine.finish()
+    engine.add("other", 3, (2, 4), max_tokens=1)
+    engine.finish()
+    engine.add("b", GRAIN - 2, (1, 2), 7, max_tokens=3)
+    assert engine.step().work[0].start == GRAIN
+    engine.finish()
+    assert engine.tokens["b"] == alone(GRAIN - 2, (1, 2), 7, max_tokens=3)
+
+
+def test_salts_share_no_part() -> None:
+    engine = Engine(block_size=BLOCK)
+    for name, salt in (("a", b"x"), ("b", b"y"), ("c", b"x")):
+        engine.add(name, GRAIN + 1, max_tokens=1, salt=salt)
+        engine.finish()
+    assert [engine.ends[name].cached_tokens for name in "abc"] == [0, 0, GRAIN]
+
+
+def test_no_part_of_a_failed_row_is_found_nor_what_it_was_copied_from() -> None:
+    start, bad = [n % 90 for n in range(GRAIN)], 90
+    engine = Engine(block_size=BLOCK, bad_after=frozenset({bad}))
+    starts = []
+    for name, last in (("good", 1), ("bad", bad), ("next", 1)):
+        engine.add_tokens(name, [*start, last], max_tokens=2)
+        starts.append(engine.step().work[0].start)
+        engine.finish()
+    assert engine.ends["bad"].error
+    assert starts == [0, GRAIN, 0]
+
+
+def test_no_part_is_found_of_a_row_that_failed_behind_its_end() -> None:
+    """Its blocks were written once more, by the step that was under way when it ended."""
+    (last,) = alone(GRAIN, max_tokens=1)
+    engine = Engine(block_size=BLOCK, async_scheduling="on", bad_after=frozenset({last}))
+    engine.add("a", GRAIN, max_tokens=9, stop=(last,))
+    engine.finish()
+    assert engine.ends["a"].finish_reason == "stop"
+    engine.add("b", GRAIN, 5, max_tokens=1)
+    engine.step()
+    assert engine.runner.plans[-1].work[0].start == 0
+
+
+def test_what_ran_through_a_flush_leaves_nothing() -> None:
+    engine = Engine(block_size=BLOCK)
+    for length in (BLOCK - 4, GRAIN + 1):
+        engine.add(f"a{length}", length, max_tokens=9, seed=length)
+        engine.step()
+        engine.scheduler.flush()
+        engine.finish()
+        engine.add(f"b{length}", length, max_tokens=9, seed=length)
+        assert engine.step().work[0].start == 0
+        engine.finish()
+
+
+def test_a_preempted_sequence_finds_what_nobody_has_overwritten() -> None:
+    engine = Engine(block_size=BLOCK, num_kv_blocks=4)
+    engine.add("a", BLOCK + GRAIN, max_tokens=2 * BLOCK)
+    engine.add("b", GRAIN, max_tokens=2 * BLOCK, seed=1)
+    while not engine.scheduler.stats.preemptions:
+        engine.step()
+    engine.finish()
+    assert engine.tokens["a"] == alone(BLOCK + GRAIN, max_tokens=2 * BLOCK)
+    assert engine.tokens["b"] == alone(GRAIN, max_tokens=2 * BLOCK, seed=1)
+
+
+def test_the_block_to_copy_may_be_the_one_that_is_handed_out() -> None:
+    """To the same sequence, or to another one of the same step."""
+    engine = Engine(block_size=BLOCK, num_kv_blocks=2)
+    engine.add("a", BLOCK - 1, max_tokens=1)
+    engine.finish()
+    engine.add("b", BLOCK - 1, max_tokens=1, seed=1)
+    engine.finish()
+    engine.add("c", BLOCK - 1, max_tokens=1)
+    engine.add("d", BLOCK - 1, max_tokens=1, seed=1)
+    copies = engine.step().copies
+    assert copies
+    assert {copy.source for copy in copies} & {copy.target for copy in copies}
+    engine.finish()
+    assert engine.tokens["c"] == engine.tokens["a"]
+    assert engine.tokens["d"] == engine.tokens["b"]
