@@ -7,6 +7,7 @@ captured first, because smaller ones then fit into the memory that those leave.
 
 import bisect
 import functools
+from array import array
 from collections.abc import Callable
 from typing import Protocol
 
@@ -115,9 +116,9 @@ class DecodeGraph:
         graphs.tokens[: self.size] = tokens
         graphs.rows.last[self._inputs[0].long()] = tokens.clamp(min=0)
 
-    def forward(self, inputs: np.ndarray) -> Tensor:
+    def forward(self, inputs: "array[int]") -> Tensor:
         """``Rows.decode_inputs`` to logits [size, V], which stay until the next step's."""
-        overwrite(self._inputs, inputs)
+        overwrite(self._inputs, np.frombuffer(inputs, dtype=np.int32).reshape(4, self.size))
         self._forward()
         return self._graphs.logits[: self.size]
 

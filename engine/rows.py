@@ -6,6 +6,7 @@ time in proportion to a sequence's length except adding it. Rows come and go as 
 
 import dataclasses
 import itertools
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -194,22 +195,22 @@ class Rows:
         """Whether it needs nothing but their logits for that."""
         return all(self._rows[name].is_greedy for name in names)
 
-    def decode_inputs(self, work: Sequence[Work], size: int) -> np.ndarray:
+    def decode_inputs(self, work: Sequence[Work], size: int) -> "array[int]":
         """Work of one token each, int32 [4, size]: lines of the tables, ids, lengths, and how many
         positions the pictures before have saved.
 
         An id is -1 where the token is still being drawn. What is left is padding, of length 0.
         """
-        rows = [self._rows[item.id] for item in work]
-        found = np.zeros((4, size), dtype=np.int32)
-        found[0] = len(self._tokens)
-        lines, starts = found[0, : len(work)], np.array([item.start for item in work])
-        lines[:] = [row.index for row in rows]
-        late = starts == [row.length for row in rows]
-        found[1, : len(work)] = np.where(late, -1, self._tokens[lines, starts])
-        found[2, : len(work)] = starts + 1
-        found[3, : len(work)] = [row.saved for row in rows]
-        return found
+        lines, ids, lengths, saved = [], [], [], []
+        for item in work:
+            row, start = self._rows[item.id], item.start
+            lines.append(row.index)
+            ids.append(-1 if start == row.length else self._tokens[row.index, start])
+            lengths.append(start + 1)
+            saved.append(row.saved)
+        rest = [0] * (size - len(work))
+        padding = [len(self._tokens)] * len(rest)
+        return array("i", [*lines, *padding, *ids, *rest, *lengths, *rest, *saved, *rest])
 
     def lines(self, names: Sequence[str]) -> list[int]:
         """Where sequences stand in the tables."""

@@ -45,6 +45,7 @@ from model import ModelConfig, build_model, load_config
 from model.attention import choose
 from model.kv_cache import KVCache
 from model.parallel import Group
+from model.single import SingleTokens, single_tokens
 from model.transfer import to_device, to_host
 from wire.channel import Buffer
 from wire.heap import return_what_is_freed
@@ -180,6 +181,7 @@ class ModelRunner:
         self._begun: _Begun | None = None
         self._drawn: _Drawn | None = None
         self._graphs: DecodeGraphs | None = None
+        self._single: SingleTokens | None = None
         self._tile_graphs: TileGraphs | None = None
         self._make_vision(settings)
 
@@ -196,8 +198,9 @@ class ModelRunner:
         """Make the graphs, or the largest ones alone. Where one cannot be, go on without: but raise
         RuntimeError if there are other ranks, which may have theirs and would compute more rows.
         """
-        capture = self._capturer(settings)
-        if capture is None:
+        if (capture := self._capturer(settings)) is None:
+            tables, last = self._device_rows.tables, self._device_rows.last
+            self._single = single_tokens(self._model, self._kv, self._attention, tables, last)
             return
         rows, tiles = row_sizes(settings.max_num_seqs), tile_sizes(self._vision.chunk)
         if largest:
@@ -385,10 +388,8 @@ class ModelRunner:
             if work.new_blocks:
                 self._rows.append_blocks(work.id, work.new_blocks)
         self._device_rows.update(self._rows.appended())
-        graph = self._decode_graph(plan)
-        if graph is not None:
-            padded = graph.forward(self._rows.decode_inputs(plan.work, graph.size))
-            return _Begun(plan.step, [work.id for work in plan.work], padded, graph=graph)
+        if (begun := self._compute_single(plan)) is not None:
+            return begun
         batch = self._rows.batch(plan.work)
         names, last = [], []
         for work, start in zip(plan.work, batch.starts, strict=True):
@@ -422,13 +423,20 @@ class ModelRunner:
         logits = self._model.logits(hidden) if last else None
         return _Begun(plan.step, names, logits, scored)
 
-    def _decode_graph(self, plan: StepPlan) -> DecodeGraph | None:
-        """The graph that computes the plan's work, if there is one."""
-        plain = all(
+    def _compute_single(self, plan: StepPlan) -> _Begun | None:
+        """The same in one call, where there is one for it: each row has one token, to draw for."""
+        names = [work.id for work in plan.work]
+        one = self._graphs.pick(len(names)) if self._graphs else self._single
+        if one is None or not all(
             work.count == 1 and work.sample and work.start >= self._rows[work.id].vision_end
             for work in plan.work
-        )
-        return self._graphs.pick(len(plan.work)) if self._graphs and plain else None
+        ):
+            return None
+        if isinstance(one, DecodeGraph):
+            padded = one.forward(self._rows.decode_inputs(plan.work, one.size))
+            return _Begun(plan.step, names, padded, graph=one)
+        hidden = one(self._rows.decode_inputs(plan.work, len(names)))
+        return _Begun(plan.step, names, self._model.logits(hidden))
 
     def _score(self, scoring: Sequence[tuple[Work, Tensor]]) -> Scored | None:
         """Look up the prompts' tokens; each work comes with its hidden states."""

@@ -1,7 +1,7 @@
 """Rotary position embedding: angles once per step, applied in fp32 to queries and keys.
 
 Positions may be fractional; they are fp32 all the way, because bf16 loses whole positions above
-256. No table is kept: the angles of a step are shared by all layers.
+256. The angles of a step are shared by all layers; only ``model.single`` keeps a table of them.
 """
 
 import torch

@@ -115,6 +115,16 @@ class NativeAttention(AttentionBackend):
     def _heads(self, cache: Tensor, heads: int) -> Heads:
         return Heads(heads, self.kv_heads, self.head_dim, cache.shape[3])
 
+    def layers(
+        self, layers: nn.ModuleList, norm: nn.Module, cache: KVCache, ops: Ops
+    ) -> Layers | None:
+        """The decoder for the C, there as long as this backend is asked for no other; None where
+        it has parts that the C cannot compute."""
+        if self._prepared != (layers, cache, ops):
+            self._layers = self._prepare(layers, norm, cache, ops)
+            self._prepared = layers, cache, ops
+        return self._layers
+
     def through(
         self,
         layers: nn.ModuleList,
@@ -126,10 +136,7 @@ class NativeAttention(AttentionBackend):
         ops: Ops,
         wanted: Tensor | None,
     ) -> Tensor | None:
-        if self._prepared != (layers, cache, ops):
-            self._layers = self._prepare(layers, norm, cache, ops)
-            self._prepared = layers, cache, ops
-        if self._layers is None:
+        if self.layers(layers, norm, cache, ops) is None:
             return None
         hidden = hidden.contiguous()
         needed = LIBRARY.internvl_decode_scratch(self._layers, len(hidden))

@@ -2,7 +2,8 @@
 
 ``LIBRARY`` is None where it was not compiled, or from older sources. Pointers are given as numbers;
 what they point to must have the size that the comments in the C state, and nothing here checks it:
-``model.ops.native`` and ``model.attention.native`` are the callers.
+their callers are ``model.ops.native``, ``model.attention.native``, ``model.single`` and
+``model.draw``.
 """
 
 import ctypes
@@ -10,7 +11,7 @@ from typing import Any
 
 from wire.native import load
 
-VERSION = 6
+VERSION = 7
 """That of the functions' arguments, here and in pool.c: one more with every change of them."""
 BEST = 4
 """For ``internvl_choose``: the best instruction set of this processor; tests choose others too."""
@@ -70,6 +71,17 @@ class Layers(ctypes.Structure):
     )
 
 
+class Single(ctypes.Structure):
+    """What steps of one new token per row share (``struct single``, model/native/single.c)."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(Layers)),
+        *((name, _p) for name in ("embedding", "cosine", "sine", "tables", "last")),
+        *((name, _l) for name in ("hidden", "width")),
+        ("heads", Heads),
+    )
+
+
 _matrix, _batch, _heads = (ctypes.POINTER(kind) for kind in (Matrix, Batch, Heads))
 _ARGUMENTS: dict[str, list[Any]] = {
     "internvl_choose": [_i],
@@ -90,6 +102,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "internvl_attend": [_heads, _batch, _p, _p, _p],
     "internvl_decode_scratch": [ctypes.POINTER(Layers), _l],
     "internvl_highest": [_p, _l, _l, _l, _p, _p],
+    "internvl_single_scratch": [ctypes.POINTER(Single), _l],
+    "internvl_single": [ctypes.POINTER(Single), _p, _l, _p, _p],
     "internvl_decode": [ctypes.POINTER(Layers), _batch, _p, _l, _p, _p, _p],
 }
 

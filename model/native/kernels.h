@@ -56,6 +56,10 @@ void internvl_rotate_write(const struct heads *h, const struct batch *batch, con
                            bf16 *query, bf16 *cache);
 void internvl_attend(const struct heads *h, const struct batch *batch, const bf16 *query, bf16 *cache,
                      bf16 *out);
+struct decoder;
+long internvl_decode_scratch(const struct decoder *d, long tokens);
+void internvl_decode(const struct decoder *d, const struct batch *batch, const int64_t *wanted, long count,
+                     bf16 *hidden, bf16 *out, bf16 *scratch);
 
 /* wide.c: products by AVX512, if wide_fit() says so, and narrow panels. More rows than MOST_ROWS leave
    too little of the second cache to the panels. */

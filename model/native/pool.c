@@ -61,7 +61,7 @@ static void *help(void *started) {
 }
 
 /* VERSION in __init__.py. */
-int internvl_version(void) { return 6; }
+int internvl_version(void) { return 7; }
 
 int pool_threads(void) { return pool.threads; }
 

@@ -4,6 +4,7 @@ a row's result is the same, bit for bit, whatever is computed beside it."""
 import dataclasses
 import subprocess
 import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from torch import Tensor
 from model.attention import choose
 from model.attention.native import NativeAttention
 from model.decoder import Decoder
+from model.internvl import InternVL
 from model.layers import Embedding, LayerNorm, Linear, RMSNorm
 from model.native import BEST, LIBRARY
 from model.ops import NativeOps, Ops
 from model.ops import choose as choose_ops
+from model.single import SingleTokens
 from tests.checkpoints import Shape, make_checkpoint
-from tests.parity import test_scheduled
+from tests.parity import test_scheduled, test_v2pe
 from tests.parity.test_attention import BATCHES, config, expected_and_found
 from wire.messages import EngineRequest
 from wire.sampling import SamplingParams
@@ -327,10 +330,11 @@ def test_no_step_writes_behind_its_scratch(
         return guarded[-1][0][:count]
 
     monkeypatch.setattr("model.attention.native.grown", guard)
+    monkeypatch.setattr("model.single.scratch", lambda count: guard(rows(0, 0), count))
     sampling = SamplingParams(max_tokens=2)
     long = [EngineRequest(f"{n}", [n] * 60, sampling) for n in range(4)]
-    serve(folder, [[(request, []) for request in long]], quantization=kind)
-    assert guarded
+    serve(folder, [[(request, []) for request in long]], quantization=kind, max_num_seqs=4)
+    assert len(guarded) > 1
     assert all((memory[count:] == 7).all() for memory, count in guarded)
 
 
@@ -374,6 +378,41 @@ def test_the_layers_in_one_call_equal_them_piece_by_piece(
     assert len({len(whole) for whole in wholes}) > 3  # steps of several sizes
     for whole, piece in zip(wholes, pieces, strict=True):
         assert torch.equal(whole, piece)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, QWEN3], ids=["Qwen2", "Qwen3"])
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_steps_of_single_tokens_in_one_call_have_the_logits_of_others(
+    shape: Shape, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind pictures of any positions, over blocks that changed their owner, and of tokens that
+    the step before draws."""
+    folder = make_checkpoint(tmp_path, shape=shape, dtype=BF16)
+    how = {"async_scheduling": mode, "num_kv_blocks": 6, "max_num_seqs": 5}
+    logits: list[Tensor] = []
+    sizes: set[int] = set()
+    compute, call = InternVL.logits, SingleTokens.__call__
+
+    def keep(model: InternVL, hidden: Tensor) -> Tensor:
+        logits.append(compute(model, hidden).clone())
+        return logits[-1]
+
+    def note(single: SingleTokens, inputs: "array[int]") -> Tensor:
+        sizes.add(len(inputs) // 4)
+        return call(single, inputs)
+
+    monkeypatch.setattr(InternVL, "logits", keep)
+    monkeypatch.setattr(SingleTokens, "__call__", note)
+    tokens = serve(folder, [test_v2pe.stepped(None)], **how)
+    assert len(sizes) > 2
+    found, logits = logits, []
+    sizes.clear()
+    monkeypatch.setattr("engine.runner.single_tokens", lambda *_: None)
+    assert serve(folder, [test_v2pe.stepped(None)], **how) == tokens
+    assert not sizes
+    assert len(found) > test_v2pe.COUNT
+    for one, other in zip(found, logits, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_norms_of_heads_equal_the_formula(level: int) -> None:
