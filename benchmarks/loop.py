@@ -29,6 +29,9 @@ from wire.messages import EngineRequest, ToEngine
 from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
 
+# A step of single tokens is computed by the second where there is one call for it.
+_MODEL = ("forward", "_single", "logits")
+
 
 class Clock:
     """Adds up the time in functions that it stands around."""
@@ -69,7 +72,7 @@ def measure(
             continue
         channel.send(report)
         whole = time.perf_counter() - began
-        model = clock.spent["forward"] + clock.spent["logits"]
+        model = sum(clock.spent[name] for name in _MODEL)
         parts = {
             "plan": clock.spent["plan"],
             "begin": clock.spent["begin"] - model,
@@ -105,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     core = EngineCore(settings, runner, runner.ready())
     clock = Clock()
     for owner, names in (
-        (runner, ("begin", "sample", "finish")),
+        (runner, ("begin", "sample", "finish", *(["_single"] if runner._single else []))),
         (runner._model, ("forward", "logits")),
         (core._scheduler, ("plan", "commit")),
     ):
