@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from model.attention.base import AttentionBackend, AttentionBatch
 from model.kv_cache import KVCache
+from model.transfer import to_device
 
 # Queries per call with a mask, which torch widens to [queries, context] floats.
 _SLICE = 256
@@ -78,13 +79,13 @@ class SdpaAttention(AttentionBackend):
         longest = max(lengths)
         mask = None
         if min(lengths) < longest:
-            seen = torch.tensor(lengths, device=device)[:, None]
+            seen = to_device(lengths, device)[:, None]
             hidden = torch.arange(longest, device=device) >= seen
             mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=device)
             mask = mask.masked_fill(hidden, -torch.inf)[:, None, None, :]
         whole = len(rows) == len(batch.queries)
-        tokens = None if whole else torch.tensor([ends[row] - 1 for row in rows], device=device)
-        table = batch.block_tables[torch.tensor(rows, device=device)]
+        tokens = None if whole else to_device([ends[row] - 1 for row in rows], device)
+        table = batch.block_tables[to_device(rows, device)]
         pages = self._pages(table[:, : -(-longest // cache.block_size)])
         return _Decode(tokens, pages, longest, mask)
 

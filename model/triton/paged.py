@@ -14,6 +14,8 @@ _HEADS = 8  # rotated by one program
 _KEYS = 64  # looked at at once
 # Programs that are wanted on a device: a few for each of the 132 multiprocessors of an H100.
 _PROGRAMS = 512
+# Splits of a row that are brought together at once.
+_PARTS = 16
 # Keys of a row that are not worth splitting further.
 _LEAST = 128
 # The interpreter multiplies bfloat16 matrices wrongly.
@@ -205,6 +207,7 @@ def _reduce(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
+    PART: tl.constexpr,
     LEAST: tl.constexpr,
 ):
     """Bring the splits of one row and query head together."""
@@ -213,20 +216,25 @@ def _reduce(
     if tl.load(starts_pointer + row + 1) - token != 1:
         return
     length = tl.load(lengths_pointer + row)
-    split = tl.arange(0, SPLITS)
-    filled = split * _share(length, SPLITS, LEAST) < length
-    part = (row * HEADS + head).to(tl.int64) * SPLITS + split
+    share = _share(length, SPLITS, LEAST)
+    filled = tl.cdiv(length, tl.maximum(share, 1))
+    first = (row * HEADS + head).to(tl.int64) * SPLITS
     column = tl.arange(0, HEAD_DIM)
-    peak = tl.load(peak_pointer + part, mask=filled, other=float("-inf"))
-    highest = tl.max(peak, axis=0)
-    weights = tl.exp2(peak - tl.where(length > 0, highest, 0.0))
-    total = tl.sum(tl.load(total_pointer + part, mask=filled, other=0.0) * weights, axis=0)
-    mixed = tl.load(
-        mixed_pointer + part[:, None] * HEAD_DIM + column[None, :],
-        mask=filled[:, None],
-        other=0.0,
-    )
-    mixed = tl.sum(mixed * weights[:, None], axis=0)
+    every = tl.arange(0, SPLITS)
+    peaks = tl.load(peak_pointer + first + every, mask=every < filled, other=float("-inf"))
+    highest = tl.max(peaks, axis=0)
+    total = tl.zeros([], tl.float32)
+    mixed = tl.zeros([HEAD_DIM], tl.float32)
+    for start in range(0, filled, PART):  # all at once do not fit in a program's registers
+        split = start + tl.arange(0, PART)
+        there, part = split < filled, first + split
+        peak = tl.load(peak_pointer + part, mask=there, other=float("-inf"))
+        weights = tl.exp2(peak - highest)
+        sums = tl.load(total_pointer + part, mask=there, other=0.0)
+        place = mixed_pointer + part[:, None] * HEAD_DIM + column[None, :]
+        several = tl.load(place, mask=there[:, None], other=0.0)
+        total += tl.sum(sums * weights, axis=0)
+        mixed += tl.sum(several * weights[:, None], axis=0)
     mixed = mixed / tl.where(total > 0, total, 1.0)
     place = out_pointer + token * out_stride + head * HEAD_DIM + column
     tl.store(place, mixed.to(out_pointer.dtype.element_ty))
@@ -301,5 +309,6 @@ def decode(
             HEADS=heads,
             HEAD_DIM=head_dim,
             SPLITS=parts,
+            PART=min(parts, _PARTS),
             LEAST=_LEAST,
         )

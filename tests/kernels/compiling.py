@@ -2,10 +2,14 @@
 
 The interpreter takes more than the compiler does: types that do not fit, shapes that are no powers
 of two, more shared memory than there is. Launches are caught before they reach a driver, and what
-they would run is compiled. Prints a line for each: device, kernel, bytes of shared memory.
+they would run is compiled. Prints a line for each: device, kernel, bytes of shared memory, and what
+does not fit in a thread's registers.
 """
 
+import re
+import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import torch
@@ -53,10 +57,22 @@ def compile_for(arch: int) -> Any:
             attrs=aligned,
         )
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        assert compiled.asm["cubin"]
-        print(arch, kernel.__name__, compiled.metadata.shared)  # noqa: T201 - what it is for
+        spilled = stack(compiled.asm["cubin"])
+        print(arch, kernel.__name__, compiled.metadata.shared, spilled)  # noqa: T201 - its purpose
 
     return run
+
+
+def stack(cubin: bytes) -> int:
+    """Bytes of a thread's memory that machine code uses beside registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", told)
+    assert found, told
+    return int(found[1])
 
 
 def launch_all() -> None:
@@ -74,6 +90,12 @@ def launch_all() -> None:
         for blocks in (1, 512):  # one split, and many
             tables = torch.zeros(4, blocks, dtype=torch.long)
             paged.decode(query, cache, counts, counts[1:], tables, torch.empty_like(query))
+        # One row of a rank with one key head, in a long context: as many splits as there can be.
+        lone = torch.empty(8, 2, 1, block_size, head_dim, dtype=dtype)
+        tables = torch.zeros(1, (1 << 16) // block_size, dtype=torch.long)
+        paged.decode(
+            query[:1, :7], lone, counts[:2], counts[:1], tables, torch.empty_like(query[:1, :7])
+        )
         rows = torch.empty(4, 3584, dtype=dtype)
         weight = torch.empty(3584, dtype=dtype)
         fused.add_norm(rows, rows, weight, None, 1e-6)

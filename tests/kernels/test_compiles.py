@@ -27,6 +27,8 @@ def test_kernels_compile_for_cuda_devices_without_one(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [line.split() for line in run.stdout.splitlines()]
     for arch, most in SHARED.items():
-        mine = [(name, int(shared)) for device, name, shared in lines if device == arch]
-        assert {name for name, _ in mine} == KERNELS
-        assert max(shared for _, shared in mine) <= most
+        mine = [(name, *map(int, sizes)) for device, name, *sizes in lines if device == arch]
+        assert {name for name, _, _ in mine} == KERNELS
+        assert max(shared for _, shared, _ in mine) <= most
+        # Products of four bits in fp32 are for tests alone.
+        assert {name for name, _, spilled in mine if spilled} <= {"_linear"}

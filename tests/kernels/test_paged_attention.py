@@ -138,7 +138,7 @@ def test_rows_with_several_tokens_stand_between_decodes(device: torch.device) ->
     assert out[1:8].isnan().all(), "a row with several tokens was touched"
 
 
-@pytest.mark.parametrize("parts", [1, 2, 8])
+@pytest.mark.parametrize("parts", [1, 2, 8, 64])
 def test_any_number_of_splits_gives_the_same(parts: int, device: torch.device) -> None:
     ragged = case([(1, length) for length in LENGTHS], 6, 64, 64, torch.float32, device)
     expected = ragged.expected().unflatten(-1, (-1, 64))

@@ -117,7 +117,9 @@ def test_auto_takes_the_first_that_computes_what_it_should(
 
 def test_a_library_that_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no kernel image is available\nmore")
+        raise error
+
+    error: Exception = RuntimeError("no kernel image is available\nmore")
 
     backend = FlashAttnAttention(config(4, 2))
     assert "not installed" in str(backend.supports(CPU, torch.bfloat16, 64))
@@ -125,6 +127,8 @@ def test_a_library_that_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", fails)
     reason = backend.supports(CPU, torch.bfloat16, 64)
     assert reason == "it fails here (no kernel image is available)"
+    error = AssertionError("only for Hopper")
+    assert backend.supports(CPU, torch.bfloat16, 64) == "it fails here (only for Hopper)"
     assert "float32" in str(backend.supports(CPU, torch.float32, 64))
     monkeypatch.setattr(FlashAttention, "devices", ("cuda",))
     assert backend.supports(CPU, torch.bfloat16, 64) == "it needs cuda"
