@@ -35,15 +35,27 @@ class Prefixes:
         wanted = part_of(sequence.token_ids, sequence.items, start, end)
         return self._pool.find_part(_parent(sequence, full), wanted)
 
-    def publish(self, sequence: Sequence) -> None:
-        """Let the blocks be found that have become full and computed."""
-        full = sequence.num_computed // self._block_size
+    def announce(self, sequence: Sequence) -> None:
+        """Let the blocks be found that the steps planned fill, also by sequences of the same step:
+        in each layer all keys and values are written before any are read."""
+        full = min(sequence.num_planned, len(sequence.token_ids)) // self._block_size
+        if not self.enabled or full <= sequence.num_published:
+            return
         self._name(sequence)
         if sequence.arrival >= self._flushed:
             for number in range(sequence.num_published, full):
                 self._pool.publish(sequence.blocks[number], sequence.digests[number])
-                self._note(sequence, number)
         sequence.num_published = full
+
+    def keep(self, sequence: Sequence) -> None:
+        """Let the blocks that are full and computed be found by what they begin with, too: a step
+        copies before it computes."""
+        self.announce(sequence)
+        full = sequence.num_computed // self._block_size
+        if sequence.arrival >= self._flushed:
+            for number in range(sequence.num_noted, full):
+                self._note(sequence, number)
+        sequence.num_noted = full
 
     def leave(self, sequence: Sequence) -> None:
         """Let the block be found that a sequence fills no further."""

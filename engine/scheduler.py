@@ -205,6 +205,8 @@ class Scheduler:
                     continue
                 new_blocks = grown
             draft.add(sequence, count, new_blocks)
+            if count > 1:
+                self._prefixes.announce(sequence)
 
     def _grow(self, sequence: Sequence, draft: Draft) -> list[int] | None:
         """One more block, if need be from the sequences that arrived last; None: wait for it.
@@ -284,7 +286,7 @@ class Scheduler:
                 draft.copies.append(Copy(source, blocks[0]))
             self._waiting.take(sequence)
             sequence.blocks = hits + blocks
-            sequence.num_published = len(hits)
+            sequence.num_published = sequence.num_noted = len(hits)
             sequence.status = Status.RUNNING
             insort(self._running, sequence, key=self._waiting.rank)
             if not sequence.started:
@@ -299,6 +301,7 @@ class Scheduler:
                         self._prefix_queries += sequence.prompt_len if scored is None else scored
             draft.new_rows.append(sequence.new_row())
             draft.add(sequence, count, blocks)
+            self._prefixes.announce(sequence)
 
     def _allow(self, cost: CostModel | None, draft: Draft) -> Allowance:
         """The time for prompts and pictures; ``draft`` holds none yet, only rows that generate."""
@@ -323,15 +326,15 @@ class Scheduler:
                 payer.charge_encoding(item.digest, seconds)
         outputs: list[EngineOutput] = []
         sampled, scored = iter(result.sampled), iter(result.scored)
-        publishing, block_size, running = self._prefixes.enabled, self._block_size, Status.RUNNING
+        caching, block_size, running = self._prefixes.enabled, self._block_size, Status.RUNNING
         for sequence, work in zip(sequences, plan.work, strict=True):
             drawn = next(sampled) if work.sample else None
             if work.score:
                 sequence.take_scores(work.start, next(scored))
             if sequence.status is running:  # and not preempted since
                 sequence.num_computed += work.count
-                if publishing and sequence.num_computed // block_size > sequence.num_published:
-                    self._prefixes.publish(sequence)
+                if caching and sequence.num_computed // block_size > sequence.num_noted:
+                    self._prefixes.keep(sequence)
                 if sequence.held:
                     self._release_passed(sequence)
             elif sequence.status is Status.ENDED:  # aborted, or ended by the step before

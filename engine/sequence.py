@@ -35,7 +35,8 @@ class Sequence:
     the digests whose encoder output this sequence keeps alive, ``sought`` those that it has looked
     for. ``digests`` name the full blocks
     of its tokens as far as they were needed; the first ``num_published`` of ``blocks`` can be
-    found by them. ``num_cached`` prompt positions were not computed but found, at the start.
+    found by them, the first ``num_noted`` by what they begin with too. ``num_cached`` prompt
+    positions were not computed but found, at the start.
     ``scores`` are the log-probabilities of the prompt as far as they are known, from its second
     token on, or those of its ``lookup``; None if nobody waits for them.
     ``encode_seconds`` is what its pictures took of the encoder since the last output.
@@ -63,6 +64,7 @@ class Sequence:
         "num_charged",
         "num_computed",
         "num_known",
+        "num_noted",
         "num_planned",
         "num_published",
         "prompt_len",
@@ -102,6 +104,7 @@ class Sequence:
         self.next_span = 0
         self.digests: list[bytes] = []
         self.num_published = 0
+        self.num_noted = 0
         self.num_cached = 0
         self.num_charged = len(self.token_ids) if request.output else 0
         # One that goes on behind some output has reported them.
@@ -195,3 +198,4 @@ class Sequence:
         self.blocks = []
         self.held = []
         self.num_published = 0
+        self.num_noted = 0

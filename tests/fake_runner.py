@@ -182,9 +182,8 @@ class FakeRunner:
         assert len(inputs) == sum(span.length for span in new.spans)
         row = Row(list(new.token_ids), new.prompt_len, new.sampling.seed, inputs)
         row.likeliest, row.blocks = new.sampling.prompt_logprobs, list(new.blocks)
-        size = self._ready.block_size
-        assert len(row.blocks) * size < len(row.tokens), "nothing is left to compute"
-        row.states = [self.cache[block, slot] for block in row.blocks for slot in range(size)]
+        found = len(row.blocks) * self._ready.block_size
+        assert found < len(row.tokens), "nothing is left to compute"
         self.rows[new.id] = row
 
     def _encode(self, item: EncodeItem) -> None:
@@ -212,25 +211,25 @@ class FakeRunner:
         assert size <= self.settings.encoder_cache_bytes or len(self.tensors) == 1
         fresh = [block for work in plan.work for block in work.new_blocks]
         assert len(fresh) == len(set(fresh)), "a block is handed out twice"
-        owned = {block for row in self.rows.values() for block in row.blocks}
+        new = {row.id for row in plan.new_rows}  # may share what others compute in this step
+        old = (row for name, row in self.rows.items() if name not in new)
+        owned = {block for row in old for block in row.blocks}
         assert not owned & set(fresh), "a block is handed out that a row reads"
 
     def _copy(self, plan: StepPlan) -> None:
         """Blocks as they are, with what is stale in them; their rows go on from there."""
         size = self._ready.block_size
-        begun = {}
+        begun = []
         for work in plan.work:
-            missing = work.start - len(self.rows[work.id].states)
-            assert 0 <= missing < size, "positions are not contiguous"
-            if missing:
-                begun[work.new_blocks[0]] = work.id, missing
-        targets = [copy.target for copy in plan.copies]
-        assert targets == list(begun), "positions that nobody computed"
+            row = self.rows[work.id]
+            missing = work.start - max(len(row.states), len(row.blocks) * size)
+            if not row.states and missing:
+                assert 0 < missing < size, "positions are not contiguous"
+                begun.append(work.new_blocks[0])
+        assert [copy.target for copy in plan.copies] == begun, "positions that nobody computed"
         for copy in plan.copies:
             for slot in range(size):
                 self.cache[copy.target, slot] = self.cache.get((copy.source, slot), 0)
-        for block, (name, count) in begun.items():
-            self.rows[name].states += [self.cache[block, slot] for slot in range(count)]
 
     def _compute(self, work: Work) -> None:
         row = self.rows[work.id]
@@ -238,6 +237,9 @@ class FakeRunner:
         row.blocks += work.new_blocks
         assert all(0 <= block < self._ready.blocks_total for block in work.new_blocks)
         assert work.count > 0
+        if not row.states:  # it goes on from what others left, or computed before it in this step
+            slots = ((row.blocks[at // size], at % size) for at in range(work.start))
+            row.states = [self.cache[slot] for slot in slots]
         assert work.start == len(row.states), "positions are not contiguous"
         assert work.start + work.count <= len(row.tokens), "computed beyond the known tokens"
         assert work.start + work.count <= len(row.blocks) * size, "no block for a position"

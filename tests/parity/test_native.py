@@ -312,10 +312,14 @@ def test_tokens_do_not_depend_on_how_they_are_served(
     assert serve(folder, [requests], **how) == alone
     cramped = {"max_num_batched_tokens": 7, "num_kv_blocks": 6, "max_num_seqs": 5}
     assert serve(folder, [requests], **how, **cramped) == alone
-    again = [(msgspec.structs.replace(r, id=f"again {r.id}"), b) for r, b in requests]
-    tokens = serve(folder, [requests, again], **how)
-    assert {name.removeprefix("again "): row for name, row in tokens.items()} == alone
-    assert {name: tokens[f"again {name}"] for name in alone} == alone
+    twins, again = (
+        [(msgspec.structs.replace(r, id=f"{when} {r.id}"), b) for r, b in requests]
+        for when in ("twin", "again")
+    )
+    tokens = serve(folder, [[*requests, *twins], again], **how)
+    assert tokens == {
+        when + name: row for when in ("", "twin ", "again ") for name, row in alone.items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["none", "int8"])

@@ -152,6 +152,22 @@ def test_cached_is_uncached(
 
 
 @pytest.mark.parametrize("mode", ["off", "on"])
+@pytest.mark.parametrize("block_size", [3, 16])
+def test_shared_in_one_step_is_alone(
+    folder: Path, alone: dict[str, list[int]], block_size: int, mode: str
+) -> None:
+    """Of two equal prompts that start together the second reads what the first has just written."""
+    twins = [
+        (msgspec.structs.replace(request, id=f"{twin}{request.id}"), buffers)
+        for request, buffers in requests()
+        for twin in ("", "twin ")
+    ]
+    tokens, core = run(folder, [twins], block_size=block_size, async_scheduling=mode)
+    assert tokens == alone | {f"twin {name}": row for name, row in alone.items()}
+    assert core._scheduler.stats.cached_tokens > 40
+
+
+@pytest.mark.parametrize("mode", ["off", "on"])
 @pytest.mark.parametrize("settings", CRAMPED.values(), ids=CRAMPED.keys())
 def test_cramped_is_alone(
     folder: Path, alone: dict[str, list[int]], settings: dict[str, float], mode: str

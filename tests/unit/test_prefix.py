@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.blocks import BlockPool
 from engine.prefix import GRAIN, Part, Parts, count_common, extend_digests, part_of
 from tests.fake_runner import GEOMETRY, Engine, alone, request
-from wire.messages import VisionItem
+from wire.messages import EngineStats, StepReport, VisionItem
 
 SIZE = 4
 
@@ -272,6 +272,62 @@ def test_sequences_that_run_share_their_beginning() -> None:
     assert engine.scheduler.stats.blocks_used == 7
     engine.finish()
     assert engine.tokens["b"] == engine.tokens["a"][:2]
+
+
+@pytest.mark.parametrize("pipelined", ["off", "on"])
+def test_sequences_that_start_together_compute_their_beginning_once(pipelined: str) -> None:
+    engine = Engine(async_scheduling=pipelined)
+    for name in "abc":
+        engine.add(name, 5, (1, 2), 9, max_tokens=3)
+    plan = engine.step()
+    assert [(work.start, work.count) for work in plan.work] == [(0, 22), (20, 2), (20, 2)]
+    assert sum(item.tiles for item in plan.encode) == 2
+    engine.finish()
+    for name in "abc":
+        assert engine.tokens[name] == alone(5, (1, 2), 9, max_tokens=3)
+    assert [engine.ends[name].cached_tokens for name in "abc"] == [0, 20, 20]
+
+
+def test_one_that_starts_shares_what_a_step_computes_of_another_s_chunk() -> None:
+    engine = Engine(max_num_batched_tokens=12)
+    engine.add("a", 30, max_tokens=3)
+    engine.step()
+    engine.add("b", 18, 5, max_tokens=3, seed=1)
+    engine.add("c", 30, max_tokens=3)
+    while "c" not in engine.tokens:
+        engine.step()
+    engine.finish()
+    assert engine.tokens["c"] == engine.tokens["a"] == alone(30, max_tokens=3)
+    assert engine.tokens["b"] == alone(18, 5, max_tokens=3, seed=1)
+    assert engine.ends["c"].cached_tokens == 28
+
+
+def test_who_shares_what_an_aborted_sequence_was_to_compute_gets_it() -> None:
+    """The step is executed, whoever leaves meanwhile."""
+    engine = Engine()
+    for name in "ab":
+        engine.add(name, 22, max_tokens=3)
+    plan = engine.scheduler.plan()
+    assert plan is not None
+    assert plan.work[1].start == 20
+    engine.core.abort(["a"])
+    engine.take(StepReport(engine.scheduler.commit(engine.runner.execute(plan)), EngineStats()))
+    engine.finish()
+    assert engine.tokens["b"] == alone(22, max_tokens=3)
+
+
+def test_of_a_block_that_is_being_computed_no_part_is_copied() -> None:
+    """A step copies first; in the next one it may be."""
+    common = [n % 90 for n in range(2 * GRAIN)]
+    engine = Engine(block_size=4 * GRAIN, max_num_batched_tokens=256)
+    for name, last in (("a", 91), ("b", 92), ("c", 93)):
+        engine.add_tokens(name, [*common, *[last] * (2 * GRAIN + 1)], max_tokens=3)
+    assert [work.start for work in engine.step().work] == [0, 0, 0]
+    engine.finish()
+    fresh = Engine(enable_prefix_caching=False)
+    fresh.add_tokens("b", [*common, *[92] * (2 * GRAIN + 1)], max_tokens=3)
+    fresh.finish()
+    assert engine.tokens["b"] == fresh.tokens["b"]
 
 
 def test_what_was_generated_is_found_too() -> None:

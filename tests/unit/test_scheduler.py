@@ -295,8 +295,8 @@ def test_a_sequence_that_needs_a_block_preempts_the_one_that_arrived_last() -> N
 
 def test_a_preempted_sequence_keeps_its_place_before_those_that_wait() -> None:
     engine = Engine(num_kv_blocks=7)
-    for name in "abcd":
-        engine.add(name, 7, max_tokens=9)
+    for seed, name in enumerate("abcd"):
+        engine.add(name, 7, max_tokens=9, seed=seed)
     engine.finish()
     starts = [new.id for plan in engine.runner.plans for new in plan.new_rows]
     assert engine.scheduler.stats.preemptions > 0
@@ -328,7 +328,7 @@ def test_the_last_sequence_waits_for_a_block_without_losing_its_own() -> None:
 def test_admission_leaves_a_block_to_the_sequences_that_run() -> None:
     engine = Engine(num_kv_blocks=4)
     engine.add("a", 8, max_tokens=4)
-    engine.add("b", 8, max_tokens=4)
+    engine.add("b", 8, max_tokens=4, seed=1)
     assert list(work(engine.step())) == ["a"]
     engine.finish()
     assert engine.scheduler.stats.preemptions == 0

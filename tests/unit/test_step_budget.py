@@ -96,8 +96,8 @@ def test_beside_rows_that_take_the_whole_budget_prompts_still_get_a_share() -> N
 
 def test_who_came_first_gets_the_time_and_the_next_what_is_left() -> None:
     streams = generating(engine(40))
-    for name in ("a", "b", "c"):
-        streams.add(name, 18, max_tokens=2, seed=9)
+    for seed, name in enumerate("abc", 9):
+        streams.add(name, 18, max_tokens=2, seed=seed)
     plans = until_first_token(streams, "c")
     counts = [
         {work.id: work.count for work in plan.work if work.id in "abc" and work.count > 1}
