@@ -88,6 +88,7 @@ class Bench:
             self.results.append({"part": self.part, "case": name, "error": text})
         finally:
             if self.device.type == "cuda":
+                gc.collect()  # what failed is a part of cycles
                 torch.cuda.empty_cache()
 
     def seconds(self, function: Callable[[], Any], repeat: int = 20) -> float:
@@ -176,10 +177,12 @@ def core(bench: Bench, shape: Shape, **settings: Any) -> Iterator[tuple[EngineCo
             options = EngineSettings(model=str(path), **(values | settings))
             runner = ModelRunner(options)
         found = EngineCore(options, runner, runner.ready()), runner
-        yield found
-        for one in found:  # the caller's names still hold them, and the next one needs the memory
-            vars(one).clear()
-        gc.collect()
+        try:
+            yield found
+        finally:
+            for one in found:  # the caller's names still hold them; the next one needs the memory
+                vars(one).clear()
+            gc.collect()
     finally:
         engine.runner.build_model = built
 

@@ -141,3 +141,20 @@ def test_what_always_works_is_the_last_choice() -> None:
     assert isinstance(choose("auto", config(4, 2), CPU, torch.float32, 64), SdpaAttention)
     # torch's own kernel exists for CUDA only; trying it on the CPU ends in the next choice.
     assert isinstance(choose("auto", config(4, 2), CPU, torch.bfloat16, 64), SdpaAttention)
+
+
+def test_torch_has_the_kernel_that_is_called() -> None:
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    assert [(a.name, str(a.type)) for a in schema.arguments[:10]] == [
+        ("query", "Tensor"),
+        ("key", "Tensor"),
+        ("value", "Tensor"),
+        ("cum_seq_q", "Optional[Tensor]"),
+        ("cum_seq_k", "Optional[Tensor]"),
+        ("max_q", "int"),
+        ("max_k", "int"),
+        ("dropout_p", "float"),
+        ("is_causal", "bool"),
+        ("return_debug_mask", "bool"),
+    ]
+    assert all(a.has_default_value() for a in schema.arguments[10:])
