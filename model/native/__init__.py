@@ -11,7 +11,7 @@ from typing import Any
 
 from wire.native import load
 
-VERSION = 7
+VERSION = 8
 """That of the functions' arguments, here and in pool.c: one more with every change of them."""
 BEST = 4
 """For ``internvl_choose``: the best instruction set of this processor; tests choose others too."""

@@ -63,17 +63,11 @@ void internvl_decode(const struct decoder *d, const struct batch *batch, const i
 
 /* wide.c: products by AVX512, if wide_fit() says so, and narrow panels. More rows than MOST_ROWS leave
    too little of the second cache to the panels. */
-enum { TALLEST_BLOCK = 28, MOST_ROWS = 120, PIECE = 192, EXPONENTS = 128, ZERO = 15 };
-struct blocks {
-  long count;
-  int height;
-};
+enum { TALLEST_BLOCK = 12, MOST_ROWS = 120, PIECE = 192, EXPONENTS = 128, ZERO = 15 };
 int wide_fit(long rows);
-struct blocks wide_blocks(long rows);
-const uint32_t *wide_turn(const void *x, long ldx, long rows, long words, uint32_t *to);
-/* c[rows][COLUMNS] = a block of rows times the group of panels at `column`, which is in the caches if it
-   was multiplied before (`again`). start: for whole numbers, what each row's sums begin with. */
-void wide_product(const struct matrix *m, long column, const uint32_t *x, const int32_t *start, int rows,
-                  int again, void *c);
+/* c[rows][COLUMNS] = x[rows][..] times the group of panels at `column`; rows are ldx bytes apart. starts:
+   for whole numbers, what each row's sums begin with. */
+void wide_product(const struct matrix *m, long column, const void *x, long ldx, int rows, const int32_t *starts,
+                  void *c);
 void wide_widen(const uint8_t *from, int base, long inputs, bf16 *to);
 void wide_add_odds(const struct matrix *m, long column, const bf16 *x, long ldx, long rows, float *c);

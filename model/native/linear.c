@@ -19,10 +19,8 @@ struct linear {
   const int8_t *x8; /* in its place, if the matrix is quantised */
   float *heats;     /* what a whole number of each row stands for */
   int32_t *starts;  /* with wide.c, what the sums of its whole numbers begin with */
-  const uint32_t *words; /* the rows in the order of wide.c */
   void *y;
-  long rows, ldx, ldy, ld8, tall, groups, chunks, run;
-  struct blocks blocks;
+  long rows, ldx, ldy, ld8, tall, groups, chunks;
   int kind, fits;
 };
 
@@ -160,8 +158,6 @@ enum { TALLEST = 640, TALL_BYTES = 200 * 8192 };
 /* Other products are slow enough for the second cache, where all inputs of a group are, and rows in the
    third; weights in twelve bits are widened for so many inputs at a time. */
 enum { WIDENED = 1024, THIRD_BYTES = 16 << 20 };
-/* Groups at a time, for few rows. */
-enum { LONGEST_RUN = 4 };
 
 /* Rows `first` to `last` of a group of panels that have been summed to c: what follows. */
 static void end_rows(const struct linear *w, float *c, long row, int rows, long column) {
@@ -176,18 +172,12 @@ static void end_rows(const struct linear *w, float *c, long row, int rows, long 
   finish(w, c, row, rows, column);
 }
 
-/* Groups of panels one behind the other: where one ends the next is on its way. */
-static void wide_part(void *context, long index) {
+static void wide_part(void *context, long group) {
   const struct linear *w = context;
-  float c[TALLEST_BLOCK * COLUMNS] __attribute__((aligned(64)));
-  long height = w->blocks.height, words = w->m->inputs / (w->m->scales ? 4 : 2);
-  for (long group = index * w->run; group < (index + 1) * w->run && group < w->groups; group++)
-    for (long row = 0; row < w->rows; row += height) {
-      int rows = (int)(w->rows - row < height ? w->rows - row : height);
-      const int32_t *start = w->starts ? w->starts + row : NULL;
-      wide_product(w->m, group * COLUMNS, w->words + row * words, start, (int)height, row > 0, c);
-      end_rows(w, c, row, rows, group * COLUMNS);
-    }
+  const void *x = w->m->scales ? (const void *)w->x8 : w->x;
+  float c[MOST_ROWS * COLUMNS] __attribute__((aligned(64)));
+  wide_product(w->m, group * COLUMNS, x, w->m->scales ? w->ld8 : w->ldx * 2, (int)w->rows, w->starts, c);
+  end_rows(w, c, 0, (int)w->rows, group * COLUMNS);
 }
 
 static void part(void *context, long index) {
@@ -207,16 +197,17 @@ static void part(void *context, long index) {
   for (long k = 0; k < m->inputs; k += deep) {
     int inputs = (int)(m->inputs - k < deep ? m->inputs - k : deep);
     int done = k + inputs == m->inputs;
-    const char *at = b + panel_bytes(m, k);
+    const char *at = b + panel_bytes(m, k) * (m->bases ? GROUP : 1);
     const bf16 *panel = (const void *)at;
     long stride = m->inputs * LANES;
     if (m->bases) {
       for (int p = 0; p < panels; p++)
-        wide_widen((const uint8_t *)at + p * apart, m->bases[group * GROUP + p], inputs, widened[p]);
+        wide_widen((const uint8_t *)at + p * PIECE, m->bases[group * GROUP + p], inputs, widened[p]);
       panel = widened[0];
       stride = WIDENED * LANES;
     }
-    struct soon soon = {done ? next : at + panel_bytes(m, deep), apart, 0};
+    long further_on = panel_bytes(m, deep) * (m->bases ? GROUP : 1);
+    struct soon soon = {done ? next : at + further_on, m->bases ? further_on / GROUP : apart, 0};
     long lines = panel_bytes(m, DEEP * 2 / (m->scales ? 1 : 2)) / 512;
     if (soon.from && blocks > 1) soon.lines = (int)((lines + blocks - 1) / blocks);
     for (long row = first; row < last; row += high) {
@@ -242,39 +233,29 @@ static long apart8(long inputs) { return inputs + 64; }
 
 static long heats_bytes(long rows) { return (rows * sizeof(float) + 63) / 64 * 64; }
 
-/* Rows of blocks of wide.c. */
-static long padded(long rows) { return rows + TALLEST_BLOCK; }
-
 /* Bytes that internvl_linear needs as scratch for so many rows or fewer: for a quantised layer the rows
-   in whole numbers, what one of each stands for and their sums; for wide.c the rows in another order. */
+   in whole numbers, what one of each stands for and their sums. */
 long internvl_linear_scratch(const struct matrix *m, long rows) {
-  long bytes = m->scales ? 2 * heats_bytes(padded(rows)) + rows * apart8(m->inputs) : 0;
-  long few = rows < MOST_ROWS ? rows : MOST_ROWS;
-  return wide_fit(few) ? bytes + padded(few) * m->inputs * (m->scales ? 1 : 2) : bytes;
+  return m->scales ? 2 * heats_bytes(rows) + rows * apart8(m->inputs) : 0;
 }
 
 /* y[rows][outputs] = kind(x[rows][inputs] * panels + bias); ldx and ldy are the distances of rows in
    elements. */
 void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows, void *y, long ldy,
                      int kind, void *scratch) {
+  if (!rows) return;
   struct linear w = {.m = m, .x = x, .y = y, .rows = rows, .ldx = ldx, .ldy = ldy, .kind = kind,
                      .fits = wide_fit(rows)};
   w.groups = (m->outputs + COLUMNS - 1) / COLUMNS;
   if (m->scales) {
     w.heats = scratch;
     w.ld8 = apart8(m->inputs);
-    w.starts = (int32_t *)((char *)scratch + heats_bytes(padded(rows)));
-    w.x8 = (int8_t *)w.starts + heats_bytes(padded(rows));
+    w.starts = (int32_t *)((char *)scratch + heats_bytes(rows));
+    w.x8 = (int8_t *)w.starts + heats_bytes(rows);
     pool_run(quantise, &w, (rows + AT_ONCE - 1) / AT_ONCE);
-    scratch = (char *)w.x8 + rows * w.ld8;
   }
   if (w.fits) {
-    w.blocks = wide_blocks(rows);
-    w.words = m->scales ? wide_turn(w.x8, w.ld8, rows, m->inputs / 4, scratch)
-                        : wide_turn(x, ldx * 2, rows, m->inputs / 2, scratch);
-    long share = w.groups / (4 * pool_threads());
-    w.run = rows > TALLEST_BLOCK || share < 1 ? 1 : share < LONGEST_RUN ? share : LONGEST_RUN;
-    pool_run(wide_part, &w, (w.groups + w.run - 1) / w.run);
+    pool_run_apart(wide_part, &w, w.groups); /* where one group ends the next is on its way */
     return;
   }
   long tall = (block_level > 3 ? TALL_BYTES : THIRD_BYTES) / (m->inputs * (m->scales ? 1 : 2));

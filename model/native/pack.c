@@ -116,11 +116,12 @@ long internvl_odds(const bf16 *from, long outputs, long inputs, long gates, uint
 
 static void pack_panel12(void *context, long panel) {
   const struct pack *p = context;
-  uint8_t *to = (uint8_t *)p->to8 + panel * p->inputs * LANES * 3 / 2;
+  uint8_t *to = (uint8_t *)p->to8 + panel / GROUP * GROUP * p->inputs * LANES * 3 / 2 + panel % GROUP * PIECE;
   struct odd *odd = p->odds + p->starts[panel];
   int base = p->bases[panel];
-  memset(to, 0, p->inputs * LANES * 3 / 2);
-  for (long i = 0; i < p->inputs; i++)
+  for (long i = 0; i < p->inputs; i++) {
+    uint8_t *piece = to + i / 8 * GROUP * PIECE;
+    if (i % 8 == 0) memset(piece, 0, PIECE);
     for (int lane = 0; lane < LANES; lane++) {
       long row = source(p, panel, lane);
       bf16 weight = row < p->outputs ? p->from[row * p->inputs + i] : 0;
@@ -131,18 +132,19 @@ static void pack_panel12(void *context, long panel) {
         code = ZERO;
       }
       long pair = i % 8 / 2, word = lane * 2 + i % 2;
-      uint8_t *piece = to + i / 8 * PIECE;
       piece[pair * 32 + word] = (uint8_t)(weight >> 8 & 0x80) | (weight & 0x7f);
       piece[EXPONENTS + word * 2 + pair / 2] |= (uint8_t)(code << pair % 2 * 4);
     }
+  }
 }
 
-/* The same in twelve bits (wide.c), given what internvl_odds found. inputs is a multiple of STEP. */
+/* The same in twelve bits (wide.c), given what internvl_odds found, with a panel of zeros if they are not
+   even. inputs is a multiple of STEP. */
 void internvl_pack12(const bf16 *from, long outputs, long inputs, long gates, uint8_t *bases, int32_t *starts,
                      struct odd *odds, uint8_t *to) {
   struct pack p = {.from = from, .to8 = (int8_t *)to, .outputs = outputs, .inputs = inputs, .gates = gates,
                    .bases = bases, .starts = starts, .odds = odds};
-  pool_run(pack_panel12, &p, (outputs + LANES - 1) / LANES);
+  pool_run(pack_panel12, &p, (outputs + COLUMNS - 1) / COLUMNS * GROUP);
 }
 
 /* Ask for large pages: a matrix that is read once per step is read a quarter faster. */

@@ -1,79 +1,23 @@
-/* Products by AVX512: a block of rows at a time, times one panel, and all sums stay in registers.
+/* Products by AVX512: a block of rows at a time, times a group of panels, and all sums stay in registers.
 
-   The inputs of a row stand in words, of two bf16 or four bytes. A block's rows lie side by side,
-   [words][rows of the block], so that what a panel's line is multiplied with comes from one place: the
-   instruction takes a word from memory and gives it to all lanes.
+   The inputs of a row stand in words, of two bf16 or four bytes. An instruction takes a word from memory
+   and gives it to all lanes, to be multiplied with a line of each panel.
 
    Where there are few rows what counts is how few bytes the weights are, and that the next ones are on
    their way. A narrow weight has twelve bits and says the same: the sign and the fraction in a byte, the
    exponent in four bits above a base of its panel, as nearly all weights of an output lie within 2^15 of
    each other. Those that do not are zeros here and stand in a list, to be added to the sums at the end.
    A narrow panel is [inputs / 8] pieces of 192 bytes: 32 of each of 4 pairs of inputs, then 32 words of
-   16 bits that hold an exponent of each, the first lowest. */
+   16 bits that hold an exponent of each, the first lowest. The pieces of a group's panels take turns, so
+   that all of a matrix is one stream. */
 #include "kernels.h"
 #include "lanes.h"
 #include "pool.h"
 
-/* Bytes from where a panel is read to where it is fetched. */
-enum { AHEAD = 4096 };
-
-/* Rows of one block: all have the same height, which is one of a few. */
-static int height(long rows) {
-  long blocks = (rows + TALLEST_BLOCK - 1) / TALLEST_BLOCK, each = (rows + blocks - 1) / blocks;
-  return each == 1 ? 1 : (int)(each + 3) / 4 * 4;
-}
-
-struct blocks wide_blocks(long rows) {
-  struct blocks b = {.height = height(rows)};
-  b.count = (rows + b.height - 1) / b.height;
-  return b;
-}
-
-struct turn {
-  const char *x;
-  long ldx, rows, words, parts;
-  struct blocks blocks;
-  uint32_t *to;
-};
-
-enum { WORDS_AT_ONCE = 256 };
-
-/* Four words of each of four rows: what was a row is a column. */
-INLINE void turn_four(const char *const row[4], long at, uint32_t *to, long height) {
-  typedef uint32_t four __attribute__((vector_size(16)));
-  four x[4];
-  for (int i = 0; i < 4; i++) memcpy(x + i, row[i] + 4 * at, sizeof *x);
-  four a = __builtin_shuffle(x[0], x[1], (four){0, 4, 1, 5}), b = __builtin_shuffle(x[2], x[3], (four){0, 4, 1, 5});
-  four c = __builtin_shuffle(x[0], x[1], (four){2, 6, 3, 7}), d = __builtin_shuffle(x[2], x[3], (four){2, 6, 3, 7});
-  x[0] = __builtin_shuffle(a, b, (four){0, 1, 4, 5});
-  x[1] = __builtin_shuffle(a, b, (four){2, 3, 6, 7});
-  x[2] = __builtin_shuffle(c, d, (four){0, 1, 4, 5});
-  x[3] = __builtin_shuffle(c, d, (four){2, 3, 6, 7});
-  for (int i = 0; i < 4; i++) memcpy(to + i * height, x + i, sizeof *x);
-}
-
-static void turn_part(void *context, long index) {
-  const struct turn *t = context;
-  long block = index / t->parts, from = index % t->parts * WORDS_AT_ONCE, height = t->blocks.height;
-  long last = from + WORDS_AT_ONCE < t->words ? from + WORDS_AT_ONCE : t->words;
-  uint32_t *to = t->to + block * t->words * height;
-  for (long row = 0; row < height; row += 4) {
-    const char *four[4];
-    for (long i = 0; i < 4; i++) { /* a block's rows that are not there are never looked at */
-      long at = block * height + row + i;
-      four[i] = t->x + (at < t->rows ? at : t->rows - 1) * t->ldx;
-    }
-    for (long i = from; i < last; i += 4) turn_four(four, i, to + i * height + row, height);
-  }
-}
-
-/* Rows of so many words, ldx bytes apart, to blocks: in `to`, or where they lie if there is one row. */
-const uint32_t *wide_turn(const void *x, long ldx, long rows, long words, uint32_t *to) {
-  struct turn t = {x, ldx, rows, words, (words + WORDS_AT_ONCE - 1) / WORDS_AT_ONCE, wide_blocks(rows), to};
-  if (rows == 1) return x;
-  pool_run(turn_part, &t, t.blocks.count * t.parts);
-  return to;
-}
+/* Bytes from where narrow panels are read to where they are fetched. */
+enum { AHEAD = 8192 };
+/* Words at a time, where several blocks are multiplied with the same: it stays in the first cache. */
+enum { CHUNK = 128 };
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -96,7 +40,7 @@ AVX512 INLINE __m512i widened(const uint8_t *from, __m512i codes, __m512i expone
 
 AVX512 static void widen_avx512(const uint8_t *from, int base, long inputs, bf16 *to) {
   __m512i bits = exponents(base);
-  for (long i = 0; i < inputs; i += 8, from += PIECE, to += 8 * LANES) {
+  for (long i = 0; i < inputs; i += 8, from += GROUP * PIECE, to += 8 * LANES) {
     __m512i codes = _mm512_loadu_si512(from + EXPONENTS);
     for (int line = 0; line < PIECE; line += 64) _mm_prefetch((const char *)from + AHEAD + line, _MM_HINT_T0);
     for (int pair = 0; pair < 4; pair++, codes = _mm512_srli_epi16(codes, 4))
@@ -104,104 +48,163 @@ AVX512 static void widen_avx512(const uint8_t *from, int base, long inputs, bf16
   }
 }
 
-/* gcc 12 does not take the word from memory by itself, which costs a register and an instruction. */
+/* What a product reads: panels of bf16, of twelve bits, of twelve bits that the block before has widened,
+   or of whole numbers. */
+enum form { SIXTEEN, NARROW, WIDENED, WHOLE };
+
+/* Some words of a block of rows times a group of panels. */
+struct product {
+  const char *x;
+  long ldx, words; /* bytes from row to row */
+  const uint8_t *panels, *bases;
+  long apart;                 /* bytes from panel to panel, SIXTEEN and WHOLE */
+  const uint8_t *soon[GROUP]; /* what to fetch meanwhile, or NULL: so much further with every four words */
+  long soon_step;
+  uint8_t *widened;     /* where NARROW leaves bf16 for WIDENED, or NULL */
+  const int32_t *start; /* what the sums of whole numbers begin with */
+  int32_t *sums;        /* [rows][COLUMNS], added to unless they begin here */
+  int begins;
+};
+
 #define ADD_PRODUCT(sum, form, line, word)                                                         \
-  if (form == WHOLE)                                                                               \
-    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(line), "m"(word));                    \
-  else                                                                                             \
-    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(line), "m"(word))
+  if (form == WHOLE) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(line), "v"(word));            \
+  else __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(line), "v"(word))
 
-enum form { SIXTEEN, NARROW, WHOLE };
+/* A word in all lanes. By hand, or gcc 12 has each product load it: a core loads twice in a cycle, and
+   multiplies as often. */
+AVX512 INLINE __m512i in_all(const char *word) {
+  __m512i x;
+  __asm__("vpbroadcastd %1, %0" : "=v"(x) : "m"(*(const int32_t *)word));
+  return x;
+}
 
-/* `rows` rows times `panels` panels, `apart` bytes from one to the next, to c[rows][COLUMNS]. `ahead`:
-   bytes from where a panel is read to where it is fetched, or 0. */
-AVX512 INLINE void product(enum form form, const uint32_t *x, const int32_t *start, int rows,
-                           const uint8_t *b, long apart, int panels, long words, const uint8_t *bases,
-                           long ahead, void *c) {
+AVX512 INLINE void multiply(enum form form, int rows, const struct product *p) {
   __m512i sum[TALLEST_BLOCK][GROUP], bits[GROUP], codes[GROUP];
   const __m512i flip = _mm512_set1_epi8((char)0x80);
+  const uint8_t *b = p->panels, *soon[GROUP] = {p->soon[0], p->soon[1]};
+  const char *x[3] = {p->x, p->x + 4 * p->ldx, p->x + 8 * p->ldx};
+  long one = p->ldx, three = 3 * p->ldx;
+  uint8_t *left = p->widened;
+  int bytes = form == NARROW || form == WIDENED ? PIECE : 256; /* of four words of a panel */
+  long apart = form == NARROW ? PIECE : form == WIDENED ? 64 : p->apart;
 #pragma GCC unroll 2
-  for (int p = 0; p < panels; p++) {
-    if (form == NARROW) bits[p] = exponents(bases[p]);
-#pragma GCC unroll 28
+  for (int i = 0; i < GROUP; i++) {
+    if (form == NARROW) bits[i] = exponents(p->bases[i]);
+#pragma GCC unroll 12
     for (int row = 0; row < rows; row++)
-      sum[row][p] = form == WHOLE ? _mm512_set1_epi32(start[row]) : _mm512_setzero_si512();
+      sum[row][i] = !p->begins      ? _mm512_loadu_si512(p->sums + row * COLUMNS + i * LANES)
+                    : form == WHOLE ? _mm512_set1_epi32(p->start[row])
+                                    : _mm512_setzero_si512();
   }
-  int piece = form == NARROW ? PIECE : 256;
-  for (long i = 0; i < words; i += 4, b += piece, x += 4 * rows) {
+  for (long at = 0; at < p->words; at += 4) {
+    /* Five registers name twelve rows; gcc would take one for each, and has not so many. */
+    __asm__("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(one), "+r"(three));
 #pragma GCC unroll 2
-    for (int p = 0; p < panels; p++) {
-      for (int line = 0; ahead && line < piece; line += 64)
-        _mm_prefetch((const char *)b + p * apart + ahead + line, _MM_HINT_T0);
-      if (form == NARROW) codes[p] = _mm512_loadu_si512(b + p * apart + EXPONENTS);
+    for (int i = 0; i < GROUP; i++) {
+      if (soon[i]) {
+        for (int line = 0; line < bytes; line += 64) _mm_prefetch((const char *)soon[i] + line, _MM_HINT_T0);
+        soon[i] += p->soon_step;
+      }
+      if (form == NARROW) codes[i] = _mm512_loadu_si512(b + i * apart + EXPONENTS);
     }
 #pragma GCC unroll 4
-    for (int word = 0; word < 4; word++)
+    for (int word = 0; word < 4; word++) {
+      __m512i line[GROUP];
 #pragma GCC unroll 2
-      for (int p = 0; p < panels; p++) {
-        __m512i line;
+      for (int i = 0; i < GROUP; i++)
         if (form == NARROW) {
-          line = widened(b + p * apart + word * 32, codes[p], bits[p]);
-          codes[p] = _mm512_srli_epi16(codes[p], 4);
+          line[i] = widened(b + i * apart + word * 32, codes[i], bits[i]);
+          codes[i] = _mm512_srli_epi16(codes[i], 4);
+          if (left) _mm512_store_si512(left + (word * GROUP + i) * 64, line[i]);
         } else {
-          line = _mm512_loadu_si512(b + p * apart + word * 64);
-          if (form == WHOLE) line = _mm512_xor_si512(line, flip);
+          line[i] = _mm512_loadu_si512(b + i * apart + word * (form == WIDENED ? 128 : 64));
+          if (form == WHOLE) line[i] = _mm512_xor_si512(line[i], flip);
         }
-#pragma GCC unroll 28
-        for (int row = 0; row < rows; row++) ADD_PRODUCT(sum[row][p], form, line, x[word * rows + row]);
+#pragma GCC unroll 12
+      for (int row = 0; row < rows; row++) {
+        long further = row % 4 == 3 ? three : row % 4 * one;
+        __m512i both = in_all(x[row / 4] + further + 4 * word);
+        ADD_PRODUCT(sum[row][0], form, line[0], both);
+        ADD_PRODUCT(sum[row][1], form, line[1], both);
       }
+    }
+    for (int i = 0; i < 3; i++) x[i] += 16;
+    b += form == NARROW ? GROUP * PIECE : form == WIDENED ? 512 : 256;
+    if (form == NARROW && left) left += 512;
   }
 #pragma GCC unroll 2
-  for (int p = 0; p < panels; p++)
-#pragma GCC unroll 28
+  for (int i = 0; i < GROUP; i++)
+#pragma GCC unroll 12
     for (int row = 0; row < rows; row++)
-      _mm512_storeu_si512((int32_t *)c + row * COLUMNS + p * LANES, sum[row][p]);
+      _mm512_storeu_si512(p->sums + row * COLUMNS + i * LANES, sum[row][i]);
 }
 
-/* There are 32 registers: up to 12 rows of both panels, or 28 of one after the other. */
-AVX512 INLINE void group(enum form form, const uint32_t *x, const int32_t *start, int rows, const uint8_t *b,
-                         long apart, long words, const uint8_t *bases, long ahead, void *c) {
-  switch (rows) {
-#define BOTH(n) case n: product(form, x, start, n, b, apart, 2, words, bases, ahead, c); break;
-#define EACH(n)                                                                                    \
-  case n:                                                                                          \
-    product(form, x, start, n, b, 0, 1, words, bases, ahead, c);                                   \
-    product(form, x, start, n, b + apart, 0, 1, words, bases ? bases + 1 : NULL, ahead, (float *)c + LANES); \
-    break;
-    BOTH(1) BOTH(4) BOTH(8) BOTH(12) EACH(16) EACH(20) EACH(24) EACH(28)
-  }
-}
-
+/* There are 32 registers: sums of up to 12 rows. */
+#define CASE(form, rows) case rows: multiply(form, rows, p); break;
 #define OF(form)                                                                                   \
-  AVX512 static void group_##form(const uint32_t *x, const int32_t *start, int rows, const uint8_t *b, \
-                                  long apart, long words, const uint8_t *bases, long ahead, void *c) { \
-    group(form, x, start, rows, b, apart, words, bases, ahead, c);                                 \
+  AVX512 static void multiply_##form(int rows, const struct product *p) {                          \
+    switch (rows) {                                                                                \
+      CASE(form, 1) CASE(form, 2) CASE(form, 3) CASE(form, 4)                                      \
+      CASE(form, 5) CASE(form, 6) CASE(form, 7) CASE(form, 8)                                      \
+      CASE(form, 9) CASE(form, 10) CASE(form, 11) CASE(form, 12)                                   \
+    }                                                                                              \
   }
 OF(SIXTEEN)
 OF(NARROW)
+OF(WIDENED)
 OF(WHOLE)
 
 int wide_fit(long rows) { return block_level == 3 && rows <= MOST_ROWS; }
 
-void wide_product(const struct matrix *m, long column, const uint32_t *x, const int32_t *start, int rows,
-                  int again, void *c) {
-  long panel = column / LANES, apart = panel_bytes(m, m->inputs), ahead = again ? 0 : AHEAD;
-  const uint8_t *b = (const uint8_t *)m->panels + panel * apart;
-  if (column + LANES >= m->outputs) apart = 0; /* the panel twice: the second result is not used */
-  if (m->scales) group_WHOLE(x, start, rows, b, apart, m->inputs / 4, NULL, ahead, c);
-  else if (m->bases) group_NARROW(x, NULL, rows, b, apart, m->inputs / 2, m->bases + panel, ahead, c);
-  else group_SIXTEEN(x, NULL, rows, b, apart, m->inputs / 2, NULL, ahead, c);
+void wide_product(const struct matrix *m, long column, const void *x, long ldx, int rows, const int32_t *starts,
+                  void *c) {
+  uint8_t widened[GROUP * CHUNK * 64] __attribute__((aligned(64)));
+  int blocks = (rows + TALLEST_BLOCK - 1) / TALLEST_BLOCK, many = blocks > 1, inputs = m->scales ? 4 : 2;
+  long panel = column / LANES, apart = panel_bytes(m, m->inputs), words = m->inputs / inputs;
+  long chunks = many || !m->bases ? (words + CHUNK - 1) / CHUNK : 1, chunk = (words / 4 + chunks - 1) / chunks * 4;
+  const uint8_t *b = (const uint8_t *)m->panels + panel * apart, *next = b + GROUP * apart;
+  for (long at = 0; at < words; at += chunk) {
+    struct product p = {.ldx = ldx, .words = words - at < chunk ? words - at : chunk, .begins = !at};
+    long bytes = panel_bytes(m, p.words * inputs) * (m->bases ? GROUP : 1);
+    const uint8_t *soon[GROUP];
+    if (m->bases) { /* the next chunk in two halves, or what comes so far behind */
+      p.bases = m->bases + panel;
+      p.widened = many ? widened : NULL;
+      p.soon_step = many ? PIECE : GROUP * PIECE;
+      soon[0] = b + (many ? bytes : AHEAD);
+      soon[1] = soon[0] + (many ? bytes / 2 : PIECE);
+    } else {
+      p.apart = column + LANES < m->outputs ? apart : 0; /* the panel twice: the second result is not used */
+      p.soon_step = 256;
+      soon[0] = at + chunk < words ? b + bytes : next;
+      soon[1] = soon[0] + apart;
+    }
+    for (int block = 0, row = 0, height; block < blocks; block++, row += height) {
+      height = (rows - row + blocks - block - 1) / (blocks - block);
+      p.x = (const char *)x + row * ldx + at * 4;
+      p.panels = m->bases && block ? widened : b;
+      p.soon[0] = block == 0 ? soon[0] : NULL;
+      p.soon[1] = block == many ? soon[1] : NULL;
+      p.start = starts ? starts + row : NULL;
+      p.sums = (int32_t *)c + row * COLUMNS;
+      if (m->scales) multiply_WHOLE(height, &p);
+      else if (!m->bases) multiply_SIXTEEN(height, &p);
+      else if (block) multiply_WIDENED(height, &p);
+      else multiply_NARROW(height, &p);
+    }
+    b += bytes;
+  }
 }
 #else
 int wide_fit(long rows) { return rows < 0; }
-void wide_product(const struct matrix *m, long column, const uint32_t *x, const int32_t *start, int rows,
-                  int again, void *c) {
-  (void)m, (void)column, (void)x, (void)start, (void)rows, (void)again, (void)c;
+void wide_product(const struct matrix *m, long column, const void *x, long ldx, int rows, const int32_t *starts,
+                  void *c) {
+  (void)m, (void)column, (void)x, (void)ldx, (void)rows, (void)starts, (void)c;
 }
 #endif
 
 CLONES static void widen_any(const uint8_t *from, int base, long inputs, bf16 *to) {
-  for (long i = 0; i < inputs; i += 8, from += PIECE)
+  for (long i = 0; i < inputs; i += 8, from += GROUP * PIECE)
     for (int pair = 0; pair < 4; pair++, to += 2 * LANES)
       for (int k = 0; k < 2 * LANES; k++) {
         unsigned rest = from[pair * 32 + k];

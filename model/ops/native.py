@@ -136,7 +136,7 @@ class NativeOps(Ops):
             "bases": bases,
             "odd_starts": starts,
             "odds": torch.empty(found + 1, dtype=torch.int64),
-            "panels": self._take(panels * LANES * inputs * 3 // 4),
+            "panels": self._take((panels + panels % 2) * LANES * inputs * 3 // 4),
         }
         LIBRARY.internvl_pack12(*shape, gates, *(part.data_ptr() for part in memory.values()))
         return memory

@@ -151,9 +151,9 @@ def test_a_product_depends_on_its_own_row_alone(level: int, weights: str) -> Non
     ops = prepared(layer, quantization="none" if narrow else weights, narrow=narrow)
     x = rows(170, 1088)
     whole = ops.linear(layer, x).clone()
-    for count in (1, 2, 3, 8, 11, 14, 23, 25, 32, 40, 70, 130):
+    for count in (*range(16), 23, 25, 32, 40, 70, 130):
         assert torch.equal(ops.linear(layer, x[:count]), whole[:count])
-        assert torch.equal(ops.linear(layer, x[-count:]), whole[-count:])
+        assert torch.equal(ops.linear(layer, x[170 - count :]), whole[170 - count :])
 
 
 @pytest.mark.parametrize("narrow", [False, True])
