@@ -1,7 +1,10 @@
 """The cases that servers are compared by. ``server.bench.client`` sends them, or
 ``benchmarks.vllm_client``: a client that we did not write."""
 
-from server.bench.client import Case, Client
+import json
+from typing import Any
+
+from server.bench.client import Case, Client, Content
 from server.target import Target
 
 _PICTURE = {"input_tokens": 16, "output_tokens": 32}
@@ -20,3 +23,19 @@ CASES = (
 def our_client(url: str) -> Client:
     """Of the server at a URL without a path. Raises what ``Client`` raises."""
     return Client(Target(url))
+
+
+class TransformersClient(Client):
+    """Of ``transformers serve``, which calls its model by the folder it was given, and names none.
+
+    It refuses a request with ``ignore_eos``; how long an answer must be is told as it is to
+    ``generate``.
+    """
+
+    def __init__(self, url: str, model: str) -> None:
+        super().__init__(Target(url), model)
+
+    def _body(self, content: Content, tokens: int) -> dict[str, Any]:
+        body = super()._body(content, tokens)
+        del body["ignore_eos"]
+        return body | {"generation_config": json.dumps({"min_new_tokens": tokens})}

@@ -7,9 +7,9 @@
 A round starts one server after the other, sends it all cases and stops it; every second round goes
 the other way round. A peer may also be given as the process id of a server that runs already: it is
 left running and has no figure for its start. With ``--vllm-python`` the cases are sent by ``vllm
-bench serve``, else by our own client. Every case and round has a seed of its own, the same for all
-servers. The result is written after each case; ``benchmarks.table`` and ``benchmarks.charts`` show
-it.
+bench serve``, else by our own client, which alone can ask ``transformers serve``. Every case and
+round has a seed of its own, the same for all servers. The result is written after each case;
+``benchmarks.table`` and ``benchmarks.charts`` show it.
 """
 
 import argparse
@@ -27,10 +27,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from benchmarks.cases import CASES, our_client
-from benchmarks.processes import Server, cpu_seconds, machine, machine_seconds
+from benchmarks.cases import CASES, TransformersClient, our_client
+from benchmarks.processes import Sender, Server, cpu_seconds, machine, machine_seconds
 from benchmarks.table import OURS, report
 from benchmarks.vllm_client import VllmClient, VllmProgram
 from server.bench.client import Case
@@ -41,16 +41,11 @@ WARM_UP = (
 )
 
 
-class Sender(Protocol):
-    """A client of one server."""
-
-    def measure(self, case: Case, seed: int) -> dict[str, float | None]: ...
-
-
 class Comparison:
     """Sends ``cases`` to servers; ``found`` grows by a record for each and is written to ``out``.
 
-    ``client`` makes the client of a URL; ``facts`` are written as they are.
+    ``client`` makes the client of a URL, for servers that need no other; ``facts`` are written as
+    they are.
     """
 
     def __init__(
@@ -72,7 +67,7 @@ class Comparison:
             self.found["servers"][server.name] = without_folders(server.command_line())
             start = {"ready_s": server.ready_s, "rss_gib": server.rss_gib()}
             self._record(server, "start", number, start)
-            client = self.client(server.url)
+            client = (server.client or self.client)(server.url)
             for index, case in enumerate(WARM_UP):
                 client.measure(case, self.seed + index)
             for index, case in enumerate(self.cases, 1):
@@ -125,6 +120,13 @@ def our_server(
     return Server(name, f"http://127.0.0.1:{port}", command, log or Path(os.devnull))
 
 
+def peer_server(name: str, url: str, command: str, model: Path, logs: Path) -> Server:
+    """Another server, which has loaded the checkpoint ``model``."""
+    own = functools.partial(TransformersClient, model=str(model))
+    client = own if name == "transformers" else None
+    return Server(name, url, command, logs / f"{name}.log", client)
+
+
 def without_folders(command: str) -> str:
     """A command line with names of files in place of their paths."""
     return re.sub(r"(?<![\w:/.])/(?:[^\s/'\"]+/)*(?=[^\s/'\"])", "", command)
@@ -162,7 +164,8 @@ def main() -> None:
         action="append",
         default=[],
         metavar=("NAME", "URL", "COMMAND"),
-        help="another server; a process id in place of COMMAND: it runs already",
+        help="another server; a process id in place of COMMAND: it runs already. One that is "
+        "called transformers is asked in the way of `transformers serve`",
     )
     parser.add_argument("--flags", default="", help="for our server")
     parser.add_argument("--rounds", type=int, default=3)
@@ -181,7 +184,7 @@ def main() -> None:
         case.at_most(given.requests) for case in CASES if case.name in (given.cases or case.name)
     ]
     servers = [our_server(given.model, flags=given.flags, log=given.logs / f"{OURS}.log")]
-    servers += [Server(*peer, log=given.logs / f"{peer[0]}.log") for peer in given.peer]
+    servers += [peer_server(*peer, given.model, given.logs) for peer in given.peer]
     with contextlib.ExitStack() as stack:
         client: Callable[[str], Sender] = our_client
         if given.vllm_python:

@@ -7,25 +7,42 @@ import shlex
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import httpx
+
+from server.bench.client import Case
 
 START_DEADLINE = 1800.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
+class Sender(Protocol):
+    """A client of one server."""
+
+    def measure(self, case: Case, seed: int) -> dict[str, float | None]: ...
+
+
 class Server:
     """A server at ``url``, which has no path.
 
     ``command`` is its command line, or the process id of one that runs already and will go on. What
-    it writes goes to ``log``.
+    it writes goes to ``log``. ``client`` makes the client of its URL, if it needs one of its own.
     """
 
-    def __init__(self, name: str, url: str, command: str, log: Path = Path(os.devnull)) -> None:
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        command: str,
+        log: Path = Path(os.devnull),
+        client: Callable[[str], Sender] | None = None,
+    ) -> None:
         self.name, self.url, self.command, self.log = name, url, command, log
+        self.client = client
         self.attached = command.isdigit()
         self.ready_s: float | None = None
 

@@ -197,10 +197,9 @@ class Client:
             await asyncio.gather(*map(one, contents, due))
             return Result(answers, errors, time.perf_counter() - began)
 
-    async def _ask(
-        self, client: httpx.AsyncClient, content: Content, tokens: int, start: float
-    ) -> Answer:
-        body = {
+    def _body(self, content: Content, tokens: int) -> dict[str, Any]:
+        """A request for so many tokens; a subclass may put it as another server wants it."""
+        return {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
             "max_tokens": tokens,
@@ -209,6 +208,11 @@ class Client:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+
+    async def _ask(
+        self, client: httpx.AsyncClient, content: Content, tokens: int, start: float
+    ) -> Answer:
+        body = self._body(content, tokens)
         arrivals: list[float] = []
         usage: dict[str, int] = {}
         async with client.stream("POST", "/v1/chat/completions", json=body) as reply:

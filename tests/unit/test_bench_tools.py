@@ -3,16 +3,16 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from xml.etree import ElementTree
 
 import pytest
 from tokenizers import Tokenizer
 
 from benchmarks.bench import give_texts
-from benchmarks.cases import CASES, our_client
+from benchmarks.cases import CASES, TransformersClient, our_client
 from benchmarks.charts import BEGIN, CHARTS, END, chart, insert
-from benchmarks.compare import Comparison, facts, our_server, without_folders
+from benchmarks.compare import Comparison, facts, our_server, peer_server, without_folders
 from benchmarks.processes import Server as Process
 from benchmarks.table import MARKS, TTFT, Results, report
 from benchmarks.vllm_client import VllmClient, VllmProgram
@@ -251,6 +251,27 @@ def test_vllm_is_told_the_case(demo_server: Server, tmp_path: Path) -> None:
     program.words = []
     client.measure(Case("", "", 1, input_tokens=8, output_tokens=2, picture=112, again=True), 9)
     assert program.words == []  # by our own client
+
+
+def test_transformers_is_asked_in_its_own_way(demo_server: Server, tmp_path: Path) -> None:
+    known = demo_server.url, str(demo_server.process.pid), Path("internvl-demo"), tmp_path
+    assert peer_server("vllm", *known).client is None
+    server = peer_server("transformers", *known)
+    assert server.client is not None
+    client = server.client(server.url)
+    assert isinstance(client, TransformersClient)
+    body = client._body([], 5)
+    assert "ignore_eos" not in body
+    assert (body["model"], body["max_tokens"]) == ("internvl-demo", 5)
+    assert json.loads(body["generation_config"]) == {"min_new_tokens": 5}
+
+    def others(url: str) -> NoReturn:
+        raise AssertionError(url)
+
+    cases = [Case("text", "", 2, input_tokens=9, output_tokens=5)]
+    comparison = Comparison(cases, others, 7, tmp_path / "result.json", facts("our own"))
+    comparison.measure(server, 0)
+    assert comparison.records[-1]["requests"] == 2
 
 
 def test_paths_are_not_told() -> None:
