@@ -16,7 +16,16 @@ import torch
 
 from benchmarks.cases import CASES, our_client
 from benchmarks.compare import Comparison, end_in_order, facts, our_server
-from benchmarks.table import report
+from benchmarks.table import (
+    OTHERS,
+    PER_TOKEN,
+    THROUGHPUT,
+    TTFT,
+    Results,
+    aligned,
+    figures,
+    notes,
+)
 from tests.checkpoints import INTERNVL3_1B, make_checkpoint
 
 ROUNDS = 2
@@ -55,7 +64,9 @@ def main() -> None:
         for name, model in (("demo model", None), ("1B shape", large)):
             for number in range(ROUNDS):
                 comparison.measure(our_server(model, name), number)
-    print(report(comparison.found))
+    results = Results(comparison.found)
+    found = "\n".join(notes(results)), figures(results, (THROUGHPUT, TTFT, PER_TOKEN, OTHERS))
+    print(aligned("\n\n".join(found)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Bar charts of what ``benchmarks.compare`` measured, as SVG, and their place in the documentation.
+"""Charts and tables of what was measured, and their place in the documentation.
 
-    python -m benchmarks.charts benchmarks/results/compare.json
+    python -m benchmarks.charts benchmarks/results/compare.json [...]
 
-Writes throughput.svg and latency.svg to docs/charts, and the tables and links to the charts into
-docs/performance.md, between the lines that mark their place. A chart has in each case a bar per
-server, as long as the median, a line from the least to the greatest round, the figure, and behind a
-peer's bar the ratio of ours to it. The longest of a case fills the width. Colours follow the
-reader's light or dark scheme.
+Takes results of ``benchmarks.compare`` and ``benchmarks.ladder``; writes charts as SVG to
+docs/charts, and tables and links into docs/performance.md, between the lines that mark the place of
+a ladder, or of a comparison with that peer. A chart of a comparison with vLLM has in each case a
+bar per server, as long as the median, a line from the least to the greatest round, the figure, and
+behind a peer's bar the ratio of ours to it. The longest of a case fills the width. That of a ladder
+has a bar per rung. Colours follow the reader's light or dark scheme.
 """
 
 import argparse
@@ -14,14 +15,26 @@ import html
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from benchmarks.table import THROUGHPUT, TTFT, Metric, Results, report
+from benchmarks.table import (
+    LADDER,
+    OURS,
+    THROUGHPUT,
+    TTFT,
+    Metric,
+    Results,
+    brief,
+    ladder,
+    marks,
+    report,
+)
 
 CHARTS = {
     "throughput.svg": ("Tokens written per second", THROUGHPUT),
     "latency.svg": ("Time to the first token", TTFT),
 }
-BEGIN, END = "<!-- benchmarks.charts -->", "<!-- end of benchmarks.charts -->"
+BEGIN, END = "<!-- benchmarks.charts: {} -->", "<!-- end of {} -->"
 WIDTH, LEFT, TOP, LONGEST = 760, 190, 84, 390
 BAR, GAP = 18, 14
 COLOURS = ("ours", "first", "second", "third")
@@ -51,13 +64,8 @@ def chart(results: Results, title: str, metric: Metric) -> str:
     step = BAR * len(results.servers) + GAP
     bottom = TOP + step * len(cases)
     better = "more is better" if metric.higher_is_better else "less is better"
-    found = results.found
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom}" role="img">',
-        f"<title>{html.escape(title)}</title>",
-        f"<style>{STYLE}</style>",
-        f'<rect class="page" width="{WIDTH}" height="{bottom}"/>',
-        _text(16, 26, f"{title}, {metric.unit}", "title"),
+        *_head(WIDTH, bottom, f"{title}, {metric.unit}"),
         _text(
             16,
             44,
@@ -65,13 +73,7 @@ def chart(results: Results, title: str, metric: Metric) -> str:
             f"the longest of each case fills the width; × is ours to the peer",
             "small",
         ),
-        _text(
-            16,
-            66,
-            f"{found['machine']['cpu']}, {found['machine']['cores']} cores; "
-            f"{found['commit']}, {found['date']}",
-            "small",
-        ),
+        _text(16, 66, _where(results.found), "small"),
         *_legend(results.servers),
     ]
     for index, case in enumerate(cases):
@@ -102,6 +104,21 @@ def _bars(results: Results, case: str, metric: Metric, top: float) -> Iterator[s
         yield _text(greatest + 6, y + 13, said)
 
 
+def _head(width: int, height: int, title: str) -> list[str]:
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
+        f"<title>{html.escape(title)}</title>",
+        f"<style>{STYLE}</style>",
+        f'<rect class="page" width="{width}" height="{height}"/>',
+        _text(16, 26, title, "title"),
+    ]
+
+
+def _where(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    return f"{machine['cpu']}, {machine['cores']} cores; {found['commit']}, {found['date']}"
+
+
 def _legend(servers: list[str]) -> Iterator[str]:
     right = WIDTH - 16
     for index, server in reversed(list(enumerate(servers))):
@@ -117,34 +134,73 @@ def _text(x: float, y: float, said: str, kind: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}"{named}{anchor}>{html.escape(said)}</text>'
 
 
-def insert(page: str, text: str) -> str:
-    """A page with ``text`` between the lines that mark its place.
+def steps(found: dict[str, Any]) -> str:
+    """The SVG of a ladder: a column per figure, a bar per rung, the longest fills the column."""
+    results, metrics = Results(found), LADDER[:4]  # every rung has these
+    left, width = 300, 160
+    bottom = TOP + BAR * len(found["cases"]) + GAP
+    title = "What each step brings, milliseconds"
+    said = "each rung has one thing more; bar: median of the rounds; " + _where(found)
+    parts = [*_head(left + width * len(metrics), bottom, title), _text(16, 44, said, "small")]
+    for index, title in enumerate(found["cases"].values()):
+        parts.append(_text(left - 10, TOP + BAR * index + 13, title, "case"))
+    for column, metric in enumerate(metrics):
+        x = left + width * column
+        parts.append(_text(x, TOP - 10, metric.title, "small"))
+        spreads = [results.figure(OURS, rung, metric) for rung in found["cases"]]
+        longest = max(spread.median for spread in spreads if spread)
+        for index, spread in enumerate(spreads):
+            if spread is not None:
+                y, length = TOP + BAR * index, spread.median / longest * (width - 70)
+                parts.append(
+                    f'<rect class="ours" x="{x}" y="{y + 1}" width="{length:.1f}" '
+                    f'height="{BAR - 2}"/>'
+                )
+                parts.append(_text(x + length + 5, y + 13, spread.short))
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def insert(page: str, place: str, text: str) -> str:
+    """A page with ``text`` between the lines that mark a place.
 
     Raises ValueError where they are missing.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = BEGIN.format(place), END.format(place)
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
     if not end:
-        raise ValueError(f"the page has no place between {BEGIN} and {END}")
+        raise ValueError(f"the page has no place between {first} and {last}")
     return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def shown(found: dict[str, Any]) -> tuple[str, str, dict[str, tuple[str, str]]]:
+    """Where a result belongs, its tables, and by their files the titles and SVGs of its charts."""
+    results = Results(found)
+    if not results.peers:
+        return "ladder", ladder(found), {"ladder.svg": ("What each step brings", steps(found))}
+    peer = results.peers[0]
+    if not marks(peer):
+        return peer, brief(found), {}
+    charts = {
+        name: (title, chart(results, title, metric)) for name, (title, metric) in CHARTS.items()
+    }
+    return peer, report(found), charts
 
 
 def main() -> None:
     """Write the charts and tables of a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("file", type=Path)
+    parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--docs", type=Path, default=Path(__file__).parent.parent / "docs")
     given = parser.parse_args()
-    found = json.loads(given.file.read_text(encoding="utf-8"))
-    folder = given.docs / "charts"
-    folder.mkdir(exist_ok=True)
-    links = []
-    for name, (title, metric) in CHARTS.items():
-        (folder / name).write_text(chart(Results(found), title, metric), encoding="utf-8")
-        links.append(f"![{title}](charts/{name})")
     page = given.docs / "performance.md"
-    text = "\n\n".join([report(found), *links])
-    page.write_text(insert(page.read_text(encoding="utf-8"), text), encoding="utf-8")
+    (given.docs / "charts").mkdir(exist_ok=True)
+    for file in given.files:
+        place, text, charts = shown(json.loads(file.read_text(encoding="utf-8")))
+        for name, (title, svg) in charts.items():
+            (given.docs / "charts" / name).write_text(svg, encoding="utf-8")
+            text += f"\n\n![{title}](charts/{name})"
+        page.write_text(insert(page.read_text(encoding="utf-8"), place, text), encoding="utf-8")
 
 
 if __name__ == "__main__":

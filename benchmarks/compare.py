@@ -31,7 +31,7 @@ from typing import Any
 
 from benchmarks.cases import CASES, TransformersClient, our_client
 from benchmarks.processes import Sender, Server, cpu_seconds, machine, machine_seconds
-from benchmarks.table import OURS, report
+from benchmarks.table import OURS, aligned, report
 from benchmarks.vllm_client import VllmClient, VllmProgram
 from server.bench.client import Case
 
@@ -195,7 +195,7 @@ def main() -> None:
         for number in range(given.rounds):
             for server in servers[:: -1 if number % 2 else 1]:
                 comparison.measure(server, number)
-    print(report(comparison.found))
+    print(aligned(report(comparison.found)))
 
 
 if __name__ == "__main__":

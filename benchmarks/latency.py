@@ -46,15 +46,21 @@ class Traffic:
     every: float
 
 
-def request(core: EngineCore, name: str, text: int, tiles: int, answer: int) -> None:
-    """Ask for ``answer`` tokens behind a picture that nobody has sent, and text."""
+def request(
+    core: EngineCore, name: str, text: int, tiles: int, answer: int, picture: str = ""
+) -> None:
+    """Ask for ``answer`` tokens behind text and a picture of so many tiles. The request called
+    ``picture`` may have shown the same one, behind the same half of the text."""
     ready = core._ready
     length = tiles * ready.geometry.tokens_per_tile
-    source = torch.Generator().manual_seed(hash(name) % 2**32)
-    words = torch.randint(100, ready.vocab_size // 2, (text,), generator=source).tolist()
-    half = text // 2
-    items = [VisionItem(name.encode(), half, length, tiles, 0)] if tiles else []
-    prompt = words[:half] + [0] * length + words[half:]
+    picture, half = picture or name, text // 2
+
+    def words(seed: str, count: int) -> list[int]:
+        source = torch.Generator().manual_seed(hash(seed) % 2**32)
+        return torch.randint(100, ready.vocab_size // 2, (count,), generator=source).tolist()
+
+    items = [VisionItem(picture.encode(), half, length, tiles, 0)] if tiles else []
+    prompt = words(picture, half) + [0] * length + words(f"{name}, behind", text - half)
     sampling = SamplingParams(temperature=0.0, max_tokens=answer)
     buffers = [bytes(tiles * ready.geometry.tile_bytes)] * len(items)
     core.add(EngineRequest(name, prompt, sampling, items), buffers)

@@ -9,6 +9,7 @@ end. Prints JSON: milliseconds per step at the median, and what share the rest h
 
 import argparse
 import collections
+import contextlib
 import functools
 import json
 import platform
@@ -16,7 +17,7 @@ import socket
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,20 @@ def measure(
     }
 
 
+@contextlib.contextmanager
+def front_end() -> Iterator[Channel[ToEngine]]:
+    """A channel to one that reads everything and does nothing."""
+    ours, theirs = socket.socketpair()
+    # In a process of its own, as the front end is: a thread would take the interpreter.
+    reader = subprocess.Popen(["/bin/cat"], stdin=theirs, stdout=subprocess.DEVNULL)
+    theirs.close()
+    try:
+        with ours:
+            yield Channel(ours, ToEngine)
+    finally:
+        reader.wait()  # it has read to the end
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the arguments, print the measurement as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -114,15 +129,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         for name in names:
             clock.wrap(owner, name)
-    ours, theirs = socket.socketpair()
-    # A reader in a process of its own, as the front end is: a thread would take the interpreter.
-    reader = subprocess.Popen(["/bin/cat"], stdin=theirs, stdout=subprocess.DEVNULL)
-    channel: Channel[ToEngine] = Channel(ours, ToEngine)
-    answer = {
-        "cases": [
+    with front_end() as channel:
+        cases = [
             measure(core, channel, clock, rows, arguments.prompt, arguments.steps)
             for rows in arguments.rows
-        ],
+        ]
+    answer = {
+        "cases": cases,
         "threads": torch.get_num_threads(),
         "device": runner.ready().device,
         "dtype": runner.ready().dtype,
@@ -130,8 +143,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": platform.machine(),
     }
     print(json.dumps(answer, indent=2))
-    reader.terminate()
-    reader.wait()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ medians, followed by the least and the greatest of the rounds' own.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -30,17 +31,29 @@ class Metric:
 THROUGHPUT = Metric("tokens_per_s", "output", "tokens/s", True)
 REQUESTS = Metric("requests_per_s", "requests", "1/s", True)
 TTFT = Metric("ttft_p50_ms", "first token", "ms")
+PER_TOKEN = Metric("tpot_p50_ms", "per token", "ms")
+OTHERS = Metric("others", "machine used by others", "%")
 START = Metric("ready_s", "start to ready", "s")
 MEMORY = Metric("rss_gib", "memory when ready", "GiB")
 METRICS = (
     THROUGHPUT,
     REQUESTS,
     TTFT,
-    Metric("tpot_p50_ms", "per token", "ms"),
+    PER_TOKEN,
     Metric("itl_p50_ms", "between pieces, p50", "ms"),
     Metric("itl_p99_ms", "p99", "ms"),
     Metric("server_cpu_s", "processor", "s"),
-    Metric("others", "machine used by others", "%"),
+    OTHERS,
+)
+
+# What benchmarks.ladder measures.
+LADDER = (
+    Metric("step_1_ms", "step of 1 row", "ms"),
+    Metric("step_16_ms", "of 16 rows", "ms"),
+    Metric("tile_ms", "tile through the encoder", "ms"),
+    Metric("picture_ms", "first token of a 448² picture", "ms"),
+    Metric("again_ms", "of the same again", "ms"),
+    Metric("pause_ms", "longest pause of a stream while four pictures come", "ms"),
 )
 
 
@@ -59,7 +72,6 @@ class Mark:
         return f"{'≥' if self.metric.higher_is_better else '≤'} {self.value:g}"
 
 
-# Against vLLM on a CPU.
 MARKS = (
     Mark("text-c1", THROUGHPUT, 2.0),
     Mark("text-c4", THROUGHPUT, 1.6),
@@ -74,6 +86,14 @@ MARKS = (
     Mark("start", START, 0.25),
     Mark("start", MEMORY, 0.8),
 )
+"""Against vLLM on a CPU."""
+UNMARKED = ("transformers", "zentorch")
+"""Peers that other marks are set against, or none."""
+
+
+def marks(peer: str) -> bool:
+    """Whether the marks are set against this peer."""
+    return peer not in UNMARKED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +153,7 @@ class Results:
 
 
 def against(results: Results, peer: str) -> str:
-    """Ours beside a peer, by the marks."""
+    """Ours beside a peer in the cases that have a mark."""
     rows = []
     for mark in MARKS:
         if mark.case not in results.titles:
@@ -150,22 +170,22 @@ def against(results: Results, peer: str) -> str:
                 _said(ours),
                 _said(theirs),
                 _said(ratio),
-                mark,
-                verdict,
+                *([mark, verdict] if marks(peer) else []),
             ]
         )
-    return _markdown(["case", "figure", OURS, peer, "ratio", "mark", "reached"], rows)
+    heads = ["case", "figure", OURS, peer, "ratio", *(["mark", "reached"] if marks(peer) else [])]
+    return _markdown(heads, rows)
 
 
-def figures(results: Results) -> str:
-    """All figures of all servers."""
+def figures(results: Results, metrics: Sequence[Metric] = METRICS) -> str:
+    """Figures of all servers."""
     rows = [
-        [title, server, *(_said(results.figure(server, case, metric)) for metric in METRICS)]
+        [title, server, *(_said(results.figure(server, case, metric)) for metric in metrics)]
         for case, title in results.titles.items()
         for server in results.servers
         if case != "start"
     ]
-    names = [f"{metric.title}, {metric.unit}" for metric in METRICS]
+    names = [f"{metric.title}, {metric.unit}" for metric in metrics]
     start = [
         [server, *(_said(results.figure(server, "start", metric)) for metric in (START, MEMORY))]
         for server in results.servers
@@ -176,15 +196,30 @@ def figures(results: Results) -> str:
     )
 
 
-def notes(results: Results) -> Iterator[str]:
-    """The conditions, and what makes figures doubtful."""
-    found = results.found
+def ladder(found: dict[str, Any]) -> str:
+    """The rungs of ``benchmarks.ladder``."""
+    results = Results(found)
+    rows = [
+        [title, *(_said(results.figure(OURS, case, metric)) for metric in LADDER)]
+        for case, title in found["cases"].items()
+    ]
+    heads = [f"{metric.title}, {metric.unit}" for metric in LADDER]
+    return f"{conditions(found)}\n\n{_markdown(['each rung has one thing more', *heads], rows)}"
+
+
+def conditions(found: dict[str, Any]) -> str:
+    """When, where and how it was measured."""
     machine = found["machine"]
-    yield (
+    return (
         f"Commit {found['commit']}, {found['date']}; {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_gib']} GiB, {' '.join(machine['flags'])}; client: {found['client']}; "
         f"`{found['command']}`"
     )
+
+
+def notes(results: Results) -> Iterator[str]:
+    """The conditions, and what makes figures doubtful."""
+    yield conditions(results.found)
     for record in results.records:
         if "error" in record:
             yield f"{record['server']} failed {record['case']}: {record['error']}"
@@ -198,11 +233,31 @@ def notes(results: Results) -> Iterator[str]:
             yield f"{case}: the servers wrote different numbers of tokens: {tokens}"
 
 
-def report(found: dict[str, Any]) -> str:
-    """All of it."""
+def brief(found: dict[str, Any]) -> str:
+    """The conditions, and ours beside the peers."""
     results = Results(found)
     parts = ["\n".join(notes(results)), *(against(results, peer) for peer in results.peers)]
-    return "\n\n".join([*parts, figures(results)])
+    return "\n\n".join(parts)
+
+
+def report(found: dict[str, Any]) -> str:
+    """The same, and all figures."""
+    return f"{brief(found)}\n\n{figures(Results(found))}"
+
+
+def aligned(text: str) -> str:
+    """Markdown whose tables stand in columns, as a terminal should show them."""
+    lines = text.splitlines()
+    for is_table, group in itertools.groupby(range(len(lines)), lambda at: lines[at][:1] == "|"):
+        if is_table:
+            places = list(group)
+            rows = [[cell.strip() for cell in lines[at].split("|")[1:-1]] for at in places]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            for at, row in zip(places, rows, strict=True):
+                fill = "-" if row[0] == "---" else " "
+                cells = [cell.ljust(width, fill) for cell, width in zip(row, widths, strict=True)]
+                lines[at] = f"| {' | '.join(cells)} |"
+    return "\n".join(lines)
 
 
 def _said(value: Spread | None) -> str:
@@ -222,7 +277,7 @@ def main() -> None:
     """Print the tables of a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path)
-    print(report(json.loads(parser.parse_args().file.read_text(encoding="utf-8"))))
+    print(aligned(report(json.loads(parser.parse_args().file.read_text(encoding="utf-8")))))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 
 from benchmarks.bench import give_texts
 from benchmarks.cases import CASES, TransformersClient, our_client
-from benchmarks.charts import BEGIN, CHARTS, END, chart, insert
+from benchmarks.charts import BEGIN, CHARTS, END, chart, insert, shown
 from benchmarks.compare import Comparison, facts, our_server, peer_server, without_folders
 from benchmarks.processes import Server as Process
-from benchmarks.table import MARKS, TTFT, Results, report
+from benchmarks.table import LADDER, MARKS, TTFT, Results, aligned, report
 from benchmarks.vllm_client import VllmClient, VllmProgram
 from server.bench.client import Answer, Case, Failed, summary
 from tests.checkpoints import make_checkpoint
@@ -64,6 +64,19 @@ def test_a_ratio_is_of_medians_and_judged_by_its_mark() -> None:
     assert row(text, "text, 1 at once", "slow<&>")[4] == "400 (300–500)"
 
 
+def test_a_terminal_sees_columns() -> None:
+    text = report(results(RECORDS))
+    shown = aligned(text)
+    for beginning in ("text, 1 at once", "output, tokens/s"), ("text, 1 at once", "slow<&>"):
+        assert row(shown, *beginning) == row(text, *beginning)
+    tables = [table.splitlines() for table in shown.split("\n\n") if table.startswith("|")]
+    assert len(tables) == 3
+    for table in tables:
+        assert (
+            len({tuple(at for at, sign in enumerate(line) if sign == "|") for line in table}) == 1
+        )
+
+
 def test_what_is_missing_is_no_figure_and_no_verdict() -> None:
     records = [record for record in RECORDS if record["server"] == "ours"]
     assert "reached" not in report(results(records))
@@ -110,14 +123,51 @@ def test_a_chart_has_a_dash_for_a_server_that_failed() -> None:
     assert "–" in [text.text for text in root.iter(f"{SVG}text")]
 
 
-def test_documentation_has_a_place_for_the_tables() -> None:
+@pytest.mark.parametrize("place", ["vllm", "transformers", "ladder"])
+def test_documentation_has_a_place_for_the_tables(place: str) -> None:
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    once = insert(page, "a table")
+    once = insert(page, place, "a table")
     assert once.count("a table") == 1
-    assert insert(once, "a table") == once
-    assert insert(once, "another").count("a table") == 0
-    assert page.split(BEGIN)[0] in once
-    assert page.split(END)[1] in once
+    assert insert(once, place, "a table") == once
+    assert insert(once, place, "another").count("a table") == 0
+    assert page.split(BEGIN.format(place))[0] in once
+    assert page.split(END.format(place))[1] in once
+
+
+def test_other_peers_than_vllm_have_no_marks() -> None:
+    for peer in ("vllm", "transformers"):
+        renamed = [
+            record | {"server": peer if record["server"] != "ours" else "ours"}
+            for record in RECORDS
+        ]
+        place, text, charts = shown(results(renamed))
+        assert place == peer
+        assert row(text, "text, 1 at once", "output, tokens/s")[2:5] == [
+            *("25 (10–30)", "10 (8–10)", "2.5 (1–3.12)")
+        ]
+        assert ("| mark |" in text) == (peer == "vllm")
+        assert (charts.keys() == CHARTS.keys()) == (peer == "vllm")
+
+
+def test_a_ladder_has_a_row_and_a_bar_for_each_rung() -> None:
+    records = [
+        measured("ours", rung, index, **{metric.key: value for metric in LADDER[:-1]})
+        for rung, values in {"low": (40.0, 60.0, 50.0), "high": (25.0, 20.0, 90.0)}.items()
+        for index, value in enumerate(values)
+    ]
+    found = results(records) | {"cases": {"low": "nothing", "high": "all of it"}}
+    place, text, charts = shown(found)
+    assert place == "ladder"
+    assert row(text, "nothing")[1:] == ["50 (40–60)"] * 5 + ["–"]
+    assert row(text, "all of it")[1:] == ["25 (20–90)"] * 5 + ["–"]
+    ((_, svg),) = charts.values()
+    root = ElementTree.fromstring(svg)  # noqa: S314
+    bars = [float(bar.attrib["width"]) for bar in root.iter(f"{SVG}rect") if "x" in bar.attrib]
+    assert len(bars) == 8
+    assert bars[0] == pytest.approx(2 * bars[1], abs=0.1)
+    said = [text.text for text in root.iter(f"{SVG}text")]
+    assert (said.count("50"), said.count("25")) == (4, 4)
+    assert "all of it" in said
 
 
 def test_a_case_has_as_many_requests_as_go_at_once() -> None:
