@@ -413,9 +413,9 @@ class EngineSettings:
         high=64,
     )
     symmetric_memory: bool = knob(
-        True,
+        False,
         "With several GPUs that reach each other's memory, add up what few rows need there, "
-        "without NCCL; false: by NCCL alone.",
+        "without NCCL. No GPU has run this yet.",
     )
     pipeline_parallel_size: int = knob(
         1,
