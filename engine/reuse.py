@@ -49,7 +49,8 @@ class Prefixes:
 
     def keep(self, sequence: Sequence) -> None:
         """Let the blocks that are full and computed be found by what they begin with, too: a step
-        copies before it computes."""
+        copies before it computes. A token is drawn behind them, which tells whether all that they
+        hold are numbers: they are copied whole."""
         self.announce(sequence)
         full = sequence.num_computed // self._block_size
         if sequence.arrival >= self._flushed:
@@ -58,9 +59,11 @@ class Prefixes:
         sequence.num_noted = full
 
     def leave(self, sequence: Sequence) -> None:
-        """Let the block be found that a sequence fills no further."""
+        """Let the block be found that a sequence fills no further, if tokens were drawn behind it:
+        one that is not, as in ``keep``, could break who copies it."""
         full = sequence.num_computed // self._block_size
-        if self.enabled and full < len(sequence.blocks) and sequence.arrival >= self._flushed:
+        left = full < len(sequence.blocks) and sequence.has_drawn
+        if self.enabled and left and sequence.arrival >= self._flushed:
             self._name(sequence)
             self._note(sequence, full)
 

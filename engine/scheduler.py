@@ -333,7 +333,8 @@ class Scheduler:
                 sequence.take_scores(work.start, next(scored))
             if sequence.status is running:  # and not preempted since
                 sequence.num_computed += work.count
-                if caching and sequence.num_computed // block_size > sequence.num_noted:
+                full = sequence.num_computed // block_size
+                if caching and work.sample and full > sequence.num_noted:
                     self._prefixes.keep(sequence)
                 if sequence.held:
                     self._release_passed(sequence)

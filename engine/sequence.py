@@ -125,6 +125,11 @@ class Sequence:
         return self.lookup.at[known] if known < len(self.lookup.at) else None
 
     @property
+    def has_drawn(self) -> bool:
+        """Whether a token was drawn here, behind all positions that were computed then."""
+        return len(self.token_ids) > self.prompt_len + len(self.request.output)
+
+    @property
     def most_cached(self) -> int:
         """Positions that may be found: never all, its last token is computed, and so is what must
         be scored."""

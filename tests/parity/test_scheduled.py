@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from engine.core import EngineCore
 from engine.cost import CostModel, Pace
@@ -165,6 +166,24 @@ def test_shared_in_one_step_is_alone(
     tokens, core = run(folder, [twins], block_size=block_size, async_scheduling=mode)
     assert tokens == alone | {f"twin {name}": row for name, row in alone.items()}
     assert core._scheduler.stats.cached_tokens > 40
+
+
+def test_what_a_broken_prompt_leaves_breaks_no_other(folder: Path) -> None:
+    """One token's embedding is not a number. Who shows it is gone before anything is drawn; another
+    prompt has what stands before it in the same block."""
+    options = EngineSettings(model=str(folder), device="cpu", threads=1, max_num_batched_tokens=16)
+    runner = ModelRunner(options)
+    runner._model.decoder.embedding.weight.data[199] = torch.nan
+    core = EngineCore(options, runner, runner.ready())
+    start, sampling = [*range(8)], SamplingParams(max_tokens=2)
+    core.add(EngineRequest("broken", [*start, *[199] * 16], sampling))
+    core.step()
+    core.abort(["broken"])
+    core.add(EngineRequest("other", [*start, 9], sampling))
+    outputs = []
+    while (report := core.step()) is not None:
+        outputs += report.outputs
+    assert [(output.id, output.error) for output in outputs] == [("other", None)] * 2
 
 
 @pytest.mark.parametrize("mode", ["off", "on"])

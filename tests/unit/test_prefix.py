@@ -427,7 +427,7 @@ def test_the_same_prompt_is_computed_again_from_its_last_grain_on() -> None:
 def test_a_full_block_is_copied_as_far_as_another_sequence_agrees() -> None:
     """Also while the one that computed it goes on."""
     common = [n % 90 for n in range(BLOCK + 2 * GRAIN + 1)]
-    engine = Engine(block_size=BLOCK)
+    engine = Engine(block_size=BLOCK, max_num_batched_tokens=256)
     engine.add_tokens("a", [*common, *[91] * BLOCK], max_tokens=9)
     engine.step()
     engine.add_tokens("b", [*common, *[92] * BLOCK], max_tokens=9)
@@ -470,13 +470,28 @@ def test_the_last_token_of_an_answer_is_not_found_for_it_was_not_computed() -> N
     assert engine.step().work[0].start == 2 * GRAIN
 
 
-def test_of_an_aborted_prompt_what_was_computed_is_found() -> None:
-    engine = Engine(block_size=BLOCK, max_num_batched_tokens=GRAIN)
-    engine.add("a", 3 * GRAIN, max_tokens=1)
+def test_of_an_aborted_prompt_whole_blocks_are_found_and_no_part() -> None:
+    """Nothing was drawn behind it, so nobody knows whether what it left are numbers; who shares a
+    whole block would have computed the same, but not who copies one for its beginning."""
+    engine = Engine(block_size=BLOCK, max_num_batched_tokens=BLOCK + GRAIN)
+    engine.add("a", 2 * BLOCK, max_tokens=1)
     engine.step()
     engine.core.abort(["a"])
     engine.finish()
-    engine.add("b", 3 * GRAIN, max_tokens=1)
+    engine.add("b", BLOCK - 1, max_tokens=1)
+    assert engine.step().work[0].start == 0
+    engine.finish()
+    engine.add("c", 2 * BLOCK, max_tokens=1)
+    assert engine.step().work[0].start == BLOCK
+
+
+def test_of_an_aborted_answer_what_was_computed_is_found() -> None:
+    engine = Engine(block_size=BLOCK)
+    engine.add("a", GRAIN, max_tokens=9)
+    engine.step()
+    engine.core.abort(["a"])
+    engine.finish()
+    engine.add("b", GRAIN, 5, max_tokens=1)
     assert engine.step().work[0].start == GRAIN
 
 
