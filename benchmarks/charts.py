@@ -174,9 +174,14 @@ def insert(page: str, place: str, text: str) -> str:
 
 
 def shown(found: dict[str, Any]) -> tuple[str, str, dict[str, tuple[str, str]]]:
-    """Where a result belongs, its tables, and by their files the titles and SVGs of its charts."""
+    """Where a result belongs, its tables, and by their files the titles and SVGs of its charts.
+
+    Raises ValueError for a comparison with nobody.
+    """
     results = Results(found)
     if not results.peers:
+        if not any(LADDER[0].key in record for record in results.records):
+            raise ValueError("it is neither a ladder nor a comparison with a peer")
         return "ladder", ladder(found), {"ladder.svg": ("What each step brings", steps(found))}
     peer = results.peers[0]
     if not marks(peer):

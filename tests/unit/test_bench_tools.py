@@ -149,6 +149,11 @@ def test_other_peers_than_vllm_have_no_marks() -> None:
         assert (charts.keys() == CHARTS.keys()) == (peer == "vllm")
 
 
+def test_a_comparison_with_nobody_has_no_place() -> None:
+    with pytest.raises(ValueError, match="neither a ladder nor a comparison"):
+        shown(results([record for record in RECORDS if record["server"] == "ours"]))
+
+
 def test_a_ladder_has_a_row_and_a_bar_for_each_rung() -> None:
     records = [
         measured("ours", rung, index, **{metric.key: value for metric in LADDER[:-1]})
