@@ -22,7 +22,7 @@ from wire.messages import VisionItem
 _PERSON = b"internvl-block"
 
 # Positions at the beginning of a block are found by so many at a time. One by one, another's prompt
-# could be guessed one token after the other; and eight take a step hardly longer than one.
+# could be guessed one token after the other; at most seven tokens are computed again for that.
 GRAIN = 8
 _GRAIN_BYTES = GRAIN * array("i").itemsize
 # Blocks that are known behind one and the same other: what an admission looks at is bounded.

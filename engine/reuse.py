@@ -53,17 +53,15 @@ class Prefixes:
         hold are numbers: they are copied whole."""
         self.announce(sequence)
         full = sequence.num_computed // self._block_size
-        if sequence.arrival >= self._flushed:
-            for number in range(sequence.num_noted, full):
-                self._note(sequence, number)
+        for number in range(sequence.num_noted, full):
+            self._note(sequence, number)
         sequence.num_noted = full
 
     def leave(self, sequence: Sequence) -> None:
         """Let the block be found that a sequence fills no further, if tokens were drawn behind it:
         one that is not, as in ``keep``, could break who copies it."""
         full = sequence.num_computed // self._block_size
-        left = full < len(sequence.blocks) and sequence.has_drawn
-        if self.enabled and left and sequence.arrival >= self._flushed:
+        if self.enabled and full < len(sequence.blocks) and sequence.has_drawn:
             self._name(sequence)
             self._note(sequence, full)
 
@@ -80,7 +78,7 @@ class Prefixes:
     def _note(self, sequence: Sequence, number: int) -> None:
         start = number * self._block_size
         end = min(start + self._block_size, sequence.num_computed)
-        if end - start >= GRAIN:
+        if end - start >= GRAIN and sequence.arrival >= self._flushed:
             part = part_of(sequence.token_ids, sequence.items, start, end)
             self._pool.note(sequence.blocks[number], _parent(sequence, number), part)
 

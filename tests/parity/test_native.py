@@ -8,7 +8,6 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -312,11 +311,8 @@ def test_tokens_do_not_depend_on_how_they_are_served(
     assert serve(folder, [requests], **how) == alone
     cramped = {"max_num_batched_tokens": 7, "num_kv_blocks": 6, "max_num_seqs": 5}
     assert serve(folder, [requests], **how, **cramped) == alone
-    twins, again = (
-        [(msgspec.structs.replace(r, id=f"{when} {r.id}"), b) for r, b in requests]
-        for when in ("twin", "again")
-    )
-    tokens = serve(folder, [[*requests, *twins], again], **how)
+    together, again = [*requests, *test_scheduled.renamed("twin")], test_scheduled.renamed("again")
+    tokens = serve(folder, [together, again], **how)
     assert tokens == {
         when + name: row for when in ("", "twin ", "again ") for name, row in alone.items()
     }

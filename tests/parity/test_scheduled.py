@@ -75,6 +75,14 @@ def requests() -> list[tuple[EngineRequest, list[bytes]]]:
     return made
 
 
+def renamed(when: str) -> list[tuple[EngineRequest, list[bytes]]]:
+    """The same requests once more, ``when`` before their names."""
+    return [
+        (msgspec.structs.replace(request, id=f"{when} {request.id}"), buffers)
+        for request, buffers in requests()
+    ]
+
+
 def run(
     folder: Path, batches: Sequence[Sequence[tuple[EngineRequest, list[bytes]]]], **settings: Any
 ) -> tuple[dict[str, list[int]], EngineCore]:
@@ -127,10 +135,7 @@ def test_cached_is_uncached(
     folder: Path, alone: dict[str, list[int]], block_size: int, mode: str
 ) -> None:
     """The same requests again find their prefixes; each also goes on where its answer ended."""
-    again = [
-        (msgspec.structs.replace(request, id=f"again {request.id}"), buffers)
-        for request, buffers in requests()
-    ]
+    again = renamed("again")
     longer = [
         (
             msgspec.structs.replace(
@@ -158,11 +163,7 @@ def test_shared_in_one_step_is_alone(
     folder: Path, alone: dict[str, list[int]], block_size: int, mode: str
 ) -> None:
     """Of two equal prompts that start together the second reads what the first has just written."""
-    twins = [
-        (msgspec.structs.replace(request, id=f"{twin}{request.id}"), buffers)
-        for request, buffers in requests()
-        for twin in ("", "twin ")
-    ]
+    twins = [*requests(), *renamed("twin")]
     tokens, core = run(folder, [twins], block_size=block_size, async_scheduling=mode)
     assert tokens == alone | {f"twin {name}": row for name, row in alone.items()}
     assert core._scheduler.stats.cached_tokens > 40

@@ -2,6 +2,7 @@
 and do over gloo what torch documents. Which of them is used for what, that all ranks decide alike,
 and that what cannot be is left to the process group."""
 
+import functools
 import inspect
 import logging
 from collections.abc import Iterator
@@ -146,24 +147,9 @@ def stop() -> None:
     put(*REAL)
 
 
-def fails_alone() -> None:
+def fails(how: str) -> None:
     global fault
-    fault = "alone"
-
-
-def fails_full() -> None:
-    global fault
-    fault = "full"
-
-
-def fails_refused() -> None:
-    global fault
-    fault = "refused"
-
-
-def fails_wrong() -> None:
-    global fault
-    fault = "wrong"
+    fault = how
 
 
 @pytest.fixture(scope="module")
@@ -252,19 +238,19 @@ def test_each_sum_is_made_by_what_suits_its_size(
 
 @pytest.mark.usefixtures("pretending")
 @pytest.mark.parametrize(
-    ("failing", "why"),
+    ("how", "why"),
     [
-        (fails_alone, "rank 2: GPU 1 does not reach the memory of GPU 0"),
-        (fails_full, "rank 2: CUDA driver error: out of memory"),
+        ("alone", "rank 2: GPU 1 does not reach the memory of GPU 0"),
+        ("full", "rank 2: CUDA driver error: out of memory"),
         # The others wait for it until they give up.
-        (fails_refused, "rank 0: wait timeout"),
-        (fails_wrong, "rank 2: sums of [8, 64] numbers are wrong"),
+        ("refused", "rank 0: wait timeout"),
+        ("wrong", "rank 2: sums of [8, 64] numbers are wrong"),
     ],
 )
 def test_where_one_rank_cannot_none_does(
-    workers: Workers, caplog: pytest.LogCaptureFixture, failing: Any, why: str
+    workers: Workers, caplog: pytest.LogCaptureFixture, how: str, why: str
 ) -> None:
-    workers._pipes[1].send(("do", (failing,)))  # rank 2 of four
+    workers._pipes[1].send(("do", (functools.partial(fails, how),)))  # rank 2 of four
     with caplog.at_level(logging.INFO, "model.symmetric"):
         group, _ = workers.meet(4)
     answers = workers.ask(sums, group)
