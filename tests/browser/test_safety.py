@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Route, expect
 
 from server.routes.web import VERSION
-from tests.browser.conftest import PATIENCE, Chat
+from tests.browser.conftest import Chat
 
 ATTACKS = """
 <script>window.ran = 1</script><img src=x onerror="window.ran = 2"><svg onload="window.ran = 3">
@@ -227,4 +227,4 @@ def test_hostile_markdown_is_shown_before_anybody_is_impatient(chat: Chat) -> No
             }""",
             [MODULE, text],
         )
-        assert spent < PATIENCE, text[:20]
+        assert spent < 12_000, text[:20]

@@ -49,7 +49,7 @@ from wire.settings import MediaSettings
 ROOT = Path(__file__).parents[2]
 GEOMETRY = VisionGeometry(tile_size=lying_worker.SIDE, tokens_per_tile=1)
 PARAM = "messages[0].content[1].image_url"
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 
 def encode(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -339,15 +339,22 @@ async def test_downloads_that_find_no_memory_are_told_to_come_again(site: Site) 
 async def test_a_request_of_many_pictures_does_not_hold_up_one_of_one() -> None:
     ready = make_ready(max_model_len=10_000)
     async with pipeline() as media, hanging_job(media, plain()) as (pid, _):
-        many = asyncio.create_task(load_all(media.load, [plain("blue")] * 50, ready, 3))
+        done = []
+
+        async def load(asked: MediaPart) -> Any:
+            loaded = await media.load(asked)
+            done.append(asked)
+            return loaded
+
+        many = asyncio.create_task(load_all(load, [plain("blue")] * 50, ready, 3))
         for _ in range(20):
             await asyncio.sleep(0)
-        single = asyncio.create_task(load_all(media.load, [plain("green")], ready, 3))
+        single = asyncio.create_task(load_all(load, [plain("green")], ready, 3))
         for _ in range(20):
             await asyncio.sleep(0)
         os.kill(pid, signal.SIGCONT)
         await single
-        assert media.stats.decoded <= 1 + 3 + 1 + 1  # at work, in line before it, it, next
+        assert done.index(plain("green")) <= 3  # in line before it
         assert not many.done()
         assert len(await many) == 50
 
@@ -482,13 +489,17 @@ async def test_a_replacement_is_tried_until_it_starts(monkeypatch: pytest.Monkey
         assert (await waiting).count
 
 
-async def test_a_worker_that_hangs_is_killed_at_the_deadline_and_replaced() -> None:
-    async with pipeline(media_timeout=1.0) as media:
-        async with hanging_job(media, plain()) as (pid, waiting):
-            with pytest.raises(MediaRefused) as refused:
-                await waiting
-            assert (refused.value.param, refused.value.code) == (PARAM, "media_timeout")
-            assert await gone(pid)
+async def test_a_worker_that_hangs_is_killed_at_the_deadline_and_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with pipeline() as media:
+        with monkeypatch.context() as hasty:
+            hasty.setattr(media._pool, "_timeout", lambda _: 0.5)  # of this job
+            async with hanging_job(media, plain()) as (pid, waiting):
+                with pytest.raises(MediaRefused) as refused:
+                    await waiting
+                assert (refused.value.param, refused.value.code) == (PARAM, "media_timeout")
+                assert await gone(pid)
         assert (await media.load(plain())).count
         stats = media.stats
         assert (deaths(media), stats.replaced) == (0, 1)
@@ -766,7 +777,7 @@ async def test_closing_ends_the_job_at_work_and_those_that_wait() -> None:
     async with pipeline() as media, hanging_job(media, plain()) as (pid, at_work):
         waiting = asyncio.create_task(media.load(plain()))
         await asyncio.sleep(0)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE):
             await media.close()
             outcomes = await asyncio.gather(at_work, waiting, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [Unavailable, Unavailable]
