@@ -5,6 +5,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -100,7 +101,7 @@ async def test_all_requests_are_ended_with_an_error_of_their_own(
     content = [{"type": "image_url", "image_url": "data:x"}]
     messages = [{"role": "user", "content": content}]
     asked.append(asyncio.create_task(house.ask(messages=messages, stream=stream)))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not house.media.parts:
             await asyncio.sleep(0)
     async with operator(house, tmp_path) as admin:
@@ -133,16 +134,25 @@ async def test_caches_are_flushed_and_the_level_is_set_everywhere(
             logging.getLogger().setLevel(before)
 
 
-async def test_a_profile_names_what_was_called_meanwhile(houses: Houses, tmp_path: Path) -> None:
+async def test_a_profile_names_what_was_called_meanwhile(
+    houses: Houses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     house = await houses.open()
+    slept, over = [], asyncio.Event()
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        await over.wait()
+
+    monkeypatch.setattr("server.admin.asyncio", SimpleNamespace(sleep=sleep))
     async with operator(house, tmp_path) as admin:
         taken = asyncio.create_task(admin.post("/profile?seconds=0.3"))
         assert (await house.ask()).status_code == 200
         second = await admin.post("/profile?seconds=0.01")
         assert second.status_code == 409
         assert error_of(second)["code"] == "profile_running"
-        while not taken.done():
-            assert (await house.ask()).status_code == 200
+        assert not taken.done()
+        over.set()
         page = (await taken).text
         assert "prepare.py" in page
         answer = await admin.post("/profile?seconds=2&of=engine")
@@ -154,6 +164,7 @@ async def test_a_profile_names_what_was_called_meanwhile(houses: Houses, tmp_pat
         for wrong in ("0", "61", "nan", "-1", "soon", ""):
             assert (await admin.post(f"/profile?seconds={wrong}")).status_code == 400
         assert (await admin.post("/profile?seconds=0.01")).status_code == 200
+    assert slept == [0.3, 0.01]
 
 
 async def test_operators_see_what_each_key_has_used(houses: Houses, tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ async def test_uploads_on_their_way_share_their_room(house: House) -> None:
     house.media.room = Budget(150)
     house.media.gate.clear()
     first = asyncio.create_task(upload(house, b"a" * 100))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while house.media.room.used < 100:
             await asyncio.sleep(0)
     answer = await upload(house, b"b" * 100)
@@ -346,7 +346,7 @@ async def half_sent(house: House, port: int) -> AsyncIterator[asyncio.StreamRead
     )
     body = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + b"x" * 1000
     writer.write(b"%x\r\n%b\r\n" % (len(body), body))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while house.media.room.used < 900:
             await asyncio.sleep(0.01)
     yield reader
@@ -374,7 +374,7 @@ async def test_a_client_that_does_not_wait_leaves_nothing(house: House) -> None:
     house.media.gate.clear()
     async with listening(house) as port:
         with pytest.raises(httpx.ReadTimeout):
-            async with httpx.AsyncClient(timeout=0.3) as client:
+            async with httpx.AsyncClient(timeout=httpx.Timeout(60, read=0.3)) as client:
                 await client.post(
                     f"http://127.0.0.1:{port}/v1/files",
                     files={"file": ("a.png", DATA)},
@@ -648,7 +648,7 @@ async def test_a_file_that_is_deleted_while_it_is_shown_is_shown(house: House) -
     name = await uploaded(house)
     house.media.gate.clear()
     asking = asyncio.create_task(ask(house, {"type": "image_url", "image_url": name}))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not house.media.parts:
             await asyncio.sleep(0)
     assert (await house.http.delete(f"/v1/files/{name}")).status_code == 200
@@ -668,7 +668,7 @@ async def test_a_download_ends_and_keeps_nothing_when_its_file_is_deleted(house:
         file = weakref.ref(upload.file)
         del upload
         async with (
-            httpx.AsyncClient() as client,
+            httpx.AsyncClient(timeout=60) as client,
             client.stream("GET", f"http://127.0.0.1:{port}/v1/files/{name}/content") as answer,
         ):
             pieces = answer.aiter_bytes()

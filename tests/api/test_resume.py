@@ -12,8 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
+from server.chat.recording import Recording
 from tests.api.conftest import House, Houses, listening
-from tests.api.test_life import within
+from tests.api.test_life import until, within
 from tests.fake_engine import EOS, FakeEngine, Script, Step, say
 from tests.small_tokenizer import encode_rendered
 from wire.errors import EngineFailed
@@ -30,7 +31,7 @@ class Reader:
     """A client that loses its connection, and knows what it has read of whole events."""
 
     def __init__(self, port: int, path: str = CHAT, body: dict[str, Any] = RESUMABLE) -> None:
-        self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10)
+        self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60)
         self.path = path
         self.body = body
         self.events: list[tuple[int, str]] = []
@@ -51,7 +52,7 @@ class Reader:
             asked = self.client.stream("GET", f"{self.path}/{self.name}/events", headers=headers)
         else:
             asked = self.client.stream("POST", self.path, json=self.body, headers=headers)
-        async with asyncio.timeout(20), asked as answer:
+        async with asyncio.timeout(60), asked as answer:
             place = answer.headers.get("content-location")
             if place is not None:
                 self.name = str(answer.url.join(place)).split("/")[-2]
@@ -90,6 +91,13 @@ async def reading(house: House, **options: Any) -> AsyncIterator[Reader]:
         reader = Reader(port, **options)
         async with reader.client:
             yield reader
+
+
+async def left(house: House) -> Recording:
+    """The only answer that is kept, when nobody reads it any more."""
+    (recording,) = house.service.recordings._by_name.values()
+    await until(lambda: not recording.is_read)
+    return recording
 
 
 def in_two(first: str, go_on: asyncio.Event, second: str) -> Script:
@@ -170,7 +178,7 @@ async def read_on(
             asked = client.stream("GET", place)
     else:
         asked = client.stream("GET", place, headers={"Last-Event-ID": last} if last else {})
-    async with asyncio.timeout(20), asked as answer:
+    async with asyncio.timeout(60), asked as answer:
         assert answer.status_code in (200, 204)
         if place is None:
             place = answer.url.join(answer.headers["content-location"])
@@ -192,7 +200,7 @@ async def test_what_is_read_in_pieces_is_what_was_sent_byte_for_byte(
     draw = random.Random(dialect)
     async with (
         listening(house) as port,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
         for size in (300, 1000, 10_000):
             place, had, whole = await read_on(client, path, body, None, b"", draw.randrange(size))
@@ -230,12 +238,11 @@ async def test_a_broken_connection_ends_nothing_and_the_answer_is_followed_live(
 
 
 async def test_an_answer_nobody_comes_back_to_is_aborted_after_its_grace(houses: Houses) -> None:
-    house = await houses.open(
-        FakeEngine(script=in_two("Yes", asyncio.Event(), "")), resume_grace=0.3
-    )
+    house = await houses.open(FakeEngine(script=in_two("Yes", asyncio.Event(), "")))
     async with reading(house) as reader:
         await reader.read(300)
-        await asyncio.sleep(0.1)
+        await left(house)
+        house.service.recordings.grace = 0.1  # from here on
         assert await reader.read(1) == 200  # has come back, and leaves again
         assert not house.engine.aborted
         await within(house.engine.abort_seen.wait())
@@ -257,11 +264,11 @@ async def test_the_end_of_an_unread_answer_is_logged_for_who_asked(
     log.addHandler(sink)
     caplog.set_level("INFO", log.name)
     try:
-        house = await houses.open(
-            FakeEngine(script=in_two("Yes", asyncio.Event(), "")), resume_grace=0.3
-        )
+        house = await houses.open(FakeEngine(script=in_two("Yes", asyncio.Event(), "")))
         async with reading(house) as reader:
             await reader.read(300, **{"X-Request-Id": "who-asked"})
+            await left(house)
+            house.service.recordings.grace = 0.1  # from here on
             assert await reader.read(1, **{"X-Request-Id": "who-came-back"}) == 200
             identity, message = await within(seen.get())
     finally:
@@ -272,11 +279,14 @@ async def test_the_end_of_an_unread_answer_is_logged_for_who_asked(
 
 async def test_who_has_come_back_in_time_may_wait_for_as_long_as_it_takes(houses: Houses) -> None:
     go_on = asyncio.Event()
-    house = await houses.open(FakeEngine(script=in_two("Yes", go_on, " No")), resume_grace=0.2)
+    house = await houses.open(FakeEngine(script=in_two("Yes", go_on, " No")))
     async with reading(house) as reader:
         await reader.read(300)
+        recording = await left(house)
+        assert recording._timer is not None
         back = asyncio.ensure_future(reader.read())
-        await asyncio.sleep(0.5)
+        await until(lambda: recording.is_read)
+        assert recording._timer is None  # nothing ends it
         go_on.set()
         await within(back)
     assert reader.text() == "Yes No"
@@ -308,20 +318,25 @@ async def test_only_the_owner_of_the_key_may_read(houses: Houses) -> None:
 
 
 async def test_an_answer_that_is_over_is_kept_for_a_while_only(houses: Houses) -> None:
-    house = await houses.open(resume_ttl=0.3)
+    house = await houses.open()
     async with reading(house) as reader:
         await reader.read()
         assert await reader.read() == 204  # nothing is missing
         del reader.events[3:]
         assert await reader.read() == 200
         assert reader.text() == "A red circle."
-        async with asyncio.timeout(5):
-            while house.service.recordings._by_name:
-                await asyncio.sleep(0.01)
-        assert await reader.read() == 404
+        recordings = house.service.recordings
+        kept = recordings._total
+        recordings._ttl = 0.05  # of the next
+        other = Reader(reader.client.base_url.port or 0)
+        async with other.client:
+            await other.read()
+            await until(lambda: len(recordings._by_name) == 1)
+            assert await other.read() == 404
+        assert await reader.read() == 204
     page = (await house.http.get("/metrics")).text
-    assert "internvl_resumable_bytes 0.0" in page
-    assert "internvl_streams_resumed_total 2.0" in page
+    assert f"internvl_resumable_bytes {float(kept)}\n" in page
+    assert "internvl_streams_resumed_total 3.0" in page
 
 
 @pytest.mark.parametrize("given", ["-1", "x", "1e3", "99", "", "٣", "9" * 30])
@@ -384,7 +399,7 @@ async def test_what_is_kept_is_bounded_and_old_events_are_forgotten(houses: Hous
         await reader.read(3000)
         recordings = house.service.recordings
         (recording,) = recordings._by_name.values()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while recording._first < 50:
                 assert recordings._total <= limit
                 await asyncio.sleep(0)
@@ -438,7 +453,7 @@ async def test_a_reader_too_many_takes_the_place_of_the_first(houses: Houses) ->
         port = first.client.base_url.port or 0
         readers = [first]
         tasks = [asyncio.ensure_future(first.read())]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not house.service.recordings._by_name:
                 await asyncio.sleep(0.01)
         (recording,) = house.service.recordings._by_name.values()
@@ -461,21 +476,22 @@ async def test_a_drain_waits_for_a_reader_until_its_grace_is_over(
     houses: Houses, comes_back: bool
 ) -> None:
     go_on = asyncio.Event()
-    house = await houses.open(FakeEngine(script=in_two("Yes", go_on, " No")), resume_grace=0.4)
+    grace = 60 if comes_back else 0.2
+    house = await houses.open(FakeEngine(script=in_two("Yes", go_on, " No")))
     async with reading(house) as reader:
         await reader.read(300)
-        (recording,) = house.service.recordings._by_name.values()
-        async with asyncio.timeout(5):
-            while recording.is_read:
-                await asyncio.sleep(0)
+        await left(house)
+        house.service.recordings.grace = grace
+        begun = asyncio.get_running_loop().time()
         go_on.set()
         drained = asyncio.ensure_future(house.service.drain())
-        await asyncio.sleep(0.1)
-        assert not drained.done()  # it is over, and nobody has read its end
         if comes_back:
+            await asyncio.sleep(0.1)
+            assert not drained.done()  # it is over, and nobody has read its end
             await reader.read()
             assert reader.text() == "Yes No"
         await within(drained)
+    assert comes_back or asyncio.get_running_loop().time() >= begun + grace
 
 
 async def test_who_comes_back_as_the_patience_ends_is_told_so(houses: Houses) -> None:
@@ -501,7 +517,9 @@ async def test_the_end_of_a_drain_is_an_error_in_the_stream(houses: Houses) -> N
     )
     async with reading(house) as reader:
         await reader.read(300)
+        recording = await left(house)
         back = asyncio.ensure_future(reader.read())
+        await until(lambda: recording.is_read)
         await within(house.service.drain())
         await within(back)
     assert reader.is_done

@@ -28,6 +28,13 @@ def head(length: int) -> bytes:
     )
 
 
+async def connect(port: int, first: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection whose ``first`` bytes are there before the server knows of it."""
+    client = socket.create_connection(("127.0.0.1", port))
+    client.sendall(first)
+    return await asyncio.open_connection(sock=client)
+
+
 async def test_a_body_that_stops_is_408_and_its_permit_is_free_again(houses: Houses) -> None:
     house = await houses.open(body_timeout=0.3, max_concurrent_requests=1)
     async with listening(house) as port:
@@ -146,13 +153,12 @@ async def test_a_connection_without_a_whole_head_is_closed(
 ) -> None:
     house = await houses.open(head_timeout=0.2)
     async with listening(house) as port:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await connect(port, before)
         if before:
-            writer.write(before)
             assert (await within(reader.readuntil(b"}"))).startswith(b"HTTP/1.1 200 ")
         writer.write(begin)
         ended = asyncio.ensure_future(reader.read())
-        async with asyncio.timeout(10):  # one that was kept alive and says nothing has 5 seconds
+        async with asyncio.timeout(60):
             while not ended.done():
                 writer.write(drip)
                 await asyncio.sleep(0.01)
@@ -166,8 +172,7 @@ async def test_a_head_in_time_is_followed_by_what_takes_long(houses: Houses) -> 
     go_on = asyncio.Event()
     house.engine.script = lambda _: [encode_rendered("Yes"), go_on]
     async with listening(house) as port:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(head(len(HELLO)))
+        reader, writer = await connect(port, head(len(HELLO)))
         await asyncio.sleep(0.2)
         writer.write(HELLO)
         for _ in range(3):
@@ -255,7 +260,7 @@ async def test_a_stream_nobody_reads_is_aborted_and_its_permit_is_free_again(
     async with listening(house) as port:
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(head(len(HELLO)) + HELLO)
-            await asyncio.wait_for(house.engine.abort_seen.wait(), 30)
+            await asyncio.wait_for(house.engine.abort_seen.wait(), 60)
             await within(house.service.gate.idle.wait())
     assert house.engine.aborted == [house.engine.requests[0].id]
     assert "unexpected error" not in caplog.text
@@ -277,7 +282,7 @@ async def test_several_choices_nobody_reads_do_not_pile_up(houses: Houses) -> No
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.sendall(head(len(body)) + body)
-            await asyncio.wait_for(house.engine.abort_seen.wait(), 30)
+            await asyncio.wait_for(house.engine.abort_seen.wait(), 60)
             await within(house.service.gate.idle.wait())
     # What was on its way: the rest had stayed with the engine client, which joins it.
     assert made < 2000

@@ -65,6 +65,11 @@ class Traced:
         return [self.collector.of(answer.headers["x-request-id"]) for answer in answers]
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.tracing.FLUSH_TIMEOUT", 60.0)
+
+
 @pytest.fixture
 async def traced(houses: Houses, collector: Collector) -> Traced:
     house = await houses.open(tracing=TracingSettings(collector.url))
@@ -339,7 +344,7 @@ async def test_a_client_that_leaves_is_seen_in_the_trace_with_the_tokens_until_t
     house = await houses.open(engine, tracing=TracingSettings(collector.url))
     async with (
         listening(house) as port,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
         asked = client.stream("POST", CHAT, json=user() | {"stream": True})
         async with asked as answer:
@@ -437,11 +442,12 @@ async def test_a_collector_that_never_answers_does_not_hold_up_the_end(
     houses: Houses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.tracing.FLUSH_TIMEOUT", 0.1)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "600")  # seconds
     with socket.create_server(("127.0.0.1", 0)) as door:
         url = f"http://127.0.0.1:{door.getsockname()[1]}"
         house = await houses.open(tracing=TracingSettings(url))
         assert (await house.ask()).status_code == 200
-        async with asyncio.timeout(8):  # less than any patience of the exporter's
+        async with asyncio.timeout(25):  # less than the patience of what hands over the spans
             await house.app.state.tracing.close()
 
 
