@@ -16,7 +16,7 @@ from tests.servers import Server, free_port
 from tests.tools import tool
 
 JOB = "internvl"
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 
 class Prometheus:

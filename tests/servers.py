@@ -24,7 +24,7 @@ for _name in ("NO_PROXY", "no_proxy"):
     os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "127.0.0.1", "localhost"]))
 
 ROOT = Path(__file__).parents[1]
-START_DEADLINE = 120.0
+START_DEADLINE = 300.0
 # The demo model's prompts are shorter than a block of the usual size, and what fills none is not
 # cached.
 SMALL_BLOCKS = ("--block-size", "16")
@@ -82,7 +82,7 @@ class Server:
         end = time.monotonic() + deadline
         while time.monotonic() < end:
             try:
-                last = httpx.get(self.url + path, timeout=5, verify=self.trust).status_code
+                last = httpx.get(self.url + path, timeout=60, verify=self.trust).status_code
             except httpx.TransportError as error:
                 last = error
             if last == status:
@@ -93,7 +93,7 @@ class Server:
             f"{path} never answered {status}, last {last}:\n{self.log.read_text()}"
         )
 
-    def wait_for_metric(self, name: str, value: float, deadline: float = 20.0) -> None:
+    def wait_for_metric(self, name: str, value: float, deadline: float = 60.0) -> None:
         end = time.monotonic() + deadline
         while time.monotonic() < end:
             if self.metric(name) == value:
@@ -103,7 +103,7 @@ class Server:
 
     def metric(self, name: str) -> float | None:
         """Its value, or that of the first with this name; a name may hold its labels."""
-        page = httpx.get(self.url + "/metrics", timeout=5, verify=self.trust).text
+        page = httpx.get(self.url + "/metrics", timeout=60, verify=self.trust).text
         for line in page.splitlines():
             if name in (line.rsplit(" ", 1)[0], line.split("{")[0].split(" ")[0]):
                 return float(line.rsplit(" ", 1)[1])

@@ -30,7 +30,7 @@ async def client(house: House) -> AsyncIterator[AsyncOpenAI]:
     async with (
         listening(house) as port,
         AsyncOpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1", api_key="key", max_retries=0, timeout=10
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="key", max_retries=0, timeout=60
         ) as sdk,
     ):
         yield sdk
@@ -38,7 +38,7 @@ async def client(house: House) -> AsyncIterator[AsyncOpenAI]:
 
 async def over(house: House, name: str) -> Response:
     """The response when it is over, as a client that polls gets it."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             found = await house.sdk.responses.retrieve(name)
             if found.status not in ("queued", "in_progress"):
@@ -51,7 +51,7 @@ async def test_it_is_answered_while_nobody_reads(houses: Houses) -> None:
     house = await houses.open(FakeEngine(script=in_two("Yes", go_on, " No")), resume_grace=0.05)
     first = await house.sdk.responses.create(**ASK)
     assert (first.status, first.background, first.output) == ("queued", True, [])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while (now := await house.sdk.responses.retrieve(first.id)).output_text != "Yes":
             await asyncio.sleep(0.01)
     assert now.status == "in_progress"
@@ -142,7 +142,7 @@ async def test_who_gives_way_to_other_readers_may_go_on_where_it_was(houses: Hou
         first = asyncio.ensure_future(read())
         (recording,) = house.service.recordings._by_name.values()
         others = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             for number in range(1, 5):
                 while len(recording._readers) < number:
                     await asyncio.sleep(0.01)
@@ -176,7 +176,7 @@ async def test_cancelling_ends_the_work_and_keeps_what_there_is(
             name = running.response.id
         else:
             name = asked.id
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while begun and not (await sdk.responses.retrieve(name)).output:
                     await asyncio.sleep(0.01)
         ended = await sdk.responses.cancel(name)
@@ -215,7 +215,7 @@ async def test_deleting_one_that_runs_ends_it(houses: Houses) -> None:
             await house.sdk.responses.retrieve(first.id, **asked)
     house.engine.script = say("Yes")
     first = await house.sdk.responses.create(**ASK)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while house.service.background._running:
             await asyncio.sleep(0.01)
     await house.sdk.responses.delete(first.id)

@@ -86,7 +86,7 @@ async def test_a_path_like_a_route_of_ours_can_be_the_proxys(houses: Houses) -> 
 
 async def sent(house: House, data: bytes) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of what comes back for some bytes."""
-    async with listening(house) as port, asyncio.timeout(5):
+    async with listening(house) as port, asyncio.timeout(60):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(data)
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
@@ -122,7 +122,7 @@ async def test_head_is_get_without_a_body(houses: Houses) -> None:
     key = {"Authorization": "Bearer key"}
     async with (
         listening(house) as port,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
         for path, status in (
             ("/live", 200),
@@ -162,8 +162,8 @@ async def test_head_of_a_stream_does_not_follow_it(
     go_on = stuck(house.engine)
     body = {"messages": [{"role": "user", "content": "Hello!"}], "stream": True}
     body["stream_options"] = {"resumable": True}
-    async with listening(house) as port, asyncio.timeout(5):
-        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}")
+    async with listening(house) as port, asyncio.timeout(60):
+        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60)
         async with client, client.stream("POST", "/v1/chat/completions", json=body) as answer:
             place = answer.url.join(answer.headers["content-location"])
             head = await client.head(place)
@@ -242,7 +242,7 @@ async def test_nonsense_behind_a_request_does_not_become_a_part_of_its_answer(
     house: House, more: bytes, begun: bool
 ) -> None:
     stuck(house.engine)
-    async with listening(house) as port, asyncio.timeout(5):
+    async with listening(house) as port, asyncio.timeout(60):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         asked = CHAT + LENGTH + b"\r\n" + BODY
         writer.write(asked if begun else asked + more)

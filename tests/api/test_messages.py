@@ -377,7 +377,7 @@ async def test_leaving_ends_the_work(house: House) -> None:
             if event.type == "content_block_delta":
                 break
         await stream.close()
-        await asyncio.wait_for(house.engine.abort_seen.wait(), 10)
+        await asyncio.wait_for(house.engine.abort_seen.wait(), 60)
 
 
 RIGHT: Any = {

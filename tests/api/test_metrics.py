@@ -18,7 +18,7 @@ from tests.small_tokenizer import encode_rendered
 from wire.errors import EngineFailed
 from wire.messages import EngineOutput, EngineRequest, EngineStats, Times
 
-DEADLINE = 10.0
+DEADLINE = 60.0
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 

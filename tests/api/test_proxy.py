@@ -41,7 +41,8 @@ async def test_events_arrive_one_by_one_through_nginx(
             if compose:
                 text = composed(tmp_path, port, names.port, behind)
             with serving(tmp_path, port, text):
-                async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                url = f"http://127.0.0.1:{port}"
+                async with httpx.AsyncClient(base_url=url, timeout=60) as client:
                     while (await client.get("/live")).status_code != 200:
                         assert compose  # of a name that is being looked up
                     await streamed(client, go_on)
@@ -69,7 +70,7 @@ async def test_the_log_of_nginx_has_the_id_of_a_request_and_not_its_query(
             closing(Names("127.0.0.1")) as names,
             serving(tmp_path, port, composed(tmp_path, port, names.port, behind)),
         ):
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
                 while (await client.get("/live")).status_code != 200:
                     pass
                 given = {"X-Request-Id": "mine-1"}

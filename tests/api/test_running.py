@@ -33,7 +33,7 @@ def endless(house: House) -> asyncio.Event:
 
 async def started(house: House, work: Callable[[], Any], until: asyncio.Event) -> Any:
     task = asyncio.ensure_future(work())
-    await asyncio.wait_for(until.wait(), 5)
+    await asyncio.wait_for(until.wait(), 60)
     return task
 
 
@@ -65,7 +65,7 @@ async def test_a_request_is_ended_whole_or_streamed(
         answer = await delete(house, "mine")
         assert answer.status_code == 200
         assert answer.json() == {"id": "mine", "object": "request", "aborted": True}
-        found = await asyncio.wait_for(task, 5)
+        found = await asyncio.wait_for(task, 60)
         if stream:
             assert found.status_code == 200
             error = events(found.text)[-1]["error"]
@@ -115,7 +115,7 @@ async def test_one_that_waits_for_its_pictures_is_ended(house: House) -> None:
     body = {"messages": [{"role": "user", "content": [picture("a")]}]}
     task = await started(house, asking(house, "/v1/chat/completions", body), arrived)
     assert (await delete(house, "mine")).status_code == 200
-    assert (await asyncio.wait_for(task, 5)).status_code == 499
+    assert (await asyncio.wait_for(task, 60)).status_code == 499
     assert house.media.cancelled == 1
     assert not house.engine.requests
     assert (await delete(house, "mine")).status_code == 404
@@ -149,7 +149,7 @@ async def test_of_two_requests_of_one_name_both_are_ended_and_no_third(house: Ho
         await asyncio.sleep(0)
     assert (await delete(house, "mine")).status_code == 200
     for task in tasks:
-        assert (await asyncio.wait_for(task, 5)).status_code == 499
+        assert (await asyncio.wait_for(task, 60)).status_code == 499
     assert not third.done()
     assert (await delete(house, "mine-1")).status_code == 200
     assert (await third).status_code == 499

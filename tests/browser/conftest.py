@@ -22,7 +22,7 @@ FLAGS = [
     "--disable-sync",
     "--no-proxy-server",
 ]
-PATIENCE = 12_000  # milliseconds; the machine may be busy
+PATIENCE = 60_000  # milliseconds; the machine may be busy
 
 # A violation is no console message in every case, so that the page itself has to tell.
 WATCH = """

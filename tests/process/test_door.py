@@ -21,7 +21,7 @@ from wire.messages import Progress
 from wire.settings import EngineSettings, SettingError
 
 SECRET = b"sixteen or more of them"
-DEADLINE = 20.0
+DEADLINE = 60.0
 GOOD = Offer(1, 0, 2, handshake.version())
 
 Found = dict[Place, socket.socket]

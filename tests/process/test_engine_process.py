@@ -23,7 +23,7 @@ from wire.errors import EngineFailed, Unavailable
 from wire.messages import EngineOutput, Fault, FromEngine
 from wire.settings import EngineSettings
 
-DEADLINE = 20.0
+DEADLINE = 60.0
 SETTINGS = EngineSettings(block_size=16, max_num_seqs=32)
 ENDLESS = 9_000
 ROOT = Path(__file__).resolve().parents[2]

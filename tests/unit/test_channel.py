@@ -12,7 +12,7 @@ import pytest
 
 from wire.channel import AsyncChannel, Bounds, Channel, ChannelClosed
 
-DEADLINE = 10.0
+DEADLINE = 60.0
 
 
 class Ping(msgspec.Struct, frozen=True, tag="ping"):

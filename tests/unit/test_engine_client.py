@@ -30,7 +30,7 @@ from wire.messages import (
 )
 from wire.settings import EngineSettings
 
-DEADLINE = 10.0
+DEADLINE = 60.0
 SETTINGS = EngineSettings(block_size=4)
 
 
