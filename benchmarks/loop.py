@@ -30,8 +30,8 @@ from wire.messages import EngineRequest, ToEngine
 from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
 
-# A step of single tokens is computed by the second where there is one call for it.
-_MODEL = ("forward", "_single", "logits")
+# A step of single tokens is computed by those in the middle where there is one call for it.
+_MODEL = ("forward", "hidden", "highest", "logits")
 
 
 class Clock:
@@ -123,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     core = EngineCore(settings, runner, runner.ready())
     clock = Clock()
     for owner, names in (
-        (runner, ("begin", "sample", "finish", *(["_single"] if runner._single else []))),
+        (runner, ("begin", "sample", "finish")),
+        (runner._single, ("hidden", "highest") if runner._single else ()),
         (runner._model, ("forward", "logits")),
         (core._scheduler, ("plan", "commit")),
     ):

@@ -38,7 +38,7 @@ from engine.memory import LARGE, kv_blocks, largest_step, measure, shallow, with
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import DeviceRows, Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, asked, logprobs, score
-from engine.sampling.sampler import NOTHING_LEFT, draws, sample, sample_plain
+from engine.sampling.sampler import NOTHING_LEFT, checked, draws, sample, sample_plain
 from engine.trial import Trial
 from engine.vision import EncoderOutputs, Encoding, NoOutputs
 from model import ModelConfig, build_model, load_config
@@ -65,10 +65,11 @@ class _Begun:
 
     step: int
     names: list[str]
-    logits: Tensor | None = None  # None without rows, and in later stages
+    logits: Tensor | None = None  # None without rows, in later stages, and where there are tokens
     scored: Scored | None = None
     encoding: Encoding | None = None
     graph: DecodeGraph | None = None  # that made the logits, padded ones behind
+    tokens: Tensor = _NO_TOKENS  # [R] int64, where the forward pass drew them
     began: Moment = None
 
 
@@ -310,8 +311,8 @@ class ModelRunner:
         assert self._begun is not None, "nothing was begun"
         assert self._drawn is None, "the step before is not finished"
         begun, self._begun = self._begun, None
-        tokens, likely = _NO_TOKENS, None
-        if begun.names:
+        tokens, likely = begun.tokens, None
+        if begun.names and not len(tokens):
             if begun.logits is not None and self._draws:
                 tokens, likely = self._draw(begun, begun.logits)
                 self._group.broadcast(tokens)
@@ -401,13 +402,9 @@ class ModelRunner:
         some = None
         if len(last) < len(embeddings):
             some = to_device(last, embeddings.device, torch.int64)
+        wanted = None if scores else some
         hidden = self._model(
-            embeddings,
-            batch.positions,
-            batch.attention,
-            self._kv,
-            self._attention,
-            None if scores else some,
+            embeddings, batch.positions, batch.attention, self._kv, self._attention, wanted
         )
         if self._group.stage:
             return _Begun(plan.step, names)
@@ -435,8 +432,10 @@ class ModelRunner:
         if isinstance(one, DecodeGraph):
             padded = one.forward(self._rows.decode_inputs(plan.work, one.size))
             return _Begun(plan.step, names, padded, graph=one)
-        hidden = one(self._rows.decode_inputs(plan.work, len(names)))
-        return _Begun(plan.step, names, self._model.logits(hidden))
+        inputs = self._rows.decode_inputs(plan.work, len(names))
+        if self._rows.are_greedy(names):
+            return _Begun(plan.step, names, tokens=checked(*one.highest(inputs)))
+        return _Begun(plan.step, names, self._model.logits(one.hidden(inputs)))
 
     def _score(self, scoring: Sequence[tuple[Work, Tensor]]) -> Scored | None:
         """Look up the prompts' tokens; each work comes with its hidden states."""

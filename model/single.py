@@ -1,7 +1,8 @@
-"""Steps of one new token per row on the CPU: from ids to hidden states in one call of the C.
+"""Steps of one new token per row on the CPU: from ids to hidden states, or to the likeliest tokens,
+in one call of the C.
 
 After every step the weights have taken the place of everything else in the caches, so that each
-operation in front of the layers takes as long as if it were called for the first time.
+operation beside the layers takes as long as if it were called for the first time.
 """
 
 import ctypes
@@ -14,20 +15,22 @@ from model.attention.base import AttentionBackend
 from model.attention.native import NativeAttention
 from model.internvl import InternVL
 from model.kv_cache import KVCache
-from model.native import LIBRARY, Layers, Single
-from model.ops.native import scratch
+from model.native import LIBRARY, Layers, Matrix, Single
+from model.ops.native import NativeOps, scratch
 from model.rotary import angles, inverse_frequencies
 
 
 class SingleTokens:
-    """Through ``layers``. ``tables`` [lines, blocks] and ``last`` [lines], int64, are looked up by
-    a row's line at each call; there are no more rows than lines."""
+    """Through ``layers`` and ``head``. ``tables`` [lines, blocks] and ``last`` [lines], int64, are
+    looked up by a row's line at each call; there are no more rows than lines. A call is made with
+    ``engine.rows.Rows.decode_inputs`` of the rows."""
 
     def __init__(
         self,
         model: InternVL,
         block_size: int,
         layers: Layers,
+        head: Matrix,
         tables: Tensor,
         last: Tensor,
     ) -> None:
@@ -38,6 +41,7 @@ class SingleTokens:
         cosine, sine = angles(torch.arange(width * block_size), frequencies)
         self._single = Single(
             layers=ctypes.pointer(layers),
+            head=ctypes.pointer(head),
             embedding=embedding.data_ptr(),
             cosine=cosine.data_ptr(),
             sine=sine.data_ptr(),
@@ -52,14 +56,30 @@ class SingleTokens:
         self._scratch = scratch(-(-needed // 2))
         self._memory = layers, embedding, cosine, sine, tables, last
         self._hidden = [hidden[:rows] for rows in range(most + 1)]
-        self._pointers = hidden.data_ptr(), self._scratch.data_ptr()
 
-    def __call__(self, inputs: "array[int]") -> Tensor:
-        """``engine.rows.Rows.decode_inputs`` of the rows to hidden states ``[rows, hidden]``, there
-        until the next call."""
+    def hidden(self, inputs: "array[int]") -> Tensor:
+        """Hidden states ``[rows, hidden]``, there until the next call."""
+        self._call(inputs, None, None)
+        return self._hidden[len(inputs) // 4]
+
+    def highest(self, inputs: "array[int]") -> tuple[Tensor, Tensor]:
+        """What ``draw.highest`` finds in the logits of the hidden states, which are not written.
+        The tokens found are in ``last`` then."""
         rows = len(inputs) // 4
-        LIBRARY.internvl_single(self._single, inputs.buffer_info()[0], rows, *self._pointers)
-        return self._hidden[rows]
+        best, tokens = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        self._call(inputs, tokens.data_ptr(), best.data_ptr())
+        return best, tokens
+
+    def _call(self, inputs: "array[int]", tokens: int | None, best: int | None) -> None:
+        LIBRARY.internvl_single(
+            self._single,
+            inputs.buffer_info()[0],
+            len(inputs) // 4,
+            self._hidden[-1].data_ptr(),
+            tokens,
+            best,
+            self._scratch.data_ptr(),
+        )
 
 
 def single_tokens(
@@ -70,10 +90,16 @@ def single_tokens(
     last: Tensor,
 ) -> SingleTokens | None:
     """None where such steps are computed like all others."""
-    if not (isinstance(attention, NativeAttention) and model.group.is_alone):
+    decoder, ops = model.decoder, model.ops
+    if not (
+        isinstance(attention, NativeAttention)
+        and isinstance(ops, NativeOps)
+        and model.group.is_alone
+        and decoder.embedding.weight.is_contiguous()
+    ):
         return None
-    decoder = model.decoder
-    layers = attention.layers(decoder.layers, decoder.norm, kv, model.ops)
-    if layers is None or not decoder.embedding.weight.is_contiguous():
+    layers = attention.layers(decoder.layers, decoder.norm, kv, ops)
+    head = ops.matrix(decoder.output)
+    if layers is None or head is None:
         return None
-    return SingleTokens(model, kv.block_size, layers, tables, last)
+    return SingleTokens(model, kv.block_size, layers, head, tables, last)

@@ -54,8 +54,7 @@ def sample_plain(logits: Tensor, draws: Tensor | None = None) -> Tensor:
 
         return fused.draw(logits, fused.plain_wishes(draws, logits))
     if draws is None:
-        best, tokens = highest(logits)
-        return _checked(tokens, best)
+        return checked(*highest(logits))
     count = _at_once(logits)
     parts = zip(logits.split(count), draws.split(count, dim=1), strict=True)
     return torch.cat([_plain(*part) for part in parts])
@@ -90,7 +89,7 @@ def _plain(logits: Tensor, draws: Tensor) -> Tensor:
     # As the step does it, to the bit; a greedy row's quotient is not used.
     cooled = torch.where(heats == 1.0, logits, (logits - best[:, None]) / heats)
     drawn = _race(cooled, draws[:2].T)
-    return _checked(torch.where(heats[:, 0] > 0, drawn, tokens), best)
+    return checked(best, torch.where(heats[:, 0] > 0, drawn, tokens))
 
 
 def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
@@ -110,10 +109,11 @@ def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
             index = to_device(drawn, logits.device)
             found = _draw(_apply(FILTERS, logits[index], chosen), keys)
             tokens = tokens.index_copy(0, index, found)
-    return _checked(tokens, best)
+    return checked(best, tokens)
 
 
-def _checked(tokens: Tensor, best: Tensor) -> Tensor:
+def checked(best: Tensor, tokens: Tensor) -> Tensor:
+    """The tokens drawn [R], or in their place why there are none, by the rows' highest logits."""
     # NaN and +inf come through a maximum; -inf alone means that a token was removed.
     if best.device.type == "cpu" and all(map(math.isfinite, best.tolist())):
         return tokens

@@ -27,9 +27,10 @@ static inline long panel_bytes(const struct matrix *m, long inputs) {
   return inputs * LANES * (m->scales ? 2 : m->bases ? 3 : 4) / 2;
 }
 
-/* What follows a product: nothing; GELU; silu(even panel) * odd panel, half as many outputs; or
-   nothing, and y is fp32 and there is no bias. */
-enum { PLAIN, GELU, GATE, FLOATS };
+/* What follows a product: nothing; GELU; silu(even panel) * odd panel, half as many outputs; nothing, and
+   y is fp32; or of each row only the highest is kept, and y is [rows] keys (internvl_linear_highest). The
+   last two without a bias. */
+enum { PLAIN, GELU, GATE, FLOATS, HIGHEST };
 
 /* A step's tokens, row by row. */
 struct batch {
@@ -47,6 +48,8 @@ struct heads {
 long internvl_linear_scratch(const struct matrix *m, long rows);
 void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows, void *y, long ldy,
                      int kind, void *scratch);
+void internvl_linear_highest(const struct matrix *m, const bf16 *x, long ldx, long rows, int64_t *places,
+                             float *most, void *scratch);
 void internvl_add_norm(bf16 *hidden, long ldh, const bf16 *delta, long ldd, const float *weight,
                        const float *bias, bf16 *out, long ldo, long rows, long size, float eps,
                        int centred);

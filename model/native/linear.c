@@ -4,6 +4,7 @@
 #include "pool.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -49,8 +50,44 @@ CLONES static void finish(const struct linear *w, const float *c, long row, int 
   }
 }
 
+/* A number and its place as one that is the higher, the higher the number is or, of equals, the earlier
+   it stands. NaN is the highest; 0 is no key. */
+static uint64_t key_of(float x, long place) {
+  uint32_t bits;
+  x += 0.0f; /* -0 is no less than 0 */
+  memcpy(&bits, &x, sizeof bits);
+  bits = x != x ? UINT32_MAX : bits >> 31 ? ~bits : bits | 1u << 31;
+  return (uint64_t)bits << 32 | (uint32_t)~place;
+}
+
+static float number_of(uint64_t key) {
+  uint32_t bits = (uint32_t)(key >> 32);
+  bits = bits >> 31 ? bits & INT32_MAX : ~bits;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+/* Hardly ever is there anything higher than what any thread has found before. */
+CLONES static void keep_highest(const struct linear *w, float *c, long row, int rows, long column) {
+  _Atomic uint64_t *best = (_Atomic uint64_t *)w->y + row;
+  for (int r = 0; r < rows; r++, c += COLUMNS) {
+    for (long i = w->m->outputs - column; i < COLUMNS; i++) c[i] = -INFINITY;
+    uint64_t known = atomic_load_explicit(best + r, memory_order_relaxed), found = known;
+    float most = number_of(known);
+    int any = 0;
+    for (int i = 0; i < COLUMNS; i++) any |= !(c[i] < most);
+    if (!any) continue;
+    for (int i = 0; i < COLUMNS; i++) {
+      uint64_t key = key_of(c[i], column + i);
+      found = key > found ? key : found;
+    }
+    while (found > known && !atomic_compare_exchange_weak(best + r, &known, found));
+  }
+}
+
 #if defined(__x86_64__)
-/* The same with this processor's own rounding, and past the caches where the next to read the result
+/* finish() with this processor's own rounding, and past the caches where the next to read the result
    would not find it there. Only whole groups. */
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) static void finish_fast(
     const struct linear *w, const float *c, long row, int rows, long column) {
@@ -163,6 +200,10 @@ enum { WIDENED = 1024, THIRD_BYTES = 16 << 20 };
 static void end_rows(const struct linear *w, float *c, long row, int rows, long column) {
   if (w->m->scales) widen(w, c, row, rows, column);
   if (w->m->odds) wide_add_odds(w->m, column, w->x + row * w->ldx, w->ldx, rows, c);
+  if (w->kind == HIGHEST) {
+    keep_highest(w, c, row, rows, column);
+    return;
+  }
 #if defined(__x86_64__)
   if (block_level >= 3 && w->kind <= GELU && column + COLUMNS <= w->m->outputs) {
     finish_fast(w, c, row, rows, column);
@@ -266,4 +307,16 @@ void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows,
   w.tall = ((rows + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
   w.chunks = (rows + w.tall - 1) / w.tall; /* fewer, where they were rounded up */
   pool_run(part, &w, w.groups * w.chunks);
+}
+
+/* Of each row of x[rows][inputs] * panels the highest, and its place: the first of those that are as high,
+   or the first NaN. */
+void internvl_linear_highest(const struct matrix *m, const bf16 *x, long ldx, long rows, int64_t *places,
+                             float *most, void *scratch) {
+  memset(places, 0, rows * sizeof *places);
+  internvl_linear(m, x, ldx, rows, places, 0, HIGHEST, scratch);
+  for (long row = 0; row < rows; row++) {
+    most[row] = number_of(places[row]);
+    places[row] = (uint32_t)~places[row];
+  }
 }

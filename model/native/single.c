@@ -1,4 +1,5 @@
-/* A step in which every row has one new token, from its ids to the last hidden states in one call.
+/* A step in which every row has one new token, from its ids to the last hidden states or the likeliest
+   tokens in one call.
 
    What comes before the layers is some hundred bytes a row. But every step's weights take the place of
    all else in the caches, so that each operation of its own would cost as much as reading part of a
@@ -9,9 +10,11 @@
 
 struct single {
   const struct decoder *decoder;
+  const struct matrix *head;
   const bf16 *embedding;        /* [tokens][hidden] */
   const float *cosine, *sine;   /* [positions][head / 2] */
-  const int64_t *tables, *last; /* a line of the tables: its blocks, [width], and the token drawn last */
+  const int64_t *tables;        /* [lines][width]: blocks */
+  int64_t *last;                /* [lines]: the tokens drawn last */
   long hidden, width;
   struct heads heads;
 };
@@ -27,15 +30,18 @@ static void *take(char **memory, long count, long size) {
 
 /* Bytes that internvl_single needs as scratch. */
 long internvl_single_scratch(const struct single *s, long rows) {
-  long half = s->heads.head / 2;
+  long half = s->heads.head / 2, layers = internvl_decode_scratch(s->decoder, rows);
+  long head = internvl_linear_scratch(s->head, rows);
   return 2 * room(rows * half, sizeof(float)) + room(rows * s->width, sizeof(int64_t)) +
          2 * room(rows, sizeof(int64_t)) + 2 * room(rows + 1, sizeof(int64_t)) +
-         room(rows * s->hidden, sizeof(bf16)) + internvl_decode_scratch(s->decoder, rows);
+         room(rows * s->hidden, sizeof(bf16)) + (head > layers ? head : layers);
 }
 
 /* inputs[4][rows] are lines, ids (-1: the token drawn last for the line), lengths with the new token, and
-   how many positions are saved before it; out[rows][hidden] are the last hidden states. */
-void internvl_single(const struct single *s, const int32_t *inputs, long rows, bf16 *out, char *scratch) {
+   how many positions are saved before it; out[rows][hidden] are the last hidden states. tokens: NULL, or
+   for the place of each row's highest logit, which is drawn then; `most` for that logit. */
+void internvl_single(const struct single *s, const int32_t *inputs, long rows, bf16 *out, int64_t *tokens,
+                     float *most, char *scratch) {
   const int32_t *lines = inputs, *ids = lines + rows, *lengths = ids + rows, *saved = lengths + rows;
   long half = s->heads.head / 2, size = s->heads.size;
   float *cosine = take(&scratch, rows * half, sizeof(float)), *sine = take(&scratch, rows * half, sizeof(float));
@@ -61,4 +67,7 @@ void internvl_single(const struct single *s, const int32_t *inputs, long rows, b
   }
   struct batch batch = {cosine, sine, slots, tables, starts, contexts, tasks, s->width, rows, rows};
   internvl_decode(s->decoder, &batch, NULL, rows, hidden, out, (bf16 *)scratch);
+  if (!tokens) return;
+  internvl_linear_highest(s->head, out, s->hidden, rows, tokens, most, scratch);
+  for (long row = 0; row < rows; row++) s->last[lines[row]] = tokens[row];
 }

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.rows import Rows
 from model.attention import choose
 from model.attention.native import NativeAttention
 from model.decoder import Decoder
@@ -382,7 +383,7 @@ def test_the_layers_in_one_call_equal_them_piece_by_piece(
 
 @pytest.mark.parametrize("shape", [SHAPE, QWEN3], ids=["Qwen2", "Qwen3"])
 @pytest.mark.parametrize("mode", ["off", "on"])
-def test_steps_of_single_tokens_in_one_call_have_the_logits_of_others(
+def test_steps_of_single_tokens_in_one_call_have_the_logits_and_tokens_of_others(
     shape: Shape, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind pictures of any positions, over blocks that changed their owner, and of tokens that
@@ -390,21 +391,28 @@ def test_steps_of_single_tokens_in_one_call_have_the_logits_of_others(
     folder = make_checkpoint(tmp_path, shape=shape, dtype=BF16)
     how = {"async_scheduling": mode, "num_kv_blocks": 6, "max_num_seqs": 5}
     logits: list[Tensor] = []
-    sizes: set[int] = set()
-    compute, call = InternVL.logits, SingleTokens.__call__
+    sizes: set[tuple[int, bool]] = set()
+    compute, call = InternVL.logits, SingleTokens._call
 
     def keep(model: InternVL, hidden: Tensor) -> Tensor:
         logits.append(compute(model, hidden).clone())
         return logits[-1]
 
-    def note(single: SingleTokens, inputs: "array[int]") -> Tensor:
-        sizes.add(len(inputs) // 4)
-        return call(single, inputs)
+    def note(single: SingleTokens, inputs: "array[int]", tokens: int | None, *rest: object) -> None:
+        sizes.add((len(inputs) // 4, tokens is not None))
+        call(single, inputs, tokens, *rest)
 
     monkeypatch.setattr(InternVL, "logits", keep)
-    monkeypatch.setattr(SingleTokens, "__call__", note)
+    monkeypatch.setattr(SingleTokens, "_call", note)
     tokens = serve(folder, [test_v2pe.stepped(None)], **how)
     assert len(sizes) > 2
+    assert {drawn for count, drawn in sizes if count > 1} == {True}
+    logits.clear()
+    sizes.clear()
+    monkeypatch.setattr(Rows, "are_greedy", lambda *_: False)
+    assert serve(folder, [test_v2pe.stepped(None)], **how) == tokens
+    assert len(sizes) > 2
+    assert {drawn for count, drawn in sizes if count > 1} == {False}
     found, logits = logits, []
     sizes.clear()
     monkeypatch.setattr("engine.runner.single_tokens", lambda *_: None)
