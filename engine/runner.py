@@ -38,7 +38,7 @@ from engine.memory import LARGE, kv_blocks, largest_step, measure, shallow, with
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import DeviceRows, Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, asked, logprobs, score
-from engine.sampling.sampler import NOTHING_LEFT, checked, draws, sample, sample_plain
+from engine.sampling.sampler import NOTHING_LEFT, draws, sample, sample_plain
 from engine.trial import Trial
 from engine.vision import EncoderOutputs, Encoding, NoOutputs
 from model import ModelConfig, build_model, load_config
@@ -434,7 +434,7 @@ class ModelRunner:
             return _Begun(plan.step, names, padded, graph=one)
         inputs = self._rows.decode_inputs(plan.work, len(names))
         if self._rows.are_greedy(names):
-            return _Begun(plan.step, names, tokens=checked(*one.highest(inputs)))
+            return _Begun(plan.step, names, tokens=one.highest(inputs))
         return _Begun(plan.step, names, self._model.logits(one.hidden(inputs)))
 
     def _score(self, scoring: Sequence[tuple[Work, Tensor]]) -> Scored | None:

@@ -56,30 +56,23 @@ class SingleTokens:
         self._scratch = scratch(-(-needed // 2))
         self._memory = layers, embedding, cosine, sine, tables, last
         self._hidden = [hidden[:rows] for rows in range(most + 1)]
+        self._pointers = hidden.data_ptr(), self._scratch.data_ptr()
 
     def hidden(self, inputs: "array[int]") -> Tensor:
         """Hidden states ``[rows, hidden]``, there until the next call."""
-        self._call(inputs, None, None)
+        self._call(inputs, None)
         return self._hidden[len(inputs) // 4]
 
-    def highest(self, inputs: "array[int]") -> tuple[Tensor, Tensor]:
-        """What ``draw.highest`` finds in the logits of the hidden states, which are not written.
-        The tokens found are in ``last`` then."""
-        rows = len(inputs) // 4
-        best, tokens = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
-        self._call(inputs, tokens.data_ptr(), best.data_ptr())
-        return best, tokens
+    def highest(self, inputs: "array[int]") -> Tensor:
+        """What ``engine.sampling.sampler.sample_plain`` draws from the hidden states' logits, which
+        are not written: int64 ``[rows]``. ``last`` has it then."""
+        tokens = torch.empty(len(inputs) // 4, dtype=torch.int64)
+        self._call(inputs, tokens.data_ptr())
+        return tokens
 
-    def _call(self, inputs: "array[int]", tokens: int | None, best: int | None) -> None:
-        LIBRARY.internvl_single(
-            self._single,
-            inputs.buffer_info()[0],
-            len(inputs) // 4,
-            self._hidden[-1].data_ptr(),
-            tokens,
-            best,
-            self._scratch.data_ptr(),
-        )
+    def _call(self, inputs: "array[int]", tokens: int | None) -> None:
+        (address, count), (hidden, memory) = inputs.buffer_info(), self._pointers
+        LIBRARY.internvl_single(self._single, address, count // 4, hidden, tokens, memory)
 
 
 def single_tokens(

@@ -54,7 +54,8 @@ def sample_plain(logits: Tensor, draws: Tensor | None = None) -> Tensor:
 
         return fused.draw(logits, fused.plain_wishes(draws, logits))
     if draws is None:
-        return checked(*highest(logits))
+        best, tokens = highest(logits)
+        return _checked(tokens, best)
     count = _at_once(logits)
     parts = zip(logits.split(count), draws.split(count, dim=1), strict=True)
     return torch.cat([_plain(*part) for part in parts])
@@ -89,7 +90,7 @@ def _plain(logits: Tensor, draws: Tensor) -> Tensor:
     # As the step does it, to the bit; a greedy row's quotient is not used.
     cooled = torch.where(heats == 1.0, logits, (logits - best[:, None]) / heats)
     drawn = _race(cooled, draws[:2].T)
-    return checked(best, torch.where(heats[:, 0] > 0, drawn, tokens))
+    return _checked(torch.where(heats[:, 0] > 0, drawn, tokens), best)
 
 
 def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
@@ -109,11 +110,10 @@ def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
             index = to_device(drawn, logits.device)
             found = _draw(_apply(FILTERS, logits[index], chosen), keys)
             tokens = tokens.index_copy(0, index, found)
-    return checked(best, tokens)
+    return _checked(tokens, best)
 
 
-def checked(best: Tensor, tokens: Tensor) -> Tensor:
-    """The tokens drawn [R], or in their place why there are none, by the rows' highest logits."""
+def _checked(tokens: Tensor, best: Tensor) -> Tensor:
     # NaN and +inf come through a maximum; -inf alone means that a token was removed.
     if best.device.type == "cpu" and all(map(math.isfinite, best.tolist())):
         return tokens

@@ -11,7 +11,7 @@ from typing import Any
 
 from wire.native import load
 
-VERSION = 9
+VERSION = 10
 """That of the functions' arguments, here and in pool.c: one more with every change of them."""
 BEST = 4
 """For ``internvl_choose``: the best instruction set of this processor; tests choose others too."""
@@ -97,7 +97,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "internvl_pack12": [_p, _l, _l, _l, _p, _p, _p, _p],
     "internvl_linear_scratch": [_matrix, _l],
     "internvl_linear": [_matrix, _p, _l, _l, _p, _l, _i, _p],
-    "internvl_linear_highest": [_matrix, _p, _l, _l, _p, _p, _p],
+    "internvl_linear_highest": [_matrix, _p, _l, _l, _p, _p],
     "internvl_add_norm": [_p, _l, _p, _l, _p, _p, _p, _l, _l, _l, _f, _i],
     "internvl_tile_scratch": [_l, _l, _i, _i],
     "internvl_tile_attention": [_p, _l, _l, _l, _i, _i, _p, _p, _l],
@@ -108,7 +108,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "internvl_decode_scratch": [ctypes.POINTER(Layers), _l],
     "internvl_highest": [_p, _l, _l, _l, _p, _p],
     "internvl_single_scratch": [ctypes.POINTER(Single), _l],
-    "internvl_single": [ctypes.POINTER(Single), _p, _l, _p, _p, _p, _p],
+    "internvl_single": [ctypes.POINTER(Single), _p, _l, _p, _p, _p],
     "internvl_decode": [ctypes.POINTER(Layers), _batch, _p, _l, _p, _p, _p],
 }
 

@@ -32,6 +32,10 @@ static inline long panel_bytes(const struct matrix *m, long inputs) {
    last two without a bias. */
 enum { PLAIN, GELU, GATE, FLOATS, HIGHEST };
 
+/* In the place of a token, as in engine/sampling/base.py: the highest is no number that can be compared,
+   or all of them are -inf. */
+enum { NOT_FINITE = -1, NOTHING_LEFT = -2 };
+
 /* A step's tokens, row by row. */
 struct batch {
   const float *cosine, *sine;                        /* [tokens][head / 2] */
@@ -48,8 +52,8 @@ struct heads {
 long internvl_linear_scratch(const struct matrix *m, long rows);
 void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows, void *y, long ldy,
                      int kind, void *scratch);
-void internvl_linear_highest(const struct matrix *m, const bf16 *x, long ldx, long rows, int64_t *places,
-                             float *most, void *scratch);
+void internvl_linear_highest(const struct matrix *m, const bf16 *x, long ldx, long rows, int64_t *tokens,
+                             void *scratch);
 void internvl_add_norm(bf16 *hidden, long ldh, const bf16 *delta, long ldd, const float *weight,
                        const float *bias, bf16 *out, long ldo, long rows, long size, float eps,
                        int centred);

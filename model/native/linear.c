@@ -309,14 +309,15 @@ void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows,
   pool_run(part, &w, w.groups * w.chunks);
 }
 
-/* Of each row of x[rows][inputs] * panels the highest, and its place: the first of those that are as high,
-   or the first NaN. */
-void internvl_linear_highest(const struct matrix *m, const bf16 *x, long ldx, long rows, int64_t *places,
-                             float *most, void *scratch) {
-  memset(places, 0, rows * sizeof *places);
-  internvl_linear(m, x, ldx, rows, places, 0, HIGHEST, scratch);
+/* The token of each row of x[rows][inputs] * panels: the output that is the highest, the first of those
+   that are as high. */
+void internvl_linear_highest(const struct matrix *m, const bf16 *x, long ldx, long rows, int64_t *tokens,
+                             void *scratch) {
+  memset(tokens, 0, rows * sizeof *tokens);
+  internvl_linear(m, x, ldx, rows, tokens, 0, HIGHEST, scratch);
   for (long row = 0; row < rows; row++) {
-    most[row] = number_of(places[row]);
-    places[row] = (uint32_t)~places[row];
+    float most = number_of(tokens[row]);
+    int64_t place = (uint32_t)~tokens[row];
+    tokens[row] = isfinite(most) ? place : most == -INFINITY ? NOTHING_LEFT : NOT_FINITE;
   }
 }

@@ -39,9 +39,9 @@ long internvl_single_scratch(const struct single *s, long rows) {
 
 /* inputs[4][rows] are lines, ids (-1: the token drawn last for the line), lengths with the new token, and
    how many positions are saved before it; out[rows][hidden] are the last hidden states. tokens: NULL, or
-   for the place of each row's highest logit, which is drawn then; `most` for that logit. */
+   for each row's likeliest, which is drawn then. */
 void internvl_single(const struct single *s, const int32_t *inputs, long rows, bf16 *out, int64_t *tokens,
-                     float *most, char *scratch) {
+                     char *scratch) {
   const int32_t *lines = inputs, *ids = lines + rows, *lengths = ids + rows, *saved = lengths + rows;
   long half = s->heads.head / 2, size = s->heads.size;
   float *cosine = take(&scratch, rows * half, sizeof(float)), *sine = take(&scratch, rows * half, sizeof(float));
@@ -68,6 +68,6 @@ void internvl_single(const struct single *s, const int32_t *inputs, long rows, b
   struct batch batch = {cosine, sine, slots, tables, starts, contexts, tasks, s->width, rows, rows};
   internvl_decode(s->decoder, &batch, NULL, rows, hidden, out, (bf16 *)scratch);
   if (!tokens) return;
-  internvl_linear_highest(s->head, out, s->hidden, rows, tokens, most, scratch);
-  for (long row = 0; row < rows; row++) s->last[lines[row]] = tokens[row];
+  internvl_linear_highest(s->head, out, s->hidden, rows, tokens, scratch);
+  for (long row = 0; row < rows; row++) s->last[lines[row]] = tokens[row] > 0 ? tokens[row] : 0;
 }

@@ -398,9 +398,9 @@ def test_steps_of_single_tokens_in_one_call_have_the_logits_and_tokens_of_others
         logits.append(compute(model, hidden).clone())
         return logits[-1]
 
-    def note(single: SingleTokens, inputs: "array[int]", tokens: int | None, *rest: object) -> None:
+    def note(single: SingleTokens, inputs: "array[int]", tokens: int | None) -> None:
         sizes.add((len(inputs) // 4, tokens is not None))
-        call(single, inputs, tokens, *rest)
+        call(single, inputs, tokens)
 
     monkeypatch.setattr(InternVL, "logits", keep)
     monkeypatch.setattr(SingleTokens, "_call", note)
