@@ -305,7 +305,6 @@ class ModelRunner:
         self._begun = self._compute(plan) if plan.work else _Begun(plan.step, [])
         self._begun.began, self._begun.encoding = began, encoding
 
-    @torch.inference_mode()
     def sample(self) -> None:
         """Launch the draw of the step begun; the step before it is finished."""
         assert self._begun is not None, "nothing was begun"
@@ -313,13 +312,7 @@ class ModelRunner:
         begun, self._begun = self._begun, None
         tokens, likely = begun.tokens, None
         if begun.names and not len(tokens):
-            if begun.logits is not None and self._draws:
-                tokens, likely = self._draw(begun, begun.logits)
-                self._group.broadcast(tokens)
-            else:
-                tokens = self._device_rows.last.new_empty(len(begun.names))
-                lines = self._rows.lines(begun.names)
-                self._device_rows.note(lines, self._group.broadcast(tokens))
+            tokens, likely = self._draw(begun)
         # Copied now, behind the draw: a copy asked for later would stand behind the next step.
         tokens, likely = to_host(tokens), likely and likely.to_host()
         scored = begun.scored and begun.scored.to_host()
@@ -331,12 +324,18 @@ class ModelRunner:
             arrived,
         )  # fmt: skip
 
-    def _draw(self, begun: _Begun, logits: Tensor) -> tuple[Tensor, Likely | None]:
+    @torch.inference_mode()
+    def _draw(self, begun: _Begun) -> tuple[Tensor, Likely | None]:
         """The next tokens [R] of the step's rows, and their logprobs if any asks."""
-        names, likely = begun.names, None
+        names, logits, likely = begun.names, begun.logits, None
+        if logits is None or not self._draws:
+            tokens = self._group.broadcast(self._device_rows.last.new_empty(len(names)))
+            self._device_rows.note(self._rows.lines(names), tokens)
+            return tokens, None
         if begun.graph is not None and self._rows.are_plain(names):
             rows = [self._rows.sample_row(name) for name in names]
-            return begun.graph.sample(draws(rows, begun.graph.size))[: len(rows)], None
+            tokens = begun.graph.sample(draws(rows, begun.graph.size))[: len(rows)]
+            return self._group.broadcast(tokens), None
         if begun.graph is not None:
             logits = logits[: len(names)]
         if self._rows.are_greedy(names):
@@ -346,7 +345,7 @@ class ModelRunner:
             tokens = sample(logits, rows)
             likely = logprobs(logits, tokens, rows)
         self._device_rows.note(self._rows.lines(names), tokens)
-        return tokens, likely
+        return self._group.broadcast(tokens), likely
 
     def finish(self) -> StepResult:
         """Wait for the tokens of the step that was sampled; rows that live get theirs."""
