@@ -54,7 +54,7 @@ def serving(folder: Path, port: int, text: str) -> Iterator[None]:
     with log.open("wb") as sink:
         proxy = subprocess.Popen([program, "-p", folder, "-c", settings], stderr=sink)
     try:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break

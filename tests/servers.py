@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ SMALL_BLOCKS = ("--block-size", "16")
 
 def free_port() -> int:
     """One below those that the kernel gives to connections and port 0, so that nothing takes it
-    before the server does."""
+    before the server does; nor do other processes that run tests, which draw from others."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 16
     while True:
-        port = 10_000 + secrets.randbelow(22_768)
+        port = 10_000 + 16 * secrets.randbelow(22_768 // 16) + worker
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port
@@ -123,6 +124,16 @@ class Server:
             if parent == self.process.pid and module in words:
                 found.append(int(entry.name))
         return found
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Its engine stands still, so that no answer ends by itself."""
+        (engine,) = self.children("engine")
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(engine, signal.SIGCONT)
 
     def client(self, **options: Any) -> OpenAI:
         return OpenAI(base_url=self.url + "/v1", api_key="test", max_retries=0, **options)

@@ -13,6 +13,7 @@ from tests.servers import Server
 
 LONG = '{"ignore_eos": true}'
 RUNNING = "internvl_num_requests_running"
+ABORTED = 'internvl_request_success_total{finished_reason="abort"}'
 
 
 @pytest.fixture
@@ -29,10 +30,18 @@ def chat(cable: Cable, chats: Chats) -> Chat:
 
 def ask_and_hold(chat: Chat, cable: Cable, tokens: int) -> None:
     """Ask for a long answer; it is held up behind its first words."""
+    hold(chat, cable, tokens)
+    has_begun(chat)
+
+
+def hold(chat: Chat, cable: Cable, tokens: int) -> None:
     chat.set(max_completion_tokens=tokens, more=LONG)
     cable.hold_after(6)
     chat.send("Hello!")
-    assert cable.held.wait(30)
+    assert cable.held.wait(60)
+
+
+def has_begun(chat: Chat) -> None:
     expect(chat.answer).to_contain_text("Hello! Show")
     expect(chat.page.locator("#chats li")).to_have_count(1)
 
@@ -82,19 +91,23 @@ def test_an_answer_goes_on_after_the_page_was_reloaded(
 def test_stopping_ends_the_work_at_once_and_keeps_what_is_there(
     chat: Chat, cable: Cable, demo_server: Server, how: str
 ) -> None:
-    ask_and_hold(chat, cable, 3000)
-    assert demo_server.metric(RUNNING) == 1
-    if how == "after a reload":
-        chat.page.reload()
-        expect(chat.answer).to_contain_text("Hello! Show")  # or there would be nothing to keep
-    if how == "Escape":
-        chat.page.keyboard.press("Escape")
-    else:
-        chat.button("Stop").click()
-    chat.wait_for_end()
-    expect(chat.answers.locator(".note")).to_have_text("Stopped.")
-    expect(chat.answer).to_contain_text("Hello! Show")
-    # Without a word to the server it would go on for its grace period, 30 seconds.
+    before = demo_server.metric(ABORTED) or 0
+    hold(chat, cable, 3000)
+    with demo_server.paused():
+        has_begun(chat)
+        assert demo_server.metric(RUNNING) == 1
+        if how == "after a reload":
+            chat.page.reload()
+            expect(chat.answer).to_contain_text("Hello! Show")  # or there would be nothing to keep
+        if how == "Escape":
+            chat.page.keyboard.press("Escape")
+        else:
+            chat.button("Stop").click()
+        chat.wait_for_end()
+        expect(chat.answers.locator(".note")).to_have_text("Stopped.")
+        expect(chat.answer).to_contain_text("Hello! Show")
+        # Without a word to the server it would wait for its reader.
+        demo_server.wait_for_metric(ABORTED, before + 1, deadline=20)
     demo_server.wait_for_metric(RUNNING, 0)
     expect(chat.button("Send")).to_be_visible()
     chat.set(more="")

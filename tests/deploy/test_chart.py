@@ -419,7 +419,7 @@ def test_probes_and_scrapes_ask_for_paths_that_the_server_has(
     }
     paths.add(one.manifests["ServiceMonitor"]["spec"]["endpoints"][0]["path"])
     for path in paths:
-        assert httpx.get(demo_server.url + path).status_code == 200, path
+        assert httpx.get(demo_server.url + path, timeout=60).status_code == 200, path
 
 
 def test_the_longest_name_still_leaves_room_for_what_is_added() -> None:

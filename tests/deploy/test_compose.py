@@ -210,7 +210,7 @@ def alone(tmp_path: Path) -> Iterator[int]:
 
 
 def test_what_nginx_says_itself_is_in_the_words_of_the_api(alone: int) -> None:
-    with httpx.Client(base_url=f"http://127.0.0.1:{alone}") as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{alone}", timeout=60) as client:
         hidden, away = client.get("/metrics"), client.get("/v1/models")
         assert client.get("/proxy").status_code == 204
     with socket.create_connection(("127.0.0.1", alone)) as link:

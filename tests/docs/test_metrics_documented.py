@@ -31,14 +31,14 @@ def test_the_page_is_the_table() -> None:
 
 
 def test_a_server_has_the_metrics_of_the_table_and_no_others(demo_server: Server) -> None:
-    text = httpx.get(demo_server.url + "/metrics").text
+    text = httpx.get(demo_server.url + "/metrics", timeout=60).text
     # The text format knows no type "info".
     kinds = {name: "gauge" if row.kind == "info" else row.kind for name, row in TABLE.items()}
     assert scraped(text) == kinds
 
 
 def test_prometheus_has_nothing_to_say_about_them(demo_server: Server) -> None:
-    page = httpx.get(demo_server.url + "/metrics").content
+    page = httpx.get(demo_server.url + "/metrics", timeout=60).content
     checked = subprocess.run(
         [tool("promtool"), "check", "metrics"], input=page, capture_output=True, check=False
     )

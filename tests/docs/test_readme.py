@@ -101,8 +101,8 @@ def test_a_block_that_serves_starts_a_server(block: Block, tmp_path: Path) -> No
     try:
         key = re.match("INTERNVL_API_KEY=(.+?) ", block.code)
         headers = {"Authorization": f"Bearer {key[1]}"} if key else {}
-        assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 200
-        assert httpx.get(f"{server.url}/v1/models").status_code == (401 if key else 200)
+        assert httpx.get(f"{server.url}/v1/models", headers=headers, timeout=60).status_code == 200
+        assert httpx.get(f"{server.url}/v1/models", timeout=60).status_code == (401 if key else 200)
     finally:
         server.close()
 

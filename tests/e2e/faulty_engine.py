@@ -3,6 +3,7 @@
 While FILE exists, it holds the JSON of a ``Fault``, and the first step that is meant suffers it.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -21,8 +22,9 @@ from engine.runner import ModelRunner
 from wire.messages import Progress
 from wire.settings import EngineSettings
 
-# Seconds that are added to each step, so that streams overlap for a while.
-PACE = 0.01
+# Seconds that are added to each step, so that streams overlap for a while; and while a fault waits
+# for others to come.
+PACE, SLOW = 0.01, 0.2
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,16 @@ class FaultyRunner(ModelRunner):
     file: Path | None = None
 
     def begin(self, plan: StepPlan) -> None:
-        time.sleep(PACE if self.file else 0)
+        if self.file is not None:
+            fault = self._fault()
+            time.sleep(SLOW if fault is not None and fault.rows > len(plan.work) else PACE)
         super().begin(plan)
 
     def _compute(self, plan: StepPlan) -> Any:
         begun = super()._compute(plan)
-        if self.file is None or not self.file.exists():
+        fault = self._fault()
+        if self.file is None or fault is None:
             return begun
-        fault = Fault(**json.loads(self.file.read_text()))
         seeds = [self._rows[work.id].sampling.seed for work in plan.work]
         if len(seeds) < fault.rows or (fault.seed is not None and fault.seed not in seeds):
             return begun
@@ -64,6 +68,11 @@ class FaultyRunner(ModelRunner):
             return begun
         fail(fault.how)
         return begun
+
+    def _fault(self) -> Fault | None:
+        with contextlib.suppress(FileNotFoundError):
+            return Fault(**json.loads(self.file.read_text())) if self.file else None
+        return None
 
 
 def fail(how: str) -> None:

@@ -20,7 +20,7 @@ from engine.watch import TRACED_STEPS
 from server.keys import fingerprint
 from tests.servers import Server, draw, free_port
 
-LONG: Any = {"max_tokens": 1500, "extra_body": {"ignore_eos": True}}
+LONG: Any = {"max_tokens": 3500, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def act(server: Server, method: str, path: str, key: str = "admin") -> httpx.Response:
     address = server.admin + path  # type: ignore[attr-defined]
-    return httpx.request(method, address, headers={"Authorization": f"Bearer {key}"}, timeout=30)
+    return httpx.request(method, address, headers={"Authorization": f"Bearer {key}"}, timeout=60)
 
 
 def test_a_stream_that_is_ended_says_so_and_its_memory_is_free(server: Server) -> None:
@@ -99,15 +99,15 @@ def test_the_log_level_and_a_profile(server: Server) -> None:
     assert "DEBUG" not in server.log.read_text()
     assert act(server, "POST", "/log-level?level=debug").status_code == 200
     for _ in range(1000):  # the line is written behind the answer
-        httpx.get(server.url + "/live")
+        httpx.get(server.url + "/live", timeout=60)
         if "DEBUG   api" in server.log.read_text():
             break
     else:
         pytest.fail("nothing is logged at debug")
     body: Any = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 1}
     address = server.url + "/v1/chat/completions"
-    httpx.post(address, json=body, headers={"X-Request-Id": "a-request"})
-    end = time.monotonic() + 20
+    httpx.post(address, json=body, headers={"X-Request-Id": "a-request"}, timeout=60)
+    end = time.monotonic() + 60
     while " DEBUG   engine a-request engine.scheduler: request=" not in server.log.read_text():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -115,7 +115,7 @@ def test_the_log_level_and_a_profile(server: Server) -> None:
     page = act(server, "POST", "/profile?seconds=0.2").text
     assert "function calls" in page
     assert "(run_once)" in page or "_run_once" in page
-    asked = body | {"max_tokens": 1500, "ignore_eos": True, "stream": True}
+    asked = body | {"max_tokens": 3500, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", address, json=asked, timeout=60) as answer:
         assert answer.status_code == 200
         assert "(plan)" in act(server, "POST", "/profile?seconds=1&of=engine").text
@@ -156,7 +156,7 @@ def test_a_second_signal_ends_what_the_first_lets_finish(server: Server) -> None
 
     def read() -> None:
         body = {"messages": [{"role": "user", "content": "Hello!"}], "stream": True, "n": 8}
-        body |= {"max_tokens": 1500, "ignore_eos": True}
+        body |= {"max_tokens": 3500, "ignore_eos": True}
         address = server.url + "/v1/chat/completions"
         with (
             contextlib.suppress(httpx.TransportError),

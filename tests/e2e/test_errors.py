@@ -37,7 +37,7 @@ def test_every_refusal_is_an_openai_envelope(
     headers = {"Content-Type": "application/json"} | (
         {"Authorization": f"Bearer {key}"} if key else {}
     )
-    answer = httpx.request(method, guarded.url + path, headers=headers, content=body)
+    answer = httpx.request(method, guarded.url + path, headers=headers, content=body, timeout=60)
     assert answer.status_code == status
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 

@@ -3,9 +3,11 @@
 One server for all faults: it must also be as good as new after each of them.
 """
 
+import functools
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +24,7 @@ from tests.e2e.faulty_engine import Fault
 from tests.servers import Server
 
 ENGINE = "tests.e2e.faulty_engine"
-TIMEOUT = 15.0  # of the watchdog; a busy machine must load torch faster
+TIMEOUT = 15.0  # of the watchdog, which lets an engine load for as long as that takes
 COUNT = 6
 ROWS = 7  # of all streams: one has two choices
 TOKENS = 40
@@ -64,29 +66,39 @@ class House:
         part.write_text(json.dumps(asdict(Fault(**fault))))
         part.rename(self.fault)
 
-    def begin(self) -> list[Future[Texts]]:
-        return [self._pool.submit(stream, self.server, number) for number in range(COUNT)]
+    def begin(self, number: int | None = None) -> list[Future[Texts]]:
+        """When all have begun, and before any goes on, the engine gets this signal."""
+        begun = None
+        if number is not None:
+            begun = threading.Barrier(COUNT, functools.partial(os.kill, self.engine(), number))
+        return [self._pool.submit(stream, self.server, number, begun) for number in range(COUNT)]
 
     def begin_marked(self) -> Future[Texts]:
         return self._pool.submit(stream, self.server, COUNT, seed=MARKED, temperature=1.0)
 
     def results(self, streams: list[Future[Texts]]) -> list[Texts]:
-        return [future.result(90) for future in streams]
+        return [future.result(240) for future in streams]
 
     def engine(self) -> int:
         (pid,) = self.server.children(ENGINE)
         return pid
 
-    def wait_running(self, rows: int = ROWS) -> None:
-        self.server.wait_for_metric("internvl_num_requests_running", rows)
+    def successor(self, dead: int) -> int:
+        """The engine behind one that dies."""
+        end = time.monotonic() + 120
+        while (pids := self.server.children(ENGINE)) in ([], [dead]):
+            assert time.monotonic() < end, "there is no successor"
+            time.sleep(0.01)
+        (pid,) = pids
+        return pid
 
     def is_away(self) -> None:
         """Not ready and says why, but alive."""
         self.server.wait_for_status("/ready", 503)
-        answer = httpx.get(self.server.url + "/ready", timeout=5)
+        answer = httpx.get(self.server.url + "/ready", timeout=60)
         if answer.status_code == 503:  # else it is back already
             assert answer.json()["reason"] == "the engine is starting again"
-        assert httpx.get(self.server.url + "/live", timeout=5).status_code == 200
+        assert httpx.get(self.server.url + "/live", timeout=60).status_code == 200
 
     def is_back(self) -> None:
         self.server.wait_for_status("/ready", 200)
@@ -104,9 +116,11 @@ class House:
         self.server.close()
 
 
-def stream(server: Server, number: int, **options: Any) -> Texts:
+def stream(
+    server: Server, number: int, begun: threading.Barrier | None = None, **options: Any
+) -> Texts:
     """The text of each choice of a streamed answer; fails if tokens are missing."""
-    texts, tokens = life.stream(server, number, max_tokens=TOKENS, **options)
+    texts, tokens = life.stream(server, number, begun, max_tokens=TOKENS, **options)
     assert tokens == TOKENS * (life.conversation(number) | options).get("n", 1)
     return texts
 
@@ -152,9 +166,7 @@ def test_no_stream_notices_a_fault_in_a_step(house: House, how: str, kind: str) 
 def test_no_stream_notices_an_engine_that_is_stopped(house: House) -> None:
     metric = 'internvl_engine_faults_total{kind="hang"}'
     before = house.count(metric)
-    streams = house.begin()
-    house.wait_running()
-    os.kill(house.engine(), signal.SIGSTOP)
+    streams = house.begin(signal.SIGSTOP)
     house.is_away()
     assert house.results(streams) == house.whole
     house.is_back()
@@ -162,16 +174,11 @@ def test_no_stream_notices_an_engine_that_is_stopped(house: House) -> None:
 
 
 def test_no_stream_notices_an_engine_that_dies_again_while_it_loads(house: House) -> None:
-    streams = house.begin()
-    house.wait_running()
-    dead = house.engine()
-    for _ in range(2):
-        os.kill(dead, signal.SIGKILL)
-        end = time.monotonic() + 30
-        while (pids := house.server.children(ENGINE)) in ([], [dead]):
-            assert time.monotonic() < end, "there is no successor"
-            time.sleep(0.01)
-        (dead,) = pids
+    first = house.engine()
+    streams = house.begin(signal.SIGKILL)
+    second = house.successor(first)
+    os.kill(second, signal.SIGKILL)
+    house.successor(second)
     house.is_away()
     assert house.results(streams) == house.whole
     house.is_back()
@@ -183,7 +190,7 @@ def test_a_request_that_engines_die_of_fails_alone(house: House) -> None:
     streams = house.begin()
     marked = house.begin_marked()
     with pytest.raises(openai.APIError) as failed:
-        marked.result(90)
+        marked.result(240)
     assert failed.value.body["code"] == "engine_error"
     assert house.results(streams) == house.whole
     house.fault.unlink()
@@ -212,7 +219,7 @@ def test_a_request_that_engines_die_of_ends_in_the_words_of_its_api(house: House
         assert (error["type"], error["details"]["error_code"]) == ("api_error", "engine_error")
     else:
         assert last["type"] == "response.failed"
-        kept = httpx.get(f"{house.server.url}/v1/responses/{last['response']['id']}", timeout=5)
+        kept = httpx.get(f"{house.server.url}/v1/responses/{last['response']['id']}", timeout=60)
         assert kept.json() == last["response"]
         assert kept.json()["error"]["code"] == "server_error"
         assert kept.json()["output"][0]["status"] == "incomplete"
@@ -224,7 +231,7 @@ def test_a_row_that_is_not_a_number_fails_alone_and_is_not_found_again(house: Ho
     house.inject(how="nan", rows=2, seed=MARKED)
     streams = house.begin()
     with pytest.raises(openai.APIError):
-        house.begin_marked().result(90)
+        house.begin_marked().result(240)
     assert house.results(streams) == house.whole
     assert house.count("internvl_engine_restarts_total") == restarts
     house.is_back()

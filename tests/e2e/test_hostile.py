@@ -296,7 +296,7 @@ def storm(server: Server, requests: Iterator[bytes]) -> list[int]:
 
 
 def fuzzed(server: Server, chance: random.Random, count: int) -> Iterator[bytes]:
-    paths = httpx.get(server.url + "/openapi.json").json()["paths"]
+    paths = httpx.get(server.url + "/openapi.json", timeout=60).json()["paths"]
     posts = sorted(path for path, methods in paths.items() if "post" in methods)
     assert "/v1/chat/completions" in posts
     for number in range(count):

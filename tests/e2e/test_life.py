@@ -18,7 +18,7 @@ import pytest
 
 from tests.servers import Server, data_uri, draw, encode
 
-LONG = {"max_tokens": 400, "extra_body": {"ignore_eos": True}}
+LONG = {"max_tokens": 1000, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def stream(
             usage = chunk.usage
             for choice in chunk.choices:
                 if choice.delta.content and begun is not None and not any(texts.values()):
-                    begun.wait(60)
+                    begun.wait(120)
                 texts[choice.index] += choice.delta.content or ""
     assert usage is not None
     return texts, usage.completion_tokens
@@ -117,15 +117,12 @@ def test_no_client_notices_that_the_engine_was_killed(
 def kill_the_engine(server: Server) -> None:
     count = 20
     (engine,) = server.children("engine")
-    begun = threading.Barrier(count + 1)
+    begun = threading.Barrier(count, lambda: os.kill(engine, signal.SIGKILL))
     with ThreadPoolExecutor(count) as pool:
         whole = list(pool.map(lambda number: stream(server, number), range(count)))
         answers = [pool.submit(stream, server, number, begun) for number in range(count)]
-        begun.wait(60)
-        os.kill(engine, signal.SIGKILL)
-        assert not all(answer.done() for answer in answers)
         server.wait_for_status("/ready", 503)
-        assert [answer.result(120) for answer in answers] == whole
+        assert [answer.result(240) for answer in answers] == whole
     for number, (texts, tokens) in enumerate(whole):
         if number % 5 == 4:
             assert tokens > 40  # twenty numbers, or cut off
@@ -169,7 +166,7 @@ def test_a_client_that_reads_nothing_keeps_neither_permit_nor_connection(
             server.wait_for_metric("internvl_requests_in_flight", 1)
             server.wait_for_metric("internvl_requests_in_flight", 0, deadline=120)
             assert server.metric("internvl_request_success_total") is not None
-            end = time.monotonic() + 30
+            end = time.monotonic() + 60
             while connected(server, client):
                 assert time.monotonic() < end, "the connection is still there"
                 time.sleep(0.05)
@@ -188,15 +185,16 @@ def test_a_drain_finishes_what_runs_and_refuses_what_comes(server: Server) -> No
         )
         chunks = iter(stream)
         next(chunks)
-        os.kill(server.process.pid, signal.SIGTERM)
-        server.wait_for_status("/ready", 503, deadline=10)
-        assert httpx.get(server.url + "/live").status_code == 200
-        with pytest.raises(openai.InternalServerError) as refused:
-            server.ask("Hello!")
+        with server.paused():
+            os.kill(server.process.pid, signal.SIGTERM)
+            server.wait_for_status("/ready", 503)
+            assert httpx.get(server.url + "/live", timeout=60).status_code == 200
+            with pytest.raises(openai.InternalServerError) as refused:
+                server.ask("Hello!")
         assert refused.value.status_code == 503
         assert "retry-after" in refused.value.response.headers
         assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
-    server.process.wait(30)
+    server.process.wait(60)
     assert server.process.returncode == 0
 
 
@@ -205,7 +203,7 @@ def test_no_process_outlives_a_killed_server(server: Server) -> None:
     assert len(children) >= 2
     server.process.kill()
     server.process.wait()
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while time.monotonic() < end and any(os.path.exists(f"/proc/{pid}") for pid in children):
         time.sleep(0.05)
     assert not any(os.path.exists(f"/proc/{pid}") for pid in children)

@@ -80,7 +80,7 @@ def test_a_stream_that_can_be_resumed_is_read_as_any_other(
     assert started.usage.cache_read_input_tokens
     assert started.usage.cache_read_input_tokens == streamed.usage.cache_read_input_tokens
     assert started.usage.input_tokens == streamed.usage.input_tokens
-    again = httpx.get(f"{demo_server.url}/v1/{place}").text
+    again = httpx.get(f"{demo_server.url}/v1/{place}", timeout=60).text
     assert again.startswith("id: 1\nevent: message_start\n")
     assert again.endswith('event: message_stop\ndata: {"type":"message_stop"}\n\n')
 

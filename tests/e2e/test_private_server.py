@@ -23,7 +23,9 @@ def test_it_is_for_whoever_started_it_alone() -> None:
         assert target.model() == "hf"
         for key, status in (("", 401), ("theirs", 401), (target.key, 200)):
             headers = {"x-api-key": key} if key else {}
-            answer = httpx.get(target.url + "/v1/models", headers=headers, trust_env=False)
+            answer = httpx.get(
+                target.url + "/v1/models", headers=headers, trust_env=False, timeout=60
+            )
             assert answer.status_code == status
     assert target.process.poll() is not None
     assert target.ended

@@ -5,6 +5,7 @@ import math
 import os
 import select
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,14 +116,11 @@ def test_no_stream_notices_that_a_rank_has_died(
     try:
         with ThreadPoolExecutor(COUNT) as pool:
             whole = list(pool.map(lambda number: life.stream(demo_server, number), range(KILLED)))
-            streams = [pool.submit(life.stream, server, number) for number in range(KILLED)]
-            server.wait_for_metric(
-                "internvl_num_requests_running", KILLED + 1
-            )  # one has two choices
             (_, rank) = processes(server)
-            os.kill(rank, signal.SIGKILL)
+            begun = threading.Barrier(KILLED, lambda: os.kill(rank, signal.SIGKILL))
+            streams = [pool.submit(life.stream, server, number, begun) for number in range(KILLED)]
             server.wait_for_status("/ready", 503)
-            assert [stream.result(DEADLINE) for stream in streams] == whole
+            assert [stream.result(240) for stream in streams] == whole
         assert server.metric('internvl_engine_faults_total{kind="exit"}') == 1
         assert "ERROR   engine - engine.ranks: rank 1: it ended with signal 9" in log.read_text()
     finally:

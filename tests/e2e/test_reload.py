@@ -22,7 +22,7 @@ STREAM = {
     "max_tokens": 400,
     "ignore_eos": True,
 }
-TRIES = 20.0
+TRIES = 60.0
 
 
 def key_file(folder: Path, *names: str, name: str = "keys.toml") -> Path:
@@ -59,7 +59,8 @@ def eventually(true: Callable[[], bool], what: str) -> None:
 
 def status(server: Server, key: str) -> int:
     headers = {"Authorization": f"Bearer {key}"}
-    return httpx.get(server.url + "/v1/models", headers=headers, verify=server.trust).status_code
+    address = server.url + "/v1/models"
+    return httpx.get(address, headers=headers, verify=server.trust, timeout=60).status_code
 
 
 def test_keys_and_certificates_are_renewed_under_a_live_stream(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_keys_and_certificates_are_renewed_under_a_live_stream(tmp_path: Path) -
 def operate(server: Server, door: int, key: str) -> int:
     headers = {"Authorization": f"Bearer {key}"}
     address = f"https://127.0.0.1:{door}/state"
-    return httpx.get(address, headers=headers, verify=server.trust).status_code
+    return httpx.get(address, headers=headers, verify=server.trust, timeout=60).status_code
 
 
 def renew(

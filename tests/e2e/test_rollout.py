@@ -115,7 +115,7 @@ def test_nobody_notices_that_all_servers_behind_nginx_are_replaced(tmp_path: Pat
             first = ["127.0.0.2", "127.0.0.3"]
             servers = dict(zip(first, pool.map(start, first), strict=True))
         names.addresses = tuple(servers)
-        with httpx.Client(base_url=f"http://127.0.0.1:{front}") as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{front}", timeout=60) as client:
             wait_for(lambda: client.get("/ready").status_code == 200)
         load = Load(f"http://127.0.0.1:{front}", 4)
         stack.callback(load.stop)

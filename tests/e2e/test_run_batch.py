@@ -233,7 +233,7 @@ def test_a_second_signal_does_not_wait(batch: Batch) -> None:
         process.send_signal(signal.SIGINT)
         assert "once more" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=30)
+        _, told = process.communicate(timeout=60)
         never.set()
     assert process.returncode == 3
     assert "Traceback" not in told
@@ -457,7 +457,7 @@ def test_a_server_of_its_own_ends_with_a_command_that_is_killed(batch: Batch) ->
     assert len(family) >= 2  # the server and its engine, at least
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while any(Path(f"/proc/{pid}/exe").exists() for pid in family):
         assert time.monotonic() < end, "a process goes on without whoever started it"
         time.sleep(0.02)

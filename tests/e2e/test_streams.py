@@ -24,7 +24,7 @@ from tests.servers import Server
 
 ASK = {
     "messages": [{"role": "user", "content": "Hello!"}],
-    "max_tokens": 120,
+    "max_tokens": 400,
     "ignore_eos": True,
     "stream": True,
 }
@@ -46,7 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_a_start_says_what_a_newcomer_needs_and_no_more(server: Server) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while "API at" not in (log := server.log.read_text()):
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -91,7 +91,7 @@ def test_clients_that_read_nothing_are_ended_long_before_their_time_is_over(
             held.enter_context(client)
             for client in stall(server, 12, 1200, skip_special_tokens=False)
         ]
-        end = time.monotonic() + 40
+        end = time.monotonic() + 60
         while server.log.read_text().count("its answer is not read") < len(clients):
             assert time.monotonic() < end
             time.sleep(0.05)
@@ -108,7 +108,7 @@ def test_clients_that_read_nothing_are_ended_long_before_their_time_is_over(
 DIALECTS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {},
     "/v1/messages": {},
-    "/v1/responses": {"input": "Hello!", "max_output_tokens": 120},
+    "/v1/responses": {"input": "Hello!", "max_output_tokens": 400},
 }
 HOWS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -162,7 +162,7 @@ class Stream:
             self.kept += found
             self.text += "".join(map(said, found))
             if begun is not None and self.text:
-                begun.wait(60)
+                begun.wait(120)
                 begun = None
             if most <= 0:
                 return
@@ -184,15 +184,12 @@ def test_no_stream_of_any_dialect_notices_that_its_engine_is_replaced(server: Se
     whole = {path: Stream(server, path, "plain").run() for path in DIALECTS}
     assert len(set(whole.values())) == 1
     (engine,) = server.children("engine")
-    begun = threading.Barrier(len(KINDS) + 1)
+    begun = threading.Barrier(len(KINDS), lambda: os.kill(engine, signal.SIGKILL))
     with ThreadPoolExecutor(len(KINDS)) as pool:
         streams = [Stream(server, *kind) for kind in KINDS]
         texts = [pool.submit(stream.run, begun) for stream in streams]
-        begun.wait(60)
-        os.kill(engine, signal.SIGKILL)
-        assert not any(text.done() for text in texts)
         for kind, text in zip(KINDS, texts, strict=True):
-            assert text.result(90) == whole[kind[0]], kind
+            assert text.result(240) == whole[kind[0]], kind
     for stream, (path, how) in zip(streams, KINDS, strict=True):
         last = stream.kept[-1][1]
         assert last == "[DONE]" or json.loads(last)["type"] in LAST[path], (path, how)

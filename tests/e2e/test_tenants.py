@@ -71,7 +71,7 @@ def test_a_key_neither_sees_nor_ends_the_files_of_another(shared: Server) -> Non
 
 def test_a_request_is_ended_by_its_own_key_alone_and_leaves_nothing(shared: Server) -> None:
     mine = {"Authorization": "Bearer one", "X-Request-Id": "mine"}
-    body = {"prompt": [TEXT, "Hello"], "n": 2, "max_tokens": 2000, "ignore_eos": True}
+    body = {"prompt": [TEXT, "Hello"], "n": 2, "max_tokens": 3500, "ignore_eos": True}
     url = f"{shared.url}/v1/completions"
     with httpx.stream(
         "POST", url, json=body | {"stream": True}, headers=mine, timeout=60
@@ -80,7 +80,9 @@ def test_a_request_is_ended_by_its_own_key_alone_and_leaves_nothing(shared: Serv
         name = json.loads(next(lines).removeprefix("data: "))["id"]
         for which, key, status in (("mine", "two", 404), (name, "two", 404), (name, "one", 200)):
             answer = httpx.delete(
-                f"{shared.url}/v1/requests/{which}", headers={"Authorization": f"Bearer {key}"}
+                f"{shared.url}/v1/requests/{which}",
+                headers={"Authorization": f"Bearer {key}"},
+                timeout=60,
             )
             assert answer.status_code == status
         *_, error, done = lines

@@ -96,7 +96,7 @@ KNOWN = st.characters(exclude_categories=["Cs", "Cn"])
 @settings(max_examples=40, deadline=None)
 @given(st.text(KNOWN, max_size=60) | st.text("<>|/_imgboxrefIMGCONTEXT ", max_size=40))
 def test_a_text_comes_back_from_its_tokens(demo_server: Server, text: str) -> None:
-    with httpx.Client(base_url=demo_server.url) as client:
+    with httpx.Client(base_url=demo_server.url, timeout=60) as client:
         for special in (True, False):
             body = {"prompt": text, "parse_special": special, "return_token_strs": True}
             found = client.post("/tokenize", json=body).json()

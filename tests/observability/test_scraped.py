@@ -34,6 +34,9 @@ STILL = {
     "internvl_streams_resumed_total",
 }
 
+# Of these, what a machine may move that is busy for very long.
+BY_CLOCK = {"internvl_decode_workers_replaced_total", "internvl_sandbox_kills_total"}
+
 
 def ask(server: Server, *content: Any, **body: Any) -> int:
     """The status."""
@@ -52,13 +55,13 @@ def work(server: Server, size: int) -> None:
     assert ask(server, n=2, stream=True) == 200
     broken = {"type": "image_url", "image_url": {"url": data_uri(b"no picture")}}
     assert ask(server, broken) == 400
-    assert httpx.get(server.url + "/v1/models").status_code == 401
+    assert httpx.get(server.url + "/v1/models", timeout=60).status_code == 401
 
 
 def kill_engine_under(server: Server) -> None:
     """A stream pauses and goes on."""
     body = {"messages": [{"role": "user", "content": "Hello!"}], "ignore_eos": True}
-    body |= {"stream": True, "max_tokens": 150}
+    body |= {"stream": True, "max_tokens": 1000}
     (engine,) = server.children("engine")
     with httpx.stream("POST", server.url + CHAT, json=body, headers=HEADERS, timeout=90) as answer:
         lines = answer.iter_lines()
@@ -99,7 +102,7 @@ def test_every_metric_is_there_and_has_moved_if_it_should(scraped: Prometheus) -
         assert samples, row.name
         if row.kind != "gauge" and not any(value for _, value in samples):
             still.add(row.name)
-    assert still == STILL
+    assert still | BY_CLOCK == STILL
 
 
 def test_the_replicas_to_choose_from_are_there(scraped: Prometheus) -> None:

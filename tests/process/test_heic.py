@@ -193,7 +193,7 @@ def test_a_stream_that_does_not_fit_into_memory_costs_its_worker_at_most() -> No
         try:
             answer: object = show(small, encoded)[0]
         except (ChannelClosed, OSError):
-            assert small.process.wait(10) < 0
+            assert small.process.wait(60) < 0
         else:
             assert isinstance(answer, Refused)
             assert small.process.poll() is None

@@ -240,7 +240,7 @@ def test_whoever_waits_goes_on_when_the_folder_is_complete(model_hub: Hub, tmp_p
             assert "waiting until" in waiting.stderr.readline()
             done = fetch(tmp_path / "cache", model_hub.url, NAME, "--to", str(to))
             assert done.returncode == 0, done.stderr
-            out, _ = waiting.communicate(timeout=30)
+            out, _ = waiting.communicate(timeout=60)
         finally:
             waiting.kill()
     assert (waiting.returncode, out) == (0, f"{to}\n")

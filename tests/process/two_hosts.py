@@ -140,7 +140,7 @@ def main(model: Path, folder: Path, count: int) -> None:
         report = asyncio.run(together(model, folder, count, node.pid))
     finally:
         node.send_signal(signal.SIGTERM)
-        status = node.wait(30)
+        status = node.wait(60)
     left = len(children(os.getpid()))
     print(json.dumps(report | {"processes left": left, "status": status}))  # noqa: T201
 

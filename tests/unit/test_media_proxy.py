@@ -37,7 +37,7 @@ class Proxy:
                 path = httpx.URL(self.path).raw_path.decode()
                 headers = {name: self.headers[name] for name in ("Host", "Accept")}
                 url = f"http://127.0.0.1:{target}{path}"
-                reply = httpx.get(url, headers=headers, trust_env=False)
+                reply = httpx.get(url, headers=headers, trust_env=False, timeout=60)
                 wanted = ("Location",) if "Location" in reply.headers else ()
                 kept = {name: reply.headers[name] for name in wanted}
                 answer(self, reply.status_code, reply.content, **kept)
@@ -214,7 +214,7 @@ async def test_a_proxy_that_refuses_is_one_refusal(proxy: Proxy, scheme: str, st
 async def test_a_proxy_that_is_not_there_or_hangs_is_one_refusal() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             for scheme in ("http", "https"):
                 error = await refusal(f"{scheme}://x.example/", media_proxy=url, fetch_timeout=0.2)
                 assert error.code == "media_unreachable"
