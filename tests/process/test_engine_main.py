@@ -14,7 +14,7 @@ from wire.messages import EngineRequest, VisionItem
 from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
 
-DEADLINE = 60.0
+DEADLINE = 240.0
 SHAPE = Shape()
 
 

@@ -185,12 +185,26 @@ async def test_a_request_that_engines_die_of_fails_alone(how: str) -> None:
 async def test_an_engine_that_hangs_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = EngineSettings(block_size=16, engine_timeout=6.0)
+    hangs, sleep = asyncio.Event(), asyncio.sleep
+
+    async def tick(delay: float) -> None:
+        """The clock of the watch goes while the engine hangs: nobody knows how long it loads."""
+        if delay == 600.0:
+            await hangs.wait()
+            delay = 0.05
+        await sleep(delay)
+
+    monkeypatch.setattr(asyncio, "sleep", tick)
+    settings = EngineSettings(block_size=16, engine_timeout=6000.0)
     monkeypatch.setattr(sys.modules[__name__], "SETTINGS", settings)
     async with engine("step=hang:5", f"once={tmp_path / 'mark'}", stop_timeout=0.1) as client:
         pidfd = os.pidfd_open(client.pid)
-        tokens = await asyncio.wait_for(collect(client, "r", 4, max_tokens=30), 2 * DEADLINE)
-        assert tokens == fake_runner.alone(4, max_tokens=30)
+        reader = asyncio.create_task(collect(client, "r", 4, max_tokens=30))
+        await until(lambda: client.stats.steps >= 4, "it has come to the step")
+        hangs.set()
+        await until(lambda: client.state != "ready", "it is taken for hung")
+        hangs.clear()
+        assert await asyncio.wait_for(reader, DEADLINE) == fake_runner.alone(4, max_tokens=30)
         wait_gone(pidfd)
         assert client.restarts == 1
 
@@ -473,6 +487,7 @@ async def test_a_stop_token_is_the_last_of_a_stream() -> None:
 async def test_a_profile_names_what_the_engine_does_and_ends_with_it() -> None:
     async with engine() as client:
         work = asyncio.create_task(collect(client, "a", 3, max_tokens=ENDLESS))
+        await until(lambda: client.stats.running == 1, "the request runs")
         page = await asyncio.wait_for(client.profile(0.3), DEADLINE)
         assert b"(step)" in page
         taken = asyncio.create_task(client.profile(600))

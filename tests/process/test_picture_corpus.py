@@ -27,14 +27,16 @@ from wire.settings import MediaSettings
 GEOMETRY = VisionGeometry(tile_size=32, tokens_per_tile=4)
 SETTINGS = TileSettings.of(GEOMETRY)
 LIMIT = MediaSettings().max_image_pixels
-DEADLINE = MediaSettings().media_timeout
+DEADLINE = 60.0
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def media() -> Any:
-    pipeline = MediaPipeline(MediaSettings(tile_cache_bytes=0, media_workers=2))
+    pipeline = MediaPipeline(
+        MediaSettings(tile_cache_bytes=0, media_workers=2, media_timeout=DEADLINE)
+    )
     await pipeline.start(GEOMETRY)
     yield pipeline
     await pipeline.close()
