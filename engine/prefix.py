@@ -22,9 +22,10 @@ from wire.messages import VisionItem
 _PERSON = b"internvl-block"
 
 # Positions at the beginning of a block are found by so many at a time. One by one, another's prompt
-# could be guessed one token after the other; at most seven tokens are computed again for that.
+# could be guessed one token after the other; at most seven tokens are computed again for that. The
+# end of a picture tells nothing to who does not have the picture.
 GRAIN = 8
-_GRAIN_BYTES = GRAIN * array("i").itemsize
+_TOKEN_BYTES = array("i").itemsize
 # Blocks that are known behind one and the same other: what an admission looks at is bounded.
 _MOST_BEHIND = 64
 
@@ -33,7 +34,8 @@ class Part(NamedTuple):
     """What stands at the beginning of a block: tokens, int32 each, and the pictures among them."""
 
     tokens: bytes
-    items: tuple[tuple[int, bytes, float], ...]  # place relative to the block, digest, step
+    # Place relative to the block, digest, step, tokens.
+    items: tuple[tuple[int, bytes, float, int], ...]
 
 
 def first_parent(salt: bytes) -> bytes:
@@ -55,7 +57,7 @@ def extend_digests(
             digests[-1] if digests else first_parent(salt), digest_size=32, person=_PERSON
         )
         digest.update(tokens)
-        for place, picture, step in shown:
+        for place, picture, step, _ in shown:
             digest.update(len(picture).to_bytes(8, "little"))
             digest.update(picture)
             digest.update(struct.pack("<qd", place, step))
@@ -65,7 +67,7 @@ def extend_digests(
 def part_of(token_ids: Sequence[int], items: Sequence[VisionItem], start: int, end: int) -> Part:
     """What stands at positions ``start : end`` of a sequence, where a block begins at ``start``."""
     shown = (
-        (item.offset - start, item.digest, item.step)
+        (item.offset - start, item.digest, item.step, item.length)
         for item in items
         if item.offset < end and item.offset + item.length > start
     )
@@ -73,19 +75,22 @@ def part_of(token_ids: Sequence[int], items: Sequence[VisionItem], start: int, e
 
 
 def count_common(one: Part, other: Part) -> int:
-    """How many positions begin both, in whole grains."""
-    most = min(len(one.tokens), len(other.tokens)) // _GRAIN_BYTES
-    same = 0
-    while same < most:
-        grain = slice(same * _GRAIN_BYTES, (same + 1) * _GRAIN_BYTES)
-        if one.tokens[grain] != other.tokens[grain]:
-            break
-        same += 1
+    """How many positions begin both, in whole grains or up to the end of a picture."""
+    most = min(len(one.tokens), len(other.tokens)) // _TOKEN_BYTES
+    ends = []
     for pair in zip_longest(one.items, other.items):
         if pair[0] != pair[1]:
             place = min(item[0] for item in pair if item is not None)
-            return min(same, max(0, place) // GRAIN) * GRAIN
-    return same * GRAIN
+            most = min(most, max(0, place))
+            break
+        ends.append(pair[0][0] + pair[0][3])
+    same = 0
+    for end in sorted([*range(GRAIN, most + 1, GRAIN), *(end for end in ends if 0 < end <= most)]):
+        some = slice(same * _TOKEN_BYTES, end * _TOKEN_BYTES)
+        if one.tokens[some] != other.tokens[some]:
+            break
+        same = end
+    return same
 
 
 class Parts:
