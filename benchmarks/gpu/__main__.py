@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import checks, kernels, ours, steps
+from benchmarks.gpu import checks, images, kernels, ours, steps
 from benchmarks.gpu.harness import Bench
 
 PARTS: dict[str, Callable[[Bench], None]] = {
@@ -34,6 +34,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "encoder": kernels.encoder,
     "sampler": kernels.sampler,
     "resize": ours.resize,
+    "images": images.images,
     "decode": steps.decode,
     "syncs": steps.syncs,
     "run_ahead": steps.run_ahead,
@@ -46,7 +47,6 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 }
 """In the order of their worth, should the time not do for all."""
 MISSING = {
-    "10 JPEG bytes to embeddings": "benchmarks/media.py measures the CPU's part",
     "11 front end at 40,000 tokens/s": "needs no GPU",
     "15 vLLM as a peer": "not carried to the machine",
     "tensor parallelism": "not written",
