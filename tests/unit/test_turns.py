@@ -34,7 +34,7 @@ NICE = """
 import ctypes, os, subprocess, sys
 from server import turns
 try:
-    os.nice(-5)
+    os.setpriority(os.PRIO_PROCESS, 0, -5)
 except PermissionError:
     sys.exit(9)
 turns.take_short_turns()
