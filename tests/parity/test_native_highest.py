@@ -52,11 +52,11 @@ from tests.parity.test_native_highest import LIBRARY, check_highest
 torch.set_num_threads(1)
 for threads in 1, 2, 3, 7:
     assert LIBRARY.internvl_threads(threads) == threads
-    for _ in range(5):
+    for _ in range(2):
         check_highest(1153)
         check_highest(333, narrow=True)
 """
 
 
 def test_the_highest_is_the_same_whoever_computes_it() -> None:
-    subprocess.run([sys.executable, "-c", THREADS], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", THREADS], check=True, timeout=300)
