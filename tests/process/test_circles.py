@@ -46,7 +46,7 @@ class Running:
 async def running(tmp_path: Path) -> AsyncIterator[Running]:
     folder = small_tokenizer.save(tmp_path / "tiny")
     media = MediaSettings(
-        allow_private_media=True, allowed_media_ports=(), fetch_timeout=0.5, tile_cache_bytes=0
+        allow_private_media=True, allowed_media_ports=(), fetch_timeout=2.0, tile_cache_bytes=0
     )
     settings = Settings(ServerSettings(), media, EngineSettings(model=str(folder)))
     geometry = VisionGeometry(tile_size=TILE, tokens_per_tile=3)

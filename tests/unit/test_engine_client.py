@@ -6,6 +6,7 @@ import functools
 import logging
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -597,8 +598,16 @@ async def test_a_load_that_fails_is_told_to_those_who_wait() -> None:
             await asyncio.wait_for(client.wait_ready(), DEADLINE)
 
 
+class PacedRunner(FakeRunner):
+    """Is at work for a while."""
+
+    def begin(self, plan: StepPlan) -> None:
+        time.sleep(0.02)
+        super().begin(plan)
+
+
 async def test_stopping_ends_open_streams() -> None:
-    async with inproc() as client:
+    async with inproc(PacedRunner) as client:
         await asyncio.wait_for(client.wait_ready(), DEADLINE)
         stream = client.submit(*request("a", 4, max_tokens=200))
         await first(stream)

@@ -77,7 +77,7 @@ async def test_compressed_bytes_that_unpack_to_nothing_are_counted(site: Site) -
     site.pages["/nothing"] = endless(site, head, blocks, gone)
     error = await refusal(site.url("/nothing"), **OPEN, max_media_bytes=MIB)
     assert error.code == "media_too_large"
-    assert await asyncio.to_thread(gone.wait, 10)
+    assert await asyncio.to_thread(gone.wait, 60)
 
 
 @pytest.mark.parametrize(
@@ -156,21 +156,21 @@ async def test_endless_protocol_is_broken_off_before_the_deadline(site: Site, wh
     gone = threading.Event()
     head, piece = ENDLESS[what]
     site.pages["/endless"] = endless(site, head, itertools.repeat(piece), gone)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         error = await refusal(site.url("/endless"), **OPEN, fetch_timeout=600.0)
     assert error.message == "The picture could not be fetched."
-    assert await asyncio.to_thread(gone.wait, 10)
+    assert await asyncio.to_thread(gone.wait, 60)
 
 
 async def test_a_handshake_that_never_ends_costs_no_more_than_the_deadline() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             url = f"https://127.0.0.1:{silent.getsockname()[1]}/"
             error = await refusal(url, **OPEN, fetch_timeout=0.2)
         assert error.code == "media_unreachable"
         connection, _ = silent.accept()
         with connection:
-            connection.settimeout(10)
+            connection.settimeout(60)
             while connection.recv(65536):
                 pass  # its side of the handshake, and then the end
 
@@ -269,4 +269,4 @@ async def test_what_comes_behind_the_announced_length_is_not_read(site: Site) ->
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BODY)
     site.pages["/more"] = endless(site, head + BODY, itertools.repeat(b"x" * 65536), gone)
     assert await fetch(site.url("/more"), **OPEN) == BODY
-    assert await asyncio.to_thread(gone.wait, 10)
+    assert await asyncio.to_thread(gone.wait, 60)

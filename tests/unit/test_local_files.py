@@ -181,7 +181,7 @@ async def test_a_slow_disk_costs_no_more_than_the_deadline(
     def slow_read(descriptor: int, size: int) -> bytes:
         nonlocal reads
         reads += 1
-        may_go_on.wait(30)
+        may_go_on.wait(120)
         return real(descriptor, 1)
 
     monkeypatch.setattr(local_files.os, "read", slow_read)
