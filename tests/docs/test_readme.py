@@ -86,7 +86,7 @@ class Started(Server):
     def close(self) -> None:
         """As Ctrl-C does in a terminal."""
         os.killpg(self.process.pid, signal.SIGINT)
-        self.process.wait(40)
+        self.process.wait(120)
 
 
 @pytest.mark.parametrize("block", {block.code: block for block in of("serves")}.values(), ids=str)

@@ -286,7 +286,7 @@ for threads in 2, 4:
 
 def test_threads_that_are_made_later_take_no_part_in_what_was() -> None:
     command = [sys.executable, "-c", LATER]
-    subprocess.run(command, check=True, timeout=60)  # a pool that miscounts waits for ever
+    subprocess.run(command, check=True, timeout=300)  # a pool that miscounts waits for ever
 
 
 @pytest.fixture(scope="module")

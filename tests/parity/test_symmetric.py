@@ -126,7 +126,7 @@ def pretend() -> None:
         library.ready = True  # type: ignore[attr-defined]
     fault, switch = "", 0
     met.clear()  # others may have the memory by now
-    put(empty, rendezvous, reaches, 2 * SMALL, 2 * LARGE, ("cuda", "cpu"), REAL[6] / 60)
+    put(empty, rendezvous, reaches, 2 * SMALL, 2 * LARGE, ("cuda", "cpu"), REAL[6])
 
 
 def with_switch() -> None:
@@ -145,6 +145,11 @@ def for_a_model() -> None:
 
 def stop() -> None:
     put(*REAL)
+
+
+def hurry() -> None:
+    """Wait for those who do not come for a second."""
+    parallel._MEETING = REAL[6] / 60
 
 
 def fails(how: str) -> None:
@@ -250,6 +255,9 @@ def test_each_sum_is_made_by_what_suits_its_size(
 def test_where_one_rank_cannot_none_does(
     workers: Workers, caplog: pytest.LogCaptureFixture, how: str, why: str
 ) -> None:
+    if how == "refused":
+        workers.do(hurry, 4)
+        hurry()
     workers._pipes[1].send(("do", (functools.partial(fails, how),)))  # rank 2 of four
     with caplog.at_level(logging.INFO, "model.symmetric"):
         group, _ = workers.meet(4)
