@@ -122,14 +122,18 @@ class Allowance:
     """Seconds of one step that prompts and pictures may take, going down as they are planned.
 
     Whatever it is, the first to ask gets one position, and one tile if that position needs it: so
-    every step that could go on with a prompt does.
+    every step that could go on with a prompt does. One that is ``free`` bounds nothing until a
+    prompt ends: who has its first token in this step does not wait for the prompts of others.
     """
 
-    __slots__ = ("_computed", "_cost", "_encoded", "_left")
+    __slots__ = ("_computed", "_cost", "_encoded", "_free", "_left")
 
-    def __init__(self, cost: CostModel | None = None, seconds: float = math.inf) -> None:
+    def __init__(
+        self, cost: CostModel | None = None, seconds: float = math.inf, *, free: bool = False
+    ) -> None:
         self._cost = cost
         self._left = seconds
+        self._free = free
         self._computed = False
         self._encoded = False
 
@@ -139,14 +143,14 @@ class Allowance:
         never less than a share of what these take, so that prompts get on beside any number."""
         contexts = list(contexts)
         if not contexts:
-            return cls()
+            return cls(cost, budget, free=True)
         rows = cost.predict(Load(rows=len(contexts), reads=sum(contexts)))
         return cls(cost, max(budget - rows, rows * _LEAST_SHARE))
 
     def fit(self, start: int, count: int) -> int:
         """How many of ``count`` positions from ``start`` on there is time for."""
         cost = self._cost
-        if cost is None:
+        if cost is None or self._free:
             return count
         left = max(self._left - cost.rows, 0.0)
         # left = slope * n + pairs / 2 * n²
@@ -160,10 +164,14 @@ class Allowance:
         if self._cost is not None:
             self._left -= self._seconds(self._cost, start, count)
 
+    def end_prompt(self) -> None:
+        """With the positions just planned a prompt ends."""
+        self._free = False
+
     def fits_tile(self, start: int, before: int) -> bool:
         """Whether there is time for a tile and, behind ``before`` positions from ``start`` on, for
         the first that shows it."""
-        if self._cost is None or not (before or self._computed or self._encoded):
+        if self._cost is None or self._free or not (before or self._computed or self._encoded):
             return True
         return self._cost.tiles + self._seconds(self._cost, start, before + 1) <= self._left
 

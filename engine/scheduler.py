@@ -150,7 +150,7 @@ class Scheduler:
         """The next step, or None if there is nothing to do before a commit.
 
         It keeps to the step budget as ``cost`` predicts it; without one, and while nobody
-        generates, it may take any time.
+        generates and no prompt has ended, it may take any time.
         ``commit`` must follow, after that of the step before: at most two are under way.
         """
         assert len(self._planned) < 2, "two plans were not committed"

@@ -194,6 +194,19 @@ def test_without_rows_that_generate_there_is_any_time() -> None:
             allowance.take_tile()
 
 
+def test_behind_the_end_of_a_prompt_there_is_what_the_budget_leaves() -> None:
+    count = Allowance(COST, 0.25).fit(0, 10_000)
+    for before, left in ((count - 100, True), (count, False), (100_000, False)):
+        allowance = Allowance.beside(COST, 0.25, [])
+        allowance.take(0, before)
+        allowance.end_prompt()
+        assert (allowance.fit(0, 100_000) > 0) is left
+        assert allowance.fits_tile(0, 0) is False
+    endless = Allowance()
+    endless.end_prompt()
+    assert endless.fit(0, 100_000) == 100_000
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_chunk_is_the_longest_that_keeps_to_the_budget(seed: int) -> None:
     source = random.Random(seed)

@@ -21,7 +21,8 @@ def engine(budget: float, cost: CostModel = COST, **settings: object) -> Engine:
 def generating(streams: Engine, count: int = 2) -> Engine:
     for number in range(count):
         streams.add(f"stream{number}", 2, max_tokens=100, seed=number)
-    streams.step()
+    while len(streams.tokens) < count:
+        streams.step()
     return streams
 
 
@@ -57,6 +58,27 @@ def test_nothing_is_cut_while_nobody_generates_or_without_a_budget() -> None:
     for streams in (engine(30), generating(engine(0)), generating(Engine(step_budget_ms=30))):
         streams.add("long", 12, (1, 4), 12, max_tokens=2)
         assert len(until_first_token(streams, "long")) == 1
+
+
+def test_of_prompts_that_come_together_the_first_waits_for_no_other() -> None:
+    streams = engine(30)
+    for seed, name in enumerate("abc", 9):
+        streams.add(name, 3, (seed, 4), 3, max_tokens=4, seed=seed)
+    plan = streams.step()
+    assert [(work.id, work.sample) for work in plan.work] == [("a", True)]
+    until_first_token(streams, "b")
+    assert "c" not in streams.tokens
+    streams.finish()
+    for seed, name in enumerate("abc", 9):
+        assert streams.tokens[name] == alone(3, (seed, 4), 3, max_tokens=4, seed=seed)
+
+
+def test_prompts_that_fit_the_budget_together_end_in_one_step() -> None:
+    streams = engine(60)
+    for seed, name in enumerate("abc", 9):
+        streams.add(name, 12, max_tokens=4, seed=seed)
+    assert [work.id for work in streams.step().work if work.sample] == ["a", "b", "c"]
+    streams.finish()
 
 
 @pytest.mark.parametrize("mode", ["off", "on"])
