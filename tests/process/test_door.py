@@ -174,13 +174,13 @@ def test_who_does_not_fit_is_told_why(house: House, offer: Offer, why: str) -> N
 
 
 def test_who_leaves_gives_up_its_place_and_who_is_missing_is_named(tmp_path: Path) -> None:
-    house = House(tmp_path, timeout=1.5)
+    house = House(tmp_path, timeout=4.0)
     with contextlib.closing(house):
         left = house.come(GOOD._replace(process=1))
         read(left, PROOF)
         left.close()
         house.come(GOOD)
-        with pytest.raises(RanksMissing, match=r"1 of 2 .* 1\.5 seconds .*: process 1 of node 1$"):
+        with pytest.raises(RanksMissing, match=r"1 of 2 .* 4 seconds .*: process 1 of node 1$"):
             house.found()
 
 
