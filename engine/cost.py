@@ -142,10 +142,8 @@ class Allowance:
         """What is left of a budget in seconds beside rows that generate behind so many tokens;
         never less than a share of what these take, so that prompts get on beside any number."""
         contexts = list(contexts)
-        if not contexts:
-            return cls(cost, budget, free=True)
         rows = cost.predict(Load(rows=len(contexts), reads=sum(contexts)))
-        return cls(cost, max(budget - rows, rows * _LEAST_SHARE))
+        return cls(cost, max(budget - rows, rows * _LEAST_SHARE), free=not contexts)
 
     def fit(self, start: int, count: int) -> int:
         """How many of ``count`` positions from ``start`` on there is time for."""

@@ -64,8 +64,8 @@ class Draft:
         self.tokens -= count
         if count > 1 or not sample:
             self.time.take(start, count)
-            if sample:
-                self.time.end_prompt()
+        if sample and self._time is not None:  # be it of a prompt whose last token alone was left
+            self._time.end_prompt()
 
     def encode_tile(self, request_id: str, digest: bytes, tile: int) -> None:
         """Encode one tile of a picture; neighbours become one item."""

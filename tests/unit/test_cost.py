@@ -195,7 +195,7 @@ def test_without_rows_that_generate_there_is_any_time() -> None:
 
 
 def test_behind_the_end_of_a_prompt_there_is_what_the_budget_leaves() -> None:
-    count = Allowance(COST, 0.25).fit(0, 10_000)
+    count = Allowance(COST, 0.25 - COST.steps).fit(0, 10_000)
     for before, left in ((count - 100, True), (count, False), (100_000, False)):
         allowance = Allowance.beside(COST, 0.25, [])
         allowance.take(0, before)

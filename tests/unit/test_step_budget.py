@@ -73,6 +73,21 @@ def test_of_prompts_that_come_together_the_first_waits_for_no_other() -> None:
         assert streams.tokens[name] == alone(3, (seed, 4), 3, max_tokens=4, seed=seed)
 
 
+@pytest.mark.parametrize("length", [1, 17])
+def test_who_has_one_token_left_of_a_prompt_waits_for_no_other(length: int) -> None:
+    streams = engine(30)
+    streams.add("before", length, max_tokens=2)
+    streams.finish()
+    streams.add("again", length, max_tokens=4)
+    streams.add("long", 60, max_tokens=2, seed=9)
+    plan = streams.step()
+    first, second = plan.work
+    assert (first.id, first.count, first.sample) == ("again", 1, True)
+    assert second.count > 10
+    assert seconds(plan) <= 0.03 + COST.rows  # the first one's, which is not counted
+    streams.finish()
+
+
 def test_prompts_that_fit_the_budget_together_end_in_one_step() -> None:
     streams = engine(60)
     for seed, name in enumerate("abc", 9):
