@@ -118,6 +118,9 @@ async def on_service_error(_: Request, error: Exception) -> Response:
     """Handler for the errors of our own tree."""
     if not isinstance(error, ServiceError):
         raise error
+    if error.__suppress_context__:
+        # Nobody is told of it, and the frames it holds may hold the answer, and so it and them.
+        error.__context__ = None
     return error_response(error)
 
 
