@@ -146,15 +146,19 @@ class Traffic(RuleBasedStateMachine):
                 self.check_time(plan, cost)
 
     def check_time(self, plan: StepPlan, cost: CostModel | None) -> None:
-        """Beside rows that generate, prompts and pictures keep to what is left of the budget, or
-        are a single tile and a single position."""
+        """Beside rows that generate, and behind the end of a prompt where nobody does, prompts and
+        pictures keep to what is left of the budget, or are a single tile and position."""
         assert cost is not None
         rows = [w for w in plan.work if w.count == 1 and w.sample]
         prompts = [w for w in plan.work if w not in rows]
         started = {new.id for new in plan.new_rows}
         generating = [w.start for w in rows if w.id not in started]
-        if not generating or plan.preempted:
+        if plan.preempted:
             return  # what was preempted counted as generating at first
+        end = next((i for i, w in enumerate(plan.work, 1) if w.sample), len(plan.work))
+        bound = prompts if generating else [w for w in prompts if w in plan.work[end:]]
+        if not bound:
+            return
         beside = cost.predict(Load(rows=len(generating), reads=sum(generating)))
         left = max(self.budget - beside, beside / 2)
         tokens = sum(w.count for w in prompts)
@@ -162,8 +166,8 @@ class Traffic(RuleBasedStateMachine):
         tiles = sum(item.tiles for item in plan.encode)
         taken = cost.predict(Load(0, len(prompts), 0, tokens, pairs, tiles))
         assert taken <= left + 1e-9 or (tokens <= 1 and tiles <= 1), (taken, left)
-        if self.budget < math.inf and prompts:
-            event("prompts beside rows that generate")
+        if self.budget < math.inf:
+            event(f"prompts {'beside rows that generate' if generating else 'behind the first'}")
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
