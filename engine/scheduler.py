@@ -190,11 +190,11 @@ class Scheduler:
             index += 1
             if sequence.num_known >= sequence.max_len:
                 continue  # the token being drawn is its last
-            count = sequence.num_known - sequence.num_planned
-            if count > 1:
+            count = missing = sequence.num_known - sequence.num_planned
+            if missing > 1:
                 # One token is left for every later row: a long prompt delays no stream.
                 count = min(count, max(1, draft.tokens - (len(running) - index)))
-            if count > 1 or sequence.next_span < len(sequence.spans):
+            if missing > 1 or sequence.next_span < len(sequence.spans):
                 count = self._gate.reach(sequence, count, draft)
                 if count == 0:
                     continue

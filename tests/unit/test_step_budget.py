@@ -88,6 +88,15 @@ def test_who_has_one_token_left_of_a_prompt_waits_for_no_other(length: int) -> N
     streams.finish()
 
 
+def test_nor_for_the_one_position_of_another_that_a_step_has_room_for() -> None:
+    streams = engine(5, max_num_batched_tokens=5, max_num_encoder_tiles=1)
+    streams.add("first", (1, 2), max_tokens=2)
+    streams.add("other", 5, max_tokens=2, seed=1)
+    assert [(work.id, work.count) for work in streams.step().work] == [("first", 4), ("other", 1)]
+    assert [(work.id, work.count) for work in streams.step().work] == [("first", 4)]
+    streams.finish()
+
+
 def test_prompts_that_fit_the_budget_together_end_in_one_step() -> None:
     streams = engine(60)
     for seed, name in enumerate("abc", 9):
