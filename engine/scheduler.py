@@ -194,7 +194,7 @@ class Scheduler:
             if missing > 1:
                 # One token is left for every later row: a long prompt delays no stream.
                 count = min(count, max(1, draft.tokens - (len(running) - index)))
-            if missing > 1 or sequence.next_span < len(sequence.spans):
+            if missing > 1 or sequence.may_show:
                 count = self._gate.reach(sequence, count, draft)
                 if count == 0:
                     continue

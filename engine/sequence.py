@@ -185,6 +185,14 @@ class Sequence:
                 break
             self.next_span += 1
 
+    @property
+    def may_show(self) -> bool:
+        """Whether a picture may stand at the next position to plan, or behind it."""
+        if self.next_span == len(self.spans):
+            return False
+        last = self.spans[-1]
+        return self.num_planned < last.offset + last.length
+
     def needed(self) -> list[bytes]:
         """Digests, each once, of the pictures that are not wholly computed but begun or planned."""
         digests: dict[bytes, None] = {}

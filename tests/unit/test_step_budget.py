@@ -106,6 +106,20 @@ def test_prompts_that_fit_the_budget_together_end_in_one_step() -> None:
 
 
 @pytest.mark.parametrize("mode", ["off", "on"])
+def test_a_stream_begins_beside_a_better_prompt_while_its_picture_is_computed(mode: str) -> None:
+    policy = {"scheduling_policy": "priority", "max_num_encoder_tiles": 1}
+    streams = engine(60, async_scheduling=mode, **policy)
+    streams.add("stream", (1, 2), max_tokens=9, priority=1)
+    streams.step()
+    streams.add("better", 150, max_tokens=2)
+    streams.finish()
+    plans = [{work.id: work for work in plan.work} for plan in streams.runner.plans]
+    drawing = [i for i, plan in enumerate(plans) if "stream" in plan and plan["stream"].sample]
+    assert any("better" in plans[i] for i in drawing[1:])
+    assert drawing == list(range(drawing[0], drawing[0] + 9))
+
+
+@pytest.mark.parametrize("mode", ["off", "on"])
 def test_a_picture_beside_streams_is_encoded_over_several_steps(mode: str) -> None:
     streams = generating(engine(60, async_scheduling=mode))
     streams.add("picture", 3, (1, 9), 3, max_tokens=2)
