@@ -119,7 +119,8 @@ async def on_service_error(_: Request, error: Exception) -> Response:
     if not isinstance(error, ServiceError):
         raise error
     if error.__suppress_context__:
-        # Nobody is told of it, and the frames it holds may hold the answer, and so it and them.
+        # Nobody is told of it. Of the frames that it holds one holds the answer with this error: a
+        # circle, which would keep the request's bytes until the garbage collector comes by.
         error.__context__ = None
     return error_response(error)
 
