@@ -28,7 +28,7 @@ from server.limits import Clock
 from server.metric_table import STATES
 from server.metrics import Metrics
 from server.version import installed_version
-from wire.errors import Code, ServiceError, TooManyRequests, Unavailable
+from wire.errors import Code, InvalidRequest, ServiceError, TooManyRequests, Unavailable
 from wire.messages import Progress
 from wire.settings import Settings
 
@@ -190,14 +190,23 @@ class Service:
         return self.model
 
     async def tile_room(
-        self, held: contextlib.AsyncExitStack, size: int, *, wait: bool = True
+        self, held: contextlib.AsyncExitStack, size: int, *, beside: int = 0
     ) -> Share:
-        """Wait, or not, until ``size`` more bytes of tiles may be kept, and enter them into
-        ``held``.
+        """Wait until ``size`` more bytes of tiles may be kept, and enter them into ``held``; who
+        has so many ``beside`` does not wait. Raises TooManyRequests, and InvalidRequest where both
+        are more than all may have.
 
         They are kept until the answer ends, because a new engine would need them.
         """
-        patience = TILE_TIMEOUT if wait else 0
+        if beside and beside + size > self._tiles.total:
+            raise InvalidRequest(
+                f"messages: the pictures take {beside} bytes as tiles, and for the critic of "
+                f"best_of up to {size} more; {self._tiles.total} are allowed together "
+                "(--request-tile-bytes). Show fewer of them, or smaller with max_tiles, or use "
+                "another critic.",
+                param="messages",
+            )
+        patience = 0 if beside else TILE_TIMEOUT
         try:
             return await held.enter_async_context(self._tiles.share(size, patience))
         except TimeoutError:

@@ -226,7 +226,7 @@ async def _prepare(
 
     async with contextlib.AsyncExitStack() as held:
 
-        async def room(size: int, /, *, wait: bool = True) -> Share:
+        async def room(size: int, /, *, beside: int = 0) -> Share:
             return await held.enter_async_context(tiles.share(size))
 
         return await prepare(

@@ -167,8 +167,9 @@ async def prepare(
         if judge is not None:
             if not judge.sees_as(model.ready.geometry):
                 viewing = _viewing(request, judge.ready.geometry, limits, tenant, files)
+                beside = functools.partial(room, beside=gallery.size)
                 conversation, gallery = await _show_again(
-                    request, judge, viewing, media, limits, run, room
+                    request, judge, viewing, media, limits, run, beside
                 )
             case = await run(judge.case, conversation, gallery)
             contest = Contest(request.best_of, judge, case)
@@ -248,7 +249,6 @@ async def _show_again(
     conversation = Conversation(conversation.turns, *cut)
     segments = await run(critic.segments, conversation, [""])
     canvas = Canvas(critic.prompts, segments, ready, budget, request.length[1])
-    room = functools.partial(room, wait=False)
     return conversation, await show(media, conversation, canvas, limits.decode_workers + 2, room)
 
 

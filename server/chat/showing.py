@@ -33,10 +33,11 @@ ANSWER_TOKENS = 256
 
 class Room(Protocol):
     """Waits until tiles of so many bytes may be held, and holds them until the answer ends. Who
-    holds some already must not ``wait`` for more: so may who holds the others, for these."""
+    has so many ``beside`` does not wait for more: so may who holds the others, for these."""
 
-    async def __call__(self, size: int, /, *, wait: bool = True) -> Share:
-        """Raises TooManyRequests when it takes too long."""
+    async def __call__(self, size: int, /, *, beside: int = 0) -> Share:
+        """Raises TooManyRequests when it takes too long, and InvalidRequest where there is never
+        room for both."""
 
 
 class Media(Protocol):

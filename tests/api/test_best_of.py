@@ -431,6 +431,31 @@ async def test_who_holds_tiles_does_not_wait_for_the_critics(houses: Houses) -> 
     assert "internvl_request_tile_bytes 0.0" in (await house.http.get("/metrics")).text
 
 
+@pytest.mark.parametrize(("spare", "status"), [(0, 200), (-1, 400)])
+async def test_tiles_for_both_models_that_never_fit_are_the_clients_to_mend(
+    houses: Houses, spare: int, status: int
+) -> None:
+    geometry = VisionGeometry(tile_size=8, tokens_per_tile=5)
+    ready = msgspec.structs.replace(CRITIC_READY, geometry=geometry)
+    critic = FakeEngine(ready, judging(lambda _: 1.0))
+    most = 2 * 48 + 13 * geometry.tile_bytes + spare  # a byte less than may be needed, or not
+    engine = FakeEngine(None, drawing(["A", "B"]))
+    house = await houses.open(engine, critic=critic, request_tile_bytes=most)
+    messages = [{"role": "user", "content": [picture("a"), {"type": "text", "text": "It?"}]}]
+    answer = await house.ask(**best(2, "visualprm"), messages=messages)
+    assert answer.status_code == status, answer.text
+    if status == 400:
+        error = error_of(answer)
+        assert (error["code"], error["param"]) == ("invalid_value", "messages")
+        assert (
+            f"96 bytes as tiles, and for the critic of best_of up to {13 * 192}"
+            in (error["message"])
+        )
+        assert f"{most} are allowed" in error["message"]
+        assert "retry-after" not in answer.headers
+    assert "internvl_request_tile_bytes 0.0" in (await house.http.get("/metrics")).text
+
+
 async def test_votes_are_counted_beside_the_event_loop(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
