@@ -289,4 +289,7 @@ checkov.io/skip4: CKV_K8S_35=the server takes keys out of its environment at its
 {{- if and $values.autoscaling.enabled (eq $values.autoscaling.by "keda") (not $values.autoscaling.metrics) (not $values.autoscaling.keda.prometheus) -}}
 {{- fail "autoscaling.keda.prometheus: where is Prometheus?" -}}
 {{- end -}}
+{{- if and $values.autoscaling.enabled (gt (int $values.autoscaling.minReplicas) (int $values.autoscaling.maxReplicas)) -}}
+{{- fail (printf "autoscaling.minReplicas: %d is more than the %d of maxReplicas" (int $values.autoscaling.minReplicas) (int $values.autoscaling.maxReplicas)) -}}
+{{- end -}}
 {{- end -}}

@@ -85,6 +85,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "need more GPUs": {"gpu": {"count": 2}, "settings": {"pipeline_parallel_size": 4}},
     "fullnameOverride": {"fullnameOverride": "1eye"},
     "where is Prometheus": {"autoscaling": {"enabled": True, "by": "keda"}},
+    "minReplicas: 5 is more": {"autoscaling": {"enabled": True, "minReplicas": 5}},
 }
 
 
