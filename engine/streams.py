@@ -52,7 +52,8 @@ class _Stream:
         self.lost = False  # with its engine, and not sent again yet
         self.asked_at = time.monotonic()
         self.waited = 0.0  # until it was sent last, for an engine
-        self.last_at: float | None = None  # when its last token arrived
+        self.first_at = 0.0  # when its first token arrived, and
+        self.last_at: float | None = None  # when its last one did
         self.outputs: list[EngineOutput] = []
         self.error: ServiceError | None = None
         self.arrived = asyncio.Event()
@@ -212,12 +213,16 @@ class Streams:
         if stream is None:
             return
         if output.token_ids:
-            if stream.last_at is not None:
+            times = output.times
+            if stream.last_at is None:
+                stream.first_at = now
+                if times is not None:
+                    times = msgspec.structs.replace(times, queue=times.queue + stream.waited)
+            else:
                 self.gaps.observe(now - stream.last_at)
-            elif output.times is not None:
-                queue = output.times.queue + stream.waited
-                times = msgspec.structs.replace(output.times, queue=queue)
-                output = msgspec.structs.replace(output, times=times)
+                if times is None:  # the engine's end, which tells it, may never be read
+                    times = Times(decode=now - stream.first_at)
+            output = msgspec.structs.replace(output, times=times)
             stream.last_at = now
         stream.token_ids.fromlist(output.token_ids)
         joined = stream.add(output)

@@ -118,7 +118,8 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         ),
         _seconds(
             "request_time_per_output_token",
-            "Decode time of a choice over its tokens but the first.",
+            "Decode time of a choice over its tokens but the first, those cut off behind a stop "
+            "string among them.",
             TOKEN_SECONDS,
         ),
         _seconds("request_media_time", "To load all pictures of a request, waiting included."),

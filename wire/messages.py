@@ -100,7 +100,8 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Times(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Seconds of a request in its engine: until it entered the batch, from there to its first
     token, however often it was preempted, and from there to its last. The first output has the
-    first two, the last one the third."""
+    first two, the last one the third. The engine's client adds the third to those between: how
+    long after the first token they arrived."""
 
     queue: float = 0.0
     prefill: float = 0.0

@@ -259,7 +259,6 @@ async def chunks(
                     yield chunk(index, delta, logprobs)
                 if state.finish_reason is not None:
                     await choices.end(index)
-                    meter.stopwatch.end(index)
                     generation.end(index, state)
                     logprobs = state.take_logprobs()
                     yield chunk(index, Delta(), logprobs, state.finish_reason, state.stop_reason)
@@ -293,16 +292,15 @@ def _ending(error: Exception) -> str:
 
 def _count(metrics: Metrics, meter: Meter, states: Sequence[ChoiceState], unfinished: str) -> None:
     """What became of the choices; those that have not ended are ``unfinished``."""
-    for index, state in enumerate(states):
+    for state in states:
         metrics.finished.add(state.finish_reason or unfinished)
         metrics.generation_length.observe(state.completion_tokens)
-        meter.stopwatch.end(index)
-    for index, timings in meter.stopwatch.timings.items():
+    for timings in meter.stopwatch.timings.values():
         metrics.queue_time.observe(timings.queue)
         metrics.prefill_time.observe(timings.prefill)
         metrics.decode_time.observe(timings.decode)
         metrics.inference_time.observe(timings.inference)
-        if (more := states[index].completion_tokens - 1) > 0:
+        if (more := timings.tokens - 1) > 0:
             metrics.time_per_token.observe(timings.decode / more)
     for seconds in meter.encoded():
         metrics.media_encode.observe(seconds)

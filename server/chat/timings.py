@@ -1,7 +1,6 @@
-"""Where the time of each choice went: the engine's own figures, completed where it cannot know."""
+"""Where the time of each choice went, as the engine and its client tell."""
 
 import dataclasses
-import time
 
 from wire.messages import EngineOutput
 
@@ -9,11 +8,13 @@ from wire.messages import EngineOutput
 @dataclasses.dataclass
 class Timings:
     """Seconds of a choice that has a token: ``queue`` until it entered its engine's batch,
-    ``prefill`` from there to its first token, ``decode`` from there to its last."""
+    ``prefill`` from there to its first token, ``decode`` from there to the last of its
+    ``tokens``. Those behind a stop string count in both: they have taken the time too."""
 
     queue: float
     prefill: float
     decode: float = 0.0
+    tokens: int = 0
 
     @property
     def inference(self) -> float:
@@ -22,31 +23,19 @@ class Timings:
 
 
 class Stopwatch:
-    """The Timings of the choices of a request, in ``timings``.
-
-    The engine tells what it has measured. One that is ended here, by a stop string or because its
-    client has left, and one that went on in another engine, is measured here behind its first
-    token: whoever reads slowly lengthens it, for the engine has gone on meanwhile.
-    """
+    """The Timings of the choices of a request, in ``timings``."""
 
     def __init__(self) -> None:
         self.timings: dict[int, Timings] = {}
-        self._since: dict[int, float] = {}  # of choices whose decoding nobody has told
 
     def add(self, index: int, output: EngineOutput) -> None:
-        """Take in an output of a choice; most tell nothing."""
+        """Take in an output of a choice."""
         told = output.times
         if told is None:
             return
         if index not in self.timings:
             self.timings[index] = Timings(told.queue, told.prefill)
-            self._since[index] = time.monotonic()
+        timings = self.timings[index]
+        timings.tokens += len(output.token_ids)
         if told.decode is not None:
-            self.timings[index].decode = told.decode
-            self._since.pop(index, None)
-
-    def end(self, index: int) -> None:
-        """A choice is over, or given up."""
-        since = self._since.pop(index, None)
-        if since is not None:
-            self.timings[index].decode = time.monotonic() - since
+            timings.decode = told.decode

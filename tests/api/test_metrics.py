@@ -38,12 +38,12 @@ def finished(found: dict[str, float], reason: str) -> float:
 
 
 def timed(*ids: int) -> Any:
-    """A script: one output per token, and what an engine tells of its times."""
+    """A script: one output per token, and what an engine and its client tell of its times."""
 
     def script(request: EngineRequest) -> Iterable[Step]:
         yield EngineOutput(request.id, ids[:1], times=Times(1.0, 2.0))
         for token in ids[1:]:
-            yield EngineOutput(request.id, [token])
+            yield EngineOutput(request.id, [token], times=Times(decode=2.0))
         yield EngineOutput(request.id, [EOS], "stop", EOS, times=Times(decode=4.0))
 
     return script
@@ -83,17 +83,30 @@ async def test_the_answer_says_as_many_tokens_as_are_counted(house: House) -> No
     assert found["internvl_request_prompt_tokens_sum"] == prompts
 
 
-async def test_a_choice_that_a_stop_string_ends_has_a_decode_time_too(house: House) -> None:
-    """The engine, which is told to forget it, tells none."""
-    house.engine.script = timed(*encode_rendered("A red circle."))
+@pytest.mark.parametrize("at_once", [1, 3, 99])
+async def test_a_stop_string_distorts_no_time_of_a_token(house: House, at_once: int) -> None:
+    """Whether the engine, which took half a second for each, was told to stop there, or some of
+    what came behind it has been read with it."""
+    ids = encode_rendered("A red circle is here.")
+    pieces = [ids[start : start + at_once] for start in range(0, len(ids), at_once)]
+
+    def script(request: EngineRequest) -> Iterable[Step]:
+        said = 0
+        for piece in pieces:
+            times = Times(1.0 * (not said), 2.0 * (not said), (said + len(piece) - 1) / 2)
+            said += len(piece)
+            yield EngineOutput(request.id, piece, times=times)
+        yield EngineOutput(request.id, [EOS], "stop", EOS, times=Times(decode=said / 2))
+
+    house.engine.script = script
     answer = await house.ask(stop=["red"])
     assert answer.json()["choices"][0]["finish_reason"] == "stop"
     found = await scrape(house)
+    assert found["internvl_request_time_per_output_token_seconds_count"] == 1
+    assert found["internvl_request_time_per_output_token_seconds_sum"] == 0.5
     assert found["internvl_request_decode_time_seconds_count"] == 1
-    assert found["internvl_request_decode_time_seconds_sum"] > 0
-    total = found["internvl_request_prefill_time_seconds_sum"]
-    total += found["internvl_request_decode_time_seconds_sum"]
-    assert found["internvl_request_inference_time_seconds_sum"] == pytest.approx(total)
+    total = 2.0 + found["internvl_request_decode_time_seconds_sum"]
+    assert found["internvl_request_inference_time_seconds_sum"] == total
 
 
 async def test_who_leaves_and_whom_the_engine_fails_are_told_apart(house: House) -> None:

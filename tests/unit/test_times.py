@@ -201,6 +201,26 @@ async def test_the_gaps_between_tokens_are_those_of_their_arrival(clock: Clock) 
     assert (reader.streams.gaps.count, reader.streams.gaps.sum) == (3, 1.0)
 
 
+async def test_who_leaves_before_the_end_knows_how_long_its_tokens_took_to_arrive(
+    clock: Clock,
+) -> None:
+    """However late it reads them, one by one or many at once."""
+    reader = Reader()
+    outputs = reader.streams.read(*request("a", 3, max_tokens=99))
+    read = asyncio.ensure_future(anext(outputs))
+    await asyncio.sleep(0)
+    reader.say(1, times=Times(1.0, 2.0))
+    told = [(await read).times]
+    for ids in ([2], [3, 4, 5]):
+        for token in ids:
+            clock.now += 2
+            reader.say(token)
+        clock.now += 70
+        told.append((await anext(outputs)).times)
+    assert told == [Times(1.0, 2.0), Times(decode=2.0), Times(decode=148.0 - 70.0)]
+    await outputs.aclose()
+
+
 async def test_the_time_without_an_engine_is_time_in_the_queue(clock: Clock) -> None:
     reader = Reader(connected=False)
     await reader.ask()
@@ -229,7 +249,7 @@ async def test_a_request_whose_engine_dies_is_resumed_once_and_timed_once(clock:
     reader.streams.connect()
     assert reader.streams.resumed == 2
     reader.say(2, end="length")
-    assert await reader.told() == Times(31.0, 2.0, None)
+    assert await reader.told() == Times(31.0, 2.0, 5.0)  # the pause is a part of it
     assert (reader.streams.gaps.count, reader.streams.gaps.sum) == (1, 5.0)
 
 
