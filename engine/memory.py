@@ -158,6 +158,8 @@ def kv_blocks(settings: EngineSettings, model: InternVL, max_model_len: int, ste
         ours = int(free * settings.cpu_memory_utilization)
         context = max_model_len // geometry.tokens_per_tile * geometry.tile_bytes
         rest += (max(settings.request_tile_bytes, context) if sees else 0) + _HELD
+        # Cosine and sine of every position, fp32, which model.single keeps.
+        rest += max_model_len * model.text.head_dim * 4
     size = KVCache.block_bytes(model.text, settings.block_size, model.dtype)
     useful = settings.max_num_seqs * -(-max_model_len // settings.block_size)
     explicit = settings.num_kv_blocks * size or settings.kv_cache_memory
