@@ -381,8 +381,7 @@ class ModelRunner:
         for copy in plan.copies:
             self._kv.copy(copy.source, copy.target)
         kept = {copy.target for copy in plan.copies}
-        fresh = [block for work in plan.work for block in work.new_blocks if block not in kept]
-        if fresh:
+        if fresh := [block for work in plan.work for block in work.new_blocks if block not in kept]:
             self._kv.clear(fresh)
         for work in plan.work:
             if work.new_blocks:
@@ -397,8 +396,7 @@ class ModelRunner:
                 names.append(work.id)
                 last.append(start + work.count - 1)
         scores = any(work.score for work in plan.work)
-        embeddings, scored = self._embed(plan, batch), None
-        some = None
+        embeddings, scored, some = self._embed(plan, batch), None, None
         if len(last) < len(embeddings):
             some = to_device(last, embeddings.device, torch.int64)
         wanted = None if scores else some
@@ -416,6 +414,10 @@ class ModelRunner:
                 ]
             )
             hidden = hidden if some is None else hidden[some]
+        tokens = self._model.draw(hidden) if last and self._rows.are_greedy(names) else None
+        if tokens is not None:
+            self._device_rows.note(self._rows.lines(names), tokens)
+            return _Begun(plan.step, names, scored=scored, tokens=tokens)
         logits = self._model.logits(hidden) if last else None
         return _Begun(plan.step, names, logits, scored)
 

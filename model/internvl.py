@@ -105,3 +105,7 @@ class InternVL(nn.Module):
         if self.group.size == 1:
             return logits
         return self.group.gather(logits)[:, : self.config.vocab_size].contiguous()
+
+    def draw(self, hidden: Tensor) -> Tensor | None:
+        """The likeliest tokens, int64 ``[M]``, if they can be had without the logits."""
+        return self.ops.draw(self.decoder.output, hidden) if self.group.is_alone else None

@@ -15,7 +15,6 @@ from engine.sampling.base import NOT_FINITE, NOTHING_LEFT, SampleRow, Step
 from engine.sampling.filters import COLDEST
 from engine.sampling.noise import exponentials, key
 from model import triton as kernels
-from model.draw import highest
 from model.transfer import to_device
 
 # Logits that go through the steps at once, which make several times as much of them. On the CPU as
@@ -70,6 +69,17 @@ def draws(rows: Sequence[SampleRow], size: int) -> np.ndarray | None:
             found[:2, index] = key(row.params.seed, row.position)
             heats[index] = max(row.params.temperature, COLDEST)
     return found if heats.any() else None
+
+
+def highest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest of each row of fp32 logits ``[R, V]``, and its place: the first of those that are
+    as high, or the first NaN."""
+    if logits.device.type != "cpu":
+        best, places = logits.max(dim=-1)
+        return best, places
+    # Much faster than torch's maximum with its place.
+    places = torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.gather(-1, places[:, None])[:, 0], places
 
 
 def _is_fused(logits: Tensor) -> bool:

@@ -2,8 +2,7 @@
 
 ``LIBRARY`` is None where it was not compiled, or from older sources. Pointers are given as numbers;
 what they point to must have the size that the comments in the C state, and nothing here checks it:
-their callers are ``model.ops.native``, ``model.attention.native``, ``model.single`` and
-``model.draw``.
+their callers are ``model.ops.native``, ``model.attention.native`` and ``model.single``.
 """
 
 import ctypes
@@ -11,7 +10,7 @@ from typing import Any
 
 from wire.native import load
 
-VERSION = 10
+VERSION = 11
 """That of the functions' arguments, here and in pool.c: one more with every change of them."""
 BEST = 4
 """For ``internvl_choose``: the best instruction set of this processor; tests choose others too."""
@@ -29,8 +28,15 @@ class Matrix(ctypes.Structure):
             (name, _p)
             for name in ("panels", "scales", "sums", "bias", "bases", "odd_starts", "odds")
         ),
+        ("sketch", _p),
         *((name, _l) for name in ("inputs", "outputs")),
     )
+
+
+class Sketch(ctypes.Structure):
+    """A head once more, in eight bits (``struct sketch``)."""
+
+    _fields_ = (("whole", Matrix), ("doubts", _p), ("rest", _l))
 
 
 _matrix = ctypes.POINTER(Matrix)
@@ -97,7 +103,9 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "internvl_pack12": [_p, _l, _l, _l, _p, _p, _p, _p],
     "internvl_linear_scratch": [_matrix, _l],
     "internvl_linear": [_matrix, _p, _l, _l, _p, _l, _i, _p],
-    "internvl_linear_highest": [_matrix, _p, _l, _l, _p, _p],
+    "internvl_doubts": [_p, _matrix, _p],
+    "internvl_draw_scratch": [_matrix, _l],
+    "internvl_draw": [_matrix, _p, _l, _l, _p, _p],
     "internvl_add_norm": [_p, _l, _p, _l, _p, _p, _p, _l, _l, _l, _f, _i],
     "internvl_tile_scratch": [_l, _l, _i, _i],
     "internvl_tile_attention": [_p, _l, _l, _l, _i, _i, _p, _p, _l],
@@ -106,7 +114,6 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "internvl_attend_tokens": [_i, _i],
     "internvl_attend": [_heads, _batch, _p, _p, _p],
     "internvl_decode_scratch": [ctypes.POINTER(Layers), _l],
-    "internvl_highest": [_p, _l, _l, _l, _p, _p],
     "internvl_single_scratch": [ctypes.POINTER(Single), _l],
     "internvl_single": [ctypes.POINTER(Single), _p, _l, _p, _p, _p],
     "internvl_decode": [ctypes.POINTER(Layers), _batch, _p, _l, _p, _p, _p],

@@ -1,82 +1,166 @@
-/* The highest logit of a row: of a greedy row it is the token. */
-#include "kernels.h"
+/* Greedy draws: the highest logit of each row, kept while the head's product is made, and no logits are
+   written.
+
+   Reading the head is a quarter of a step of few rows. These are first multiplied with a sketch of it, the
+   same weights in whole numbers of eight bits, two thirds or half the bytes. How far a logit can be from
+   what the sketch says is known: by the length of the row times that of what rounding took from the
+   output's weights (Cauchy-Schwarz). So only groups of panels with an output that may be the highest are
+   computed, a dozen of thousands, by the product that would have computed them all: tokens are the same,
+   to the bit. */
+#include "linear.h"
 #include "lanes.h"
 #include "pool.h"
 
 #include <math.h>
+#include <stdatomic.h>
 
-/* Numbers of a piece of work, and pieces at once, of all rows. */
-enum { MOST = 1 << 14, TOGETHER = 512 };
-/* Numbers of which only the highest is known before it is known where the row's highest is. */
-enum { STRIDE = 64 * LANES, WIDE = 4 * LANES };
+/* Rows of which the sketch is read with both halves of their numbers in registers. */
+enum { SKETCHED = TALLEST_BLOCK / 2 };
+/* Where one group in FEW or more had to be computed the sketch did not pay, and rests for REST draws. */
+enum { FEW = 4, REST = 15 };
 
-struct highest {
-  const float *x;
-  long ld, count, size, pieces; /* of a row: numbers, in each piece, pieces */
-  long *places;                 /* [rows * pieces] */
+/* A number and its place as one that is the higher, the higher the number is or, of equals, the earlier
+   it stands. NaN is the highest; 0 is no key. */
+static uint64_t key_of(float x, long place) {
+  uint32_t bits;
+  x += 0.0f; /* -0 is no less than 0 */
+  memcpy(&bits, &x, sizeof bits);
+  bits = x != x ? UINT32_MAX : bits >> 31 ? ~bits : bits | 1u << 31;
+  return (uint64_t)bits << 32 | (uint32_t)~place;
+}
+
+static float number_of(uint64_t key) {
+  uint32_t bits = (uint32_t)(key >> 32);
+  bits = bits >> 31 ? bits & INT32_MAX : ~bits;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+static void raise_to(_Atomic uint64_t *best, uint64_t key) {
+  uint64_t known = atomic_load_explicit(best, memory_order_relaxed);
+  while (key > known && !atomic_compare_exchange_weak(best, &known, key));
+}
+
+/* What stands behind the last output is no output. */
+static void cut(const struct linear *w, float *c, int rows, long column) {
+  for (int r = 0; r < rows; r++)
+    for (long i = w->m->outputs - column; i < COLUMNS; i++) c[r * COLUMNS + i] = -INFINITY;
+}
+
+/* Hardly ever is there anything higher than what any thread has found before. */
+CLONES static void keep_highest(const struct linear *w, float *c, long row, int rows, long column) {
+  _Atomic uint64_t *best = (_Atomic uint64_t *)w->y + row;
+  cut(w, c, rows, column);
+  for (int r = 0; r < rows; r++, c += COLUMNS) {
+    float most = number_of(atomic_load_explicit(best + r, memory_order_relaxed));
+    uint64_t found = 0;
+    int any = 0;
+    for (int i = 0; i < COLUMNS; i++) any |= !(c[i] < most);
+    if (!any) continue;
+    for (int i = 0; i < COLUMNS; i++) {
+      uint64_t key = key_of(c[i], column + i);
+      found = key > found ? key : found;
+    }
+    raise_to(best + r, found);
+  }
+}
+
+struct bounds {
+  const float *doubts;
+  float heats[SKETCHED], lengths[SKETCHED];
+  _Atomic uint64_t least[SKETCHED]; /* keys of what the highest of a row is at least */
+  float *most;                      /* [groups][rows]: what nothing of a group is above */
 };
 
-/* Where the highest of count numbers is: the first of them, or the first NaN. */
-CLONES static long highest_of(const float *x, long count) {
-  float most = -INFINITY;
-  long at = 0, i = 0;
-  for (; i + STRIDE <= count; i += STRIDE) {
-    float high[WIDE];
-    int odd[WIDE] = {0};
-    memcpy(high, x + i, sizeof high);
-    for (int k = 0; k < STRIDE; k += WIDE)
-      for (int j = 0; j < WIDE; j++) {
-        float next = x[i + k + j];
-        high[j] = next > high[j] ? next : high[j];
-        odd[j] |= next != next;
-      }
-    float here = -INFINITY;
-    int any = 0;
-    for (int j = 0; j < WIDE; j++) {
-      here = high[j] > here ? high[j] : here;
-      any |= odd[j];
+/* The rows, and as many that hold what whole numbers leave of them. NaN bounds nothing. */
+CLONES static void keep_bounds(const struct linear *w, float *c, long row, int rows, long column) {
+  struct bounds *b = w->y;
+  int half = rows / 2;
+  (void)row; /* all rows at once */
+  cut(w, c, rows, column);
+  for (int r = 0; r < half; r++) {
+    floats least = all(-INFINITY), most = least;
+    for (int i = 0; i < COLUMNS; i += LANES) {
+      floats near = get(c + r * COLUMNS + i) * b->heats[r] + get(c + (half + r) * COLUMNS + i);
+      floats doubt = get(b->doubts + column + i) * b->lengths[r] + 1e-30f; /* products that become 0 */
+      floats low = near - doubt, high = near + doubt;
+      least = larger(low, least);
+      most = larger(pick(high == high, high, all(INFINITY)), most);
     }
-    if (any) break;
-    if (here > most) {
-      most = here;
-      at = i;
-    }
+    raise_to(b->least + r, key_of(largest(least), 0));
+    b->most[column / COLUMNS * half + r] = largest(most);
   }
-  if (i > 0)
-    while (x[at] != most) at++;
-  for (; i < count; i++) {
-    if (x[i] != x[i]) return i;
-    if (x[i] > x[at]) at = i;
-  }
-  return at;
 }
 
-static void part(void *context, long index) {
-  const struct highest *h = context;
-  long first = index % h->pieces * h->size;
-  long count = h->count - first < h->size ? h->count - first : h->size;
-  const float *row = h->x + index / h->pieces * h->ld;
-  h->places[index] = first + highest_of(row + first, count);
+/* A row as heat * whole + rest, where whole numbers are 127 at most: twice as many digits as the one alone
+   would have. Returns its length, and no less: what is nearly 0 has few digits. */
+CLONES static float split(const bf16 *x, long inputs, float *heat, bf16 *whole, bf16 *rest) {
+  floats most = all(0), squares = all(0);
+  for (long i = 0; i < inputs; i += LANES) {
+    floats value = get_bf16(x + i);
+    most = larger(larger(value, -value), most);
+    squares += value * value;
+  }
+  *heat = fmaxf(largest(most), 1e-12f) / 127;
+  floats scale = all(1 / *heat);
+  for (long i = 0; i < inputs; i += LANES) {
+    floats value = get_bf16(x + i), shifted = value * scale + 12582912.0f, near = shifted - 12582912.0f;
+    put_bf16(whole + i, near);
+    put_bf16(rest + i, value - near * *heat);
+  }
+  return sqrtf(total(squares)) * 1.001f + 1e-9f;
 }
 
-/* Of every x[row][count], ld numbers apart: the place of the highest, and that number; the first of
-   those that are as high, or the first NaN. */
-void internvl_highest(const float *x, long ld, long rows, long count, int64_t *places, float *most) {
-  long found[TOGETHER];
-  struct highest h = {x, ld, count, MOST, 0, found};
-  while ((h.pieces = (count + h.size - 1) / h.size) > TOGETHER) h.size *= 2;
-  for (long row = 0, some; row < rows; row += some, h.x += some * ld) {
-    some = TOGETHER / h.pieces < rows - row ? TOGETHER / h.pieces : rows - row;
-    pool_run(part, &h, some * h.pieces);
-    for (long r = 0; r < some; r++) {
-      const long *at = found + r * h.pieces;
-      long best = at[0];
-      for (long i = 1; i < h.pieces; i++) {
-        float a = h.x[r * ld + best], b = h.x[r * ld + at[i]];
-        if (b > a || (b != b && a == a)) best = at[i];
-      }
-      places[row + r] = best;
-      most[row + r] = h.x[r * ld + best];
-    }
+static long in_lines(long bytes) { return (bytes + 63) / 64 * 64; }
+
+static long groups_of(const struct matrix *m) { return (m->outputs + COLUMNS - 1) / COLUMNS; }
+
+/* The groups of panels with an output that may be the highest of a row, to chosen; how many. */
+static long choose(const struct matrix *m, const bf16 *x, long ldx, int rows, int32_t *chosen, char *scratch) {
+  bf16 *halves = (bf16 *)scratch;
+  struct bounds b = {.doubts = m->sketch->doubts};
+  scratch += in_lines(2 * rows * m->inputs * sizeof(bf16));
+  b.most = (float *)scratch;
+  scratch += in_lines(groups_of(m) * rows * sizeof(float));
+  for (long row = 0; row < rows; row++)
+    b.lengths[row] = split(x + row * ldx, m->inputs, b.heats + row, halves + row * m->inputs,
+                           halves + (rows + row) * m->inputs);
+  linear_run(&(struct linear){.m = &m->sketch->whole, .x = halves, .y = &b, .rows = 2 * rows,
+                              .ldx = m->inputs, .then = keep_bounds}, scratch);
+  long count = 0;
+  for (long group = 0; group < groups_of(m); group++) {
+    int may = 0;
+    for (long row = 0; row < rows; row++)
+      may |= !(b.most[group * rows + row] < number_of(b.least[row]));
+    chosen[count] = (int32_t)group;
+    count += may;
+  }
+  return count;
+}
+
+/* Bytes that internvl_draw needs as scratch for so many rows or fewer. */
+long internvl_draw_scratch(const struct matrix *m, long rows) {
+  long few = rows < SKETCHED ? rows : SKETCHED;
+  if (!m->sketch) return internvl_linear_scratch(m, rows);
+  return in_lines((groups_of(m) + 1) * sizeof(int32_t)) + in_lines(2 * few * m->inputs * sizeof(bf16)) +
+         in_lines(groups_of(m) * few * sizeof(float)) + internvl_linear_scratch(&m->sketch->whole, 2 * few);
+}
+
+/* The token of each row of x[rows][inputs] * panels: the output that is the highest, the first of those
+   that are as high. */
+void internvl_draw(const struct matrix *m, const bf16 *x, long ldx, long rows, int64_t *tokens, void *scratch) {
+  struct linear w = {.m = m, .x = x, .y = tokens, .rows = rows, .ldx = ldx, .then = keep_highest};
+  memset(tokens, 0, rows * sizeof *tokens);
+  if (m->sketch && 0 < rows && rows <= SKETCHED && --m->sketch->rest < 0) {
+    w.chosen = scratch;
+    w.count = choose(m, x, ldx, (int)rows, scratch, (char *)scratch + in_lines((groups_of(m) + 1) * sizeof(int32_t)));
+    m->sketch->rest = w.count * FEW > groups_of(m) ? REST : 0;
+  }
+  linear_run(&w, scratch);
+  for (long row = 0; row < rows; row++) {
+    float most = number_of(tokens[row]);
+    int64_t place = (uint32_t)~tokens[row];
+    tokens[row] = isfinite(most) ? place : most == -INFINITY ? NOTHING_LEFT : NOT_FINITE;
   }
 }

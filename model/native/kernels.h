@@ -11,6 +11,7 @@ struct odd {
 
 /* A linear layer in panels (internvl_pack), quantised if it has scales (internvl_pack8), narrow if it
    has bases (internvl_pack12), one for each panel, with the odds of panel i from odd_starts[i] on. */
+struct sketch;
 struct matrix {
   const void *panels;
   const float *scales;
@@ -19,7 +20,15 @@ struct matrix {
   const uint8_t *bases;
   const int32_t *odd_starts;
   const struct odd *odds;
+  struct sketch *sketch; /* or NULL */
   long inputs, outputs;
+};
+
+/* A head once more, in eight bits: draw.c says what for. */
+struct sketch {
+  struct matrix whole;
+  const float *doubts; /* for each of its scales (internvl_doubts) */
+  long rest;           /* draws for which it is not used */
 };
 
 /* Bytes that so many inputs of a panel take. */
@@ -28,9 +37,8 @@ static inline long panel_bytes(const struct matrix *m, long inputs) {
 }
 
 /* What follows a product: nothing; GELU; silu(even panel) * odd panel, half as many outputs; nothing, and
-   y is fp32; or of each row only the highest is kept, and y is [rows] keys (internvl_linear_highest). The
-   last two without a bias. */
-enum { PLAIN, GELU, GATE, FLOATS, HIGHEST };
+   y is fp32, without a bias. */
+enum { PLAIN, GELU, GATE, FLOATS };
 
 /* In the place of a token, as in engine/sampling/base.py: the highest is no number that can be compared,
    or all of them are -inf. */
@@ -52,8 +60,8 @@ struct heads {
 long internvl_linear_scratch(const struct matrix *m, long rows);
 void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows, void *y, long ldy,
                      int kind, void *scratch);
-void internvl_linear_highest(const struct matrix *m, const bf16 *x, long ldx, long rows, int64_t *tokens,
-                             void *scratch);
+long internvl_draw_scratch(const struct matrix *m, long rows);
+void internvl_draw(const struct matrix *m, const bf16 *x, long ldx, long rows, int64_t *tokens, void *scratch);
 void internvl_add_norm(bf16 *hidden, long ldh, const bf16 *delta, long ldd, const float *weight,
                        const float *bias, bf16 *out, long ldo, long rows, long size, float eps,
                        int centred);

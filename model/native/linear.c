@@ -1,10 +1,9 @@
 /* Linear layers: rows of bf16 times a packed matrix, and what follows at once. */
-#include "kernels.h"
+#include "linear.h"
 #include "lanes.h"
 #include "pool.h"
 
 #include <math.h>
-#include <stdatomic.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -13,17 +12,6 @@ enum { AT_ONCE = 4 };
 
 typedef int8_t bytes __attribute__((vector_size(16)));
 typedef int16_t shorts __attribute__((vector_size(64)));
-
-struct linear {
-  const struct matrix *m;
-  const bf16 *x;
-  const int8_t *x8; /* in its place, if the matrix is quantised */
-  float *heats;     /* what a whole number of each row stands for */
-  int32_t *starts;  /* with wide.c, what the sums of its whole numbers begin with */
-  void *y;
-  long rows, ldx, ldy, ld8, tall, groups, chunks;
-  int kind, fits;
-};
 
 CLONES static void finish(const struct linear *w, const float *c, long row, int rows, long column) {
   int width = w->m->outputs - column < COLUMNS ? (int)(w->m->outputs - column) : COLUMNS;
@@ -47,42 +35,6 @@ CLONES static void finish(const struct linear *w, const float *c, long row, int 
     put_bf16(to, w->kind == GELU ? gelu(x0) : x0);
     put_bf16(to + LANES, w->kind == GELU ? gelu(x1) : x1);
     if (to == out) memcpy(y, out, width * sizeof(bf16));
-  }
-}
-
-/* A number and its place as one that is the higher, the higher the number is or, of equals, the earlier
-   it stands. NaN is the highest; 0 is no key. */
-static uint64_t key_of(float x, long place) {
-  uint32_t bits;
-  x += 0.0f; /* -0 is no less than 0 */
-  memcpy(&bits, &x, sizeof bits);
-  bits = x != x ? UINT32_MAX : bits >> 31 ? ~bits : bits | 1u << 31;
-  return (uint64_t)bits << 32 | (uint32_t)~place;
-}
-
-static float number_of(uint64_t key) {
-  uint32_t bits = (uint32_t)(key >> 32);
-  bits = bits >> 31 ? bits & INT32_MAX : ~bits;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-/* Hardly ever is there anything higher than what any thread has found before. */
-CLONES static void keep_highest(const struct linear *w, float *c, long row, int rows, long column) {
-  _Atomic uint64_t *best = (_Atomic uint64_t *)w->y + row;
-  for (int r = 0; r < rows; r++, c += COLUMNS) {
-    for (long i = w->m->outputs - column; i < COLUMNS; i++) c[i] = -INFINITY;
-    uint64_t known = atomic_load_explicit(best + r, memory_order_relaxed), found = known;
-    float most = number_of(known);
-    int any = 0;
-    for (int i = 0; i < COLUMNS; i++) any |= !(c[i] < most);
-    if (!any) continue;
-    for (int i = 0; i < COLUMNS; i++) {
-      uint64_t key = key_of(c[i], column + i);
-      found = key > found ? key : found;
-    }
-    while (found > known && !atomic_compare_exchange_weak(best + r, &known, found));
   }
 }
 
@@ -200,8 +152,8 @@ enum { WIDENED = 1024, THIRD_BYTES = 16 << 20 };
 static void end_rows(const struct linear *w, float *c, long row, int rows, long column) {
   if (w->m->scales) widen(w, c, row, rows, column);
   if (w->m->odds) wide_add_odds(w->m, column, w->x + row * w->ldx, w->ldx, rows, c);
-  if (w->kind == HIGHEST) {
-    keep_highest(w, c, row, rows, column);
+  if (w->then) {
+    w->then(w, c, row, rows, column);
     return;
   }
 #if defined(__x86_64__)
@@ -215,6 +167,7 @@ static void end_rows(const struct linear *w, float *c, long row, int rows, long 
 
 static void wide_part(void *context, long group) {
   const struct linear *w = context;
+  if (w->chosen) group = w->chosen[group];
   const void *x = w->m->scales ? (const void *)w->x8 : w->x;
   float c[MOST_ROWS * COLUMNS] __attribute__((aligned(64)));
   wide_product(w->m, group * COLUMNS, x, w->m->scales ? w->ld8 : w->ldx * 2, (int)w->rows, w->starts, c);
@@ -224,14 +177,16 @@ static void wide_part(void *context, long group) {
 static void part(void *context, long index) {
   const struct linear *w = context;
   const struct matrix *m = w->m;
-  long chunk = index / w->groups, group = index % w->groups, column = group * COLUMNS;
+  long chunk = index / w->groups, group = index % w->groups;
+  if (w->chosen) group = w->chosen[group];
+  long column = group * COLUMNS;
   long first = chunk * w->tall, last = first + w->tall < w->rows ? first + w->tall : w->rows;
   int panels = column + LANES < m->outputs ? GROUP : 1;
   long deep = m->bases ? WIDENED : m->inputs, high = block_level == 3 ? HIGH : ROWS;
   if (block_level > 3 && (last - first > ROWS || m->bases)) deep = DEEP * 2 / (m->scales ? 1 : 2);
   long apart = panel_bytes(m, m->inputs), further = pool_threads();
   const char *b = (const char *)m->panels + group * GROUP * apart;
-  const char *next = group + further < w->groups ? b + further * GROUP * apart : NULL;
+  const char *next = !w->chosen && group + further < w->groups ? b + further * GROUP * apart : NULL;
   float c[TALLEST * COLUMNS] __attribute__((aligned(64)));
   bf16 widened[GROUP][WIDENED * LANES] __attribute__((aligned(64)));
   long blocks = (last - first + ROWS - 1) / ROWS;
@@ -280,44 +235,36 @@ long internvl_linear_scratch(const struct matrix *m, long rows) {
   return m->scales ? 2 * heats_bytes(rows) + rows * apart8(m->inputs) : 0;
 }
 
-/* y[rows][outputs] = kind(x[rows][inputs] * panels + bias); ldx and ldy are the distances of rows in
-   elements. */
-void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows, void *y, long ldy,
-                     int kind, void *scratch) {
-  if (!rows) return;
-  struct linear w = {.m = m, .x = x, .y = y, .rows = rows, .ldx = ldx, .ldy = ldy, .kind = kind,
-                     .fits = wide_fit(rows)};
-  w.groups = (m->outputs + COLUMNS - 1) / COLUMNS;
+void linear_run(struct linear *w, void *scratch) {
+  const struct matrix *m = w->m;
+  w->fits = wide_fit(w->rows);
+  w->groups = w->chosen ? w->count : (m->outputs + COLUMNS - 1) / COLUMNS;
+  if (!w->rows || !w->groups) return;
   if (m->scales) {
-    w.heats = scratch;
-    w.ld8 = apart8(m->inputs);
-    w.starts = (int32_t *)((char *)scratch + heats_bytes(rows));
-    w.x8 = (int8_t *)w.starts + heats_bytes(rows);
-    pool_run(quantise, &w, (rows + AT_ONCE - 1) / AT_ONCE);
+    w->heats = scratch;
+    w->ld8 = apart8(m->inputs);
+    w->starts = (int32_t *)((char *)scratch + heats_bytes(w->rows));
+    w->x8 = (int8_t *)w->starts + heats_bytes(w->rows);
+    pool_run(quantise, w, (w->rows + AT_ONCE - 1) / AT_ONCE);
   }
-  if (w.fits) {
-    pool_run_apart(wide_part, &w, w.groups); /* where one group ends the next is on its way */
+  if (w->fits) {
+    pool_run_apart(wide_part, w, w->groups); /* where one group ends the next is on its way */
     return;
   }
   long tall = (block_level > 3 ? TALL_BYTES : THIRD_BYTES) / (m->inputs * (m->scales ? 1 : 2));
   if ((block_level > 3 || m->bases) && tall > TALLEST) tall = TALLEST;
   if (tall < ROWS) tall = ROWS;
-  long chunks = (rows + tall - 1) / tall, enough = (2 * pool_threads() + w.groups - 1) / w.groups;
+  long chunks = (w->rows + tall - 1) / tall, enough = (2 * pool_threads() + w->groups - 1) / w->groups;
   if (block_level < 4 && chunks < enough) chunks = enough;
-  w.tall = ((rows + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
-  w.chunks = (rows + w.tall - 1) / w.tall; /* fewer, where they were rounded up */
-  pool_run(part, &w, w.groups * w.chunks);
+  w->tall = ((w->rows + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
+  w->chunks = (w->rows + w->tall - 1) / w->tall; /* fewer, where they were rounded up */
+  pool_run(part, w, w->groups * w->chunks);
 }
 
-/* The token of each row of x[rows][inputs] * panels: the output that is the highest, the first of those
-   that are as high. */
-void internvl_linear_highest(const struct matrix *m, const bf16 *x, long ldx, long rows, int64_t *tokens,
-                             void *scratch) {
-  memset(tokens, 0, rows * sizeof *tokens);
-  internvl_linear(m, x, ldx, rows, tokens, 0, HIGHEST, scratch);
-  for (long row = 0; row < rows; row++) {
-    float most = number_of(tokens[row]);
-    int64_t place = (uint32_t)~tokens[row];
-    tokens[row] = isfinite(most) ? place : most == -INFINITY ? NOTHING_LEFT : NOT_FINITE;
-  }
+/* y[rows][outputs] = kind(x[rows][inputs] * panels + bias); ldx and ldy are the distances of rows in
+   elements. */
+void internvl_linear(const struct matrix *m, const bf16 *x, long ldx, long rows, void *y, long ldy,
+                     int kind, void *scratch) {
+  struct linear w = {.m = m, .x = x, .y = y, .rows = rows, .ldx = ldx, .ldy = ldy, .kind = kind};
+  linear_run(&w, scratch);
 }

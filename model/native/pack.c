@@ -69,6 +69,38 @@ void internvl_pack8(const bf16 *from, long outputs, long inputs, int8_t *to, flo
   pool_run(pack_panel8, &p, (outputs + LANES - 1) / LANES);
 }
 
+struct doubt {
+  const bf16 *from;
+  const struct matrix *whole;
+  float *doubts;
+};
+
+static void doubt_panel(void *context, long panel) {
+  const struct doubt *d = context;
+  long inputs = d->whole->inputs;
+  const int8_t *packed = (const int8_t *)d->whole->panels + panel * inputs * LANES;
+  for (long row = panel * LANES, lane = 0; row < d->whole->outputs && lane < LANES; row++, lane++) {
+    double lost = 0, length = 0, scale = d->whole->scales[row];
+    for (long i = 0; i < inputs; i++) {
+      double weight = wide(d->from[row * inputs + i]), gone = weight - packed[(i / 4 * LANES + lane) * 4 + i % 4] * scale;
+      lost += gone * gone;
+      length += weight * weight;
+    }
+    /* split() in draw.c loses less than 2.4e-5 of a row's largest number in each: half a step of its
+       second half, 2 * 127 of the first, whose step is 1 / 127, and a rounding to bf16. And fp32 sums of
+       `inputs` products, in whatever order, are off by so many times 2^-24 of what there is to add. */
+    double rest = 2.4e-5 * sqrt(inputs) + ldexp(inputs, -21);
+    d->doubts[row] = (float)(1.01 * (sqrt(lost) + rest * sqrt(length)));
+  }
+}
+
+/* How far, for a row of length 1, a logit can be from what internvl_pack8 made of its weights, the row's
+   numbers split as in draw.c. doubts: as scales. */
+void internvl_doubts(const bf16 *from, const struct matrix *whole, float *doubts) {
+  struct doubt d = {from, whole, doubts};
+  pool_run(doubt_panel, &d, (whole->outputs + LANES - 1) / LANES);
+}
+
 /* The exponents that a panel's codes stand for begin at the one from which on there are most. */
 enum { CODES = 15, HIGHEST_BASE = 240 };
 

@@ -31,7 +31,7 @@ static void *take(char **memory, long count, long size) {
 /* Bytes that internvl_single needs as scratch. */
 long internvl_single_scratch(const struct single *s, long rows) {
   long half = s->heads.head / 2, layers = internvl_decode_scratch(s->decoder, rows);
-  long head = internvl_linear_scratch(s->head, rows);
+  long head = internvl_draw_scratch(s->head, rows);
   return 2 * room(rows * half, sizeof(float)) + room(rows * s->width, sizeof(int64_t)) +
          2 * room(rows, sizeof(int64_t)) + 2 * room(rows + 1, sizeof(int64_t)) +
          room(rows * s->hidden, sizeof(bf16)) + (head > layers ? head : layers);
@@ -68,6 +68,6 @@ void internvl_single(const struct single *s, const int32_t *inputs, long rows, b
   struct batch batch = {cosine, sine, slots, tables, starts, contexts, tasks, s->width, rows, rows};
   internvl_decode(s->decoder, &batch, NULL, rows, hidden, out, (bf16 *)scratch);
   if (!tokens) return;
-  internvl_linear_highest(s->head, out, s->hidden, rows, tokens, scratch);
+  internvl_draw(s->head, out, s->hidden, rows, tokens, scratch);
   for (long row = 0; row < rows; row++) s->last[lines[row]] = tokens[row] > 0 ? tokens[row] : 0;
 }

@@ -109,6 +109,11 @@ class Ops:
         """``[M, hidden] -> [M, vocab]`` in fp32, there until the next logits are made."""
         return functional.linear(hidden, layer.weight).float()
 
+    def draw(self, layer: Embedding | Linear, hidden: Tensor) -> Tensor | None:
+        """What ``engine.sampling.sampler.sample_plain`` draws from the logits of ``[M, hidden]``:
+        int64 ``[M]``. None if it would take logits."""
+        return None
+
     def embed(self, layer: Embedding, ids: Tensor) -> Tensor:
         """Token ids ``[N]`` to rows ``[N, size]``."""
         return functional.embedding(ids, layer.weight)

@@ -5,12 +5,14 @@ output, and activations, as they come, with one per row.
 
 Weights are packed once, in the order in which the products read them, and take the place of those
 that were loaded. With AVX512-BF16 the decoder's weights are kept in twelve bits, which say the
-same (wide.c): a step of few tokens takes as long as reading them.
+same (wide.c): a step of few tokens takes as long as reading them. There the head is kept in eight
+bits too, to know for a greedy draw which of its outputs need not be computed (draw.c).
 
 Every row of a result depends on its own input alone: not on the rows computed beside it, nor on how
 many there are.
 """
 
+import ctypes
 import dataclasses
 from collections.abc import Collection, Sequence
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from model.layers import Embedding, LayerNorm, Linear, RMSNorm, Router
-from model.native import LANES, LIBRARY, NARROW, STEP, STEP8, Heads, Matrix
+from model.native import LANES, LIBRARY, NARROW, STEP, STEP8, Heads, Matrix, Sketch
 from model.ops.base import Ops
 
 _PLAIN, _GELU, _GATE, _FLOATS = range(4)
@@ -36,7 +38,7 @@ class _Packed:
     """A matrix in panels, and the memory that it names."""
 
     matrix: Matrix
-    memory: tuple[Tensor, ...]
+    memory: list[object]
 
 
 class NativeOps(Ops):
@@ -86,19 +88,31 @@ class NativeOps(Ops):
                 outputs, inputs = module.weight.shape
                 # Gates stand in panels of their own, beside those they belong to.
                 if plain and inputs % STEP == 0 and not (gated and outputs % (2 * LANES)):
-                    self._pack(module, module.bias, gates=gated, decoding=module in decoding)
+                    self._pack(
+                        module,
+                        module.bias,
+                        gates=gated,
+                        decoding=module in decoding,
+                        draws=module is head,
+                    )
                     del module.weight
             elif isinstance(module, LayerNorm | RMSNorm) and len(module.weight) % LANES == 0:
                 bias = module.bias.float() if isinstance(module, LayerNorm) else None
                 self._norms[module] = module.weight.float(), bias
         if isinstance(head, Embedding) and head.weight.shape[1] % STEP == 0:
-            self._pack(head, None, gates=False, decoding=True)
+            self._pack(head, None, gates=False, decoding=True, draws=True)
 
     def tiles_at_once(self, device: torch.device) -> int:
         return 1  # the rows of one fill the cores, and more leave the caches
 
     def _pack(
-        self, layer: Linear | Embedding, bias: Tensor | None, *, gates: bool, decoding: bool
+        self,
+        layer: Linear | Embedding,
+        bias: Tensor | None,
+        *,
+        gates: bool,
+        decoding: bool,
+        draws: bool = False,
     ) -> None:
         weight = layer.weight
         outputs, inputs = weight.shape
@@ -109,12 +123,7 @@ class NativeOps(Ops):
         if bias is not None:
             memory["bias"] = bias.float()
         if self._int8 and inputs % STEP8 == 0 and not isinstance(layer, Router):
-            # The C reads both panels of a group, also where there is one.
-            memory["scales"] = torch.zeros((panels + 1) * LANES)
-            memory["sums"] = torch.zeros((panels + 1) * LANES, dtype=torch.int32)
-            memory["panels"] = self._take(panels * LANES * inputs // 2)
-            pointers = (memory[name].data_ptr() for name in ("panels", "scales", "sums"))
-            LIBRARY.internvl_pack8(*shape, *pointers, first)
+            memory |= self._whole(shape, panels, first)
         elif decoding and self._narrows and (narrow := self._narrow(shape, panels, first)):
             memory |= narrow
         else:
@@ -122,7 +131,24 @@ class NativeOps(Ops):
             LIBRARY.internvl_pack(*shape, memory["panels"].data_ptr(), first)
         named = {name: part.data_ptr() for name, part in memory.items()}
         matrix = Matrix(**named, inputs=inputs, outputs=outputs)
-        self._packed[layer] = _Packed(matrix, tuple(memory.values()))
+        kept: list[object] = [*memory.values()]
+        if draws and self._narrows and not self._int8 and inputs % STEP8 == 0:
+            sketch, behind = self._sketch(shape, panels)
+            matrix.sketch = ctypes.addressof(sketch)
+            kept += [sketch, behind]
+        self._packed[layer] = _Packed(matrix, kept)
+
+    def _whole(self, shape: tuple[int, int, int], panels: int, gates: int) -> dict[str, Tensor]:
+        """A matrix in eight bits."""
+        _, _, inputs = shape
+        # The C reads both panels of a group, also where there is one.
+        memory = {
+            "panels": self._take(panels * LANES * inputs // 2),
+            "scales": torch.zeros((panels + 1) * LANES),
+            "sums": torch.zeros((panels + 1) * LANES, dtype=torch.int32),
+        }
+        LIBRARY.internvl_pack8(*shape, *(part.data_ptr() for part in memory.values()), gates)
+        return memory
 
     def _narrow(self, shape: tuple[int, int, int], panels: int, gates: int) -> dict[str, Tensor]:
         """A matrix in twelve bits; nothing where these cannot say too many of its weights."""
@@ -140,6 +166,16 @@ class NativeOps(Ops):
         }
         LIBRARY.internvl_pack12(*shape, gates, *(part.data_ptr() for part in memory.values()))
         return memory
+
+    def _sketch(self, shape: tuple[int, int, int], panels: int) -> tuple[Sketch, list[Tensor]]:
+        """A head in eight bits, and how far it is from what it was."""
+        weights, outputs, inputs = shape
+        memory = self._whole(shape, panels, 0)
+        named = {name: part.data_ptr() for name, part in memory.items()}
+        whole = Matrix(**named, inputs=inputs, outputs=outputs)
+        doubts = torch.zeros_like(memory["scales"])
+        LIBRARY.internvl_doubts(weights, whole, doubts.data_ptr())
+        return Sketch(whole, doubts.data_ptr(), 0), [*memory.values(), doubts]
 
     def matrix(self, layer: nn.Module) -> Matrix | None:
         """A layer in panels, if it was packed; there as long as these operations."""
@@ -187,6 +223,24 @@ class NativeOps(Ops):
         if len(self._floats) < len(hidden):
             self._floats = torch.empty(len(hidden), packed.matrix.outputs)
         return self._product(packed, hidden, _FLOATS, self._floats[: len(hidden)])
+
+    def draw(self, layer: Embedding | Linear, hidden: Tensor) -> Tensor | None:
+        packed = self._packed.get(layer)
+        if packed is None:
+            return None
+        rows = len(hidden)
+        tokens = torch.empty(rows, dtype=torch.int64)
+        needed = LIBRARY.internvl_draw_scratch(packed.matrix, rows)
+        self._scratch = grown(self._scratch, -(-needed // 2))
+        LIBRARY.internvl_draw(
+            packed.matrix,
+            hidden.data_ptr(),
+            hidden.stride(0),
+            rows,
+            tokens.data_ptr(),
+            self._scratch.data_ptr(),
+        )
+        return tokens
 
     def _product(self, packed: _Packed, x: Tensor, kind: int, y: Tensor) -> Tensor:
         flat = x.reshape(-1, packed.matrix.inputs)

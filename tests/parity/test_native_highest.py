@@ -8,12 +8,23 @@ import torch
 
 from engine.sampling.sampler import sample_plain
 from model.layers import Embedding
-from model.native import LIBRARY
+from model.native import LIBRARY, Sketch
 from model.ops import NativeOps
 from tests.parity.test_native import filled, level, rows
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="there was no C compiler")
 __all__ = ["level"]  # the fixture
+
+
+def check_draws(ops: NativeOps, head: Embedding, x: torch.Tensor) -> None:
+    """Without the sketch of the head and, if there is one, with it."""
+    matrix = ops.matrix(head)
+    assert matrix is not None
+    expected = sample_plain(ops.logits(head, x))
+    for rest in (1, 0) if matrix.sketch else (0,):
+        if matrix.sketch:
+            Sketch.from_address(matrix.sketch).rest = rest
+        assert torch.equal(ops.draw(head, x), expected)
 
 
 def check_highest(outputs: int, kind: str = "none", *, narrow: bool = False) -> None:
@@ -29,13 +40,7 @@ def check_highest(outputs: int, kind: str = "none", *, narrow: bool = False) -> 
             x = rows(count, 64)
             x[count // 2] = 0
             x[count // 3, 9] = torch.nan
-            logits = ops.logits(head, x)
-            tokens = torch.empty(count, dtype=torch.int64)
-            matrix = ops.matrix(head)
-            memory = torch.empty(LIBRARY.internvl_linear_scratch(matrix, count), dtype=torch.uint8)
-            pointers = tokens.data_ptr(), memory.data_ptr()
-            LIBRARY.internvl_linear_highest(matrix, x.data_ptr(), x.stride(0), count, *pointers)
-            assert torch.equal(tokens, sample_plain(logits))
+            check_draws(ops, head, x)
 
 
 @pytest.mark.parametrize(("kind", "narrow"), [("none", False), ("none", True), ("int8", False)])
@@ -44,6 +49,68 @@ def test_the_highest_logit_is_kept_without_writing_them(
     level: int, outputs: int, kind: str, narrow: bool
 ) -> None:
     check_highest(outputs, kind, narrow=narrow)
+
+
+def sketched(weight: torch.Tensor) -> tuple[NativeOps, Embedding, Sketch]:
+    head = Embedding(*weight.shape)
+    head.weight = torch.nn.Parameter(weight.bfloat16(), requires_grad=False)
+    ops = NativeOps(narrow=True)
+    ops.prepare([head], head)
+    matrix = ops.matrix(head)
+    assert matrix is not None
+    return ops, head, Sketch.from_address(matrix.sketch)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e-12, 1.0, 1e18, 3e37])
+def test_the_sketch_of_a_head_tells_what_need_not_be_computed(level: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(4000, 256, generator=generator)
+    weight *= torch.logspace(-3, 1, 4000)[torch.randperm(4000, generator=generator), None]
+    ops, head, sketch = sketched(weight)
+    for count in range(1, 8):
+        x = (torch.randn(count, 256, generator=generator) * scale).bfloat16()
+        x[-1, 7] *= 50
+        check_draws(ops, head, x)
+        assert scale != 1.0 or not sketch.rest  # few were computed
+
+
+def test_outputs_that_a_sketch_cannot_tell_apart_are_computed(level: int) -> None:
+    """Groups of a hundred outputs that differ by a rounding or two, all over the head."""
+    generator = torch.Generator().manual_seed(4)
+    alike = torch.randn(20, 256, generator=generator).repeat(100, 1)
+    nearly = alike * (1 + torch.randint(-2, 3, alike.shape, generator=generator) * 2.0**-8)
+    ops, head, _ = sketched(nearly)
+    for seed in range(20):
+        x = alike[seed % 20 : seed % 20 + 1] + torch.randn(1, 256, generator=generator)
+        check_draws(ops, head, x.bfloat16())
+
+
+@pytest.mark.parametrize("outputs", [1, 17, 4001])
+def test_behind_the_last_output_is_none_that_could_be_the_highest(level: int, outputs: int) -> None:
+    ops, head, _ = sketched(-filled(Embedding(outputs, 64)).weight.abs())
+    check_draws(ops, head, rows(3, 64).abs())
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_an_output_that_is_no_number_is_not_passed_over(level: int, value: float) -> None:
+    weight = torch.randn(4000, 256, generator=torch.Generator().manual_seed(5))
+    weight[1000] = 0
+    weight[1000, 1] = value
+    ops, head, sketch = sketched(weight)
+    for sign in (1, -1):
+        check_draws(ops, head, rows(3, 256) * sign)
+        assert sketch.rest == 0
+
+
+def test_a_sketch_that_tells_nothing_is_not_read_each_time(level: int) -> None:
+    ops, head, sketch = sketched(torch.ones(4000, 64))
+    x = rows(2, 64)
+    expected = sample_plain(ops.logits(head, x))
+    rests = []
+    for _ in range(18):
+        assert torch.equal(ops.draw(head, x), expected)
+        rests.append(sketch.rest)
+    assert rests == [*range(15, -1, -1), 15, 14]
 
 
 THREADS = """

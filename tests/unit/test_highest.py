@@ -1,36 +1,20 @@
-"""The likeliest token is the one that torch finds, whoever looks for it."""
-
-from unittest import mock
+"""The likeliest token is the one that torch finds."""
 
 import pytest
 import torch
 
-from model import draw
-from model.native import LIBRARY
+from engine.sampling.sampler import highest
 
-# Around the pieces and strides of model/native/draw.c.
-SIZES = (1, 7, 1023, 1024, 1152, 16383, 16385, 40_000, 151_674)
+SIZES = (1, 7, 1024, 151_674)
 
 
 def check(logits: torch.Tensor) -> None:
-    best, places = draw.highest(logits)
+    best, places = highest(logits)
     expected = logits.argmax(-1)
     assert torch.equal(places, expected)
     assert torch.equal(
         best.nan_to_num(7.5), logits.gather(-1, expected[:, None])[:, 0].nan_to_num(7.5)
     )
-
-
-@pytest.fixture(params=["C", "numpy"], autouse=True)
-def way(request: pytest.FixtureRequest) -> object:
-    if request.param == "numpy":
-        with mock.patch.object(draw, "LIBRARY", None):
-            yield
-    elif LIBRARY is None:
-        pytest.skip("there was no C compiler")
-    else:
-        LIBRARY.internvl_threads(2)
-        yield
 
 
 @pytest.mark.parametrize("size", SIZES)
