@@ -94,7 +94,8 @@ CLONES static void keep_bounds(const struct linear *w, float *c, long row, int r
 }
 
 /* A row as heat * whole + rest, where whole numbers are 127 at most: twice as many digits as the one alone
-   would have. Returns its length, and no less: what is nearly 0 has few digits. */
+   would have. Returns its length, and no less: what is nearly 0 has few digits. Of rows that are too long it
+   is infinite, which bounds nothing. */
 CLONES static float split(const bf16 *x, long inputs, float *heat, bf16 *whole, bf16 *rest) {
   floats most = all(0), squares = all(0);
   for (long i = 0; i < inputs; i += LANES) {
@@ -109,7 +110,8 @@ CLONES static float split(const bf16 *x, long inputs, float *heat, bf16 *whole, 
     put_bf16(whole + i, near);
     put_bf16(rest + i, value - near * *heat);
   }
-  return sqrtf(total(squares)) * 1.001f + 1e-9f;
+  float length = sqrtf(total(squares)) * 1.001f + 1e-9f;
+  return length < LONGEST ? length : INFINITY;
 }
 
 static long in_lines(long bytes) { return (bytes + 63) / 64 * 64; }

@@ -24,6 +24,9 @@ struct matrix {
   long inputs, outputs;
 };
 
+/* A row and an output's weights that are shorter have no sum, in whatever order, that overflows. */
+#define LONGEST 1e18f
+
 /* A head once more, in eight bits: draw.c says what for. */
 struct sketch {
   struct matrix whole;

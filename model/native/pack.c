@@ -90,7 +90,8 @@ static void doubt_panel(void *context, long panel) {
        second half, 2 * 127 of the first, whose step is 1 / 127, and a rounding to bf16. And fp32 sums of
        `inputs` products, in whatever order, are off by so many times 2^-24 of what there is to add. */
     double rest = 2.4e-5 * sqrt(inputs) + ldexp(inputs, -21);
-    d->doubts[row] = (float)(1.01 * (sqrt(lost) + rest * sqrt(length)));
+    length = sqrt(length);
+    d->doubts[row] = length < LONGEST ? (float)(1.01 * (sqrt(lost) + rest * length)) : INFINITY;
   }
 }
 
