@@ -85,6 +85,32 @@ def test_outputs_that_a_sketch_cannot_tell_apart_are_computed(level: int) -> Non
         check_draws(ops, head, x.bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("state", "highest", "other"),
+    [
+        # 0.49 of a step, which the largest weight makes 1, is 0 in eight bits; 122 ones are ones.
+        ([0, 0] + [1] * 254, [127, 0] + [0.49] * 254, [127, 0] + [1] * 122),
+        # 1.5e-5 is less than half a step of what the first number's steps leave of the second.
+        ([1, 2.0**-8] + [1.5e-5] * 254, [0, 0] + [1] * 254, [3.6e-3]),
+        # What is so small has few digits, or none.
+        ([1e-12, 0] + [3e-15] * 254, [0, 0] + [1] * 254, [0.7]),
+    ],
+    ids=["weights", "states", "nearly 0"],
+)
+def test_what_the_sketch_rounds_away_is_reckoned_with(
+    level: int, state: list[float], highest: list[float], other: list[float]
+) -> None:
+    """All of it in favour of one output, of which the sketch says that its logit is 0."""
+    weight = torch.zeros(4000, 256)
+    weight[3000] = torch.tensor(highest)
+    weight[1000, : len(other)] = torch.tensor(other)
+    ops, head, sketch = sketched(weight)
+    x = torch.tensor([state]).bfloat16()
+    assert sample_plain(ops.logits(head, x)).tolist() == [3000]
+    check_draws(ops, head, x)
+    assert not sketch.rest  # few were computed
+
+
 @pytest.mark.parametrize("outputs", [1, 17, 4001])
 def test_behind_the_last_output_is_none_that_could_be_the_highest(level: int, outputs: int) -> None:
     ops, head, _ = sketched(-filled(Embedding(outputs, 64)).weight.abs())
