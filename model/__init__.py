@@ -92,7 +92,8 @@ def build_model(
         model.vision.fit(config.tile_grid)
         model.vision.fold()
     head = model.decoder.output if group.stage == 0 else None
-    model.ops.prepare(list(model.modules()), head, set(model.decoder.modules()))
+    decoding = set(model.decoder.modules())
+    model.ops.prepare(list(model.modules()), head, decoding, draws=group.is_alone)
     return model.eval()
 
 

@@ -24,11 +24,14 @@ class Ops:
         modules: Sequence[nn.Module],
         head: Embedding | Linear | None,
         decoding: Collection[nn.Module] = (),
+        *,
+        draws: bool = True,
     ) -> None:
         """Bring the weights of a model that was just loaded into the form the operations want.
 
-        ``head`` is the module among them that makes logits, if one does; ``decoding`` are those
-        that a step of one token reads, so that their size counts.
+        ``head`` is the module among them that makes logits, if one does, and ``draws`` whether
+        ``draw`` is asked for it; ``decoding`` are those that a step of one token reads, so that
+        their size counts.
         """
 
     def patches(

@@ -75,6 +75,8 @@ class NativeOps(Ops):
         modules: Sequence[nn.Module],
         head: Embedding | Linear | None,
         decoding: Collection[nn.Module] = (),
+        *,
+        draws: bool = True,
     ) -> None:
         # Two pools of threads would take the cores from each other: what torch still does is small.
         LIBRARY.internvl_threads(torch.get_num_threads())
@@ -93,14 +95,14 @@ class NativeOps(Ops):
                         module.bias,
                         gates=gated,
                         decoding=module in decoding,
-                        draws=module is head,
+                        draws=draws and module is head,
                     )
                     del module.weight
             elif isinstance(module, LayerNorm | RMSNorm) and len(module.weight) % LANES == 0:
                 bias = module.bias.float() if isinstance(module, LayerNorm) else None
                 self._norms[module] = module.weight.float(), bias
         if isinstance(head, Embedding) and head.weight.shape[1] % STEP == 0:
-            self._pack(head, None, gates=False, decoding=True, draws=True)
+            self._pack(head, None, gates=False, decoding=True, draws=draws)
 
     def tiles_at_once(self, device: torch.device) -> int:
         return 1  # the rows of one fill the cores, and more leave the caches

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.sampling.sampler import sample_plain
-from model.layers import Embedding
+from model.layers import Embedding, Linear
 from model.native import LIBRARY, Sketch
 from model.ops import NativeOps
 from tests.parity.test_native import filled, level, rows
@@ -135,6 +135,17 @@ def test_an_output_whose_sums_overflow_on_the_way_is_not_passed_over(level: int)
     ops, head, _ = sketched(weight)
     for scale in (1e18, 1e17):  # 1e39 - 1e39 is no number there, and 1e38 - 1e38 is 0
         check_draws(ops, head, torch.full((1, 256), scale).bfloat16())
+
+
+@pytest.mark.parametrize("kind", [Embedding, Linear])
+def test_a_head_of_which_nobody_draws_has_no_sketch(kind: type[Embedding] | type[Linear]) -> None:
+    for draws in (True, False):
+        head = filled(Linear(64, 320, bias=False) if kind is Linear else Embedding(320, 64))
+        ops = NativeOps(narrow=True)
+        ops.prepare([head], head, draws=draws)
+        matrix = ops.matrix(head)
+        assert matrix is not None
+        assert bool(matrix.sketch) is draws
 
 
 def test_a_sketch_that_tells_nothing_is_not_read_each_time(level: int) -> None:
