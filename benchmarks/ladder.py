@@ -50,6 +50,7 @@ RUNGS = {
     "layers": "all layers of the decoder in one call",
     "single": "a step of single tokens in one call",
     "narrow": "the decoder's weights in twelve bits",
+    "sketch": "greedy draws by a sketch of the head",
     "wanted": "the last layer for the tokens that need it",
     "pictures": "encoded pictures are kept",
     "prefixes": "blocks of the same beginning are kept",
@@ -66,7 +67,7 @@ def rungs() -> dict[str, str]:
     return {
         name: title
         for name, title in RUNGS.items()
-        if name not in missing and (NARROW or name != "narrow")
+        if name not in missing and (NARROW or name not in ("narrow", "sketch"))
     }
 
 
@@ -126,6 +127,11 @@ class Ladder:
             for name, owner, attribute, value in replaced:
                 if name not in on:
                     stack.enter_context(mock.patch.object(owner, attribute, value))
+            if isinstance(ops, NativeOps) and "sketch" not in on:
+                head = ops.matrix(model.decoder.output)
+                assert head is not None
+                stack.callback(setattr, head, "sketch", head.sketch)
+                head.sketch = None
             yield EngineCore(settings, runner, runner.ready()), runner
 
 

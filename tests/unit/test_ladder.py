@@ -11,6 +11,7 @@ import torch
 from benchmarks.ladder import LEVELS, RUNGS, Ladder, measure, rungs
 from benchmarks.loop import front_end
 from model.native import BEST, LIBRARY, NARROW
+from model.ops import NativeOps
 from tests.checkpoints import Shape, make_checkpoint
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="there was no C compiler")
@@ -87,7 +88,11 @@ def test_a_rung_has_its_instructions_weights_and_settings(ladder: Ladder) -> Non
             levels = [LEVELS[name] for name in names[: place + 1] if name in LEVELS]
             assert choose.call_args.args == (max(levels, default=BEST),)
             narrow = place >= names.index("narrow") if NARROW else False
-            assert getattr(runner._model.ops, "_narrows", False) == narrow
+            ops = runner._model.ops
+            assert getattr(ops, "_narrows", False) == narrow
+            head = ops.matrix(runner._model.decoder.output) if isinstance(ops, NativeOps) else None
+            sketched = NARROW and place >= names.index("sketch")
+            assert bool(head is not None and head.sketch) == sketched
             assert core._scheduler._prefixes.enabled == (place >= names.index("prefixes"))
             assert (core._scheduler._step_seconds < 1) == (rung == "budget")
 
