@@ -31,7 +31,7 @@ from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
 
 # A step of single tokens is computed by those in the middle where there is one call for it.
-_MODEL = ("forward", "hidden", "highest", "logits")
+_MODEL = ("forward", "hidden", "draw", "logits")
 
 
 class Clock:
@@ -124,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     clock = Clock()
     for owner, names in (
         (runner, ("begin", "sample", "finish")),
-        (runner._single, ("hidden", "highest") if runner._single else ()),
-        (runner._model, ("forward", "logits")),
+        (runner._single, ("hidden", "draw") if runner._single else ()),
+        (runner._model, ("forward", "draw", "logits")),
         (core._scheduler, ("plan", "commit")),
     ):
         for name in names:

@@ -435,7 +435,7 @@ class ModelRunner:
             return _Begun(plan.step, names, padded, graph=one)
         inputs = self._rows.decode_inputs(plan.work, len(names))
         if self._rows.are_greedy(names):
-            return _Begun(plan.step, names, tokens=one.highest(inputs))
+            return _Begun(plan.step, names, tokens=one.draw(inputs))
         return _Begun(plan.step, names, self._model.logits(one.hidden(inputs)))
 
     def _score(self, scoring: Sequence[tuple[Work, Tensor]]) -> Scored | None:

@@ -63,7 +63,7 @@ class SingleTokens:
         self._call(inputs, None)
         return self._hidden[len(inputs) // 4]
 
-    def highest(self, inputs: "array[int]") -> Tensor:
+    def draw(self, inputs: "array[int]") -> Tensor:
         """What ``engine.sampling.sampler.sample_plain`` draws from the hidden states' logits, which
         are not written: int64 ``[rows]``. ``last`` has it then."""
         tokens = torch.empty(len(inputs) // 4, dtype=torch.int64)

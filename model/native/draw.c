@@ -145,7 +145,7 @@ static long choose(const struct matrix *m, const bf16 *x, long ldx, int rows, in
 long internvl_draw_scratch(const struct matrix *m, long rows) {
   long few = rows < SKETCHED ? rows : SKETCHED;
   if (!m->sketch) return internvl_linear_scratch(m, rows);
-  return in_lines((groups_of(m) + 1) * sizeof(int32_t)) + in_lines(2 * few * m->inputs * sizeof(bf16)) +
+  return in_lines(groups_of(m) * sizeof(int32_t)) + in_lines(2 * few * m->inputs * sizeof(bf16)) +
          in_lines(groups_of(m) * few * sizeof(float)) + internvl_linear_scratch(&m->sketch->whole, 2 * few);
 }
 
@@ -156,7 +156,7 @@ void internvl_draw(const struct matrix *m, const bf16 *x, long ldx, long rows, i
   memset(tokens, 0, rows * sizeof *tokens);
   if (m->sketch && 0 < rows && rows <= SKETCHED && --m->sketch->rest < 0) {
     w.chosen = scratch;
-    w.count = choose(m, x, ldx, (int)rows, scratch, (char *)scratch + in_lines((groups_of(m) + 1) * sizeof(int32_t)));
+    w.count = choose(m, x, ldx, (int)rows, scratch, (char *)scratch + in_lines(groups_of(m) * sizeof(int32_t)));
     m->sketch->rest = w.count * FEW > groups_of(m) ? REST : 0;
   }
   linear_run(&w, scratch);

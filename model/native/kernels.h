@@ -9,9 +9,10 @@ struct odd {
   bf16 value;
 };
 
+struct sketch;
+
 /* A linear layer in panels (internvl_pack), quantised if it has scales (internvl_pack8), narrow if it
    has bases (internvl_pack12), one for each panel, with the odds of panel i from odd_starts[i] on. */
-struct sketch;
 struct matrix {
   const void *panels;
   const float *scales;
