@@ -1,15 +1,18 @@
 """An engine that runs on the kernels alone gives the tokens of the reference."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from model import triton as kernels
 from tests.checkpoints import Shape, make_checkpoint
 from tests.parity.direct import prompt
 from tests.parity.driver import GREEDY, Driver
 from tests.replay import Replays
+from tests.standin import standin
 from wire.sampling import SamplingParams
 
 # Groups of 7 as in the 1B and 7B models, and pages that rows outgrow.
@@ -56,3 +59,30 @@ def test_tokens_are_those_of_the_reference(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("engine.runner.capture_on", lambda device: replays)
     assert generate(folder) == expected
     assert replays.count > 10
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the other test runs on the device itself")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_so_it_does_beside_the_host(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    graphs: bool,
+) -> None:
+    """On a device made of main memory, where graphs are captured and nothing but ``finish`` waits
+    for a step."""
+    folder = make_checkpoint(tmp_path, shape=SHAPE)
+    with monkeypatch.context() as patch:
+        patch.setattr("model.triton.missing", lambda device: "not to be used")
+        expected = generate(folder)
+    # Asked anew: elsewhere the answer is another one.
+    monkeypatch.setattr("model.triton._fault", kernels._fault.__wrapped__)
+    monkeypatch.setitem(SETTINGS, "device", "cuda")
+    monkeypatch.setitem(SETTINGS, "cuda_graphs", graphs)
+    with standin() as device, caplog.at_level(logging.INFO):
+        assert generate(folder) == expected
+    assert "attention=triton" in caplog.text
+    assert (device.replays > 10) == graphs
+    starts = ("weights.py fill", "memory.py measure", "graphs.py __call__", "triton_paged.py")
+    waits = {wait for wait in device.waits if not any(part in wait for part in starts)}
+    assert waits == {"event in runner.py finish"}
