@@ -49,7 +49,7 @@ def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     key, value = key.repeat_interleave(repeat, 0), value.repeat_interleave(repeat, 0)
     scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])
     new, context = scores.shape[1:]
-    future = torch.ones(new, context).triu(context - new + 1).bool()
+    future = torch.ones_like(scores[0]).triu(context - new + 1).bool()
     return (scores.masked_fill(future, -math.inf).softmax(-1) @ value).transpose(0, 1)
 
 

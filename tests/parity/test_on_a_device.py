@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from model.attention import choose
+from model.attention.flash import FlashAttention
 from tests.checkpoints import make_checkpoint
 from tests.parity.driver import Driver
+from tests.parity.test_flash import Library, install
 from tests.parity.test_graphs import OTHERS, PLAIN, scoring
 from tests.parity.test_scheduled import CRAMPED, SHAPE, renamed, requests, run
 from tests.standin import Device, standin
@@ -80,3 +84,26 @@ def test_nor_does_any_way_to_draw(folder: Path) -> None:
     with standin() as device:
         assert generate(**THERE) == there
     assert set(device.waits) == WAITS
+
+
+def test_nor_does_what_a_librarys_attention_is_given(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FlashAttention, "devices", ("cpu", "cuda"))
+    library = install(monkeypatch, "flash_attn", Library())
+    # Which refuses numbers of 32 bits, in which rows do not depend on those beside them.
+    monkeypatch.setattr(
+        "engine.runner.choose",
+        lambda name, config, where, dtype, size: choose(name, config, where, torch.half, size),
+    )
+    # Few tokens at a time, so that older keys are gathered.
+    settings: dict[str, Any] = {"attention_backend": "flash_attn", "max_num_batched_tokens": 32}
+    expected, _ = run(folder, [requests()], **settings)
+    library.calls.clear()
+    with standin() as device:
+        found, _ = run(folder, [requests()], **THERE, **settings)
+    assert found == expected
+    assert sum(queries < keys for queries, keys in library.calls) > 10
+    choice = ("test_flash.py", "test_attention.py", "flash.py _error", "flash.py <genexpr>")
+    waits = {wait for wait in device.waits if not any(part in wait for part in choice)}
+    assert waits == WAITS
