@@ -210,10 +210,9 @@ class ModelRunner:
             with torch.inference_mode():
                 if self._group.stage == 0:
                     self._tile_graphs = TileGraphs(self._model, tiles, capture)
-                # Which experts a token goes to is known on the host only after a wait, and stages
-                # wait for each other.
-                safe = self._attention.graph_safe and self._model.config.text.experts is None
-                if safe and self._group.stages == 1:
+                mixed = self._model.config.text.experts is not None
+                waits = (mixed and self._model.ops.experts_wait) or self._group.stages > 1
+                if self._attention.graph_safe and not waits:
                     self._graphs = DecodeGraphs(
                         self._model, self._kv, self._attention, self._device_rows, rows, capture
                     )

@@ -18,6 +18,8 @@ class Ops:
     """See the module. A hidden state that is passed in may be overwritten where it says so."""
 
     name: ClassVar[str] = "torch"
+    experts_wait = True
+    """Whether ``experts`` waits for the device, to know who is chosen."""
 
     def prepare(
         self,
@@ -63,6 +65,17 @@ class Ops:
         """``silu(gate) * up``, ``[N, outputs / 2]``; gates are the first half of the rows."""
         gate, up = self.linear(layer, x).chunk(2, dim=-1)
         return functional.silu(gate) * up
+
+    def experts(self, mlps: nn.ModuleList, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """``[N, hidden]``: of each row what its MLPs make of it, those that ``chosen`` int64
+        ``[N, K]`` numbers, by their ``shares`` ``[N, K]``."""
+        mixed = torch.zeros_like(x)
+        # In the experts' order: a token's sum must not depend on the tokens beside it.
+        for index in chosen.unique().tolist():
+            rows, place = (chosen == index).nonzero(as_tuple=True)
+            found = mlps[index](x[rows], self)
+            mixed[rows] += found * shares[rows, place, None]
+        return mixed
 
     def norm(self, x: Tensor, norm: LayerNorm | RMSNorm) -> Tensor:
         """The norm of every row of ``[..., size]``."""

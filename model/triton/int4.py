@@ -21,7 +21,7 @@ _FEW_OUTPUTS = 32  # where there are few rows: more programs read the weight at 
 
 
 @triton.jit
-def _add_product(total, x, weight):
+def add_product(total, x, weight):
     """``total + x @ weight.T``; fp32 stays fp32."""
     if _WIDEN:
         x, weight = x.to(tl.float32), weight.to(tl.float32)
@@ -73,9 +73,9 @@ def _linear(
         low = tl.load(place, mask=here[:, None], other=0.0)
         high = tl.load(place + GROUP // 2, mask=here[:, None], other=0.0)
         weight = _weight(packed & 15, zero, scale, dtype)
-        total = _add_product(total, low, weight)
+        total = add_product(total, low, weight)
         weight = _weight(packed >> 4, zero, scale, dtype)
-        total = _add_product(total, high, weight)
+        total = add_product(total, high, weight)
     if BIAS:
         total += tl.load(bias_pointer + output, mask=there, other=0.0).to(tl.float32)[None]
     place = out_pointer + row[:, None] * outputs + output[None]

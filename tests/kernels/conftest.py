@@ -9,6 +9,7 @@ import pytest
 import torch
 
 KERNELS = [
+    "model.triton.experts",
     "model.triton.fused",
     "model.triton.int4",
     "model.triton.paged",

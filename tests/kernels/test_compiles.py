@@ -10,6 +10,7 @@ KERNELS = {
     *("_rotate_write", "_decode", "_reduce"),
     *("_resample", "_patches"),
     *("_draw", "_to_fp8", "_linear"),
+    *("_products", "_mix"),
 }
 # Bytes of shared memory that a program may have (CUDA C++ Programming Guide, compute capabilities).
 SHARED = {"80": 163 << 10, "90": 227 << 10}

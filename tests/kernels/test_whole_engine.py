@@ -1,5 +1,6 @@
 """An engine that runs on the kernels alone gives the tokens of the reference."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from wire.sampling import SamplingParams
 
 # Groups of 7 as in the 1B and 7B models, and pages that rows outgrow.
 SHAPE = Shape(heads=14, kv_heads=2, vision_layers=1)
+MIXTURE = dataclasses.replace(
+    SHAPE, backbone="Qwen3MoeForCausalLM", text_bias=False, experts=6, dense_layers=(1,)
+)
 SAMPLING = [
     GREEDY,
     SamplingParams(temperature=0.8, top_p=0.9, min_p=0.01, seed=3),
@@ -62,16 +66,21 @@ def test_tokens_are_those_of_the_reference(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the other test runs on the device itself")
-@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "graphs"),
+    [(SHAPE, False), (SHAPE, True), (MIXTURE, True)],
+    ids=["eager", "graphs", "mixture of experts"],
+)
 def test_so_it_does_beside_the_host(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    shape: Shape,
     graphs: bool,
 ) -> None:
     """On a device made of main memory, where graphs are captured and nothing but ``finish`` waits
     for a step."""
-    folder = make_checkpoint(tmp_path, shape=SHAPE)
+    folder = make_checkpoint(tmp_path, shape=shape)
     with monkeypatch.context() as patch:
         patch.setattr("model.triton.missing", lambda device: "not to be used")
         expected = generate(folder)
