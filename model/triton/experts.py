@@ -86,7 +86,7 @@ def _mix(found_pointer, share_pointer, out_pointer, size, CHOSEN: tl.constexpr, 
 
 def _route(chosen: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The pairs ``[N, K]`` in the order of their experts, ``[N * K]``; and for each block of at
-    most ``rows`` of them their expert, the first, and the first that is not its own: no more than
+    most ``rows`` of them their expert, the first, and where those of the expert end: no more than
     the first where a block has none. All int64."""
     ordered, order = chosen.flatten().sort(stable=True)
     numbers = torch.arange(experts, device=chosen.device)
@@ -95,11 +95,10 @@ def _route(chosen: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor, Ten
     blocks = (ends - starts + rows - 1) // rows
     until = blocks.cumsum(0)
     block = torch.arange(min(len(order), len(order) // rows + experts), device=chosen.device)
-    owner = torch.searchsorted(until, block, right=True)
-    has = owner < experts
-    owner = owner.clamp(max=experts - 1)
+    # Blocks that are too many are the last expert's, and begin behind its pairs.
+    owner = torch.searchsorted(until, block, right=True).clamp(max=experts - 1)
     first = starts[owner] + (block - until[owner] + blocks[owner]) * rows
-    return order, owner, first, torch.where(has, ends[owner], 0)
+    return order, owner, first, ends[owner]
 
 
 def mix(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
