@@ -106,10 +106,8 @@ def test_a_layers_weights_are_laid_side_by_side(device: torch.device) -> None:
     assert not ops.experts_wait
     torch.testing.assert_close(made(x, ops), expected, atol=1e-5, rtol=0)
     # The layers have their parts of them: nothing is there twice.
-    storages = {
-        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in made.parameters()
-    }
-    assert sum(storages.values()) == taken
+    held = [each.untyped_storage() for each in (*made.parameters(), *ops._stacked[made.experts])]
+    assert sum({each.data_ptr(): each.nbytes() for each in held}.values()) == taken
     torch.testing.assert_close(made(x, Ops()), expected, atol=1e-5, rtol=0)
 
 
