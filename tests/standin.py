@@ -10,7 +10,8 @@ by the CPU, but a program finds no more than CUDA promises:
 - A graph does again what was captured, with the memory that was captured: what the host computed
   beside it stays what it was. Capturing allows no waiting, and what is captured must not be given
   back. Triton's kernels are part of it, under its interpreter.
-- What makes the host wait for the device is counted in ``Device.waits``, with who did it.
+- What makes the host wait for the device is counted in ``Device.waits``, with who did it; memory
+  is counted too. What is captured keeps all it ever had.
 
 It says nothing of kernels that others compile for a device, of time, or of streams beside the one
 that does everything.
@@ -51,6 +52,8 @@ _WAITING = {
     _ATEN.unique_consecutive.default,
     _ATEN.unique_dim.default,
 }
+# One kernel, on a device and on the CPU; written out it would take the memory of all scores.
+_ATTENTION = _ATEN.scaled_dot_product_attention.default
 _INDEXING = {_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default}
 
 
@@ -141,11 +144,14 @@ class Device(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.replays = 0
         self.strict = False  # as with torch.cuda.set_sync_debug_mode("error")
+        self.total = 2 << 30  # bytes of memory
+        self.allocated = self.peak = 0
         self._under_way: list[_Copy] = []
         self._arrived = 0
         self._recording: list[_Call] | None = None
         self._pinned: dict[int, Tensor] = {}  # kept, so that no other memory is taken for it
         self._named: dict[int, weakref.WeakSet[Remote]] = {}
+        self._counted: set[int] = set()
 
     @property
     def copies(self) -> int:
@@ -176,7 +182,8 @@ class Device(TorchDispatchMode):
             return self._copy(func, args, kwargs)
         if func is _ATEN.is_pinned.default:
             return self._is_pinned(args[0])
-        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        composite = torch._C.DispatchKey.CompositeImplicitAutograd
+        if func is not _ATTENTION and func.has_kernel_for_dispatch_key(composite):
             with self:
                 return func.decompose(*args, **kwargs)
         device = kwargs.get("device")
@@ -217,10 +224,20 @@ class Device(TorchDispatchMode):
         return tree_map(named, found)
 
     def _name(self, held: Tensor) -> Remote:
+        memory, storage = _memory(held), held.untyped_storage()
+        if memory not in self._counted:
+            self._counted.add(memory)
+            self.allocated += storage.nbytes()
+            self.peak = max(self.peak, self.allocated)
+            weakref.finalize(storage, self._give_back, memory, storage.nbytes())
         with torch.inference_mode(False):  # what it is a view of may be no tensor of inference
             made = Remote(held)
-        self._named.setdefault(_memory(held), weakref.WeakSet()).add(made)
+        self._named.setdefault(memory, weakref.WeakSet()).add(made)
         return made
+
+    def _give_back(self, memory: int, size: int) -> None:
+        self._counted.remove(memory)
+        self.allocated -= size
 
     def _pin(self, tensor: Tensor) -> Tensor:
         self._pinned[_memory(tensor)] = tensor
@@ -354,10 +371,10 @@ def _cuda(device: Device) -> dict[str, Any]:
         "get_device_capability": lambda which=None: (9, 0),
         "get_device_name": lambda which=None: "stand-in",
         "get_device_properties": lambda which=None: about,
-        "mem_get_info": lambda which=None: (1 << 30, 2 << 30),
-        "memory_allocated": lambda which=None: 0,
-        "max_memory_allocated": lambda which=None: 1 << 20,
-        "reset_peak_memory_stats": lambda which=None: None,
+        "mem_get_info": lambda which=None: (device.total - device.allocated, device.total),
+        "memory_allocated": lambda which=None: device.allocated,
+        "max_memory_allocated": lambda which=None: device.peak,
+        "reset_peak_memory_stats": lambda which=None: setattr(device, "peak", device.allocated),
         "empty_cache": lambda: None,
         "synchronize": lambda which=None: device.wait("device", device.copies),
         "get_sync_debug_mode": lambda: "error" if device.strict else "default",

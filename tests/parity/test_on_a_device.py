@@ -7,15 +7,19 @@ from typing import Any
 import pytest
 import torch
 
+from engine.core import EngineCore
+from engine.runner import ModelRunner
 from model.attention import choose
 from model.attention.flash import FlashAttention
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import Shape, make_checkpoint
 from tests.parity.driver import Driver
 from tests.parity.test_flash import Library, install
 from tests.parity.test_graphs import OTHERS, PLAIN, scoring
 from tests.parity.test_scheduled import CRAMPED, SHAPE, renamed, requests, run
+from tests.process.worst_traffic import request
 from tests.standin import Device, standin
 from wire.sampling import SamplingParams
+from wire.settings import EngineSettings
 
 THERE: dict[str, Any] = {"device": "cuda", "dtype": "float32"}
 # Weights are loaded, the largest step is measured, graphs are captured, and then:
@@ -107,3 +111,37 @@ def test_nor_does_what_a_librarys_attention_is_given(
     choice = ("test_flash.py", "test_attention.py", "flash.py _error", "flash.py <genexpr>")
     waits = {wait for wait in device.waits if not any(part in wait for part in choice)}
     assert waits == WAITS
+
+
+def test_the_worst_traffic_stays_within_the_memory_it_may_take(tmp_path: Path) -> None:
+    """And does not leave much: the cache has what the largest step and pictures leave of it."""
+    shape = Shape(tile_size=112, image_size=112, vocab=20_000)
+    settings = EngineSettings(
+        model=str(make_checkpoint(tmp_path, shape=shape)),
+        max_num_seqs=24,
+        max_num_batched_tokens=1024,
+        max_num_encoder_tiles=52,
+        encoder_cache_bytes=1 << 20,
+        block_size=16,
+        step_budget_ms=0,
+        cuda_graphs=False,  # those of the stand-in do not share memory
+        **THERE,
+    )
+    with standin() as device:
+        device.total = 48 << 20
+        runner = ModelRunner(settings)
+        ready = runner.ready()
+        assert ready.max_model_len == 1024
+        core = EngineCore(settings, runner, ready)
+        running = 0
+        torch.cuda.reset_peak_memory_stats()
+        # The first leaves the beginning of all in the cache, or they could not run at once.
+        for numbers in (range(1), range(1, 1 + settings.max_num_seqs)):
+            for number in numbers:
+                core.add(*request(ready, number))
+            while (report := core.step()) is not None:
+                running = max(running, report.stats.running)
+                assert not any(output.error for output in report.outputs)
+    assert running == settings.max_num_seqs
+    allowed = settings.gpu_memory_utilization * device.total
+    assert 0.8 * allowed < device.peak <= allowed

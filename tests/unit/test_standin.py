@@ -166,3 +166,18 @@ def test_times_are_of_events_that_were_made_for_it(device: Device) -> None:
     untimed = torch.cuda.current_stream().record_event()
     with pytest.raises(AssertionError, match="not for timing"):
         timed[0].elapsed_time(untimed)
+
+
+def test_memory_is_counted(device: Device) -> None:
+    x = ones(1000)
+    part = x[10:20]
+    y = x + 1
+    assert torch.cuda.memory_allocated() == 8000
+    del x, y
+    assert torch.cuda.memory_allocated() == 4000  # of which a part is held
+    assert torch.cuda.max_memory_allocated() == 8000
+    torch.cuda.reset_peak_memory_stats()
+    del part
+    free, total = torch.cuda.mem_get_info()
+    assert free == total
+    assert torch.cuda.max_memory_allocated() == 4000
