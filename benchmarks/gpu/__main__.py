@@ -44,6 +44,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "end_to_end": steps.end_to_end,
     "fp8": steps.fp8,
     "ladder": steps.ladder,
+    "experts": kernels.experts,
 }
 """In the order of their worth, should the time not do for all."""
 MISSING = {

@@ -1,6 +1,7 @@
 """The parts that need no engine: ceilings, attention, the sampler, the encoder."""
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable
 
@@ -16,9 +17,10 @@ from model.attention import BACKENDS
 from model.attention.base import AttentionBackend, AttentionBatch
 from model.kv_cache import KVCache
 from model.layers import Linear
-from model.ops import Ops
+from model.mlp import Experts
+from model.ops import Ops, choose
 from model.quantize import PRODUCTS, Fp8Linear, to_fp8
-from model.schema import TextConfig
+from model.schema import ExpertsConfig, TextConfig
 from tests.checkpoints import Shape
 from tests.parity.test_attention import config
 from wire.sampling import SamplingParams
@@ -197,3 +199,28 @@ def encoder(bench: Bench) -> None:
                 took = bench.seconds(lambda: graphs(tiles), 5)  # noqa: B023
                 most = {1: 2.0, 32: 1.55}.get(count)
                 bench.record(f"graph tiles={count}", took * 1e3 / count, "ms/tile", most=most)
+
+
+@torch.inference_mode()
+def experts(bench: Bench) -> None:
+    """A layer's mixture of InternVL3.5-30B-A3B: its experts one by one, together, replayed."""
+    count, chosen, hidden, inner = bench.pick((128, 8, 2048, 768), (4, 2, 32, 16))
+    with torch.device("meta"):
+        layer = Experts(hidden, ExpertsConfig(count, chosen, inner, True, frozenset()))
+    layer = layer.to(bench.dtype).to_empty(device=bench.device)
+    for parameter in layer.parameters():
+        parameter.data.normal_(0, 0.02)
+    together, bandwidth = choose(bench.device, bench.dtype), bench.bandwidth()
+    together.prepare(list(layer.modules()), None)
+    for rows in bench.pick((1, 16, 64, 256, 8192), (1, 3)):
+        x = torch.randn(rows, hidden, device=bench.device, dtype=bench.dtype)
+        least = min(count, rows * chosen) * 3 * hidden * inner * x.itemsize / bandwidth
+        calls = {ops.name: functools.partial(layer, x, ops) for ops in (Ops(), together)}
+        capture = capture_on(bench.device)
+        if capture is not None and not together.experts_wait:
+            calls["graph"] = capture(calls[together.name])
+        for name, call in calls.items():
+            with bench.case(f"{name} rows={rows}"):
+                took = bench.seconds(call, 5)
+                bench.record(f"{name} rows={rows}", took * 1e3, "ms")
+                bench.record(f"{name} rows={rows} over reading weights", took / least, "x")
