@@ -25,13 +25,12 @@ def _products(
     x_pointer,
     weight_pointer,
     order_pointer,
-    owner_pointer,
-    first_pointer,
-    last_pointer,
+    start_pointer,
     out_pointer,
     inputs,
     outputs,
     CHOSEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -39,16 +38,23 @@ def _products(
     """Some pairs of an expert. Those of CHOSEN experts per token take their token's row, and their
     results stand in the order of experts; without CHOSEN it is the other way round."""
     block = tl.program_id(1)
-    first, last = tl.load(first_pointer + block), tl.load(last_pointer + block)
-    if first >= last:
+    expert = tl.arange(0, EXPERTS)
+    pairs = tl.load(start_pointer + expert + 1) - tl.load(start_pointer + expert)
+    blocks = (pairs + ROWS - 1) // ROWS
+    over = tl.cumsum(blocks, axis=0) <= block  # whose blocks come before this one
+    owner = tl.sum(over.to(tl.int32), axis=0)
+    if owner >= EXPERTS:
         return
+    first = tl.load(start_pointer + owner).to(tl.int64)
+    first += (block - tl.sum(tl.where(over, blocks, 0), axis=0)) * ROWS
+    last = tl.load(start_pointer + owner + 1)
     pair = first + tl.arange(0, ROWS)
     output = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
     step = tl.arange(0, STEP)
     here, there = pair < last, output < outputs
     place = tl.load(order_pointer + pair, mask=here, other=0)
     source, target = place // CHOSEN if CHOSEN else pair, pair if CHOSEN else place
-    weight_pointer += tl.load(owner_pointer + block) * outputs * inputs
+    weight_pointer += owner.to(tl.int64) * outputs * inputs
     total = tl.zeros([ROWS, OUTPUTS], tl.float32)
     for at in range(0, inputs, STEP):
         inside = at + step < inputs
@@ -84,21 +90,12 @@ def _mix(found_pointer, share_pointer, out_pointer, size, CHOSEN: tl.constexpr, 
     tl.store(out_pointer + row * size + number, total.to(out_pointer.dtype.element_ty), mask=inside)
 
 
-def _route(chosen: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The pairs ``[N, K]`` in the order of their experts, ``[N * K]``; and for each block of at
-    most ``rows`` of them their expert, the first, and where those of the expert end: no more than
-    the first where a block has none. All int64."""
+def _route(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The pairs ``[N, K]`` in the order of their experts, int64 ``[N * K]``; and where those of
+    each expert start, and the last's end, int32: as if there were a power of two of experts."""
     ordered, order = chosen.flatten().sort(stable=True)
-    numbers = torch.arange(experts, device=chosen.device)
-    starts = torch.searchsorted(ordered, numbers)
-    ends = torch.searchsorted(ordered, numbers, right=True)
-    blocks = (ends - starts + rows - 1) // rows
-    until = blocks.cumsum(0)
-    block = torch.arange(min(len(order), len(order) // rows + experts), device=chosen.device)
-    # Blocks that are too many are the last expert's, and begin behind its pairs.
-    owner = torch.searchsorted(until, block, right=True).clamp(max=experts - 1)
-    first = starts[owner] + (block - until[owner] + blocks[owner]) * rows
-    return order, owner, first, ends[owner]
+    numbers = torch.arange(triton.next_power_of_2(experts) + 1, device=chosen.device)
+    return order, torch.searchsorted(ordered, numbers, out_int32=True)
 
 
 def mix(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -111,22 +108,22 @@ def mix(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor
     if not pairs:
         return torch.zeros_like(x)
     block = _FEW if pairs <= _FEW * experts else _MANY
-    order, owner, first, last = _route(chosen, experts, block)
+    order, starts = _route(chosen, experts)
+    blocks = min(pairs, pairs // block + experts)
 
     def products(x: Tensor, weight: Tensor, chosen: int) -> Tensor:
         outputs, inputs = weight.shape[1:]
         out = torch.empty(pairs, outputs, dtype=x.dtype, device=x.device)
-        _products[(triton.cdiv(outputs, _OUTPUTS), len(owner))](
+        _products[(triton.cdiv(outputs, _OUTPUTS), blocks)](
             x.contiguous(),
             weight,
             order,
-            owner,
-            first,
-            last,
+            starts,
             out,
             inputs,
             outputs,
             CHOSEN=chosen,
+            EXPERTS=len(starts) - 1,
             STEP=_STEP,
             ROWS=block,
             OUTPUTS=_OUTPUTS,

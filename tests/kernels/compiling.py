@@ -107,11 +107,12 @@ def launch_all() -> None:
         packed = torch.empty(1152, 1792, dtype=torch.uint8), scale.byte(), scale, weight[:1152]
         for count in (4, 100):
             int4.linear(torch.empty(count, 3584, dtype=dtype), *packed)
-        up, down = torch.empty(8, 1536, 2048, dtype=dtype), torch.empty(8, 2048, 768, dtype=dtype)
-        for count in (4, 100):  # experts as those of InternVL3.5-30B-A3B
+        up, down = torch.empty(1, 1536, 2048, dtype=dtype), torch.empty(1, 2048, 768, dtype=dtype)
+        for count in (4, 300):  # experts as those of InternVL3.5-30B-A3B
             chosen = torch.zeros(count, 8, dtype=torch.long)
             shares = torch.empty(count, 8, dtype=dtype)
-            experts.mix(torch.empty(count, 2048, dtype=dtype), chosen, shares, up, down)
+            x, many = torch.empty(count, 2048, dtype=dtype), (128, -1, -1)
+            experts.mix(x, chosen, shares, up.expand(many), down.expand(many))
         tiles = torch.zeros(2, 3, 448, 448, dtype=torch.uint8)
         pixels.patches(tiles, torch.ones(3), torch.ones(3), 14, dtype)
     for height in (300, 2000):  # both orders

@@ -1,15 +1,18 @@
 """A mixture of experts in two products is what its experts make of each row, one by one."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.mlp import Experts
 from model.ops import Ops
 from model.ops.triton import TritonOps
 from model.quantize import Int8Linear
 from model.schema import ExpertsConfig
-from model.triton.experts import mix
+from model.triton.experts import _route, mix
 
 # Of the results' deviation, at most: sums are made in another order, and then rounded, three times
 # in a row in 16 bits. Where devices round to bfloat16 the interpreter cuts, 1/128 at most, and the
@@ -42,7 +45,13 @@ def one_by_one(x: Tensor, chosen: Tensor, shares: Tensor, up: Tensor, down: Tens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("rows", "experts", "count", "hidden", "inner"),
-    [(1, 4, 2, 64, 32), (5, 6, 3, 100, 72), (40, 3, 3, 72, 80), (75, 5, 4, 130, 65)],
+    [
+        (1, 4, 2, 64, 32),
+        (20, 1, 1, 64, 32),
+        (5, 6, 3, 100, 72),
+        (40, 3, 3, 72, 80),
+        (75, 5, 4, 130, 65),
+    ],
 )
 def test_any_rows_and_experts(
     rows: int, experts: int, count: int, hidden: int, inner: int, dtype: torch.dtype,
@@ -85,6 +94,21 @@ def test_there_may_be_no_rows(device: torch.device) -> None:
     none = torch.zeros(0, 32, device=device)
     chosen = torch.zeros(0, 2, dtype=torch.long, device=device)
     assert mix(none, chosen, none[:, :2], up, down).shape == (0, 32)
+
+
+def test_routing_is_a_few_launches(device: torch.device) -> None:
+    """In a step of few tokens each takes as long as reading an expert."""
+
+    class Launches(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            launched.append(func)
+            return func(*args, **kwargs or {})
+
+    launched: list[Any] = []
+    chosen = choices(16, 8, 2)[0].to(device)
+    with Launches():
+        _route(chosen, 8)
+    assert len(launched) <= 5
 
 
 def mixture(device: torch.device) -> Experts:
