@@ -134,7 +134,7 @@ def _step(
     """Encoding, layers and sampling come one behind the other: the most that one of them takes. All
     but layers is the first stage's alone."""
     vision = config.vision
-    wide = max(2 * (text.heads + 2 * text.kv_heads) * text.head_dim, 3 * text.intermediate_size)
+    wide = max(2 * (text.heads + 2 * text.kv_heads) * text.head_dim, _mlp_width(text))
     layers = settings.max_num_batched_tokens * (3 * text.hidden_size + wide) * size
     if not first:
         return layers
@@ -145,6 +145,18 @@ def _step(
     # One rank draws from the logits of all.
     sampling = settings.max_num_seqs * config.vocab_size * _FP32 * _OF_LOGITS
     return max(layers, encoder, sampling)
+
+
+def _mlp_width(text: TextConfig) -> int:
+    """Numbers of a token that an MLP has at once: gates, what they gate, and their product; of a
+    mixture those of all chosen experts (``model.triton.experts``), or that product and results,
+    which ranks do not share."""
+    dense, experts = 3 * text.intermediate_size, text.experts
+    if experts is None:
+        return dense
+    inner = experts.intermediate_size
+    mixed = experts.chosen * (inner + max(2 * inner, text.hidden_size))
+    return max(mixed, dense) if experts.dense else mixed
 
 
 def devices_needed(config: ModelConfig, settings: EngineSettings, memory: int) -> int | None:

@@ -87,6 +87,21 @@ def test_devices_share_the_decoder_and_have_the_encoder_each(tmp_path: Path) -> 
     assert "on each of 4      10 of 40 query heads, 2 of 8 key heads, the whole encoder" in told[2]
 
 
+def test_a_step_holds_what_all_chosen_experts_make_of_a_token(tmp_path: Path) -> None:
+    """Of InternVL3.5-30B-A3B's width, in so large a step that its layers take the most of it."""
+    shape = Shape(
+        backbone="Qwen3MoeForCausalLM", text_bias=False, size=2048, layers=1, heads=32, kv_heads=4,
+        head_dim=128, mlp=6144, experts=128, experts_per_token=8, expert_mlp=768,
+    )  # fmt: skip
+    config = load_config(make_checkpoint(tmp_path, shape=shape, weights=False))
+    tokens, hidden = 1 << 18, 3 * 2048
+    for ranks in (1, 4):
+        settings = EngineSettings(tensor_parallel_size=ranks, max_num_batched_tokens=tokens)
+        step = size(config, settings, 80 * GIB).step
+        # Their results are as wide on every rank.
+        assert step == tokens * (hidden + 8 * (768 // ranks + 2048)) * 2
+
+
 def test_a_key_head_is_never_divided(tmp_path: Path) -> None:
     config = load_config(make_checkpoint(tmp_path, shape=INTERNVL3["2B"], weights=False))
     sizes = [size(config, EngineSettings(tensor_parallel_size=n), GIB).token for n in (1, 2, 4)]
