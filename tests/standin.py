@@ -3,7 +3,7 @@
 Within ``standin()`` tensors of ``cuda`` are ``Remote``. What is done with them is computed at once,
 by the CPU, but a program finds no more than CUDA promises:
 
-- Operands lie on one device, but for those of no dimension.
+- Operands lie on one device, but for those of no dimension. Ranks meet over gloo.
 - A copy to the host that nobody has waited for is not there: until the device, or an event that was
   recorded behind the copy, is waited for, the host finds ``GARBAGE``.
 - A copy from pinned memory may take as long, and the memory must not change meanwhile.
@@ -21,6 +21,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import os
 import sys
 import time
 import types
@@ -32,6 +33,7 @@ from typing import Any, Self
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -108,7 +110,11 @@ class _Call:
     made: list[Tensor]  # results with memory of their own
 
     def again(self) -> None:
-        found = _own(self.run(*self.args, **self.kwargs), (self.args, self.kwargs))
+        result = self.run(*self.args, **self.kwargs)
+        for leaf in tree_flatten(result)[0]:
+            if isinstance(leaf, torch.ScriptObject):  # a collective's
+                leaf.wait()  # type: ignore[attr-defined]
+        found = _own(result, (self.args, self.kwargs))
         for old, new in zip(self.made, found, strict=True):
             old.copy_(new)
 
@@ -403,6 +409,8 @@ class _Numbered(TorchFunctionMode):
         def numbered(one: Any) -> Any:
             return _CUDA if isinstance(one, str | torch.device) and str(one) == "cuda" else one
 
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         kwargs = {key: numbered(value) for key, value in (kwargs or {}).items()}
         return func(*map(numbered, args), **kwargs)
 
@@ -426,12 +434,17 @@ def _guarded() -> Iterator[None]:
 @contextlib.contextmanager
 def standin() -> Iterator[Device]:
     """Take the place of CUDA."""
-    device = Device()
+    device, init = Device(), dist.init_process_group
+
+    def over_gloo(backend: str, *, device_id: Any = None, **kwargs: Any) -> None:
+        init("gloo" if backend == "nccl" else backend, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         for name, part in _cuda(device).items():
             patch.setattr(torch.cuda, name, part)
         patch.setattr(torch, "Generator", _Generator)
-        if "triton" in sys.modules:
+        patch.setattr(dist, "init_process_group", over_gloo)
+        if os.environ.get("TRITON_INTERPRET") == "1":
             from triton.runtime.interpreter import GridExecutor
 
             run = GridExecutor.__call__

@@ -5,15 +5,21 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from engine.runner import ModelRunner
 from model import triton as kernels
 from tests.checkpoints import Shape, make_checkpoint
+from tests.parity import test_parallel as parallel
 from tests.parity.direct import prompt
 from tests.parity.driver import GREEDY, Driver
+from tests.parity.ranks import Together, Workers
+from tests.parity.test_scheduled import requests
 from tests.replay import Replays
 from tests.standin import standin
+from wire.messages import EngineRequest
 from wire.sampling import SamplingParams
 
 # Groups of 7 as in the 1B and 7B models, and pages that rows outgrow.
@@ -95,3 +101,36 @@ def test_so_it_does_beside_the_host(
     starts = ("weights.py fill", "memory.py measure", "graphs.py __call__", "triton_paged.py")
     waits = {wait for wait in device.waits if not any(part in wait for part in starts)}
     assert waits == {"event in runner.py finish"}
+
+
+def short(request: EngineRequest, buffers: list[bytes]) -> tuple[EngineRequest, list[bytes]]:
+    sampling = msgspec.structs.replace(request.sampling, max_tokens=8, min_tokens=0)
+    return msgspec.structs.replace(request, sampling=sampling), buffers
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="that takes several devices")
+def test_what_ranks_sum_is_captured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture on two ranks, each with its part of every expert."""
+    monkeypatch.setattr("model.triton._fault", kernels._fault.__wrapped__)
+    monkeypatch.setattr(parallel, "requests", lambda: [short(*each) for each in requests()[:2]])
+    folder = make_checkpoint(tmp_path, shape=parallel.SHAPES["mixture"])
+    plain = dataclasses.replace(
+        parallel.settings(folder),
+        max_num_seqs=2,
+        max_num_batched_tokens=32,
+        max_num_encoder_tiles=1,
+        encoder_chunk_tiles=1,
+        max_model_len=100,
+    )
+    alone = parallel.answers(ModelRunner(plain), plain)
+    options = dataclasses.replace(plain, device="cuda", dtype="float32", async_scheduling="on")
+    workers = Workers(1, torch.device("cuda", 0))
+    with standin() as device:
+        group, pipes = workers.meet(2)
+        ranks = Together(group, pipes, options)
+        device.waits.clear()
+        parallel.answers(ranks, options).equal(alone, parallel.EXACT)
+        assert set(device.waits) == {"event in runner.py finish"}
+        assert device.replays > 10
+        group.leave()
+    workers.close()

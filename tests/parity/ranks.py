@@ -1,6 +1,7 @@
 """Ranks in processes of their own, over gloo on loopback, that take every call this process makes
 to its own part of a model: it is rank 0 itself."""
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -18,6 +19,7 @@ from engine.network import LOOPBACK, use_interface
 from engine.plan import StepPlan, StepResult
 from engine.runner import ModelRunner
 from model.parallel import Group, join
+from tests.standin import standin
 from wire.channel import Buffer
 from wire.messages import EngineRequest, Ready
 from wire.settings import EngineSettings
@@ -26,15 +28,16 @@ CPU = torch.device("cpu")
 
 
 class Workers:
-    """Processes that ``meet`` makes ranks of, more than once."""
+    """Processes that ``meet`` makes ranks of, more than once; for CUDA each with its stand-in."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, device: torch.device = CPU) -> None:
+        self._device = device
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
         for _ in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            process = context.Process(target=_work, args=(theirs, device.type), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -57,10 +60,11 @@ class Workers:
         listener = socket.create_server((LOOPBACK, 0))
         pipes = self._pipes[: size - 1]
         for rank, pipe in enumerate(pipes, 1):
-            pipe.send(("join", (rank, size, listener.getsockname(), CPU, None, stages)))
+            pipe.send(("join", (rank, size, listener.getsockname(), self._device, None, stages)))
         with mock.patch.dict(os.environ):  # what other tests start must not know of it
             use_interface(LOOPBACK)
-            return join(0, size, listener.getsockname(), CPU, listener, stages), pipes
+            address = listener.getsockname()
+            return join(0, size, address, self._device, listener, stages), pipes
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -113,8 +117,13 @@ class Together:
         return self.own.finish()
 
 
-def _work(pipe: Connection) -> None:
+def _work(pipe: Connection, device: str) -> None:
     use_interface(LOOPBACK)
+    with standin() if device == "cuda" else contextlib.nullcontext():
+        _obey(pipe)
+
+
+def _obey(pipe: Connection) -> None:
     group, runner = Group(), None
     try:
         while True:

@@ -1,6 +1,7 @@
 """The engine on a device that computes beside the host (``tests.standin``): its tokens are those of
 the CPU, and once it has started nothing but ``finish`` waits."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from engine.runner import ModelRunner
 from model.attention import choose
 from model.attention.flash import FlashAttention
 from tests.checkpoints import Shape, make_checkpoint
+from tests.parity import test_parallel as parallel
 from tests.parity.driver import Driver
+from tests.parity.ranks import Together, Workers
 from tests.parity.test_flash import Library, install
 from tests.parity.test_graphs import OTHERS, PLAIN, scoring
 from tests.parity.test_scheduled import CRAMPED, SHAPE, renamed, requests, run
@@ -145,3 +148,24 @@ def test_the_worst_traffic_stays_within_the_memory_it_may_take(tmp_path: Path) -
     assert running == settings.max_num_seqs
     allowed = settings.gpu_memory_utilization * device.total
     assert 0.8 * allowed < device.peak <= allowed
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_nor_do_ranks(tmp_path: Path, stages: int) -> None:
+    """Two of one stage, which sum and gather on the device, or one behind the other."""
+    folder = make_checkpoint(tmp_path, shape=parallel.SHAPES["tied"])
+    plain = parallel.settings(folder)
+    alone = parallel.answers(ModelRunner(plain), plain)
+    options = dataclasses.replace(
+        plain, pipeline_parallel_size=stages, async_scheduling="on", **THERE
+    )
+    workers = Workers(1, torch.device("cuda", 0))
+    with standin() as device:
+        group, pipes = workers.meet(2, stages)
+        ranks = Together(group, pipes, options)
+        device.waits.clear()
+        parallel.answers(ranks, options).equal(alone, parallel.EXACT)
+        assert set(device.waits) == {"event in runner.py finish"}
+        assert device.replays > 0
+        group.leave()
+    workers.close()
