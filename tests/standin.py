@@ -47,6 +47,9 @@ _COPIES = {_ATEN._to_copy.default, _ATEN.copy_.default, _ATEN._pin_memory.defaul
 _WAITING = {
     _ATEN._local_scalar_dense.default,
     _ATEN.equal.default,
+    _ATEN.allclose.default,
+    _ATEN.bincount.default,
+    _ATEN.repeat_interleave.Tensor,
     _ATEN.is_nonzero.default,
     _ATEN.masked_select.default,
     _ATEN.nonzero.default,
@@ -56,6 +59,7 @@ _WAITING = {
 }
 # One kernel, on a device and on the CPU; written out it would take the memory of all scores.
 _ATTENTION = _ATEN.scaled_dot_product_attention.default
+_MASKS = {torch.bool, torch.uint8}
 _INDEXING = {_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default}
 
 
@@ -211,11 +215,11 @@ class Device(TorchDispatchMode):
         for one in _tensors(leaves):
             if not (mixed or isinstance(one, Remote)) and (one.dim() or is_kernel):
                 raise RuntimeError(f"{run}: {list(one.shape)} of the host among the device's")
-        masks = run in _INDEXING and any(one.dtype == torch.bool for one in there[1:])
+        masks = run in _INDEXING and any(one.dtype in _MASKS for one in _tensors(args[1]))
         if run in _WAITING or masks:
             self.wait(str(run))
         names = {id(one.held): one for one in there}
-        held = [leaf.held if isinstance(leaf, Remote) else leaf for leaf in leaves]
+        held = [self._given(leaf) for leaf in leaves]
         args, kwargs = tree_unflatten(held, spec)
         found = run(*args, **kwargs)
         if self._recording is not None:
@@ -228,6 +232,12 @@ class Device(TorchDispatchMode):
             return names[id(one)] if id(one) in names else self._name(one)
 
         return tree_map(named, found)
+
+    def _given(self, leaf: Any) -> Any:
+        if isinstance(leaf, Remote):
+            return leaf.held
+        # A graph has the value that is of the host now.
+        return leaf.clone() if self._recording is not None and isinstance(leaf, Tensor) else leaf
 
     def _name(self, held: Tensor) -> Remote:
         memory, storage = _memory(held), held.untyped_storage()
@@ -290,8 +300,8 @@ class Device(TorchDispatchMode):
             return target.copy_(held)
         assert self._recording is None, "a copy to the host in a graph"
         self._under_way.append(_Copy(held.clone(), target=target))
-        _bytes(target).fill_(GARBAGE)
-        return target
+        garbage = torch.full((target.nbytes,), GARBAGE, dtype=torch.uint8)
+        return target.copy_(garbage.view(target.dtype).view(target.shape))
 
     @contextlib.contextmanager
     def capture(self, graph: Any, **_: Any) -> Iterator[None]:

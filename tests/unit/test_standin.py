@@ -40,6 +40,7 @@ def test_it_computes(device: Device) -> None:
     x += torch.tensor(1.0)  # of no dimension, from anywhere
     with torch.inference_mode():
         found = torch.nn.functional.linear(x, ones(1, 3))
+    found.bool()[torch.zeros(1, dtype=torch.long, device="cuda")] = ones(1).bool()
     assert waited(device) == []
     assert found.tolist() == [[18.0], [15.0]]
     assert float(found.sum()) == 33.0
@@ -70,6 +71,8 @@ def test_what_is_copied_to_the_host_is_there_once_it_was_waited_for(device: Devi
     assert host.tolist() == [1, 2]
     assert waited(device) == ["event"]
     assert there.to("cpu", non_blocking=True).tolist() == [GARBAGE, GARBAGE]
+    turned = torch.zeros(3, 2, dtype=torch.uint8, device="cuda").T
+    assert turned.to("cpu", non_blocking=True).tolist() == [[GARBAGE] * 3] * 2
 
 
 def test_copies_to_the_device_wait_unless_they_are_pinned_and_as_they_are(device: Device) -> None:
@@ -119,6 +122,16 @@ def test_a_graph_does_again_what_was_captured(device: Device) -> None:
     assert device.replays == 1
 
 
+def test_a_graph_has_the_hosts_numbers_as_they_were(device: Device) -> None:
+    x, number = ones(2), torch.tensor(2.0, device="cpu")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = x * number
+    number.fill_(100)
+    graph.replay()
+    assert made.tolist() == [2.0, 2.0]
+
+
 def test_a_graph_reads_nothing_that_was_given_back(device: Device) -> None:
     x = ones(3)
     graph, made = capture(x, 2)
@@ -132,10 +145,13 @@ def test_a_graph_reads_nothing_that_was_given_back(device: Device) -> None:
 
 
 def test_nothing_waits_while_a_graph_is_captured(device: Device) -> None:
-    x = ones(2)
+    x, numbers = ones(2), torch.arange(2, device="cuda")
     for wait in (
         x.tolist,
         x.nonzero,
+        numbers.bincount,
+        lambda: x.repeat_interleave(numbers),
+        lambda: x.allclose(x),
         lambda: x[x > 0],
         lambda: torch.tensor([1.0], device="cuda"),
         torch.cuda.synchronize,
