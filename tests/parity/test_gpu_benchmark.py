@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu import __main__ as visit
+from benchmarks.gpu import checks, ours
 from benchmarks.gpu.harness import Bench
 from tests.replay import MaskedAttention, Replays
+from tests.standin import standin
 
 
 def results(out: Path) -> list[dict[str, Any]]:
@@ -32,6 +35,22 @@ def test_every_part_runs_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     # No machine but the one the marks are meant for is judged by them.
     assert not any("passed" in entry for entry in figures)
     assert any(entry.get("passed") for entry in found if entry["part"] == "tokens")
+
+
+def test_every_part_runs_beside_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device made of main memory, where a wait in a step is an error to the part ``syncs``."""
+    monkeypatch.setattr("model.triton._fault", lambda: "not to be used")
+    bench = Bench(torch.device("cuda"), dry=True)
+    with standin():
+        for bench.part, part in visit.PARTS.items():
+            # Kernels' tests choose the device by themselves; tokens are test_on_a_device's.
+            if part not in (ours.tests, checks.tokens):
+                with bench.case(bench.part):
+                    part(bench)
+    assert [entry for entry in bench.results if "error" in entry] == []
+    assert [entry for entry in bench.results if entry.get("passed") is False] == []
+    replayed = {entry["case"] for entry in bench.results if entry["case"].startswith("graph")}
+    assert replayed == {"graph tiles=1", "graph tiles=2"}
 
 
 def test_one_failure_does_not_lose_the_rest(
