@@ -8,13 +8,14 @@ by the CPU, but a program finds no more than CUDA promises:
   recorded behind the copy, is waited for, the host finds ``GARBAGE``.
 - A copy from pinned memory may take as long, and the memory must not change meanwhile.
 - A graph does again what was captured, with the memory that was captured: what the host computed
-  beside it stays what it was. Capturing allows no waiting, and what is captured must not be given
-  back. Triton's kernels are part of it, under its interpreter.
+  beside it stays what it was. Capturing itself computes nothing that is found later, and allows no
+  waiting; what is captured must not be given back. Triton's kernels are part of it, under its
+  interpreter.
 - What makes the host wait for the device is counted in ``Device.waits``, with who did it; memory
   is counted too. What is captured keeps all it ever had.
 
-It says nothing of kernels that others compile for a device, of time, or of streams beside the one
-that does everything.
+It says nothing of kernels that others compile for a device, of time, of streams beside the one that
+does everything, or of memory that graphs share.
 """
 
 import contextlib
@@ -159,6 +160,8 @@ class Device(TorchDispatchMode):
         self._under_way: list[_Copy] = []
         self._arrived = 0
         self._recording: list[_Call] | None = None
+        # Memory that is captured, and what was in it.
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self._pinned: dict[int, Tensor] = {}  # kept, so that no other memory is taken for it
         self._named: dict[int, weakref.WeakSet[Remote]] = {}
         self._counted: set[int] = set()
@@ -221,9 +224,18 @@ class Device(TorchDispatchMode):
         names = {id(one.held): one for one in there}
         held = [self._given(leaf) for leaf in leaves]
         args, kwargs = tree_unflatten(held, spec)
+        read = [one.held for one in there]
+        if self._recording is not None:
+            for one in read:
+                if _memory(one) not in self._before:
+                    storage = one.untyped_storage()
+                    self._before[_memory(one)] = storage, storage.clone()
         found = run(*args, **kwargs)
         if self._recording is not None:
-            read, made = [one.held for one in there], _own(found, held)
+            made = _own(found, held)
+            for one in made:
+                storage = one.untyped_storage()
+                self._before[_memory(one)] = storage, storage.clone().fill_(GARBAGE)
             self._recording.append(_Call(run, args, kwargs, read, made))
 
         def named(one: Any) -> Any:
@@ -305,13 +317,16 @@ class Device(TorchDispatchMode):
 
     @contextlib.contextmanager
     def capture(self, graph: Any, **_: Any) -> Iterator[None]:
-        """As ``torch.cuda.graph``."""
+        """As ``torch.cuda.graph``: in the end nothing was computed yet."""
         self.wait("capture")
         self._recording = graph.calls = []
         try:
             yield
         finally:
             self._recording = None
+            for storage, was in self._before.values():
+                storage.copy_(was)
+            self._before.clear()
 
     def replay(self, calls: list[_Call]) -> None:
         """Do again what was captured."""
