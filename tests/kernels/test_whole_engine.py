@@ -15,7 +15,7 @@ from tests.checkpoints import Shape, make_checkpoint
 from tests.parity import test_parallel as parallel
 from tests.parity.direct import prompt
 from tests.parity.driver import GREEDY, Driver
-from tests.parity.ranks import Together, Workers
+from tests.parity.ranks import beside_the_host
 from tests.parity.test_scheduled import requests
 from tests.replay import Replays
 from tests.standin import standin
@@ -124,13 +124,7 @@ def test_what_ranks_sum_is_captured_too(tmp_path: Path, monkeypatch: pytest.Monk
     )
     alone = parallel.answers(ModelRunner(plain), plain)
     options = dataclasses.replace(plain, device="cuda", dtype="float32", async_scheduling="on")
-    workers = Workers(1, torch.device("cuda", 0))
-    with standin() as device:
-        group, pipes = workers.meet(2)
-        ranks = Together(group, pipes, options)
-        device.waits.clear()
+    with beside_the_host(options) as (device, ranks):
         parallel.answers(ranks, options).equal(alone, parallel.EXACT)
         assert set(device.waits) == {"event in runner.py finish"}
         assert device.replays > 10
-        group.leave()
-    workers.close()

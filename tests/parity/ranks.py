@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
@@ -19,7 +19,7 @@ from engine.network import LOOPBACK, use_interface
 from engine.plan import StepPlan, StepResult
 from engine.runner import ModelRunner
 from model.parallel import Group, join
-from tests.standin import standin
+from tests.standin import Device, standin
 from wire.channel import Buffer
 from wire.messages import EngineRequest, Ready
 from wire.settings import EngineSettings
@@ -115,6 +115,19 @@ class Together:
     def finish(self) -> StepResult:
         self._tell("finish")
         return self.own.finish()
+
+
+@contextlib.contextmanager
+def beside_the_host(settings: EngineSettings) -> Iterator[tuple[Device, Together]]:
+    """Two ranks, or stages, on devices of main memory: this process's, and a runner of both."""
+    workers = Workers(1, torch.device("cuda", 0))
+    with standin() as device:
+        group, pipes = workers.meet(2, settings.pipeline_parallel_size)
+        ranks = Together(group, pipes, settings)
+        device.waits.clear()
+        yield device, ranks
+        group.leave()
+    workers.close()
 
 
 def _work(pipe: Connection, device: str) -> None:

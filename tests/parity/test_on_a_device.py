@@ -15,7 +15,7 @@ from model.attention.flash import FlashAttention
 from tests.checkpoints import Shape, make_checkpoint
 from tests.parity import test_parallel as parallel
 from tests.parity.driver import Driver
-from tests.parity.ranks import Together, Workers
+from tests.parity.ranks import beside_the_host
 from tests.parity.test_flash import Library, install
 from tests.parity.test_graphs import OTHERS, PLAIN, scoring
 from tests.parity.test_scheduled import CRAMPED, SHAPE, renamed, requests, run
@@ -159,13 +159,7 @@ def test_nor_do_ranks(tmp_path: Path, stages: int) -> None:
     options = dataclasses.replace(
         plain, pipeline_parallel_size=stages, async_scheduling="on", **THERE
     )
-    workers = Workers(1, torch.device("cuda", 0))
-    with standin() as device:
-        group, pipes = workers.meet(2, stages)
-        ranks = Together(group, pipes, options)
-        device.waits.clear()
+    with beside_the_host(options) as (device, ranks):
         parallel.answers(ranks, options).equal(alone, parallel.EXACT)
         assert set(device.waits) == {"event in runner.py finish"}
         assert device.replays > 0
-        group.leave()
-    workers.close()
