@@ -337,7 +337,7 @@ async def test_uploads_on_their_way_share_their_room(house: House) -> None:
 
 
 @contextlib.asynccontextmanager
-async def half_sent(house: House, port: int) -> AsyncIterator[asyncio.StreamReader]:
+async def half_sent(port: int) -> AsyncIterator[asyncio.StreamReader]:
     """A connection that has sent half of a file."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(
@@ -346,16 +346,15 @@ async def half_sent(house: House, port: int) -> AsyncIterator[asyncio.StreamRead
     )
     body = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + b"x" * 1000
     writer.write(b"%x\r\n%b\r\n" % (len(body), body))
-    async with asyncio.timeout(60):
-        while house.media.room.used < 900:
-            await asyncio.sleep(0.01)
     yield reader
     writer.close()
 
 
 async def test_a_client_that_leaves_half_way_leaves_nothing(house: House) -> None:
     async with listening(house) as port:
-        async with half_sent(house, port):
+        async with half_sent(port), asyncio.timeout(60):
+            while house.media.room.used < 900:
+                await asyncio.sleep(0.01)
             assert not house.service.gate.idle.is_set()
         await within(house.service.gate.idle.wait())
     assert house.media.room.used == house.service.files.count == 0
@@ -363,7 +362,7 @@ async def test_a_client_that_leaves_half_way_leaves_nothing(house: House) -> Non
 
 async def test_an_upload_that_stops_is_408_and_leaves_nothing(houses: Houses) -> None:
     house = await houses.open(body_timeout=0.3)
-    async with listening(house) as port, half_sent(house, port) as reader:
+    async with listening(house) as port, half_sent(port) as reader:
         answer = await within(reader.read())
         assert answer.startswith(b"HTTP/1.1 408 ")
         await within(house.service.gate.idle.wait())
