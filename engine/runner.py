@@ -210,6 +210,7 @@ class ModelRunner:
             with torch.inference_mode():
                 if self._group.stage == 0:
                     self._tile_graphs = TileGraphs(self._model, tiles, capture)
+                # Stages wait for each other, and some mixtures to know which experts are chosen.
                 mixed = self._model.config.text.experts is not None
                 waits = (mixed and self._model.ops.experts_wait) or self._group.stages > 1
                 if self._attention.graph_safe and not waits:

@@ -218,7 +218,8 @@ def experts(bench: Bench) -> None:
         calls = {ops.name: functools.partial(layer, x, ops) for ops in (Ops(), together)}
         capture = capture_on(bench.device)
         if capture is not None and not together.experts_wait:
-            calls["graph"] = capture(calls[together.name])
+            with bench.case(f"graph rows={rows}"):
+                calls["graph"] = capture(calls[together.name])
         for name, call in calls.items():
             with bench.case(f"{name} rows={rows}"):
                 took = bench.seconds(call, 5)

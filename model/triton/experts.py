@@ -111,18 +111,18 @@ def mix(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor
     order, starts = _route(chosen, experts)
     blocks = min(pairs, pairs // block + experts)
 
-    def products(x: Tensor, weight: Tensor, chosen: int) -> Tensor:
+    def products(given: Tensor, weight: Tensor, per_token: int) -> Tensor:
         outputs, inputs = weight.shape[1:]
         out = torch.empty(pairs, outputs, dtype=x.dtype, device=x.device)
         _products[(triton.cdiv(outputs, _OUTPUTS), blocks)](
-            x.contiguous(),
+            given.contiguous(),
             weight,
             order,
             starts,
             out,
             inputs,
             outputs,
-            CHOSEN=chosen,
+            CHOSEN=per_token,
             EXPERTS=len(starts) - 1,
             STEP=_STEP,
             ROWS=block,

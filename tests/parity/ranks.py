@@ -120,14 +120,16 @@ class Together:
 @contextlib.contextmanager
 def beside_the_host(settings: EngineSettings) -> Iterator[tuple[Device, Together]]:
     """Two ranks, or stages, on devices of main memory: this process's, and a runner of both."""
-    workers = Workers(1, torch.device("cuda", 0))
-    with standin() as device:
+    with (
+        contextlib.closing(Workers(1, torch.device("cuda", 0))) as workers,
+        standin() as device,
+        contextlib.ExitStack() as stack,
+    ):
         group, pipes = workers.meet(2, settings.pipeline_parallel_size)
+        stack.callback(group.leave)  # or no later test could meet
         ranks = Together(group, pipes, settings)
         device.waits.clear()
         yield device, ranks
-        group.leave()
-    workers.close()
 
 
 def _work(pipe: Connection, device: str) -> None:
