@@ -80,10 +80,10 @@ long internvl_decode_scratch(const struct decoder *d, long tokens);
 void internvl_decode(const struct decoder *d, const struct batch *batch, const int64_t *wanted, long count,
                      bf16 *hidden, bf16 *out, bf16 *scratch);
 
-/* wide.c: products by AVX512, if wide_fit() says so, and narrow panels. More rows than MOST_ROWS leave
-   too little of the second cache to the panels. */
-enum { TALLEST_BLOCK = 12, MOST_ROWS = 120, PIECE = 192, EXPONENTS = 128, ZERO = 15 };
-int wide_fit(long rows);
+/* wide.c: products by AVX512, if wide_fit() says so, and narrow panels. More rows than MOST_ROWS at a time
+   leave too little of the second cache to the panels. */
+enum { TALLEST_BLOCK = 12, MOST_ROWS = 256, PIECE = 192, EXPONENTS = 128, ZERO = 15 };
+int wide_fit(const struct matrix *m, long rows);
 /* c[rows][COLUMNS] = x[rows][..] times the group of panels at `column`; rows are ldx bytes apart. starts:
    for whole numbers, what each row's sums begin with. */
 void wide_product(const struct matrix *m, long column, const void *x, long ldx, int rows, const int32_t *starts,

@@ -145,7 +145,8 @@ enum { DEEP = 256 };
 /* Rows at a time: they stay in the second cache while the panels pass by. */
 enum { TALLEST = 640, TALL_BYTES = 200 * 8192 };
 /* Other products are slow enough for the second cache, where all inputs of a group are, and rows in the
-   third; weights in twelve bits are widened for so many inputs at a time. */
+   third; weights in twelve bits, if it is not wide.c that reads them, are widened for so many inputs at a
+   time. */
 enum { WIDENED = 1024, THIRD_BYTES = 16 << 20 };
 
 /* Rows `first` to `last` of a group of panels that have been summed to c: what follows. */
@@ -165,13 +166,15 @@ static void end_rows(const struct linear *w, float *c, long row, int rows, long 
   finish(w, c, row, rows, column);
 }
 
-static void wide_part(void *context, long group) {
+static void wide_part(void *context, long index) {
   const struct linear *w = context;
+  long row = index / w->groups * w->tall, group = index % w->groups, ldx = w->m->scales ? w->ld8 : w->ldx * 2;
+  int rows = (int)(w->rows - row < w->tall ? w->rows - row : w->tall);
   if (w->chosen) group = w->chosen[group];
-  const void *x = w->m->scales ? (const void *)w->x8 : w->x;
+  const char *x = w->m->scales ? (const char *)w->x8 : (const char *)w->x;
   float c[MOST_ROWS * COLUMNS] __attribute__((aligned(64)));
-  wide_product(w->m, group * COLUMNS, x, w->m->scales ? w->ld8 : w->ldx * 2, (int)w->rows, w->starts, c);
-  end_rows(w, c, 0, (int)w->rows, group * COLUMNS);
+  wide_product(w->m, group * COLUMNS, x + row * ldx, ldx, rows, w->m->scales ? w->starts + row : NULL, c);
+  end_rows(w, c, row, rows, group * COLUMNS);
 }
 
 static void part(void *context, long index) {
@@ -237,7 +240,7 @@ long internvl_linear_scratch(const struct matrix *m, long rows) {
 
 void linear_run(struct linear *w, void *scratch) {
   const struct matrix *m = w->m;
-  w->fits = wide_fit(w->rows);
+  w->fits = wide_fit(m, w->rows);
   w->groups = w->chosen ? w->count : (m->outputs + COLUMNS - 1) / COLUMNS;
   if (!w->rows || !w->groups) return;
   if (m->scales) {
@@ -248,7 +251,9 @@ void linear_run(struct linear *w, void *scratch) {
     pool_run(quantise, w, (w->rows + AT_ONCE - 1) / AT_ONCE);
   }
   if (w->fits) {
-    pool_run_apart(wide_part, w, w->groups); /* where one group ends the next is on its way */
+    long chunks = (w->rows + MOST_ROWS - 1) / MOST_ROWS;
+    w->tall = (w->rows + chunks - 1) / chunks;
+    pool_run_apart(wide_part, w, w->groups * chunks); /* where one group ends the next is on its way */
     return;
   }
   long tall = (block_level > 3 ? TALL_BYTES : THIRD_BYTES) / (m->inputs * (m->scales ? 1 : 2));

@@ -16,8 +16,10 @@
 
 /* Bytes from where narrow panels are read to where they are fetched. */
 enum { AHEAD = 8192 };
-/* Words at a time, where several blocks are multiplied with the same: it stays in the first cache. */
-enum { CHUNK = 128 };
+/* Words at a time, where several blocks are multiplied with the same: it stays in the first cache. More of
+   them are better as sums go to memory and back less often, but not where all but a few rows wait for the
+   first block's. */
+enum { CHUNK = 128, CHUNK_OF_MANY = 256 };
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -36,16 +38,6 @@ AVX512 INLINE __m512i widened(const uint8_t *from, __m512i codes, __m512i expone
   __m512i rest = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)from));
   return _mm512_ternarylogic_epi32(rest, _mm512_set1_epi16((short)0x807f),
                                    _mm512_permutexvar_epi16(codes, exponents), 0xea); /* a & b | c */
-}
-
-AVX512 static void widen_avx512(const uint8_t *from, int base, long inputs, bf16 *to) {
-  __m512i bits = exponents(base);
-  for (long i = 0; i < inputs; i += 8, from += GROUP * PIECE, to += 8 * LANES) {
-    __m512i codes = _mm512_loadu_si512(from + EXPONENTS);
-    for (int line = 0; line < PIECE; line += 64) _mm_prefetch((const char *)from + AHEAD + line, _MM_HINT_T0);
-    for (int pair = 0; pair < 4; pair++, codes = _mm512_srli_epi16(codes, 4))
-      _mm512_storeu_si512(to + pair * 2 * LANES, widened(from + pair * 32, codes, bits));
-  }
 }
 
 /* What a product reads: panels of bf16, of twelve bits, of twelve bits that the block before has widened,
@@ -154,14 +146,15 @@ OF(NARROW)
 OF(WIDENED)
 OF(WHOLE)
 
-int wide_fit(long rows) { return block_level == 3 && rows <= MOST_ROWS; }
+int wide_fit(const struct matrix *m, long rows) { return block_level == 3 && (m->bases || rows <= MOST_ROWS); }
 
 void wide_product(const struct matrix *m, long column, const void *x, long ldx, int rows, const int32_t *starts,
                   void *c) {
-  uint8_t widened[GROUP * CHUNK * 64] __attribute__((aligned(64)));
+  uint8_t widened[GROUP * CHUNK_OF_MANY * 64] __attribute__((aligned(64)));
   int blocks = (rows + TALLEST_BLOCK - 1) / TALLEST_BLOCK, many = blocks > 1, inputs = m->scales ? 4 : 2;
   long panel = column / LANES, apart = panel_bytes(m, m->inputs), words = m->inputs / inputs;
-  long chunks = many || !m->bases ? (words + CHUNK - 1) / CHUNK : 1, chunk = (words / 4 + chunks - 1) / chunks * 4;
+  long most = blocks > 3 ? CHUNK_OF_MANY : CHUNK, chunks = many || !m->bases ? (words + most - 1) / most : 1;
+  long chunk = (words / 4 + chunks - 1) / chunks * 4;
   const uint8_t *b = (const uint8_t *)m->panels + panel * apart, *next = b + GROUP * apart;
   for (long at = 0; at < words; at += chunk) {
     struct product p = {.ldx = ldx, .words = words - at < chunk ? words - at : chunk, .begins = !at};
@@ -196,14 +189,15 @@ void wide_product(const struct matrix *m, long column, const void *x, long ldx, 
   }
 }
 #else
-int wide_fit(long rows) { return rows < 0; }
+int wide_fit(const struct matrix *m, long rows) { return m->outputs < 0 && rows < 0; }
 void wide_product(const struct matrix *m, long column, const void *x, long ldx, int rows, const int32_t *starts,
                   void *c) {
   (void)m, (void)column, (void)x, (void)ldx, (void)rows, (void)starts, (void)c;
 }
 #endif
 
-CLONES static void widen_any(const uint8_t *from, int base, long inputs, bf16 *to) {
+/* `inputs` of a narrow panel as block_product wants them. */
+CLONES void wide_widen(const uint8_t *from, int base, long inputs, bf16 *to) {
   for (long i = 0; i < inputs; i += 8, from += GROUP * PIECE)
     for (int pair = 0; pair < 4; pair++, to += 2 * LANES)
       for (int k = 0; k < 2 * LANES; k++) {
@@ -211,14 +205,6 @@ CLONES static void widen_any(const uint8_t *from, int base, long inputs, bf16 *t
         unsigned code = from[EXPONENTS + 2 * k + pair / 2] >> pair % 2 * 4 & 15;
         to[k] = (bf16)((rest & 0x80) << 8 | (rest & 0x7f) | (code == ZERO ? 0 : (base + code) << 7));
       }
-}
-
-/* `inputs` of a narrow panel as block_product wants them. */
-void wide_widen(const uint8_t *from, int base, long inputs, bf16 *to) {
-#if defined(__x86_64__)
-  if (block_level >= 3) return widen_avx512(from, base, inputs, to);
-#endif
-  widen_any(from, base, inputs, to);
 }
 
 /* What is not in the panels of the group at `column`: c[rows][COLUMNS] += x[rows][..] * odds. */

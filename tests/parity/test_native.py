@@ -105,14 +105,14 @@ def test_products_equal_the_formula(level: int, inputs: int, outputs: int, narro
     layer = filled(Linear(inputs, outputs, bias=True))
     weight, bias = layer.weight.double(), layer.bias.double()
     ops = prepared(layer, narrow=narrow)
-    for count in (1, 2, 3, 7, 12, 15, 16, 17, 24, 25, 28, 29, 33, 70, 150):
+    for count in (1, 2, 3, 7, 12, 15, 16, 17, 24, 25, 28, 29, 33, 70, 150, 260):
         x = rows(count, inputs)
         expected = x.double() @ weight.T + bias
         close(ops.linear(layer, x), expected)
         close(ops.linear_gelu(layer, x), torch.nn.functional.gelu(expected))
 
 
-@pytest.mark.parametrize("count", [1, 20, 30, 200])
+@pytest.mark.parametrize("count", [1, 20, 30, 200, 528])
 def test_twelve_bits_say_every_weight(level: int, count: int) -> None:
     """Products with ones are the weights themselves: near to each other, zeros, and odd ones."""
     layer = filled(Linear(1056, 40, bias=False))
@@ -149,11 +149,11 @@ def test_a_product_depends_on_its_own_row_alone(level: int, weights: str) -> Non
     layer.weight.detach()[7, 9] = 1e5
     narrow = weights == "narrow"
     ops = prepared(layer, quantization="none" if narrow else weights, narrow=narrow)
-    x = rows(170, 1088)
+    x = rows(500, 1088)
     whole = ops.linear(layer, x).clone()
-    for count in (*range(16), 23, 25, 32, 40, 70, 130):
+    for count in (*range(16), 23, 25, 32, 40, 70, 130, 241, 490):
         assert torch.equal(ops.linear(layer, x[:count]), whole[:count])
-        assert torch.equal(ops.linear(layer, x[170 - count :]), whole[170 - count :])
+        assert torch.equal(ops.linear(layer, x[500 - count :]), whole[500 - count :])
 
 
 @pytest.mark.parametrize("narrow", [False, True])
