@@ -1,11 +1,14 @@
 """What an engine computes on, and in, where its settings leave that open."""
 
+import logging
 import os
 
 import torch
 
 from model import ModelConfig, count_parameters
 from wire.settings import EngineSettings, SettingError
+
+logger = logging.getLogger(__name__)
 
 # Up to this many parameters the CPU computes in fp32: exact, and no slower at that size.
 _SMALL = 100_000_000
@@ -38,3 +41,15 @@ def choose_dtype(
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def choose_max_model_len(settings: EngineSettings, config: ModelConfig) -> int:
+    """Tokens of the longest sequence; the memory may have room for fewer."""
+    if settings.max_model_len > config.max_model_len:
+        logger.info(
+            "max_model_len=%d: beyond %d tokens, the model's positions, are only prompts whose "
+            "pictures take fewer positions than tokens (v2pe_delta)",
+            settings.max_model_len,
+            config.max_model_len,
+        )
+    return settings.max_model_len or config.max_model_len

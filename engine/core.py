@@ -18,6 +18,7 @@ from engine.cost import CostModel, Pace
 from engine.plan import StepPlan, StepResult
 from engine.scheduler import Scheduler
 from engine.sequence import Refused
+from engine.speculation import most_on_trial
 from wire.channel import Buffer
 from wire.errors import InvalidRequest
 from wire.logs import about
@@ -87,8 +88,9 @@ class EngineCore:
         self._ready = ready
         self._scheduler = Scheduler(settings, ready)
         self._pace = Pace(runner.cost())
-        mode = settings.async_scheduling
-        self._pipelined = mode == "on" or (mode == "auto" and not ready.device.startswith("cpu"))
+        mode, on_trial = settings.async_scheduling, most_on_trial(settings, ready.device)
+        waits = on_trial or ready.device.startswith("cpu")
+        self._pipelined = mode == "on" or (mode == "auto" and not waits)
         self._flying: StepPlan | None = None  # sampled, not finished
         self._refused: list[EngineOutput] = []
         # Not the scheduler's yet: what their rows need is being prepared.
@@ -236,7 +238,8 @@ class EngineCore:
             raise Refused(error.message) from None
         if request.sampling.grammar is not None and not self._ready.grammars:
             raise Refused("the checkpoint has no tokenizer that a grammar can use")
-        for ids in (request.prompt, request.output, [*request.sampling.named_tokens()]):
+        named = [*request.sampling.named_tokens()]
+        for ids in (request.prompt, request.output, request.prediction, named):
             if ids and not (min(ids) >= 0 and max(ids) < self._ready.vocab_size):
                 raise Refused("the request names an id that the model does not know")
         lookup = request.sampling.lookup

@@ -29,8 +29,8 @@ class Load(NamedTuple):
     """What is in a step. Each field has a coefficient of its name in CostModel."""
 
     steps: int = 1
-    rows: int = 0  # sequences that compute something
-    reads: int = 0  # positions that rows which compute one position attend to
+    rows: int = 0  # sequences that compute something, and tokens on trial
+    reads: int = 0  # positions that rows which compute one position, and such tokens, attend to
     tokens: int = 0  # positions of rows that compute several
     pairs: int = 0  # of such a position with one that it attends to
     tiles: int = 0
@@ -38,15 +38,17 @@ class Load(NamedTuple):
     @classmethod
     def of(cls, plan: StepPlan) -> "Load":
         """What a plan has in it."""
-        reads = tokens = pairs = 0
+        rows = reads = tokens = pairs = 0
         for work in plan.work:
-            if work.count == 1:
-                reads += work.start + 1
+            rows += 1 + len(work.speculated)
+            attended = count_pairs(work.start, work.count)
+            if work.count == 1 + len(work.speculated):
+                reads += attended
             else:
                 tokens += work.count
-                pairs += count_pairs(work.start, work.count)
+                pairs += attended
         tiles = sum(item.tiles for item in plan.encode)
-        return cls(1, len(plan.work), reads, tokens, pairs, tiles)
+        return cls(1, rows, reads, tokens, pairs, tiles)
 
 
 def count_pairs(start: int, count: int) -> int:

@@ -51,18 +51,27 @@ class Draft:
             self._time = self._allow(self)
         return self._time
 
-    def add(self, sequence: Sequence, count: int, new_blocks: list[int]) -> None:
-        """Compute the next ``count`` positions of a sequence, and draw where they end it."""
+    def add(
+        self,
+        sequence: Sequence,
+        count: int,
+        new_blocks: list[int],
+        speculated: tuple[int, ...] = (),
+    ) -> None:
+        """Compute the next ``count`` positions of a sequence, and draw where they end it; behind
+        that one, tokens on trial."""
         start = sequence.num_planned
         sample = start + count == sequence.num_known
         score = sequence.scores is not None and sequence.scores_in(start, count)
-        self.work.append(Work(sequence.id, start, count, new_blocks, sample, score))
+        is_prompt = count > 1 or not sample
+        count += len(speculated)
+        self.work.append(Work(sequence.id, start, count, new_blocks, sample, score, speculated))
         self.sequences.append(sequence)
         sequence.num_planned += count
         sequence.num_known += sample
         sequence.last_step = self.step
         self.tokens -= count
-        if count > 1 or not sample:
+        if is_prompt:
             self.time.take(start, count)
         if sample and self._time is not None:  # be it of a prompt whose last token alone was left
             self._time.end_prompt()

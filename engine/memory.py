@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from engine.plan import EncodeItem, NewRow, StepPlan, Work
+from engine.speculation import most_on_trial
 from model import InternVL, ModelConfig
 from model.kv_cache import KVCache
 from wire.geometry import VisionGeometry
@@ -62,13 +63,18 @@ def _few(layers: nn.ModuleList) -> nn.ModuleList:
 
 
 def largest_step(
-    settings: EngineSettings, geometry: VisionGeometry, max_model_len: int, vocab_size: int
+    settings: EngineSettings,
+    geometry: VisionGeometry,
+    max_model_len: int,
+    vocab_size: int,
+    device: torch.device,
 ) -> tuple[EngineRequest, list[bytes], StepPlan]:
     """The step that takes the most memory; before it, the request must be uploaded.
 
     All tiles are encoded. One row ends a prompt of full length with all tokens that the others
-    leave, which generate at full length; every row draws, with everything a sampler can do. All
-    name the same blocks, as many as one row of full length has.
+    leave, which generate at full length; every row draws, with everything a sampler can do. There
+    are as many as a step may draw for, tokens on trial counted. All name the same blocks, as many
+    as one row of full length has.
     """
     most = geometry.tile_limit + 1
     pictures, left = [], settings.max_num_encoder_tiles
@@ -76,7 +82,8 @@ def largest_step(
         pictures.append(min(most, left))
         left -= pictures[-1]
     items = [VisionItem(b"%d" % i, 0, 0, count, i) for i, count in enumerate(pictures)]
-    rows = min(settings.max_num_seqs, settings.max_num_batched_tokens)
+    draws = max(settings.max_num_seqs, 1 + most_on_trial(settings, device.type))
+    rows = min(draws, settings.max_num_batched_tokens)
     ids, blocks = [0] * max_model_len, list(range(-(-max_model_len // settings.block_size)))
     sampling = SamplingParams(
         # So flat that top_p cannot be found among the likeliest tokens alone.

@@ -45,6 +45,8 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     ``new_blocks`` are appended to the row's block table before. With ``sample`` the last
     position computed is the sequence's last token, and the next one is drawn and appended to
     the row by the runner itself. The token at ``start`` may be one that the step before draws.
+    The last of these positions may hold ``speculated`` tokens, which the row does not have: behind
+    each that is right, which is the one drawn in its place, one more is drawn and appended.
     With ``score`` the tokens of the prompt that follow these positions, or those of them that its
     lookup names, are looked up in their logits.
     """
@@ -55,6 +57,7 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     new_blocks: list[int]
     sample: bool
     score: bool = False
+    speculated: tuple[int, ...] = ()
 
 
 class Copy(msgspec.Struct, frozen=True, gc=False):
@@ -114,9 +117,9 @@ class Sampled(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """The runner's answer: one Sampled per Work with ``sample``, in the plan's order, and for each
-    with ``score`` an entry per position that another token of the prompt follows, or per one of
-    these that its lookup names.
+    """The runner's answer: one Sampled per Work with ``sample``, in the plan's order, with one more
+    for each of its speculated tokens that was right; and for each with ``score`` an entry per
+    position that another token of the prompt follows, or per one of these that its lookup names.
     ``encode_seconds`` has what each EncodeItem took, ``seconds`` what the step did; 0: unknown."""
 
     step: int

@@ -30,7 +30,8 @@ class Row:
     """One sequence. ``index`` is its line in the tables; ``vision_end`` ends its last picture.
 
     ``turns`` are the positions of the tokens before that, fp32, where they are not the tokens'
-    numbers; behind it positions are ``saved`` less than those.
+    numbers; behind it positions are ``saved`` less than those. Behind its ``length`` tokens stand
+    as many as are ``speculated``.
     """
 
     index: int
@@ -45,6 +46,7 @@ class Row:
     turns: np.ndarray | None
     saved: int
     blocks: int = 0
+    speculated: int = 0
 
     def positions(self, start: int, count: int) -> np.ndarray:
         """Of ``count`` tokens from ``start`` on, fp32."""
@@ -165,20 +167,39 @@ class Rows:
         }
         return np.array([(*at, block) for at, block in entries.items()], dtype=np.int64).T
 
-    def append_token(self, name: str, token: int) -> None:
-        """Lengthen a row by the token drawn for it; a row that is gone is ignored."""
+    def speculate(self, name: str, tokens: Sequence[int]) -> None:
+        """Put tokens on trial behind a row's own."""
+        row = self._rows[name]
+        self._tokens[row.index, row.length : row.length + len(tokens)] = tokens
+        row.speculated = len(tokens)
+
+    def append_token(self, name: str, token: int) -> bool:
+        """Lengthen a row by the token drawn for it, and say whether that was speculated; a row that
+        is gone is ignored."""
         row = self._rows.get(name)
         if row is None:
-            return
+            return False
+        right = row.speculated > 0 and bool(self._tokens[row.index, row.length] == token)
         # The last token of a sequence of full length is never computed, nor kept.
         if row.length < self._tokens.shape[1]:
             self._tokens[row.index, row.length] = token
         row.length += 1
+        row.speculated = row.speculated - 1 if right else 0
+        return right
 
-    def sample_row(self, name: str) -> SampleRow:
-        """What the sampler must know of a sequence, without copying its tokens."""
+    def sample_rows(self, names: Sequence[str]) -> list[SampleRow]:
+        """What the sampler must know of rows to draw for. One that is named several times in
+        succession draws behind each of the tokens on trial too."""
+        found, again = [], 0
+        for name, before in zip(names, ["", *names], strict=False):
+            again = again + 1 if name == before else 0
+            found.append(self.sample_row(name, again))
+        return found
+
+    def sample_row(self, name: str, speculated: int = 0) -> SampleRow:
+        """The same of one, behind so many tokens on trial, without copying its tokens."""
         row = self._rows[name]
-        tokens = self._tokens[row.index, : row.length]
+        tokens = self._tokens[row.index, : row.length + speculated]
         prompt, output = tokens[: row.prompt_len], tokens[row.prompt_len :]
         return SampleRow(row.sampling, prompt, output, row.matcher)
 
@@ -196,19 +217,21 @@ class Rows:
         return all(self._rows[name].is_greedy for name in names)
 
     def decode_inputs(self, work: Sequence[Work], size: int) -> "array[int]":
-        """Work of one token each, int32 [4, size]: lines of the tables, ids, lengths, and how many
-        positions the pictures before have saved.
+        """Tokens behind each of which one is drawn, int32 [4, size]: lines of the tables, ids,
+        lengths, and how many positions the pictures before have saved.
 
         An id is -1 where the token is still being drawn. What is left is padding, of length 0.
         """
         lines, ids, lengths, saved = [], [], [], []
         for item in work:
-            row, start = self._rows[item.id], item.start
-            lines.append(row.index)
-            ids.append(-1 if start == row.length else self._tokens[row.index, start])
-            lengths.append(start + 1)
-            saved.append(row.saved)
-        rest = [0] * (size - len(work))
+            row = self._rows[item.id]
+            for place in range(item.start, item.start + item.count):
+                known = place < row.length + row.speculated
+                lines.append(row.index)
+                ids.append(self._tokens[row.index, place] if known else -1)
+                lengths.append(place + 1)
+                saved.append(row.saved)
+        rest = [0] * (size - len(lines))
         padding = [len(self._tokens)] * len(rest)
         return array("i", [*lines, *padding, *ids, *rest, *lengths, *rest, *saved, *rest])
 

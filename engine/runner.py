@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.choices import choose_device, choose_dtype, default_threads
+from engine.choices import choose_device, choose_dtype, choose_max_model_len, default_threads
 from engine.clock import Moment, moment, seconds_between
 from engine.core import EngineCore
 from engine.cost import CostModel
@@ -38,10 +38,11 @@ from engine.memory import LARGE, kv_blocks, largest_step, measure, shallow, with
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import DeviceRows, Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, asked, logprobs, score
-from engine.sampling.sampler import NOTHING_LEFT, draws, sample, sample_plain
+from engine.sampling.sampler import NOTHING_LEFT, draws, sample, sample_plain, sound
+from engine.speculation import most_on_trial
 from engine.trial import Trial
 from engine.vision import EncoderOutputs, Encoding, NoOutputs
-from model import ModelConfig, build_model, load_config
+from model import build_model, load_config
 from model.attention import choose
 from model.kv_cache import KVCache
 from model.parallel import Group
@@ -128,7 +129,7 @@ class ModelRunner:
         )
         self._device = device
         progress(Progress("cache"))
-        limit = _max_model_len(settings, config)
+        limit = choose_max_model_len(settings, config)
         # No more than a step may draw for: memory is set aside for the logits of so many.
         self._score_at_once = min(64, settings.max_num_seqs)
         self._draws = group.is_first
@@ -173,11 +174,11 @@ class ModelRunner:
         self._kv = KVCache(
             text, blocks=blocks, block_size=size, device=device, dtype=self._model.dtype
         )
-        self._rows = Rows(
-            capacity=settings.max_num_seqs, max_len=max_model_len, block_size=size, device=device
-        )
+        # Tokens on trial need a place in a step's inputs, be there so many sequences or not.
+        capacity = max(settings.max_num_seqs, 1 + most_on_trial(settings, device.type))
+        self._rows = Rows(capacity=capacity, max_len=max_model_len, block_size=size, device=device)
         self._device_rows = DeviceRows(
-            capacity=settings.max_num_seqs, max_blocks=-(-max_model_len // size), device=device
+            capacity=capacity, max_blocks=-(-max_model_len // size), device=device
         )
         self._begun: _Begun | None = None
         self._drawn: _Drawn | None = None
@@ -230,7 +231,7 @@ class ModelRunner:
         """Bytes that the largest step takes beside weights and caches."""
         config = self._model.config
         request, buffers, plan = largest_step(
-            settings, config.geometry, max_model_len, config.vocab_size
+            settings, config.geometry, max_model_len, config.vocab_size, self._device
         )
         names = [work.id for work in plan.work]
         digests = [item.digest for item in plan.encode]
@@ -333,7 +334,7 @@ class ModelRunner:
             self._device_rows.note(self._rows.lines(names), tokens)
             return tokens, None
         if begun.graph is not None and self._rows.are_plain(names):
-            rows = [self._rows.sample_row(name) for name in names]
+            rows = self._rows.sample_rows(names)
             tokens = begun.graph.sample(draws(rows, begun.graph.size))[: len(rows)]
             return self._group.broadcast(tokens), None
         if begun.graph is not None:
@@ -341,7 +342,7 @@ class ModelRunner:
         if self._rows.are_greedy(names):
             tokens = sample_plain(logits)
         else:
-            rows = [self._rows.sample_row(name) for name in names]
+            rows = self._rows.sample_rows(names)
             tokens = sample(logits, rows)
             likely = logprobs(logits, tokens, rows)
         self._device_rows.note(self._rows.lines(names), tokens)
@@ -353,15 +354,17 @@ class ModelRunner:
         drawn, self._drawn = self._drawn, None
         if drawn.arrived is not None:
             drawn.arrived.synchronize()
-        rows = len(drawn.names)
+        rows, sampled, done = len(drawn.names), [], None
         likely = drawn.likely.read(rows) if drawn.likely else [None] * rows
-        sampled = []
-        for name, token, entry in zip(drawn.names, drawn.tokens.tolist(), likely, strict=True):
+        tokens = sound(drawn.names, drawn.tokens.tolist())
+        for name, token, entry in zip(drawn.names, tokens, likely, strict=True):
+            if name == done:
+                continue  # behind a speculated token that was wrong
             if token < 0:
                 sampled.append(self._none_drawn(name, token))
-                continue
-            self._rows.append_token(name, token)
-            sampled.append(Sampled(name, token, logprobs=entry))
+            else:
+                sampled.append(Sampled(name, token, logprobs=entry))
+            done = None if token >= 0 and self._rows.append_token(name, token) else name
         scored = drawn.scored.read() if drawn.scored else []
         encode_seconds = drawn.encoding.seconds() if drawn.encoding else []
         seconds = seconds_between(drawn.began, drawn.ended)
@@ -376,8 +379,8 @@ class ModelRunner:
         for digest in plan.drop:
             self._vision.drop(digest)
 
-    def _compute(self, plan: StepPlan) -> _Begun:
-        """The logits of the rows to draw for, and what is looked up of prompts."""
+    def _lengthen(self, plan: StepPlan) -> None:
+        """Blocks and rows as the plan's work needs them."""
         for copy in plan.copies:
             self._kv.copy(copy.source, copy.target)
         kept = {copy.target for copy in plan.copies}
@@ -386,15 +389,22 @@ class ModelRunner:
         for work in plan.work:
             if work.new_blocks:
                 self._rows.append_blocks(work.id, work.new_blocks)
+            if work.speculated:
+                self._rows.speculate(work.id, work.speculated)
         self._device_rows.update(self._rows.appended())
+
+    def _compute(self, plan: StepPlan) -> _Begun:
+        """The logits of the rows to draw for, and what is looked up of prompts."""
+        self._lengthen(plan)
         if (begun := self._compute_single(plan)) is not None:
             return begun
         batch = self._rows.batch(plan.work)
-        names, last = [], []
+        names, last = [], list[int]()
         for work, start in zip(plan.work, batch.starts, strict=True):
             if work.sample:
-                names.append(work.id)
-                last.append(start + work.count - 1)
+                end, places = start + work.count, 1 + len(work.speculated)
+                names.extend([work.id] * places)
+                last.extend(range(end - places, end))
         scores = any(work.score for work in plan.work)
         embeddings, scored, some = self._embed(plan, batch), None, None
         if len(last) < len(embeddings):
@@ -422,11 +432,13 @@ class ModelRunner:
         return _Begun(plan.step, names, logits, scored)
 
     def _compute_single(self, plan: StepPlan) -> _Begun | None:
-        """The same in one call, where there is one for it: each row has one token, to draw for."""
-        names = [work.id for work in plan.work]
+        """The same in one call, where there is one for it: behind each token of it one is drawn."""
+        names = [work.id for work in plan.work for _ in range(work.count)]
         one = self._graphs.pick(len(names)) if self._graphs else self._single
         if one is None or not all(
-            work.count == 1 and work.sample and work.start >= self._rows[work.id].vision_end
+            work.count == 1 + len(work.speculated)
+            and work.sample
+            and work.start >= self._rows[work.id].vision_end
             for work in plan.work
         ):
             return None
@@ -470,20 +482,8 @@ class ModelRunner:
         matcher = self._rows.matcher(name)
         if matcher is not None and matcher.error:
             return Sampled(name, 0, matcher.error, stuck=True)
-        if reason == NOTHING_LEFT:
-            return Sampled(name, 0, stuck=True)
-        return Sampled(name, 0, _NOT_FINITE)
-
-
-def _max_model_len(settings: EngineSettings, config: ModelConfig) -> int:
-    if settings.max_model_len > config.max_model_len:
-        logger.info(
-            "max_model_len=%d: beyond %d tokens, the model's positions, are only prompts whose "
-            "pictures take fewer positions than tokens (v2pe_delta)",
-            settings.max_model_len,
-            config.max_model_len,
-        )
-    return settings.max_model_len or config.max_model_len
+        stuck = reason == NOTHING_LEFT
+        return Sampled(name, 0, None if stuck else _NOT_FINITE, stuck=stuck)
 
 
 def _reporter(progress: Callable[[Progress], None]) -> Callable[[int, int], None]:

@@ -29,15 +29,17 @@ import logging
 import math
 from bisect import insort
 from collections import Counter, deque
+from collections.abc import Iterator
 from functools import partial
 
 from engine.blocks import BlockPool
 from engine.cost import Allowance, CostModel, step_budget
 from engine.draft import Draft
 from engine.gate import Gate
-from engine.plan import Copy, Sampled, StepPlan, StepResult
+from engine.plan import Copy, Sampled, StepPlan, StepResult, Work
 from engine.reuse import Prefixes
 from engine.sequence import Refused, Sequence, Status
+from engine.speculation import behind, follow, most_on_trial
 from engine.vision_cache import VisionCache
 from engine.waiting import QUEUES
 from wire.logs import NOBODY, about
@@ -57,6 +59,7 @@ class Scheduler:
         self._max_tiles = settings.max_num_encoder_tiles
         self._max_seqs = settings.max_num_seqs
         self._step_seconds = step_budget(settings, ready.device)
+        self._most_on_trial = most_on_trial(settings, ready.device)
         self._pool = BlockPool(ready.blocks_total)
         self._prefixes = Prefixes(self._pool, ready.block_size, settings.enable_prefix_caching)
         # Blocks that admission leaves to the sequences already running.
@@ -75,6 +78,7 @@ class Scheduler:
         self._cached_tokens = self._prefix_queries = 0
         self._generated_tokens = 0
         self._preemptions = 0
+        self._speculated_tokens = self._accepted_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -99,6 +103,8 @@ class Scheduler:
             prefix_queries=self._prefix_queries,
             vision_queries=self._gate.queries,
             vision_hits=self._gate.hits,
+            speculated_tokens=self._speculated_tokens,
+            accepted_tokens=self._accepted_tokens,
         )
 
     def add(self, request: EngineRequest, now: float = 0.0) -> None:
@@ -184,6 +190,7 @@ class Scheduler:
 
     def _plan_running(self, draft: Draft) -> None:
         running, block_size = self._running, self._block_size
+        trial = (1 + self._most_on_trial) // max(len(running), 1) - 1
         index = 0
         while index < len(running) and draft.tokens > 0:
             sequence = running[index]
@@ -204,9 +211,20 @@ class Scheduler:
                 if grown is None:
                     continue
                 new_blocks = grown
-            draft.add(sequence, count, new_blocks)
+            speculated: tuple[int, ...] = ()
+            if trial > 0 and missing == 1:
+                most = min(trial, draft.tokens - 1 - (len(running) - index) - bool(self._waiting))
+                speculated = self._speculate(sequence, most)
+            draft.add(sequence, count, new_blocks, speculated)
             if count > 1:
                 self._prefixes.announce(sequence)
+
+    def _speculate(self, sequence: Sequence, most: int) -> tuple[int, ...]:
+        """Tokens to compute on trial behind its last one; no block is taken for them, and what is
+        drawn behind the last of them may be the last of the sequence."""
+        room = len(sequence.blocks) * self._block_size - sequence.num_known
+        left = sequence.max_len - sequence.num_known - 1
+        return sequence.speculate(min(most, room, left))
 
     def _grow(self, sequence: Sequence, draft: Draft) -> list[int] | None:
         """One more block, if need be from the sequences that arrived last; None: wait for it.
@@ -329,6 +347,9 @@ class Scheduler:
         caching, block_size, running = self._prefixes.enabled, self._block_size, Status.RUNNING
         for sequence, work in zip(sequences, plan.work, strict=True):
             drawn = next(sampled) if work.sample else None
+            right: list[Sampled] = []
+            if work.speculated and drawn is not None:
+                right, drawn = self._keep_right(sequence, work, drawn, sampled)
             if work.score:
                 sequence.take_scores(work.start, next(scored))
             if sequence.status is running:  # and not preempted since
@@ -344,7 +365,8 @@ class Scheduler:
                 continue
             if drawn is not None:
                 assert drawn.id == sequence.id, "the result is not in the plan's order"
-                outputs.append(self._accept(sequence, drawn, now))
+                output = self._accept(sequence, drawn, now)
+                outputs += behind(right, output) if right else (output,)
         assert next(sampled, None) is None, "more was sampled than planned"
         self._lift_fences(plan.step)
         return outputs
@@ -356,6 +378,19 @@ class Scheduler:
                 self._give_back(blocks, held)
             else:
                 self._fenced.append((last_step, blocks, held))
+
+    def _keep_right(
+        self, sequence: Sequence, work: Work, drawn: Sampled, sampled: Iterator[Sampled]
+    ) -> tuple[list[Sampled], Sampled]:
+        """The draws of tokens on trial that were right, and the one behind them."""
+        right, drawn = follow(work, drawn, sampled)
+        if sequence.status is Status.RUNNING:
+            sequence.keep_right(work, len(right))
+            self._waiting.charge((sequence,))
+            self._generated_tokens += len(right)
+            self._speculated_tokens += len(work.speculated)
+            self._accepted_tokens += len(right)
+        return right, drawn
 
     def _accept(self, sequence: Sequence, drawn: Sampled, now: float) -> EngineOutput:
         if drawn.error is not None or drawn.stuck:

@@ -7,8 +7,10 @@ engine. It has no phase: ``num_computed`` positions are in the KV cache and must
 
 import bisect
 import enum
+import itertools
 
-from engine.plan import NewRow, VisionSpan
+from engine.plan import NewRow, VisionSpan, Work
+from engine.speculation import Lookup
 from wire.messages import EngineRequest, PromptLogprobs, Times
 
 
@@ -40,6 +42,7 @@ class Sequence:
     ``scores`` are the log-probabilities of the prompt as far as they are known, from its second
     token on, or those of its ``lookup``; None if nobody waits for them.
     ``encode_seconds`` is what its pictures took of the encoder since the last output.
+    ``speculation`` has been asked which tokens may come; None: not yet.
     ``num_charged`` tokens were charged to the tenant, by this engine or one that died.
     ``added``, ``admitted`` and ``first_token`` are moments: it came, it first entered the batch,
     and its first token was known.
@@ -72,6 +75,7 @@ class Sequence:
         "scores",
         "sought",
         "spans",
+        "speculation",
         "started",
         "status",
         "stop_ids",
@@ -113,6 +117,7 @@ class Sequence:
         asked = asked and not request.output
         self.scores: list[PromptLogprobs] | None = [] if asked else None
         self.encode_seconds: list[float] | None = None
+        self.speculation: Lookup | None = None
         self.added = self.admitted = added
         self.first_token: float | None = None
 
@@ -150,6 +155,25 @@ class Sequence:
 
     def _scored_before(self, position: int) -> int:
         return position if self.lookup is None else bisect.bisect_left(self.lookup.at, position)
+
+    def speculate(self, most: int) -> tuple[int, ...]:
+        """Tokens that may come next, ``most`` at most, and none that would end it. The first token
+        comes alone, and a grammar takes one after the other."""
+        if most < 1 or not self.has_drawn or self.request.sampling.grammar is not None:
+            return ()
+        if self.speculation is None:
+            self.speculation = Lookup(self.request.prediction)
+        found = self.speculation.find(self.token_ids, most)
+        return tuple(itertools.takewhile(lambda token: token not in self.stop_ids, found))
+
+    def keep_right(self, work: Work, right: int) -> None:
+        """So many of the tokens on trial in ``work`` are this sequence's. What is in the cache of
+        the others will be written over."""
+        self.token_ids += work.speculated[:right]
+        self.num_known += right
+        wrong = len(work.speculated) - right
+        self.num_computed -= wrong
+        self.num_planned -= wrong
 
     def charge_encoding(self, digest: bytes, seconds: float) -> None:
         """A picture was encoded for this sequence; the first item that shows it pays."""

@@ -19,6 +19,7 @@ import msgspec
 import torch
 
 from engine.memory import encoded_pictures
+from engine.speculation import most_on_trial
 from model import CheckpointError, InternVL, ModelConfig, load_config, skeleton
 from model.awq import keep_packed
 from model.kv_cache import KVCache
@@ -143,7 +144,8 @@ def _step(
     inner = max(4 * vision.hidden_size, vision.intermediate_size)
     encoder = patches * (3 * vision.hidden_size + inner) * size
     # One rank draws from the logits of all.
-    sampling = settings.max_num_seqs * config.vocab_size * _FP32 * _OF_LOGITS
+    rows = max(settings.max_num_seqs, 1 + most_on_trial(settings, "cuda"))
+    sampling = rows * config.vocab_size * _FP32 * _OF_LOGITS
     return max(layers, encoder, sampling)
 
 

@@ -219,7 +219,8 @@ class Streams:
                 if times is not None:
                     times = msgspec.structs.replace(times, queue=times.queue + stream.waited)
             else:
-                self.gaps.observe(now - stream.last_at)
+                together = len(output.token_ids)
+                self.gaps.observe((now - stream.last_at) / together, together)
                 if times is None:  # the engine's end, which tells it, may never be read
                     times = Times(decode=now - stream.first_at)
             output = msgspec.structs.replace(output, times=times)

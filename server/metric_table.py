@@ -113,7 +113,8 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         ),
         _seconds(
             "inter_token_latency",
-            "Between the arrivals of two tokens of a choice from the engine.",
+            "Between the arrivals of two tokens of a choice from the engine. Of tokens that come "
+            "together each has its part.",
             TOKEN_SECONDS,
         ),
         _seconds(
@@ -182,6 +183,8 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         _counter("vision_cache_hits", "Of these found."),
         _counter("num_preemptions", "Choices that lost their blocks and started again."),
         _counter("encoded_tiles", "Tiles encoded."),
+        _counter("spec_decode_num_draft_tokens", "Tokens computed on trial."),
+        _counter("spec_decode_num_accepted_tokens", "Of these right, and part of an answer."),
         _counter("engine_steps", "Steps of the engine."),
         _counter("engine_step_seconds", "Time of these."),
         _counter("engine_step_predicted_seconds", "Their time as predicted before each."),

@@ -50,6 +50,8 @@ _ENGINE = {
     "internvl_vision_cache_hits_total": "vision_hits",
     "internvl_num_preemptions_total": "preemptions",
     "internvl_encoded_tiles_total": "encoded_tiles",
+    "internvl_spec_decode_num_draft_tokens_total": "speculated_tokens",
+    "internvl_spec_decode_num_accepted_tokens_total": "accepted_tokens",
     "internvl_engine_steps_total": "steps",
     "internvl_engine_step_seconds_total": "step_seconds",
     "internvl_engine_step_predicted_seconds_total": "predicted_seconds",

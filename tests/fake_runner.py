@@ -56,7 +56,8 @@ class FakeRunner:
     """Obeys plans; raises AssertionError at the first one that breaks the contract.
 
     ``fail_at`` raises RuntimeError in that step; a token in ``bad_after`` makes the row whose
-    last token it is answer with an error. EOS is drawn only with ``draws_eos``.
+    last token it is answer with an error. EOS is drawn only with ``draws_eos``; with ``draws`` only
+    so many tokens are, the first ones, so that texts repeat themselves.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class FakeRunner:
         fail_at: int | None = None,
         bad_after: frozenset[int] = frozenset(),
         draws_eos: bool = False,
+        draws: int = 0,
         cost: CostModel | None = None,
     ) -> None:
         progress(Progress("load", 1, 1))
@@ -76,7 +78,7 @@ class FakeRunner:
         self.start_cost = cost  # that steps take, exactly
         self.fail_at = fail_at
         self.bad_after = bad_after
-        self.num_draws = EOS + 1 if draws_eos else EOS
+        self.num_draws = draws or (EOS + 1 if draws_eos else EOS)
         self.rows: dict[str, Row] = {}
         self.raw: dict[str, dict[bytes, bytes]] = {}
         self.tensors: dict[bytes, list[bytes | None]] = {}  # None: the tile was not encoded
@@ -143,7 +145,8 @@ class FakeRunner:
         assert self._begun is not None
         assert self._flying is None, "the step before is not finished"
         plan, self._begun = self._begun, None
-        self._flying = plan, [self._draw(work) for work in plan.work if work.sample]
+        drawn = [token for work in plan.work if work.sample for token in self._draw_all(work)]
+        self._flying = plan, drawn
 
     def finish(self) -> StepResult:
         assert self._flying is not None, "nothing was sampled"
@@ -241,14 +244,20 @@ class FakeRunner:
             slots = ((row.blocks[at // size], at % size) for at in range(work.start))
             row.states = [self.cache[slot] for slot in slots]
         assert work.start == len(row.states), "positions are not contiguous"
-        assert work.start + work.count <= len(row.tokens), "computed beyond the known tokens"
+        tokens = [*row.tokens, *work.speculated]
+        assert work.start + work.count <= len(tokens), "computed beyond the known tokens"
         assert work.start + work.count <= len(row.blocks) * size, "no block for a position"
-        assert work.sample == (work.start + work.count == len(row.tokens))
+        assert work.sample == (work.start + work.count == len(tokens))
+        if work.speculated:
+            assert work.sample, "on trial in place of a token that is known"
+            assert self._flying is None, "on trial behind a token that is not known"
+            assert len(tokens) < self._ready.max_model_len, "nothing may be drawn behind it"
         for position in range(work.start):
             slot = row.blocks[position // size], position % size
             assert self.cache[slot] == row.states[position], "a cached position was overwritten"
         for position in range(work.start, work.start + work.count):
-            state = zlib.crc32(self._input(row, position), row.states[-1] if row.states else 0)
+            shown = self._input(row, position, tokens[position])
+            state = zlib.crc32(shown, row.states[-1] if row.states else 0)
             self.cache[row.blocks[position // size], position % size] = state
             row.states.append(state)
 
@@ -263,23 +272,37 @@ class FakeRunner:
         assert entries, "nothing to score"
         return entries
 
+    def _draw_all(self, work: Work) -> list[Sampled]:
+        """Behind the last token, and behind those on trial that are right; what is computed of
+        others is forgotten."""
+        row = self.rows[work.id]
+        found = [self._draw(work)]
+        for token in work.speculated:
+            if found[-1].error is not None or found[-1].token_id != token:
+                break
+            found.append(self._draw(work))
+        if work.speculated:
+            del row.states[len(row.tokens) - 1 :]
+        return found
+
     def _draw(self, work: Work) -> Sampled:
         row = self.rows[work.id]
+        state = row.states[len(row.tokens) - 1]
         if row.tokens[-1] in self.bad_after:
             row.tokens.append(0)  # a step under way behind it computes something
             return Sampled(work.id, 0, "the logits are not finite")
-        draw = zlib.crc32(b"%d %d" % (row.seed, len(row.tokens) - row.prompt_len), row.states[-1])
+        draw = zlib.crc32(b"%d %d" % (row.seed, len(row.tokens) - row.prompt_len), state)
         row.tokens.append(draw % self.num_draws)
         return Sampled(work.id, row.tokens[-1])
 
-    def _input(self, row: Row, position: int) -> bytes:
+    def _input(self, row: Row, position: int, token: int) -> bytes:
         if position in row.inputs:
             digest, index = row.inputs[position]
-            assert row.tokens[position] == IMAGE
+            assert token == IMAGE
             shown = self.tensors[digest][index]
             assert shown is not None, "reads a tile that is not encoded"
             return b"picture" + shown
-        return b"token%d" % row.tokens[position]
+        return b"token%d" % token
 
 
 def picture(seed: int, tiles: int = 1) -> tuple[bytes, bytes]:
@@ -328,13 +351,17 @@ class Engine:
         self,
         *,
         draws_eos: bool = False,
+        draws: int = 0,
         bad_after: frozenset[int] = frozenset(),
         cost: CostModel | None = None,
         **settings: Any,
     ) -> None:
-        defaults = {"block_size": 4, "num_kv_blocks": 64, "max_num_batched_tokens": 64}
+        defaults = {"block_size": 4, "num_kv_blocks": 64, "speculative_tokens": 0}
+        defaults |= {"max_num_batched_tokens": 64}
         self.settings = EngineSettings(**{**defaults, **settings})
-        self.runner = FakeRunner(self.settings, draws_eos=draws_eos, bad_after=bad_after, cost=cost)
+        self.runner = FakeRunner(
+            self.settings, draws_eos=draws_eos, draws=draws, bad_after=bad_after, cost=cost
+        )
         self.core = EngineCore(self.settings, self.runner, self.runner.ready())
         self.scheduler = self.core._scheduler
         self.tokens: dict[str, list[int]] = {}
@@ -368,6 +395,9 @@ class Engine:
             self.tokens.setdefault(output.id, []).extend(output.token_ids)
             if output.finish_reason is not None:
                 self.ends[output.id] = output
+        for name, sequence in self.scheduler._sequences.items():
+            known = len(sequence.request.prompt + sequence.request.output)
+            assert sequence.token_ids[known:] == self.tokens.get(name, [])
 
     def finish(self) -> None:
         """Step until nothing is left, then check that nothing is held."""
@@ -391,7 +421,7 @@ def alone_with_scores(
     *parts: int | tuple[int, int], **options: Any
 ) -> tuple[list[int], list[PromptLogprobs] | None]:
     """The same, and the log-probabilities of its prompt."""
-    draws_eos = options.pop("draws_eos", False)
+    draws_eos, draws = options.pop("draws_eos", False), options.pop("draws", 0)
     bad_after = options.pop("bad_after", frozenset())
     engine = Engine(
         num_kv_blocks=512,
@@ -399,6 +429,7 @@ def alone_with_scores(
         max_num_encoder_tiles=512,
         max_model_len=options.pop("max_model_len", 256),
         draws_eos=draws_eos,
+        draws=draws,
         bad_after=bad_after,
         enable_prefix_caching=False,
     )

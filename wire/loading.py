@@ -56,6 +56,8 @@ def load(cli: Mapping[str, str], env: Mapping[str, str], file: Path | None = Non
         raise SettingError("root_path must begin with a slash, and not end with one")
     engine = EngineSettings(**given["engine"])
     check_ranks(engine)
+    if engine.async_scheduling == "on" and engine.speculative_tokens > 0:
+        raise SettingError("speculative_tokens goes with async_scheduling 'auto' or 'off'")
     critic = CriticSettings(**given["critic"])
     tracing = TracingSettings(**given["tracing"])
     return Settings(server, MediaSettings(**given["media"]), engine, critic, tracing)

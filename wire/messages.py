@@ -38,6 +38,8 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request"):
     ``output`` holds the tokens that an engine which died had generated of it: the sequence goes on
     behind them, and none of them is reported again.
     ``origin`` is the X-Request-Id of who asked, for the log.
+    ``prediction`` is text that may come in part, as tokens; only how long the answer takes depends
+    on it.
     """
 
     id: str
@@ -50,6 +52,7 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request"):
     tenant: bytes = b""
     weight: float = 1.0
     origin: str = NOBODY
+    prediction: list[int] = []
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -155,6 +158,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prefix_queries: int = 0
     vision_queries: int = 0
     vision_hits: int = 0
+    speculated_tokens: int = 0  # that were computed on trial, and those that were right
+    accepted_tokens: int = 0
 
     def behind(self, past: "EngineStats") -> "EngineStats":
         """The counters of this engine and of those before it, without gauges."""

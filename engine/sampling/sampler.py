@@ -82,6 +82,18 @@ def highest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.gather(-1, places[:, None])[:, 0], places
 
 
+def sound(names: Sequence[str], tokens: Sequence[int]) -> Sequence[int]:
+    """What was drawn, by row; NOT_FINITE for all of a row that has it behind any of its tokens on
+    trial, be that a wrong one: what is not a number stays in the cache behind the row's end, and
+    who copies the block would have it."""
+    if NOT_FINITE not in tokens:
+        return tokens
+    sick = {name for name, token in zip(names, tokens, strict=True) if token == NOT_FINITE}
+    return [
+        NOT_FINITE if name in sick else token for name, token in zip(names, tokens, strict=True)
+    ]
+
+
 def _is_fused(logits: Tensor) -> bool:
     """Whether one kernel draws. Triton is imported then, which takes a while and is not
     everywhere."""

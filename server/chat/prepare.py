@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -29,7 +29,7 @@ from server.files import FileStore
 from server.grammars import GrammarChecker
 from server.handles import Handle
 from server.limits import GUESS, Spending
-from server.schemas.chat import ChatRequest
+from server.schemas.chat import ChatRequest, Prediction
 from server.schemas.generation import Generation
 from server.tokenizer import Tokenizer
 from wire.channel import Buffer
@@ -153,6 +153,9 @@ async def prepare(
     frames = [video.frames for video in gallery.videos]
     with span("prompt"):
         prompt = await run(model.prompts.build, canvas.segments, gallery.pictures, frames)
+        predicted = []
+        if request.prediction is not None:
+            predicted = await run(_predicted, request.prediction, model)
     shown = account(gallery, conversation, canvas.segments, model.ready.geometry.tokens_per_tile)
     visual = [one.facts.tokens for one in shown]
     items = place(prompt.items, canvas.delta, len(prompt.ids) + canvas.reserve, model.ready)
@@ -180,7 +183,7 @@ async def prepare(
     options = request.stream_options
     named = request.tool_choice is not None and request.tool_choice.single
     return PreparedChat(
-        engine=engine_request(request, identity, prompt.ids, items, sampling, tenant),
+        engine=engine_request(request, identity, prompt.ids, items, sampling, tenant, predicted),
         buffers=[picture.tiles for picture in prompt.buffers],
         n=request.choices,
         model=model,
@@ -306,6 +309,7 @@ def engine_request(
     items: list[VisionItem],
     sampling: SamplingParams,
     tenant: Tenant,
+    prediction: Sequence[int] = (),
 ) -> EngineRequest:
     """What the engine is asked."""
     return EngineRequest(
@@ -318,6 +322,7 @@ def engine_request(
         priority=_priority(request, tenant),
         tenant=tenant.id,
         weight=tenant.weight,
+        prediction=list(prediction),
     )
 
 
@@ -455,6 +460,10 @@ def _echo(request: ChatRequest, conversation: Conversation) -> str:
     if not request.echo or last.role != "assistant":
         return ""
     return "".join(part for part in last.content if isinstance(part, str))
+
+
+def _predicted(prediction: Prediction, model: ServedModel) -> list[int]:
+    return model.prompts.predict(prediction.text)
 
 
 def _render(

@@ -15,6 +15,9 @@ from wire.geometry import PromptFormat
 from wire.messages import VisionItem
 from wire.tokenizer_file import TokenizerError
 
+# Characters of a predicted text that are read, for each token that a sequence may have.
+_LONG_TOKEN = 16
+
 # Names a client may use for the tokens they stand for: grounding marks, and the tags of tool
 # calls, which the tokenizer does not count among its special tokens.
 ALLOWED = (
@@ -164,6 +167,12 @@ class PromptBuilder:
         """The same for a text of any length."""
         encode = self._encode_special if special else self._tokenizer.encode
         return [*(self._tokenizer.bos if bos else ()), *encode(text)]
+
+    def predict(self, text: str) -> list[int]:
+        """Ids of a text that may come as an answer, no more than a sequence may have. A name in it
+        is what it is in a user's text."""
+        most = self._max_model_len
+        return self._encode_turn(text[: most * _LONG_TOKEN])[:most]
 
     def check_ids(self, ids: Sequence[int], param: str, vocab_size: int) -> None:
         """Raise InvalidRequest where these cannot be a prompt."""

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
-from server.schemas.form import Form, OrText, clip, clip_name, wrong
+from server.schemas.form import Form, OrText, clip, clip_name, one_of, wrong
 from server.schemas.generation import MAX_CHOICES, Generation
 from wire.positions import STEPS
 from wire.sampling import MAX_LOGPROBS
@@ -342,13 +342,29 @@ def _best_of(value: object) -> object:
     return value
 
 
+class Prediction(Form):
+    """What much of the answer is expected to be."""
+
+    type: Literal["content"]
+    content: Annotated[
+        list[Annotated[TextPart, BeforeValidator(one_of("text"))]],
+        Field(max_length=MAX_PARTS),
+        BeforeValidator(_parts),
+        OrText(),
+    ]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(part.text for part in self.content)
+
+
 class ChatRequest(Generation):
     """POST /v1/chat/completions: the fields that have an effect."""
 
     ignored = Generation.ignored | {
         "metadata",
         "moderation",
-        "prediction",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -392,6 +408,7 @@ class ChatRequest(Generation):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: _Choice = None
     parallel_tool_calls: bool | None = None
+    prediction: Annotated[Prediction, BeforeValidator(one_of("content"))] | None = None
     # vLLM's extensions
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -61,7 +61,8 @@ def wrong(message: str, field: str = "") -> PydanticCustomError:
 
 def one_of(*kinds: str) -> Callable[[object], object]:
     """A check, before anything else, that a value is an object with one of these types."""
-    supported = f"{', '.join(map(repr, kinds[:-1]))} and {kinds[-1]!r}" if kinds[1:] else kinds[0]
+    *others, last = map(repr, kinds)
+    supported = f"are {', '.join(others)} and {last}" if others else f"is {last}"
 
     def check(value: object) -> object:
         if not isinstance(value, dict):
@@ -69,7 +70,7 @@ def one_of(*kinds: str) -> Callable[[object], object]:
         kind = value.get("type")
         if kind not in kinds:
             found = clip(kind) if "type" in value else "missing"
-            raise wrong(f"is {found}; supported are {supported}", "type")
+            raise wrong(f"is {found}; supported {supported}", "type")
         return value
 
     return check

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from openai.types.chat import chat_completion_message_param as messages
 
 from server.routes.body import MAX_TOLD
-from server.schemas.chat import ImagePart, Message, TextPart
+from server.schemas.chat import ImagePart, Message, Prediction, TextPart
 from server.schemas.form import Form
 from tests.api.conftest import House, Houses
 from tests.api.test_errors import error_of
@@ -134,14 +134,15 @@ async def test_an_answer_may_come_back_as_a_message_where_fields_are_strict(hous
         assert HEADER not in again.headers
 
 
-def test_no_field_of_the_official_messages_is_unknown() -> None:
+def test_no_field_of_the_official_messages_and_predictions_is_unknown() -> None:
     known: list[tuple[Any, type[Form]]] = [
         (official.ChatCompletionContentPartTextParam, TextPart),
         (official.ChatCompletionContentPartImageParam, ImagePart),
+        (official.ChatCompletionPredictionContentParam, Prediction),
     ]
     kinds = typing.get_args(messages.ChatCompletionMessageParam)
     known += [(kind, Message) for kind in kinds]
-    assert len(known) > 6
+    assert len(known) > 7
     for params, form in known:
         assert set(typing.get_type_hints(params)) <= {*form.model_fields, *form.ignored}
 

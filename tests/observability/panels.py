@@ -256,6 +256,16 @@ ROWS: dict[str, Sequence[Panel]] = {
             },
         ),
         Panel(
+            "Tokens on trial",
+            "Computed because they came next before in the same text, and of these right: each of "
+            "them saved its sequence a step.",
+            "short",
+            {
+                "tried": rate("spec_decode_num_draft_tokens_total"),
+                "right": rate("spec_decode_num_accepted_tokens_total"),
+            },
+        ),
+        Panel(
             "Lengths",
             "Tokens of prompts and of answers.",
             "short",

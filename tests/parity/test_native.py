@@ -307,7 +307,8 @@ def test_tokens_do_not_depend_on_how_they_are_served(
 ) -> None:
     requests = test_scheduled.requests()
     how = {"async_scheduling": mode, "quantization": kind}
-    alone = serve(folder, [[r] for r in requests], enable_prefix_caching=False, quantization=kind)
+    single = {"enable_prefix_caching": False, "speculative_tokens": 0}
+    alone = serve(folder, [[r] for r in requests], quantization=kind, **single)
     assert len({tuple(row) for row in alone.values()}) == len(requests)
     assert serve(folder, [requests], **how) == alone
     cramped = {"max_num_batched_tokens": 7, "num_kv_blocks": 6, "max_num_seqs": 5}

@@ -114,9 +114,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, list[int]]:
-    """Each request by itself, its prompt in one chunk and wholly computed."""
+    """Each request by itself, its prompt in one chunk and wholly computed, a token per step."""
     single = [[request] for request in requests()]
-    tokens, core = run(folder, single, enable_prefix_caching=False)
+    tokens, core = run(folder, single, enable_prefix_caching=False, speculative_tokens=0)
     assert core._scheduler.stats.preemptions == 0
     assert len({tuple(row) for row in tokens.values()}) == COUNT
     return tokens

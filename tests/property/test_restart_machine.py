@@ -63,9 +63,17 @@ class Restarts(RuleBasedStateMachine):
         cached=st.booleans(),
         pipelined=st.sampled_from(["on", "off"]),
         tells=st.booleans(),
+        draws=st.sampled_from([0, 3]),
     )
     def start(
-        self, blocks: int, tokens: int, seqs: int, cached: bool, pipelined: str, tells: bool
+        self,
+        blocks: int,
+        tokens: int,
+        seqs: int,
+        cached: bool,
+        pipelined: str,
+        tells: bool,
+        draws: int,
     ) -> None:
         self.loop = asyncio.new_event_loop()
         self.settings = EngineSettings(
@@ -79,6 +87,7 @@ class Restarts(RuleBasedStateMachine):
             async_scheduling=pipelined,
         )
         self.capacity = blocks * 3
+        self.draws = draws
         self.tells = tells  # who was being computed at a death
         self.streams = Streams(self.send, trial=1)
         self.core: EngineCore | None = None
@@ -101,7 +110,7 @@ class Restarts(RuleBasedStateMachine):
     @precondition(lambda self: self.core is None)
     @rule()
     def connect(self) -> None:
-        self.runner = MortalRunner(self.settings, draws_eos=True)
+        self.runner = MortalRunner(self.settings, draws_eos=True, draws=self.draws)
         self.runner.deadly = self.deadly
         self.core = EngineCore(self.settings, self.runner, self.runner.ready())
         self.unread: list[tuple[EngineRequest | Abort, Sequence[Buffer]]] = []
@@ -282,7 +291,7 @@ class Restarts(RuleBasedStateMachine):
                 continue
             longest = min(self.capacity + 1, 256)
             whole, scores = alone_with_scores(
-                *parts, **options, draws_eos=True, max_model_len=longest
+                *parts, **options, draws_eos=True, draws=self.draws, max_model_len=longest
             )
             got = self.tokens.get(name, [])
             assert self.scores.get(name) == (scores if got else None)

@@ -54,6 +54,8 @@ class Traffic(RuleBasedStateMachine):
         tiles=st.integers(1, 6),
         cache_tiles=st.integers(1, 6),
         pipelined=st.sampled_from(["on", "off"]),
+        on_trial=st.sampled_from([0, 5, 9]),
+        draws=st.sampled_from([0, 3]),
         policy=st.sampled_from(["fcfs", "priority", "fair"]),
         bad_after=st.sampled_from([frozenset(), frozenset({7, 50, 81})]),
         budget=st.sampled_from([0.0, 0.0, 1.0, 8.0, 30.0]),
@@ -68,6 +70,8 @@ class Traffic(RuleBasedStateMachine):
         tiles: int,
         cache_tiles: int,
         pipelined: str,
+        on_trial: int,
+        draws: int,
         policy: str,
         bad_after: frozenset[int],
         budget: float,
@@ -82,6 +86,8 @@ class Traffic(RuleBasedStateMachine):
             max_num_encoder_tiles=tiles,
             encoder_cache_bytes=cache_tiles * TILE_BYTES,
             async_scheduling=pipelined,
+            speculative_tokens=on_trial,
+            draws=draws,
             scheduling_policy=policy,
             step_budget_ms=budget,
             draws_eos=True,
@@ -90,6 +96,7 @@ class Traffic(RuleBasedStateMachine):
         )
         self.budget = budget / 1000 or math.inf
         self.bad_after = bad_after
+        self.draws = draws
         self.requests: dict[str, tuple[Parts, dict[str, Any]]] = {}
         self.aborted: set[str] = set()
 
@@ -149,7 +156,7 @@ class Traffic(RuleBasedStateMachine):
         """Beside rows that generate, and behind the end of a prompt where nobody does, prompts and
         pictures keep to what is left of the budget, or are a single tile and position."""
         assert cost is not None
-        rows = [w for w in plan.work if w.count == 1 and w.sample]
+        rows = [w for w in plan.work if w.count == 1 + len(w.speculated) and w.sample]
         prompts = [w for w in plan.work if w not in rows]
         started = {new.id for new in plan.new_rows}
         generating = [w.start for w in rows if w.id not in started]
@@ -211,6 +218,8 @@ class Traffic(RuleBasedStateMachine):
         self.engine.finish()
         event(f"preempted {self.engine.scheduler.stats.preemptions > 0}")
         event(f"found {self.engine.scheduler.stats.cached_tokens > 0}")
+        event(f"speculated {self.engine.scheduler.stats.speculated_tokens > 0}")
+        event(f"accepted {self.engine.scheduler.stats.accepted_tokens > 0}")
         event(f"copied {any(plan.copies for plan in self.engine.runner.plans)}")
         assert set(self.engine.ends) == set(self.requests) - self.aborted
         for name, (parts, options) in self.requests.items():
@@ -223,6 +232,7 @@ class Traffic(RuleBasedStateMachine):
                 *parts,
                 **options,
                 draws_eos=True,
+                draws=self.draws,
                 bad_after=self.bad_after,
                 max_model_len=min(self.capacity + 1, 256),
             )

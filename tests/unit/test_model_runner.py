@@ -64,7 +64,7 @@ def test_the_warm_up_leaves_nothing_behind(folder: Path, blocks: int) -> None:
 def test_a_context_beyond_the_positions_is_told_apart_from_them(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO", "engine.runner"):
+    with caplog.at_level("INFO", "engine.choices"):
         ready = ModelRunner(settings(folder, max_model_len=1025)).ready()
     assert "beyond 1024 tokens, the model's positions" in caplog.text
     assert (ready.max_model_len, ready.max_positions) == (1025, 1024)

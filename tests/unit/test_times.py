@@ -201,6 +201,22 @@ async def test_the_gaps_between_tokens_are_those_of_their_arrival(clock: Clock) 
     assert (reader.streams.gaps.count, reader.streams.gaps.sum) == (3, 1.0)
 
 
+async def test_of_tokens_that_come_together_each_has_its_part(clock: Clock) -> None:
+    reader = Reader()
+    await reader.ask()
+    reader.say(1)
+    clock.now += 1.0
+    reader.say(2, 3, 4, 5)
+    clock.now += 0.5
+    reader.say(6, end="length")
+    await reader.task
+    assert list(reader.streams.gaps.buckets()) == [
+        (bound, 0 if float(bound) < 0.25 else 4 if float(bound) < 0.5 else 5)
+        for bound, _ in reader.streams.gaps.buckets()
+    ]
+    assert (reader.streams.gaps.count, reader.streams.gaps.sum) == (5, 1.5)
+
+
 async def test_who_leaves_before_the_end_knows_how_long_its_tokens_took_to_arrive(
     clock: Clock,
 ) -> None:
