@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import engine.__main__ as engine_main
@@ -23,13 +24,13 @@ from wire.messages import Progress
 from wire.settings import EngineSettings
 
 # Seconds that are added to each step, so that streams overlap for a while; and while a fault waits
-# for others to come.
+# for whom it is meant.
 PACE, SLOW = 0.01, 0.2
 
 
 @dataclass(frozen=True)
 class Fault:
-    """``how`` a step fails that computes at least ``rows`` rows, or the row whose seed is ``seed``.
+    """``how`` a step fails that computes at least ``rows`` rows, and draws for one of this ``seed``.
 
     ``once``: the file goes before the fault comes; else every such step suffers it.
     """
@@ -45,28 +46,23 @@ class FaultyRunner(ModelRunner):
 
     file: Path | None = None
 
-    def begin(self, plan: StepPlan) -> None:
-        if self.file is not None:
-            fault = self._fault()
-            time.sleep(SLOW if fault is not None and fault.rows > len(plan.work) else PACE)
-        super().begin(plan)
-
     def _compute(self, plan: StepPlan) -> Any:
         begun = super()._compute(plan)
         fault = self._fault()
-        if self.file is None or fault is None:
+        if self.file is None:
             return begun
         seeds = [self._rows[work.id].sampling.seed for work in plan.work]
-        if len(seeds) < fault.rows or (fault.seed is not None and fault.seed not in seeds):
+        drawing = np.repeat(seeds, [work.sample + len(work.speculated) for work in plan.work])
+        if fault is None or len(seeds) < fault.rows or fault.seed not in [None, *drawing]:
+            time.sleep(PACE if fault is None else SLOW)
             return begun
         if fault.once:
             self.file.unlink()
         if fault.how == "nan":
             assert begun.logits is not None
-            drawing = [s for s, work in zip(seeds, plan.work, strict=True) if work.sample]
-            begun.logits[drawing.index(fault.seed)] = torch.nan
-            return begun
-        fail(fault.how)
+            begun.logits[torch.from_numpy(drawing == fault.seed)] = torch.nan
+        else:
+            fail(fault.how)
         return begun
 
     def _fault(self) -> Fault | None:
