@@ -27,7 +27,7 @@ from benchmarks.table import aligned
 from engine.core import EngineCore
 from engine.runner import ModelRunner
 from server.tokenizer import Tokenizer
-from wire.messages import EngineRequest
+from wire.messages import EngineRequest, pack
 from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
 
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, (prompt, answer, prediction) in texts(arguments.model, arguments.tokens).items():
         for count in arguments.sequences:
             requests = [
-                EngineRequest(f"{name} {number}", prompt, sampling, prediction=prediction)
+                EngineRequest(f"{name} {number}", prompt, sampling, prediction=pack(prediction))
                 for number in range(count)
             ]
             Dictated.texts = {request.id: answer for request in requests}

@@ -18,7 +18,7 @@ from engine.cost import CostModel, Pace
 from engine.plan import StepPlan, StepResult
 from engine.scheduler import Scheduler
 from engine.sequence import Refused
-from engine.speculation import most_on_trial
+from engine.speculation import max_speculated
 from wire.channel import Buffer
 from wire.errors import InvalidRequest
 from wire.logs import about
@@ -34,6 +34,7 @@ from wire.messages import (
     Ready,
     StepReport,
     ToEngine,
+    unpack,
 )
 from wire.settings import EngineSettings
 
@@ -88,8 +89,8 @@ class EngineCore:
         self._ready = ready
         self._scheduler = Scheduler(settings, ready)
         self._pace = Pace(runner.cost())
-        mode, on_trial = settings.async_scheduling, most_on_trial(settings, ready.device)
-        waits = on_trial or ready.device.startswith("cpu")
+        mode, speculated = settings.async_scheduling, max_speculated(settings, ready.device)
+        waits = speculated or ready.device.startswith("cpu")
         self._pipelined = mode == "on" or (mode == "auto" and not waits)
         self._flying: StepPlan | None = None  # sampled, not finished
         self._refused: list[EngineOutput] = []
@@ -234,12 +235,15 @@ class EngineCore:
         """
         try:
             request.sampling.check()
+            prediction = unpack(request.prediction)
         except InvalidRequest as error:
             raise Refused(error.message) from None
+        except TypeError:
+            raise Refused("the prediction ends within a token") from None
         if request.sampling.grammar is not None and not self._ready.grammars:
             raise Refused("the checkpoint has no tokenizer that a grammar can use")
         named = [*request.sampling.named_tokens()]
-        for ids in (request.prompt, request.output, request.prediction, named):
+        for ids in (request.prompt, request.output, prediction, named):
             if ids and not (min(ids) >= 0 and max(ids) < self._ready.vocab_size):
                 raise Refused("the request names an id that the model does not know")
         lookup = request.sampling.lookup

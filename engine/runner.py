@@ -39,7 +39,7 @@ from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import DeviceRows, Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, asked, logprobs, score
 from engine.sampling.sampler import NOTHING_LEFT, draws, sample, sample_plain, sound
-from engine.speculation import most_on_trial
+from engine.speculation import max_speculated
 from engine.trial import Trial
 from engine.vision import EncoderOutputs, Encoding, NoOutputs
 from model import build_model, load_config
@@ -175,7 +175,7 @@ class ModelRunner:
             text, blocks=blocks, block_size=size, device=device, dtype=self._model.dtype
         )
         # Tokens on trial need a place in a step's inputs, be there so many sequences or not.
-        capacity = max(settings.max_num_seqs, 1 + most_on_trial(settings, device.type))
+        capacity = max(settings.max_num_seqs, 1 + max_speculated(settings, device.type))
         self._rows = Rows(capacity=capacity, max_len=max_model_len, block_size=size, device=device)
         self._device_rows = DeviceRows(
             capacity=capacity, max_blocks=-(-max_model_len // size), device=device

@@ -39,7 +39,7 @@ from engine.gate import Gate
 from engine.plan import Copy, Sampled, StepPlan, StepResult, Work
 from engine.reuse import Prefixes
 from engine.sequence import Refused, Sequence, Status
-from engine.speculation import behind, follow, most_on_trial
+from engine.speculation import behind, follow, max_speculated
 from engine.vision_cache import VisionCache
 from engine.waiting import QUEUES
 from wire.logs import NOBODY, about
@@ -59,7 +59,7 @@ class Scheduler:
         self._max_tiles = settings.max_num_encoder_tiles
         self._max_seqs = settings.max_num_seqs
         self._step_seconds = step_budget(settings, ready.device)
-        self._most_on_trial = most_on_trial(settings, ready.device)
+        self._max_speculated = max_speculated(settings, ready.device)
         self._pool = BlockPool(ready.blocks_total)
         self._prefixes = Prefixes(self._pool, ready.block_size, settings.enable_prefix_caching)
         # Blocks that admission leaves to the sequences already running.
@@ -190,7 +190,7 @@ class Scheduler:
 
     def _plan_running(self, draft: Draft) -> None:
         running, block_size = self._running, self._block_size
-        trial = (1 + self._most_on_trial) // max(len(running), 1) - 1
+        each = (1 + self._max_speculated) // max(len(running), 1) - 1
         index = 0
         while index < len(running) and draft.tokens > 0:
             sequence = running[index]
@@ -212,8 +212,8 @@ class Scheduler:
                     continue
                 new_blocks = grown
             speculated: tuple[int, ...] = ()
-            if trial > 0 and missing == 1:
-                most = min(trial, draft.tokens - 1 - (len(running) - index) - bool(self._waiting))
+            if each > 0 and missing == 1:
+                most = min(each, draft.tokens - 1 - (len(running) - index) - bool(self._waiting))
                 speculated = self._speculate(sequence, most)
             draft.add(sequence, count, new_blocks, speculated)
             if count > 1:

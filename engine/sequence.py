@@ -10,7 +10,7 @@ import enum
 import itertools
 
 from engine.plan import NewRow, VisionSpan, Work
-from engine.speculation import Lookup
+from engine.speculation import PromptLookup
 from wire.messages import EngineRequest, PromptLogprobs, Times
 
 
@@ -117,7 +117,7 @@ class Sequence:
         asked = asked and not request.output
         self.scores: list[PromptLogprobs] | None = [] if asked else None
         self.encode_seconds: list[float] | None = None
-        self.speculation: Lookup | None = None
+        self.speculation: PromptLookup | None = None
         self.added = self.admitted = added
         self.first_token: float | None = None
 
@@ -162,7 +162,7 @@ class Sequence:
         if most < 1 or not self.has_drawn or self.request.sampling.grammar is not None:
             return ()
         if self.speculation is None:
-            self.speculation = Lookup(self.request.prediction)
+            self.speculation = PromptLookup(self.request.prediction)
         found = self.speculation.find(self.token_ids, most)
         return tuple(itertools.takewhile(lambda token: token not in self.stop_ids, found))
 

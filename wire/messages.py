@@ -4,6 +4,9 @@ Pixels do not travel inside a message: a ``VisionItem`` names the index of its r
 the channel sends beside the message.
 """
 
+from array import array
+from collections.abc import Iterable
+
 import msgspec
 
 from wire.geometry import PromptFormat, VisionGeometry
@@ -38,8 +41,8 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request"):
     ``output`` holds the tokens that an engine which died had generated of it: the sequence goes on
     behind them, and none of them is reported again.
     ``origin`` is the X-Request-Id of who asked, for the log.
-    ``prediction`` is text that may come in part, as tokens; only how long the answer takes depends
-    on it.
+    ``prediction`` is text that may come in part, its tokens by ``pack``; only how long the answer
+    takes depends on it. How many tokens of prompts may wait is limited, and of these is not.
     """
 
     id: str
@@ -52,7 +55,17 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request"):
     tenant: bytes = b""
     weight: float = 1.0
     origin: str = NOBODY
-    prediction: list[int] = []
+    prediction: bytes = b""
+
+
+def pack(ids: Iterable[int]) -> bytes:
+    """Token ids as int32, which take a tenth of what a list does."""
+    return array("i", ids).tobytes()
+
+
+def unpack(ids: bytes) -> "memoryview[int]":
+    """The ids that were packed. Raises TypeError where the last is cut."""
+    return memoryview(ids).cast("i")
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -153,7 +153,7 @@ async def prepare(
     frames = [video.frames for video in gallery.videos]
     with span("prompt"):
         prompt = await run(model.prompts.build, canvas.segments, gallery.pictures, frames)
-        predicted = []
+        predicted = b""
         if request.prediction is not None:
             predicted = await run(_predicted, request.prediction, model)
     shown = account(gallery, conversation, canvas.segments, model.ready.geometry.tokens_per_tile)
@@ -309,7 +309,7 @@ def engine_request(
     items: list[VisionItem],
     sampling: SamplingParams,
     tenant: Tenant,
-    prediction: Sequence[int] = (),
+    prediction: bytes = b"",
 ) -> EngineRequest:
     """What the engine is asked."""
     return EngineRequest(
@@ -322,7 +322,7 @@ def engine_request(
         priority=_priority(request, tenant),
         tenant=tenant.id,
         weight=tenant.weight,
-        prediction=list(prediction),
+        prediction=prediction,
     )
 
 
@@ -462,7 +462,7 @@ def _echo(request: ChatRequest, conversation: Conversation) -> str:
     return "".join(part for part in last.content if isinstance(part, str))
 
 
-def _predicted(prediction: Prediction, model: ServedModel) -> list[int]:
+def _predicted(prediction: Prediction, model: ServedModel) -> bytes:
     return model.prompts.predict(prediction.text)
 
 

@@ -12,7 +12,7 @@ from server.chat import tools
 from server.tokenizer import Tokenizer
 from wire.errors import ContextTooLong, InvalidRequest
 from wire.geometry import PromptFormat
-from wire.messages import VisionItem
+from wire.messages import VisionItem, pack
 from wire.tokenizer_file import TokenizerError
 
 # Characters of a predicted text that are read, for each token that a sequence may have.
@@ -168,11 +168,11 @@ class PromptBuilder:
         encode = self._encode_special if special else self._tokenizer.encode
         return [*(self._tokenizer.bos if bos else ()), *encode(text)]
 
-    def predict(self, text: str) -> list[int]:
-        """Ids of a text that may come as an answer, no more than a sequence may have. A name in it
-        is what it is in a user's text."""
+    def predict(self, text: str) -> bytes:
+        """Packed ids of a text that may come as an answer, no more than a sequence may have. A name
+        in it is what it is in a user's text."""
         most = self._max_model_len
-        return self._encode_turn(text[: most * _LONG_TOKEN])[:most]
+        return pack(self._encode_turn(text[: most * _LONG_TOKEN])[:most])
 
     def check_ids(self, ids: Sequence[int], param: str, vocab_size: int) -> None:
         """Raise InvalidRequest where these cannot be a prompt."""

@@ -13,7 +13,7 @@ from tests.api.conftest import House, Houses
 from tests.api.test_errors import check_refusal
 from tests.fake_engine import FakeEngine, make_ready, say
 from tests.small_tokenizer import encode_rendered, reference
-from wire.messages import EngineRequest
+from wire.messages import EngineRequest, pack, unpack
 
 HELLO: Any = [{"role": "user", "content": "Hello!"}]
 TEXT = "A red circle, 你是 café.\n"
@@ -47,13 +47,13 @@ async def test_all_of_it_reaches_the_engine_and_nothing_else_differs(
     assert other.status_code == 200
     assert other.json()["usage"] == plain.json()["usage"]
     without, asked = [msgspec.structs.replace(each, id="") for each in house.engine.requests]
-    assert asked.prediction == ids
-    assert msgspec.structs.replace(asked, prediction=[]) == without
+    assert asked.prediction == pack(ids)
+    assert msgspec.structs.replace(asked, prediction=b"") == without
 
 
 async def test_null_is_none(house: House) -> None:
     assert (await house.ask(prediction=None)).status_code == 200
-    assert house.engine.requests[0].prediction == []
+    assert house.engine.requests[0].prediction == b""
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,11 @@ async def test_names_in_it_are_what_they_are_in_a_users_text(house: House) -> No
         vocabulary.token_to_id(name)
         for name in ("<|im_end|>", "<|im_start|>", "<img>", "<IMG_CONTEXT>", "<|endoftext|>")
     }
-    assert special.isdisjoint(plain.prediction)
-    assert vocabulary.decode(plain.prediction) == text
-    assert marked.prediction == encode_rendered(boxes)
+    assert special.isdisjoint(unpack(plain.prediction))
+    assert vocabulary.decode(unpack(plain.prediction)) == text
+    assert marked.prediction == pack(encode_rendered(boxes))
     for request in (plain, marked):  # the prompt's text is cut where a turn begins and ends
-        inside = request.prediction[1:-1]
+        inside = unpack(request.prediction)[1:-1].tolist()
         found = range(len(request.prompt) - len(inside) + 1)
         assert any(request.prompt[at : at + len(inside)] == inside for at in found)
 
@@ -120,7 +120,7 @@ async def test_more_than_the_context_holds_is_cut(houses: Houses, tokens: int) -
     text = " red" * tokens
     assert (await house.ask(**content(text))).status_code == 200
     assert len(encode_rendered(" red" * 64)) >= 64
-    assert house.engine.requests[0].prediction == encode_rendered(" red" * 64)[:64][:tokens]
+    assert house.engine.requests[0].prediction == pack(encode_rendered(" red" * 64)[:64][:tokens])
 
 
 async def test_what_is_cut_is_not_tokenised(
@@ -142,7 +142,7 @@ async def test_a_long_one_is_tokenised_in_a_thread(
     here = []
     predict = PromptBuilder.predict
 
-    def noting(builder: PromptBuilder, text: str) -> list[int]:
+    def noting(builder: PromptBuilder, text: str) -> bytes:
         here.append(threading.current_thread() is threading.main_thread())
         return predict(builder, text)
 
@@ -157,7 +157,7 @@ async def test_all_choices_have_it(house: House, field: dict[str, Any]) -> None:
     house.engine.script = say("Yes")
     assert (await house.ask(**content(TEXT), **field)).status_code == 200
     found = [request.prediction for request in house.engine.requests]
-    assert found == [encode_rendered(TEXT)] * 3
+    assert found == [pack(encode_rendered(TEXT))] * 3
 
 
 @pytest.mark.parametrize("value", [TEXT, parts("A red ", "circle.")])
@@ -175,7 +175,7 @@ async def test_the_official_client_sends_it(house: House, value: Any) -> None:
     assert whole.usage.completion_tokens_details is None  # it does not tell what came of it
 
     def predicted(request: EngineRequest) -> str:
-        return reference().decode(request.prediction)
+        return reference().decode(unpack(request.prediction))
 
     expected = value if isinstance(value, str) else "A red circle."
     assert [*map(predicted, house.engine.requests)] == [expected] * 2

@@ -30,7 +30,7 @@ PACE, SLOW = 0.01, 0.2
 
 @dataclass(frozen=True)
 class Fault:
-    """``how`` a step fails that computes at least ``rows`` rows, and draws for one of this ``seed``.
+    """``how`` a step fails that computes at least ``rows`` rows, and draws for one with ``seed``.
 
     ``once``: the file goes before the fault comes; else every such step suffers it.
     """

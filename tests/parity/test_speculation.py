@@ -16,7 +16,7 @@ from tests.parity.test_on_a_device import THERE, without_kernels
 from tests.parity.test_scheduled import CRAMPED, SHAPE, requests, run
 from tests.replay import MaskedAttention, Replays
 from tests.standin import standin
-from wire.messages import EngineOutput, EngineRequest, TokenLogprobs
+from wire.messages import EngineOutput, EngineRequest, TokenLogprobs, pack
 from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
 
@@ -62,10 +62,10 @@ def predicted(alone: dict[str, list[int]], wrong: int) -> Asked:
         (
             msgspec.structs.replace(
                 request,
-                prediction=[
+                prediction=pack(
                     token if place % wrong else (token + 1) % 200
                     for place, token in enumerate(alone[request.id], 1)
-                ],
+                ),
             ),
             buffers,
         )
@@ -155,7 +155,7 @@ def test_what_wrong_tokens_leave_breaks_no_other(folders: dict[str, Path]) -> No
     plain, core = (EngineCore(each, runner, runner.ready()) for each in (uncached, options))
     (first, second, *_), _ = ask(plain, EngineRequest("plain", prompt, four))
     stop = SamplingParams(max_tokens=9, stop_token_ids=(second,))
-    bad = EngineRequest("bad", prompt, stop, prediction=[first, 199, 199, 199])
+    bad = EngineRequest("bad", prompt, stop, prediction=pack([first, 199, 199, 199]))
     assert ask(core, bad) == ([first], "the model's output is not a number")
     assert core._scheduler.stats.speculated_tokens > 0
     other = [*prompt, first, 9]

@@ -13,16 +13,16 @@ from engine.core import EngineCore
 from engine.cost import CostModel, Load
 from engine.memory import largest_step
 from engine.plan import Sampled, StepPlan, Work
-from engine.speculation import Lookup, behind
+from engine.speculation import PromptLookup, behind
 from tests.fake_runner import EOS, GEOMETRY, Engine, FakeRunner, alone, request
 from wire.loading import load
-from wire.messages import EngineOutput, EngineRequest, TokenLogprobs
+from wire.messages import EngineOutput, EngineRequest, TokenLogprobs, pack
 from wire.sampling import Grammar, SamplingParams
 from wire.settings import EngineSettings, SettingError
 
 
 def find(tokens: list[int], most: int = 9, prediction: list[int] | None = None) -> list[int]:
-    return Lookup(prediction or []).find(tokens, most)
+    return PromptLookup(pack(prediction or [])).find(tokens, most)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def slowly(tokens: list[int], most: int) -> list[int]:
 def test_the_longest_match_is_found_however_the_tokens_came(
     tokens: list[int], most: int, data: st.DataObject
 ) -> None:
-    lookup = Lookup([])
+    lookup = PromptLookup(b"")
     for end in sorted(data.draw(st.sets(st.integers(1, max(len(tokens), 1)), max_size=5))):
         assert lookup.find(tokens[:end], most) == slowly(tokens[:end], most)
 
@@ -123,7 +123,7 @@ def test_a_prediction_is_followed_and_may_be_wrong_anywhere() -> None:
             prediction[wrong] = (prediction[wrong] + 1) % EOS
         engine = Engine(speculative_tokens=5, num_kv_blocks=512)
         made, _ = request("r", 5, max_tokens=40)
-        engine.core.add(msgspec.structs.replace(made, prediction=prediction))
+        engine.core.add(msgspec.structs.replace(made, prediction=pack(prediction)))
         engine.finish()
         assert engine.tokens["r"] == expected
         steps[wrong] = engine.scheduler.stats.steps
@@ -147,26 +147,34 @@ def test_nothing_is_right_behind_a_token_that_fails() -> None:
     bad = frozenset({expected[place]})
     engine = Engine(speculative_tokens=9, block_size=64, bad_after=bad)
     made, _ = request("r", 5, max_tokens=40)
-    engine.core.add(msgspec.structs.replace(made, prediction=expected))
+    engine.core.add(msgspec.structs.replace(made, prediction=pack(expected)))
     engine.finish()
     assert engine.tokens["r"] == expected[: place + 1]
     assert engine.ends["r"].finish_reason == "error"
     assert engine.scheduler.stats.accepted_tokens > 10
 
 
-def test_an_id_that_the_model_does_not_know_is_refused_in_a_prediction_too() -> None:
+@pytest.mark.parametrize("prediction", [pack([1, 97]), pack([1, -1]), pack([1, 2])[:-1]])
+def test_a_prediction_that_the_model_cannot_have_made_is_refused(prediction: bytes) -> None:
     engine = Engine()
     made, _ = request("r", 5)
-    engine.core.add(msgspec.structs.replace(made, prediction=[1, 97]))
+    engine.core.add(msgspec.structs.replace(made, prediction=prediction))
     engine.finish()
     assert engine.ends["r"].finish_reason == "error"
+
+
+@pytest.mark.parametrize("token", [0xFEFF, 0xD800, 0xDFFF, 0xFFFE, 0x10FFFE])
+def test_any_token_can_be_looked_up(token: int) -> None:
+    """Whatever its number means as a character."""
+    assert find([7, 5], prediction=[token, 5, token]) == [token]
+    assert find([token, 5, token]) == [5, token]
 
 
 def test_the_first_token_comes_alone() -> None:
     """Even where a step of its own is left for the last token of the prompt."""
     engine = Engine(speculative_tokens=5, draws=1, block_size=64, max_num_batched_tokens=8)
     made, _ = request("r", 9, max_tokens=9)
-    engine.core.add(msgspec.structs.replace(made, prediction=[*made.prompt, 0, 0, 0, 0]))
+    engine.core.add(msgspec.structs.replace(made, prediction=pack([*made.prompt, 0, 0, 0, 0])))
     first, second, third, *_ = plans(engine)
     assert [plan.work[0].count for plan in (first, second)] == [8, 1]
     assert third.work[0].speculated == (0, 0, 0)  # the rest of the prediction
@@ -202,7 +210,7 @@ def test_a_tenant_is_charged_for_those_that_were_right() -> None:
             speculative_tokens=on_trial, block_size=64, scheduling_policy="fair", max_num_seqs=1
         )
         made, _ = request("r", 4, max_tokens=7, tenant=b"t")
-        engine.core.add(msgspec.structs.replace(made, prediction=alone(4, max_tokens=7)))
+        engine.core.add(msgspec.structs.replace(made, prediction=pack(alone(4, max_tokens=7))))
         engine.finish()
         assert (engine.scheduler.stats.accepted_tokens > 0) == (on_trial > 0)
         charged.append(engine.scheduler._waiting._counters)
