@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from engine.plan import EncodeItem, NewRow, StepPlan, Work
-from engine.speculation import max_speculated
+from engine.speculation import max_draws
 from model import InternVL, ModelConfig
 from model.kv_cache import KVCache
 from wire.geometry import VisionGeometry
@@ -82,8 +82,7 @@ def largest_step(
         pictures.append(min(most, left))
         left -= pictures[-1]
     items = [VisionItem(b"%d" % i, 0, 0, count, i) for i, count in enumerate(pictures)]
-    draws = max(settings.max_num_seqs, 1 + max_speculated(settings, device.type))
-    rows = min(draws, settings.max_num_batched_tokens)
+    rows = min(max_draws(settings, device.type), settings.max_num_batched_tokens)
     ids, blocks = [0] * max_model_len, list(range(-(-max_model_len // settings.block_size)))
     sampling = SamplingParams(
         # So flat that top_p cannot be found among the likeliest tokens alone.

@@ -39,7 +39,7 @@ from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import DeviceRows, Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, asked, logprobs, score
 from engine.sampling.sampler import NOTHING_LEFT, draws, sample, sample_plain, sound
-from engine.speculation import max_speculated
+from engine.speculation import max_draws
 from engine.trial import Trial
 from engine.vision import EncoderOutputs, Encoding, NoOutputs
 from model import build_model, load_config
@@ -174,8 +174,7 @@ class ModelRunner:
         self._kv = KVCache(
             text, blocks=blocks, block_size=size, device=device, dtype=self._model.dtype
         )
-        # Tokens on trial need a place in a step's inputs, be there so many sequences or not.
-        capacity = max(settings.max_num_seqs, 1 + max_speculated(settings, device.type))
+        capacity = max_draws(settings, device.type)
         self._rows = Rows(capacity=capacity, max_len=max_model_len, block_size=size, device=device)
         self._device_rows = DeviceRows(
             capacity=capacity, max_blocks=-(-max_model_len // size), device=device
@@ -204,7 +203,8 @@ class ModelRunner:
             tables, last = self._device_rows.tables, self._device_rows.last
             self._single = single_tokens(self._model, self._kv, self._attention, tables, last)
             return
-        rows, tiles = row_sizes(settings.max_num_seqs), tile_sizes(self._vision.chunk)
+        rows = row_sizes(max_draws(settings, self._model.device.type))
+        tiles = tile_sizes(self._vision.chunk)
         if largest:
             rows, tiles = rows[-1:], tiles[-1:]
         try:

@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from engine.memory import encoded_pictures
-from engine.speculation import max_speculated
+from engine.speculation import max_draws
 from model import CheckpointError, InternVL, ModelConfig, load_config, skeleton
 from model.awq import keep_packed
 from model.kv_cache import KVCache
@@ -144,8 +144,7 @@ def _step(
     inner = max(4 * vision.hidden_size, vision.intermediate_size)
     encoder = patches * (3 * vision.hidden_size + inner) * size
     # One rank draws from the logits of all.
-    rows = max(settings.max_num_seqs, 1 + max_speculated(settings, "cuda"))
-    sampling = rows * config.vocab_size * _FP32 * _OF_LOGITS
+    sampling = max_draws(settings, "cuda") * config.vocab_size * _FP32 * _OF_LOGITS
     return max(layers, encoder, sampling)
 
 

@@ -38,6 +38,11 @@ def max_speculated(settings: EngineSettings, device: str) -> int:
     return settings.speculative_tokens
 
 
+def max_draws(settings: EngineSettings, device: str) -> int:
+    """Tokens that one step may draw: one of each sequence, or those of few with some on trial."""
+    return max(settings.max_num_seqs, 1 + max_speculated(settings, device))
+
+
 class PromptLookup:
     """All tokens of one sequence, to look for the last ones among those before, and among those of
     a ``prediction``. They are the characters of a text, as nothing searches faster than that."""

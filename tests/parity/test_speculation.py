@@ -181,14 +181,19 @@ def test_a_device_beside_the_host_may_try_tokens_too(
     assert "event in runner.py finish" in device.waits
 
 
+@pytest.mark.parametrize("seqs", [1, 8])
 def test_steps_with_tokens_on_trial_are_replayed(
-    folders: dict[str, Path], by_itself: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path],
+    by_itself: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    seqs: int,
 ) -> None:
+    """Even where a step holds more of them than there may be sequences."""
     replays = Replays()
     monkeypatch.setattr("engine.runner.capture_on", lambda device: replays)
     monkeypatch.setattr("engine.runner.choose", lambda name, config, *_: MaskedAttention(config))
     asked = [[each] for each in predicted(by_itself, 5)]
-    tokens, core = run(folders["float32"], asked, speculative_tokens=5)
+    tokens, core = run(folders["float32"], asked, speculative_tokens=5, max_num_seqs=seqs)
     assert tokens == by_itself
     stats = core._scheduler.stats
     assert stats.accepted_tokens > 0
