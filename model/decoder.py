@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.base import AttentionStep
-from model.layers import Embedding, Linear, RMSNorm
+from model.layers import Activations, Embedding, Linear, RMSNorm
 from model.mlp import MLP, Experts
 from model.ops import Ops
 from model.parallel import Group
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.eps) if config.qk_norm else None
         self._counts = [config.heads, config.kv_heads, config.kv_heads]
 
-    def forward(self, normed: Tensor, step: AttentionStep, layer: int, ops: Ops) -> Tensor:
+    def forward(self, normed: Activations, step: AttentionStep, layer: int, ops: Ops) -> Tensor:
         qkv = ops.linear(self.qkv, normed)
         if self.q_norm is not None and self.k_norm is not None:
             qkv = ops.head_norms(qkv, self._counts, self.q_norm, self.k_norm)
@@ -59,9 +59,12 @@ class DecoderLayer(nn.Module):
         self, hidden: Tensor, delta: Tensor | None, step: AttentionStep, layer: int, ops: Ops
     ) -> tuple[Tensor, Tensor]:
         """Hidden states ``[N, hidden]`` and what is to be added to them, in and out."""
-        hidden, normed = ops.add_norm(hidden, delta, self.norm1)
+        hidden, normed = ops.add_norm_for(hidden, delta, self.norm1, self.attention.qkv)
         delta = self._group.sum(self.attention(normed, step, layer, ops))
-        hidden, normed = ops.add_norm(hidden, delta, self.norm2)
+        if isinstance(self.mlp, MLP):
+            hidden, normed = ops.add_norm_for(hidden, delta, self.norm2, self.mlp.gate_up)
+        else:
+            hidden, normed = ops.add_norm(hidden, delta, self.norm2)
         return hidden, self._group.sum(self.mlp(normed, ops))
 
 

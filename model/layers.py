@@ -4,6 +4,8 @@ Parameters are created on the meta device by whoever builds the skeleton, and ne
 here: a layer that the loader did not fill must not exist.
 """
 
+from typing import NamedTuple, TypeAlias
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -12,6 +14,23 @@ from torch.nn import functional
 def parameter(*shape: int) -> nn.Parameter:
     """An empty parameter that takes no gradient."""
     return nn.Parameter(torch.empty(shape), requires_grad=False)
+
+
+# In eight bits the largest of a row counts as this at least: a row of zeros has a scale too.
+LEAST = 1e-12
+
+
+class Rounded(NamedTuple):
+    """``[*lead, size]`` of ``dtype``, as a layer in float8 takes it: ``rows`` ``[N, size]`` in
+    float8, and a ``scale`` for each, ``[N, 1]`` fp32."""
+
+    rows: Tensor
+    scale: Tensor
+    lead: torch.Size
+    dtype: torch.dtype
+
+
+Activations: TypeAlias = Tensor | Rounded
 
 
 class Linear(nn.Module):

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from model.layers import Linear, Router
+from model.layers import Activations, Linear, Router
 from model.ops import Ops
 from model.schema import ExpertsConfig
 
@@ -15,8 +15,8 @@ class MLP(nn.Module):
         self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=False)
         self.down = Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, normed: Tensor, ops: Ops) -> Tensor:
-        return ops.linear(self.down, ops.gate_up(self.gate_up, normed))
+    def forward(self, normed: Activations, ops: Ops) -> Tensor:
+        return ops.linear(self.down, ops.gate_up_for(self.gate_up, normed, self.down))
 
 
 class Experts(nn.Module):

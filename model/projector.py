@@ -33,5 +33,5 @@ class Projector(nn.Module):
 
     def forward(self, patches: Tensor, ops: Ops) -> Tensor:
         tokens = pixel_shuffle(patches, self._config.factor, self._config.version)
-        inner = ops.linear_gelu(self.first, ops.norm(tokens, self.norm))
+        inner = ops.linear_gelu_for(self.first, ops.norm(tokens, self.norm), self.second)
         return ops.linear(self.second, inner)

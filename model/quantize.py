@@ -16,14 +16,12 @@ from torch.nn import functional
 from model import bnb
 from model import triton as kernels
 from model.awq import Int4Linear
-from model.layers import Linear, Router
+from model.layers import LEAST, Activations, Linear, Rounded, Router
 from model.schema import CheckpointError
 
 _FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FP8).max
 _LARGEST_WHOLE = 127
-# The largest of a row counts as this at least: a row of zeros has a scale too.
-_LEAST = 1e-12
 # Multiples that the kernels want of rows and columns of a weight.
 _STEP = 16
 # Fewer tokens than these torch's product of whole numbers does not take on CUDA.
@@ -47,9 +45,9 @@ def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
         # Triton takes a while to import, and is not there on every machine.
         from model.triton import quantize
 
-        return quantize.to_fp8(rows, _LEAST)
+        return quantize.to_fp8(rows)
     wide = rows.float()
-    scale = wide.abs().amax(-1, keepdim=True).clamp(min=_LEAST) / _LARGEST
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=LEAST) / _LARGEST
     return (wide / scale).clamp(-_LARGEST, _LARGEST).to(_FP8), scale
 
 
@@ -86,17 +84,22 @@ class Fp8Linear(Linear):
         self.bias = layer.bias
         self._product = product
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows, scale = to_fp8(x.flatten(0, -2))
-        bias = None if self.bias is None else self.bias.bfloat16()
-        found = self._product(rows, self.weight, scale, self.scale, bias)
-        return found.to(x.dtype).view(*x.shape[:-1], -1)
+    def forward(self, x: Activations) -> Tensor:
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: Activations, bias: Tensor | None) -> Tensor:
+        """The product with another bias, ``[..., inputs] -> [..., outputs]``."""
+        if isinstance(x, Tensor):
+            x = Rounded(*to_fp8(x.flatten(0, -2)), x.shape[:-1], x.dtype)
+        bias = None if bias is None else bias.bfloat16()
+        found = self._product(x.rows, self.weight, x.scale, self.scale, bias)
+        return found.to(x.dtype).view(*x.lead, -1)
 
 
 def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """``[N, size]`` as int8 and a scale per row, ``[N, 1]`` fp32: their product is nearest."""
     wide = rows.float()
-    scale = wide.abs().amax(-1, keepdim=True).clamp(min=_LEAST) / _LARGEST_WHOLE
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=LEAST) / _LARGEST_WHOLE
     return (wide / scale).round().to(torch.int8), scale
 
 

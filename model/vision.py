@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.layers import LayerNorm, Linear, RMSNorm, parameter
+from model.layers import Activations, LayerNorm, Linear, RMSNorm, parameter
 from model.ops import Ops
 from model.schema import VisionConfig
 
@@ -42,7 +42,7 @@ class VisionAttention(nn.Module):
         self.k_norm = RMSNorm(size, config.eps) if config.qk_norm else None
         self.out = Linear(size, size, bias=True)
 
-    def forward(self, normed: Tensor, ops: Ops) -> Tensor:
+    def forward(self, normed: Activations, ops: Ops) -> Tensor:
         qkv = ops.linear(self.qkv, normed)
         mixed = ops.vision_attention(qkv, self.heads, self.q_norm, self.k_norm)
         return ops.linear(self.out, mixed)
@@ -75,9 +75,10 @@ class VisionLayer(nn.Module):
 
     def forward(self, hidden: Tensor, delta: Tensor | None, ops: Ops) -> tuple[Tensor, Tensor]:
         """Hidden states ``[T, patches, size]`` and what is to be added to them, in and out."""
-        hidden, normed = ops.add_norm(hidden, delta, self.norm1)
-        hidden, normed = ops.add_norm(hidden, self.attention(normed, ops), self.norm2)
-        return hidden, ops.linear(self.fc2, ops.linear_gelu(self.fc1, normed))
+        hidden, normed = ops.add_norm_for(hidden, delta, self.norm1, self.attention.qkv)
+        delta = self.attention(normed, ops)
+        hidden, normed = ops.add_norm_for(hidden, delta, self.norm2, self.fc1)
+        return hidden, ops.linear(self.fc2, ops.linear_gelu_for(self.fc1, normed, self.fc2))
 
 
 class VisionModel(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.layers import Embedding, LayerNorm, Linear, RMSNorm
+from model.layers import Activations, Embedding, LayerNorm, Linear, RMSNorm
 
 
 class Ops:
@@ -53,18 +53,27 @@ class Ops:
         activations."""
         return 16 if device.type == "cuda" else 4
 
-    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+    def linear(self, layer: Linear, x: Activations) -> Tensor:
         """``[..., inputs] -> [..., outputs]``."""
-        return layer.forward(x)
+        found: Tensor = layer(x)
+        return found
 
-    def linear_gelu(self, layer: Linear, x: Tensor) -> Tensor:
+    def linear_gelu(self, layer: Linear, x: Activations) -> Tensor:
         """A linear layer and the exact GELU, by the error function."""
         return functional.gelu(self.linear(layer, x))
 
-    def gate_up(self, layer: Linear, x: Tensor) -> Tensor:
+    def linear_gelu_for(self, layer: Linear, x: Activations, taker: Linear) -> Activations:
+        """The same for ``taker`` alone, which may want it in float8."""
+        return self.linear_gelu(layer, x)
+
+    def gate_up(self, layer: Linear, x: Activations) -> Tensor:
         """``silu(gate) * up``, ``[N, outputs / 2]``; gates are the first half of the rows."""
         gate, up = self.linear(layer, x).chunk(2, dim=-1)
         return functional.silu(gate) * up
+
+    def gate_up_for(self, layer: Linear, x: Activations, taker: Linear) -> Activations:
+        """The same for ``taker`` alone."""
+        return self.gate_up(layer, x)
 
     def experts(self, mlps: nn.ModuleList, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """``[N, hidden]``: of each row what its MLPs make of it, those that ``chosen`` int64
@@ -91,6 +100,12 @@ class Ops:
         if delta is not None:
             hidden = hidden + delta
         return hidden, self.norm(hidden, norm)
+
+    def add_norm_for(
+        self, hidden: Tensor, delta: Tensor | None, norm: LayerNorm | RMSNorm, taker: Linear
+    ) -> tuple[Tensor, Activations]:
+        """The same where the norm is for ``taker`` alone."""
+        return self.add_norm(hidden, delta, norm)
 
     def head_norms(
         self, qkv: Tensor, counts: Sequence[int], q_norm: RMSNorm, k_norm: RMSNorm

@@ -19,7 +19,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from model.layers import Embedding, LayerNorm, Linear, RMSNorm, Router
+from model.layers import Activations, Embedding, LayerNorm, Linear, RMSNorm, Router
 from model.native import LANES, LIBRARY, NARROW, STEP, STEP8, Heads, Matrix, Sketch
 from model.ops.base import Ops
 
@@ -196,25 +196,25 @@ class NativeOps(Ops):
         taken, self._arena = self._arena[:count], self._arena[count:]
         return taken
 
-    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+    def linear(self, layer: Linear, x: Activations) -> Tensor:
         packed = self._packed.get(layer)
-        if packed is None:
+        if packed is None or not isinstance(x, Tensor):
             return super().linear(layer, x)
         return self._product(
             packed, x, _PLAIN, self._rows(x.numel() // packed.matrix.inputs, packed.matrix.outputs)
         )
 
-    def linear_gelu(self, layer: Linear, x: Tensor) -> Tensor:
+    def linear_gelu(self, layer: Linear, x: Activations) -> Tensor:
         packed = self._packed.get(layer)
-        if packed is None:
+        if packed is None or not isinstance(x, Tensor):
             return super().linear_gelu(layer, x)
         return self._product(
             packed, x, _GELU, self._wide(x.numel() // packed.matrix.inputs, packed.matrix.outputs)
         )
 
-    def gate_up(self, layer: Linear, x: Tensor) -> Tensor:
+    def gate_up(self, layer: Linear, x: Activations) -> Tensor:
         packed = self._packed.get(layer)
-        if packed is None:
+        if packed is None or not isinstance(x, Tensor):
             return super().gate_up(layer, x)
         return self._product(packed, x, _GATE, self._wide(len(x), packed.matrix.outputs // 2))
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.layers import Embedding, LayerNorm, Linear, RMSNorm, Router
+from model.layers import Activations, Embedding, LayerNorm, Linear, RMSNorm, Router
 from model.ops.base import Ops
-from model.triton import experts, fused, pixels
+from model.quantize import Fp8Linear
+from model.triton import experts, fused, pixels, quantize
 
 
 class TritonOps(Ops):
@@ -45,11 +46,21 @@ class TritonOps(Ops):
     ) -> Tensor:
         return pixels.patches(tiles, mean, std, side, dtype)
 
-    def linear_gelu(self, layer: Linear, x: Tensor) -> Tensor:
-        return fused.bias_gelu_(functional.linear(x, layer.weight), layer.bias)
+    def linear_gelu(self, layer: Linear, x: Activations) -> Tensor:
+        return fused.bias_gelu_(_product(layer, x), layer.bias)
 
-    def gate_up(self, layer: Linear, x: Tensor) -> Tensor:
+    def linear_gelu_for(self, layer: Linear, x: Activations, taker: Linear) -> Activations:
+        if isinstance(taker, Fp8Linear):
+            return quantize.bias_gelu(_product(layer, x), layer.bias)
+        return self.linear_gelu(layer, x)
+
+    def gate_up(self, layer: Linear, x: Activations) -> Tensor:
         return fused.silu_mul(self.linear(layer, x))
+
+    def gate_up_for(self, layer: Linear, x: Activations, taker: Linear) -> Activations:
+        if isinstance(taker, Fp8Linear):
+            return quantize.silu_mul(self.linear(layer, x))
+        return self.gate_up(layer, x)
 
     def norm(self, x: Tensor, norm: LayerNorm | RMSNorm) -> Tensor:
         return self.add_norm(x, None, norm)[1]
@@ -59,6 +70,22 @@ class TritonOps(Ops):
     ) -> tuple[Tensor, Tensor]:
         bias = norm.bias if isinstance(norm, LayerNorm) else None
         return fused.add_norm(hidden, delta, norm.weight, bias, norm.eps)
+
+    def add_norm_for(
+        self, hidden: Tensor, delta: Tensor | None, norm: LayerNorm | RMSNorm, taker: Linear
+    ) -> tuple[Tensor, Activations]:
+        if not isinstance(taker, Fp8Linear):
+            return self.add_norm(hidden, delta, norm)
+        bias = norm.bias if isinstance(norm, LayerNorm) else None
+        return quantize.add_norm(hidden, delta, norm.weight, bias, norm.eps)
+
+
+def _product(layer: Linear, x: Activations) -> Tensor:
+    """A layer without its bias."""
+    if isinstance(layer, Fp8Linear):
+        return layer.multiply(x, None)
+    assert isinstance(x, Tensor)  # noqa: S101 - for the type checker
+    return functional.linear(x, layer.weight)
 
 
 def _stacked(mlps: nn.ModuleList, name: str) -> Tensor:

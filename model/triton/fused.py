@@ -13,6 +13,43 @@ _BLOCK = 1024
 
 
 @triton.jit
+def add_norm_of(
+    row,
+    column,
+    hidden_pointer,
+    delta_pointer,
+    weight_pointer,
+    bias_pointer,
+    hidden_stride,
+    delta_stride,
+    size,
+    eps,
+    ADD: tl.constexpr,
+    CENTER: tl.constexpr,
+):
+    """One row's norm, in the type of ``hidden``; 0 in columns behind it. With ``ADD`` the sum takes
+    the place of ``hidden``; ``CENTER`` is LayerNorm."""
+    inside = column < size
+    place = hidden_pointer + row * hidden_stride + column
+    x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    dtype = hidden_pointer.dtype.element_ty
+    if ADD:
+        delta = tl.load(delta_pointer + row * delta_stride + column, mask=inside, other=0.0)
+        rounded = (x + delta.to(tl.float32)).to(dtype)
+        tl.store(place, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    weight = tl.load(weight_pointer + column, mask=inside, other=0.0).to(tl.float32)
+    if CENTER:
+        x = tl.where(inside, x - tl.sum(x, axis=0) / size, 0.0)
+        bias = tl.load(bias_pointer + column, mask=inside, other=0.0).to(tl.float32)
+        normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * weight + bias
+    else:
+        scaled = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
+        normed = scaled.to(dtype).to(tl.float32) * weight
+    return normed.to(dtype)
+
+
+@triton.jit
 def _add_norm(
     hidden_pointer,
     delta_pointer,
@@ -27,27 +64,23 @@ def _add_norm(
     CENTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row. With ``ADD`` the sum takes the place of ``hidden``; ``CENTER`` is LayerNorm."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < size
-    place = hidden_pointer + row * hidden_stride + column
-    x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    dtype = out_pointer.dtype.element_ty
-    if ADD:
-        delta = tl.load(delta_pointer + row * delta_stride + column, mask=inside, other=0.0)
-        rounded = (x + delta.to(tl.float32)).to(dtype)
-        tl.store(place, rounded, mask=inside)
-        x = rounded.to(tl.float32)
-    weight = tl.load(weight_pointer + column, mask=inside, other=0.0).to(tl.float32)
-    if CENTER:
-        x = tl.where(inside, x - tl.sum(x, axis=0) / size, 0.0)
-        bias = tl.load(bias_pointer + column, mask=inside, other=0.0).to(tl.float32)
-        normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * weight + bias
-    else:
-        scaled = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
-        normed = scaled.to(dtype).to(tl.float32) * weight
-    tl.store(out_pointer + row * size + column, normed.to(dtype), mask=inside)
+    normed = add_norm_of(
+        row,
+        column,
+        hidden_pointer,
+        delta_pointer,
+        weight_pointer,
+        bias_pointer,
+        hidden_stride,
+        delta_stride,
+        size,
+        eps,
+        ADD,
+        CENTER,
+    )
+    tl.store(out_pointer + row * size + column, normed, mask=column < size)
 
 
 def add_norm(
@@ -58,10 +91,9 @@ def add_norm(
     LayerNorm with a ``bias`` [size], else RMSNorm. Rows may lie apart, as slices of wider ones do.
     """
     size = hidden.shape[-1]
-    rows = _rows(hidden)
-    added = rows if delta is None else _rows(delta)
+    rows = whole_rows(hidden)
+    added = rows if delta is None else whole_rows(delta)
     normed = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    block = triton.next_power_of_2(size)
     _add_norm[(len(rows),)](
         rows,
         added,
@@ -74,10 +106,25 @@ def add_norm(
         eps,
         ADD=delta is not None,
         CENTER=bias is not None,
-        BLOCK=block,
-        num_warps=min(max(block // 256, 1), 8),
+        **for_rows(size),
     )
     return rows.view(hidden.shape) if delta is not None else hidden, normed.view(hidden.shape)
+
+
+def for_rows(size: int) -> dict[str, int]:
+    """How a kernel is launched whose program has a row in one block."""
+    block = triton.next_power_of_2(size)
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
+
+
+@triton.jit
+def silu_mul_of(place, size, inside):
+    """Of gates at ``place`` and what they gate, ``size`` further on, in their type."""
+    gate = tl.load(place, mask=inside, other=0.0)
+    up = tl.load(place + size, mask=inside, other=0.0).to(tl.float32)
+    wide = gate.to(tl.float32)
+    silu = (wide / (1 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    return (silu * up).to(gate.dtype)
 
 
 @triton.jit
@@ -85,12 +132,8 @@ def _silu_mul(pointer, out_pointer, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
-    place = pointer + row * 2 * size + column
-    gate = tl.load(place, mask=inside, other=0.0)
-    up = tl.load(place + size, mask=inside, other=0.0).to(tl.float32)
-    wide = gate.to(tl.float32)
-    silu = (wide / (1 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    tl.store(out_pointer + row * size + column, (silu * up).to(gate.dtype), mask=inside)
+    product = silu_mul_of(pointer + row * 2 * size + column, size, inside)
+    tl.store(out_pointer + row * size + column, product, mask=inside)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -103,17 +146,23 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
+def bias_gelu_of(place, bias_place, inside, BIAS: tl.constexpr):
+    """Of numbers at ``place``, in their type."""
+    x = tl.load(place, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    if BIAS:
+        wide += tl.load(bias_place, mask=inside, other=0.0).to(tl.float32)
+    gelu = 0.5 * wide * (1 + tl.erf(wide * 0.7071067811865476))
+    return gelu.to(x.dtype)
+
+
+@triton.jit
 def _bias_gelu(pointer, bias_pointer, size, BIAS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
     place = pointer + row * size + column
-    x = tl.load(place, mask=inside, other=0.0)
-    wide = x.to(tl.float32)
-    if BIAS:
-        wide += tl.load(bias_pointer + column, mask=inside, other=0.0).to(tl.float32)
-    gelu = 0.5 * wide * (1 + tl.erf(wide * 0.7071067811865476))
-    tl.store(place, gelu.to(x.dtype), mask=inside)
+    tl.store(place, bias_gelu_of(place, bias_pointer + column, inside, BIAS), mask=inside)
 
 
 def bias_gelu_(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -124,7 +173,7 @@ def bias_gelu_(x: Tensor, bias: Tensor | None) -> Tensor:
     return x
 
 
-def _rows(x: Tensor) -> Tensor:
+def whole_rows(x: Tensor) -> Tensor:
     """``[..., size]`` as ``[N, size]`` whose rows are whole; a copy only if it must be one."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()

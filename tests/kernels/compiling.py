@@ -102,7 +102,12 @@ def launch_all() -> None:
         fused.add_norm(rows, None, weight, weight, 1e-6)
         fused.silu_mul(rows)
         fused.bias_gelu_(rows, weight)
-        quantize.to_fp8(rows, 1e-12)
+        quantize.to_fp8(rows)
+        quantize.add_norm(rows, rows, weight, None, 1e-6)
+        quantize.add_norm(rows, None, weight, weight, 1e-6)
+        quantize.silu_mul(rows)
+        quantize.bias_gelu(rows, None)
+        quantize.bias_gelu(rows, weight)
         scale = torch.empty(1152, 3584 // 128)
         packed = torch.empty(1152, 1792, dtype=torch.uint8), scale.byte(), scale, weight[:1152]
         for count in (4, 100):

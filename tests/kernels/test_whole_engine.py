@@ -103,6 +103,24 @@ def test_so_it_does_beside_the_host(
     assert waits == {"event in runner.py finish"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in takes its place")
+def test_steps_in_float8_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rounds while it makes a norm or an activation is in graphs, and they change nothing."""
+    folder = make_checkpoint(tmp_path, shape=SHAPE)
+    monkeypatch.setattr("model.triton._fault", kernels._fault.__wrapped__)
+    options = {"device": "cuda", "dtype": "bfloat16", "quantization": "fp8"}
+    for name, value in options.items():
+        monkeypatch.setitem(SETTINGS, name, value)
+    found = []
+    for graphs in (False, True):
+        monkeypatch.setitem(SETTINGS, "cuda_graphs", graphs)
+        with standin() as device:
+            found.append(generate(folder))
+        assert (device.replays > 10) == graphs
+    assert found[0] == found[1]
+    assert min(len(output) for output in found[0].values()) > 5
+
+
 def short(request: EngineRequest, buffers: list[bytes]) -> tuple[EngineRequest, list[bytes]]:
     sampling = msgspec.structs.replace(request.sampling, max_tokens=8, min_tokens=0)
     return msgspec.structs.replace(request, sampling=sampling), buffers
