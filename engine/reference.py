@@ -286,16 +286,17 @@ def _zero_biases(model: nn.Module, state: State) -> None:
 
 
 def _quantize(model: Any, kind: str) -> None:
-    """Put layers in eight or four bits in the place of linear ones: all for "int8", those of the
-    decoder for others."""
-    decoder = model.model.language_model.layers
+    """Put layers in eight or four bits in the place of linear ones: all for "int8", all but the
+    head for "fp8-all", those of the decoder for others."""
+    whole, decoder = model.model, model.model.language_model.layers
     if any(hasattr(layer.mlp, "experts") for layer in decoder):
         raise NoReference("transformers' mixture of experts has no layers to quantise")
-    for owner in list((model if kind == "int8" else decoder).modules()):
+    parts = {"int8": [model], "fp8-all": [whole.vision_tower, whole.multi_modal_projector, decoder]}
+    for owner in [m for part in parts.get(kind, [decoder]) for m in part.modules()]:
         for name, child in list(owner.named_children()):
             if isinstance(child, nn.Linear):
-                new = _Rounded(child, kind) if kind in ("int8", "fp8") else _by_bnb(child, kind)
-                setattr(owner, name, new)
+                by_bnb = kind.startswith("bnb")
+                setattr(owner, name, _by_bnb(child, kind) if by_bnb else _Rounded(child, kind))
 
 
 class _Rounded(nn.Module):

@@ -112,8 +112,8 @@ class ModelRunner:
         if device.type == "cpu":
             return_what_is_freed(LARGE)
             torch.set_num_threads(settings.threads or default_threads(config))
-        if settings.quantization == "fp8" and device.type != "cuda":
-            raise SettingError("quantization fp8 needs a CUDA device")
+        if settings.quantization.startswith("fp8") and device.type != "cuda":
+            raise SettingError(f"quantization {settings.quantization} needs a CUDA device")
         dtype = choose_dtype(settings, config, device)
         self._model = build_model(
             config,

@@ -11,7 +11,7 @@ from model.internvl import InternVL
 from model.names import names_for
 from model.ops import NativeOps, choose
 from model.parallel import Group, cuts, share
-from model.quantize import quantize_layer, quantizer
+from model.quantize import quantize_layer, quantize_whole, quantizer
 from model.schema import CheckpointError, ModelConfig, TextConfig
 from model.stages import own_layers, own_slots, part_of
 from model.weights import WeightFiles, compare, fill
@@ -40,10 +40,10 @@ def build_model(
     """Load a checkpoint folder's weights, or what a rank of ``group`` needs of them. Raises
     CheckpointError if they do not fit ``config``: all of them, whatever is needed here.
 
-    ``quantization`` is "none", "fp8" or "int8" (``model.quantize``; int8 on the CPU is that of
-    ``model.ops.native``), "bnb-8bit" or "bnb-4bit" (``model.bnb``), or "awq", which keeps the four
-    bits of a checkpoint (``model.awq``). Raises ValueError where the decoder cannot be divided
-    among so many ranks.
+    ``quantization`` is "none", "fp8", "fp8-all" or "int8" (``model.quantize``; int8 on the CPU is
+    that of ``model.ops.native``), "bnb-8bit" or "bnb-4bit" (``model.bnb``), or "awq", which keeps
+    the four bits of a checkpoint (``model.awq``). Raises ValueError where the decoder cannot be
+    divided among so many ranks.
 
     A stored output matrix is used whatever tie_word_embeddings says: published checkpoints have
     the flag wrong, and a dropped matrix gives fluent nonsense.
@@ -91,6 +91,9 @@ def build_model(
     if group.stage == 0:
         model.vision.fit(config.tile_grid)
         model.vision.fold()
+        if quantized is not None and quantization == "fp8-all":
+            for part in (model.vision.layers, model.projector):
+                quantize_whole(part, quantized, quantization)
     head = model.decoder.output if group.stage == 0 else None
     decoding = set(model.decoder.modules())
     model.ops.prepare(list(model.modules()), head, decoding, draws=group.is_alone)

@@ -2,8 +2,9 @@
 with a scale for each row of the weight and for each token.
 
 In "fp8" both are float8 (e4m3), and products add in fp32; in "int8" whole numbers, and products are
-exact. Only the decoder's layers are quantised; embedding, head, encoder and projector stay as they
-are. (Where the CPU's own operations compute "int8", they do so for all layers: model.ops.native.)
+exact. Only the decoder's layers are quantised, in "fp8-all" those of encoder and projector too;
+embedding and head stay as they are. (Where the CPU's own operations compute "int8", they do so for
+all layers: model.ops.native.)
 """
 
 import functools
@@ -126,14 +127,14 @@ class Int8Linear(Linear):
 
 def quantizer(decoder_layers: nn.ModuleList, kind: str, device: torch.device) -> Quantizer | None:
     """What takes the place of the linear layers of the decoder's layers, made when they have their
-    weights: in float8 for "fp8", in whole numbers for "int8", or by bitsandbytes (``model.bnb``).
-    None for "none".
+    weights: in float8 for "fp8" and "fp8-all", in whole numbers for "int8", or by bitsandbytes
+    (``model.bnb``). None for "none".
 
     Raises CheckpointError where the device, the model's shape or what is installed does not allow
     it.
     """
-    if kind == "fp8":
-        return functools.partial(Fp8Linear, product=_product(decoder_layers, device))
+    if kind.startswith("fp8"):
+        return functools.partial(Fp8Linear, product=_product(decoder_layers, kind, device))
     if kind == "int8":
         _check_sizes(decoder_layers, kind)
         return Int8Linear
@@ -150,8 +151,17 @@ def quantize_layer(decoder: nn.Module, name: str, quantized: Quantizer) -> None:
         decoder.set_submodule(name, quantized(layer))
 
 
+def quantize_whole(part: nn.Module, quantized: Quantizer, kind: str) -> None:
+    """Replace all linear layers of a part of the model that was loaded. Raises CheckpointError
+    where its sizes do not suit the kernels."""
+    _check_sizes(part, kind)
+    for name, layer in list(part.named_modules()):
+        if isinstance(layer, Linear):
+            part.set_submodule(name, quantized(layer))
+
+
 def weight_bytes(layer: nn.Module, itemsize: int, kind: str) -> int:
-    """What one of the decoder's layers takes when it is quantised; numbers that are not, and all of
+    """What a part of the model takes whose layers are quantised; numbers that are not, and all of
     them for "none", take ``itemsize`` bytes."""
     # Four bits come with an fp32 scale that 64 of them share. Layers that AWQ stored already are
     # what they will be.
@@ -168,11 +178,12 @@ def weight_bytes(layer: nn.Module, itemsize: int, kind: str) -> int:
     )
 
 
-def _check_sizes(decoder_layers: nn.ModuleList, kind: str) -> torch.Size:
-    """The size of a linear layer; raises CheckpointError where one does not suit the kernels."""
+def _check_sizes(part: nn.Module, kind: str) -> torch.Size:
+    """The size of one of its linear layers; raises CheckpointError where one does not suit the
+    kernels."""
     sizes = [
         child.weight.shape
-        for child in decoder_layers.modules()
+        for child in part.modules()
         if isinstance(child, Linear) and not isinstance(child, Router)
     ]
     if any(length % _STEP for size in sizes for length in size):
@@ -182,9 +193,9 @@ def _check_sizes(decoder_layers: nn.ModuleList, kind: str) -> torch.Size:
     return sizes[0]
 
 
-def _product(decoder_layers: nn.ModuleList, device: torch.device) -> Product:
+def _product(decoder_layers: nn.ModuleList, kind: str, device: torch.device) -> Product:
     """The first product that computes what it should for a layer as wide as one of these."""
-    outputs, inputs = _check_sizes(decoder_layers, "fp8")
+    outputs, inputs = _check_sizes(decoder_layers, kind)
     outputs = min(outputs, _TRIED)
     weight = torch.arange(outputs * inputs, device=device).sin().view(outputs, inputs)
     x = torch.linspace(-1, 1, 3 * inputs, device=device).cos().view(3, -1)

@@ -10,6 +10,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from model.backbones.backbone import Slot, Tensors
 from model.quantize import weight_bytes
 from model.schema import TextConfig
@@ -32,9 +34,15 @@ def own_layers(model: "InternVL", stages: int, itemsize: int, quantization: str)
 
 def weight_sizes(model: "InternVL", itemsize: int, quantization: str) -> tuple[int, list[int]]:
     """Bytes of what is not a layer of the decoder, and of each layer."""
-    layers = model.decoder.layers
-    rest = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in layers.parameters())
-    return rest * itemsize, [weight_bytes(layer, itemsize, quantization) for layer in layers]
+    layers, pictures = model.decoder.layers, [model.vision.layers, model.projector]
+    kind = quantization if quantization == "fp8-all" else "none"
+    each = [weight_bytes(layer, itemsize, quantization) for layer in layers]
+    rest = _count(model) - _count(layers) - sum(map(_count, pictures))
+    return rest * itemsize + sum(weight_bytes(part, itemsize, kind) for part in pictures), each
+
+
+def _count(part: nn.Module) -> int:
+    return sum(p.numel() for p in part.parameters())
 
 
 def check_stages(layers: int, stages: int) -> None:

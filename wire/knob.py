@@ -5,7 +5,7 @@ from typing import Any
 
 from wire.errors import Unservable
 
-QUANTIZATIONS = ("none", "fp8", "int8", "bnb-8bit", "bnb-4bit", "awq")
+QUANTIZATIONS = ("none", "fp8", "fp8-all", "int8", "bnb-8bit", "bnb-4bit", "awq")
 """What a model's weights may be turned into, or kept in."""
 
 

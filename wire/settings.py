@@ -206,7 +206,8 @@ class EngineSettings:
     quantization: str = knob(
         "none",
         "Weights, and activations too but for four bits, in fewer bits. 'fp8': the decoder's "
-        "layers, on CUDA from compute capability 8.9 on; 'int8': the decoder's layers, and all "
+        "layers, on CUDA from compute capability 8.9 on; 'fp8-all': those of encoder and "
+        "projector too; 'int8': the decoder's layers, and all "
         "layers on a CPU with compiled C; 'bnb-8bit', 'bnb-4bit': the decoder's layers as the "
         "model cards load them, by bitsandbytes, which must be installed; 'awq': those of an AWQ "
         "checkpoint stay in the four bits they are stored in, which 'none' expands when loading.",

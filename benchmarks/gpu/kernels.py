@@ -19,7 +19,7 @@ from model.kv_cache import KVCache
 from model.layers import Linear
 from model.mlp import Experts
 from model.ops import Ops, choose
-from model.quantize import PRODUCTS, Fp8Linear, to_fp8
+from model.quantize import PRODUCTS, Fp8Linear, quantize_whole, quantizer, to_fp8
 from model.schema import ExpertsConfig, TextConfig
 from tests.checkpoints import Shape
 from tests.parity.test_attention import config
@@ -180,7 +180,7 @@ def sampler(bench: Bench) -> None:
 
 
 def encoder(bench: Bench) -> None:
-    """8: milliseconds per tile, unfused, fused and replayed."""
+    """8: milliseconds per tile, unfused, fused and replayed; then with layers in float8."""
     shape = bench.pick(dataclasses.replace(INTERNVL3_8B, layers=1), Shape())
     model = make_model(bench, shape)
     fused, side = model.ops, model.config.geometry.tile_size
@@ -199,6 +199,17 @@ def encoder(bench: Bench) -> None:
                 took = bench.seconds(lambda: graphs(tiles), 5)  # noqa: B023
                 most = {1: 2.0, 32: 1.55}.get(count)
                 bench.record(f"graph tiles={count}", took * 1e3 / count, "ms/tile", most=most)
+    with bench.case("fp8"), torch.inference_mode():
+        quantized = quantizer(model.decoder.layers, "fp8-all", bench.device)
+        assert quantized is not None
+        for part in (model.vision.layers, model.projector):
+            quantize_whole(part, quantized, "fp8-all")
+        for count in bench.pick((1, 13, 32), (1,)):
+            tiles = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=bench.device)
+            call = functools.partial(model.encode_tiles, tiles)
+            if (capture := capture_on(bench.device)) is not None:
+                call = functools.partial(TileGraphs(model, [count], capture), tiles)
+            bench.record(f"fp8 tiles={count}", bench.seconds(call, 5) * 1e3 / count, "ms/tile")
 
 
 @torch.inference_mode()
