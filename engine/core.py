@@ -18,7 +18,7 @@ from engine.cost import CostModel, Pace
 from engine.plan import StepPlan, StepResult
 from engine.scheduler import Scheduler
 from engine.sequence import Refused
-from engine.speculation import max_speculated
+from engine.speculation import are_known, max_speculated
 from wire.channel import Buffer
 from wire.errors import InvalidRequest
 from wire.logs import about
@@ -34,7 +34,6 @@ from wire.messages import (
     Ready,
     StepReport,
     ToEngine,
-    unpack,
 )
 from wire.settings import EngineSettings
 
@@ -235,17 +234,16 @@ class EngineCore:
         """
         try:
             request.sampling.check()
-            prediction = unpack(request.prediction)
         except InvalidRequest as error:
             raise Refused(error.message) from None
-        except TypeError:
-            raise Refused("the prediction ends within a token") from None
         if request.sampling.grammar is not None and not self._ready.grammars:
             raise Refused("the checkpoint has no tokenizer that a grammar can use")
         named = [*request.sampling.named_tokens()]
-        for ids in (request.prompt, request.output, prediction, named):
+        for ids in (request.prompt, request.output, named):
             if ids and not (min(ids) >= 0 and max(ids) < self._ready.vocab_size):
                 raise Refused("the request names an id that the model does not know")
+        if not are_known(request.prediction, self._ready.vocab_size):
+            raise Refused("the prediction is not of tokens that the model knows")
         lookup = request.sampling.lookup
         if lookup is not None:
             ends = (-1, *lookup.at, len(request.prompt) - 1)

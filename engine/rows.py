@@ -99,7 +99,7 @@ class DeviceRows:
 
 
 class Rows:
-    """The tables of at most ``capacity`` sequences of at most ``max_len`` tokens."""
+    """The tables of at most ``capacity`` rows of at most ``max_len`` tokens."""
 
     def __init__(
         self, *, capacity: int, max_len: int, block_size: int, device: torch.device
@@ -215,6 +215,15 @@ class Rows:
     def are_greedy(self, names: Sequence[str]) -> bool:
         """Whether it needs nothing but their logits for that."""
         return all(self._rows[name].is_greedy for name in names)
+
+    def are_single(self, work: Sequence[Work]) -> bool:
+        """Whether one is drawn behind each of these tokens, and none is a picture's."""
+        return all(
+            item.count == 1 + len(item.speculated)
+            and item.sample
+            and item.start >= self._rows[item.id].vision_end
+            for item in work
+        )
 
     def decode_inputs(self, work: Sequence[Work], size: int) -> "array[int]":
         """Tokens behind each of which one is drawn, int32 [4, size]: lines of the tables, ids,

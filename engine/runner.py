@@ -39,7 +39,7 @@ from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.rows import DeviceRows, Rows, StepBatch
 from engine.sampling.logprobs import Likely, Scored, asked, logprobs, score
 from engine.sampling.sampler import NOTHING_LEFT, draws, sample, sample_plain, sound
-from engine.speculation import max_draws
+from engine.speculation import max_draws, max_speculated
 from engine.trial import Trial
 from engine.vision import EncoderOutputs, Encoding, NoOutputs
 from model import build_model, load_config
@@ -155,6 +155,7 @@ class ModelRunner:
             parameters=self._model.parameter_count,
             vision_token_bytes=config.text.hidden_size * dtype.itemsize,
             grammars=self._grammars is not None,
+            speculates=max_speculated(settings, device.type) > 0,
         )
         progress(Progress("warm-up"))
         self._capture(settings)
@@ -433,14 +434,11 @@ class ModelRunner:
 
     def _compute_single(self, plan: StepPlan) -> _Begun | None:
         """The same in one call, where there is one for it: behind each token of it one is drawn."""
+        if not self._rows.are_single(plan.work):
+            return None
         names = [work.id for work in plan.work for _ in range(work.count)]
         one = self._graphs.pick(len(names)) if self._graphs else self._single
-        if one is None or not all(
-            work.count == 1 + len(work.speculated)
-            and work.sample
-            and work.start >= self._rows[work.id].vision_end
-            for work in plan.work
-        ):
+        if one is None:
             return None
         if isinstance(one, DecodeGraph):
             padded = one.forward(self._rows.decode_inputs(plan.work, one.size))

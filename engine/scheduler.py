@@ -29,7 +29,7 @@ import logging
 import math
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 
 from engine.blocks import BlockPool
@@ -347,7 +347,7 @@ class Scheduler:
         caching, block_size, running = self._prefixes.enabled, self._block_size, Status.RUNNING
         for sequence, work in zip(sequences, plan.work, strict=True):
             drawn = next(sampled) if work.sample else None
-            right: list[Sampled] = []
+            right: Collection[Sampled] = ()
             if work.speculated and drawn is not None:
                 right, drawn = self._keep_right(sequence, work, drawn, sampled)
             if work.score:

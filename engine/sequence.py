@@ -42,7 +42,7 @@ class Sequence:
     ``scores`` are the log-probabilities of the prompt as far as they are known, from its second
     token on, or those of its ``lookup``; None if nobody waits for them.
     ``encode_seconds`` is what its pictures took of the encoder since the last output.
-    ``speculation`` has been asked which tokens may come; None: not yet.
+    ``speculation`` knows which tokens may come; None: it has not been asked yet.
     ``num_charged`` tokens were charged to the tenant, by this engine or one that died.
     ``added``, ``admitted`` and ``first_token`` are moments: it came, it first entered the batch,
     and its first token was known.

@@ -10,9 +10,10 @@ is from SuffixDecoding (Oliaro et al., arXiv 2411.04975).
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import msgspec
+import numpy as np
 
 from engine.plan import Sampled, Work
 from wire.messages import EngineOutput, pack
@@ -39,8 +40,9 @@ def max_speculated(settings: EngineSettings, device: str) -> int:
 
 
 def max_draws(settings: EngineSettings, device: str) -> int:
-    """Tokens that one step may draw: one of each sequence, or those of few with some on trial."""
-    return max(settings.max_num_seqs, 1 + max_speculated(settings, device))
+    """Tokens that one step may draw: those on trial come beside one of each sequence, as others may
+    be admitted in a step in which few have some on trial."""
+    return settings.max_num_seqs + max_speculated(settings, device)
 
 
 class PromptLookup:
@@ -58,10 +60,10 @@ class PromptLookup:
         of several: one token more than are alike, ``most`` at most. What is not known yet is taken
         to go on in circles. ``tokens`` are those of the last call, and more."""
         self._seen += _text(pack(tokens[len(self._seen) - self._predicted :]))
-        seen, end = self._seen, len(self._seen) - 1
-        place = alike = 0
+        seen, alike = self._seen, 0
+        place = end = len(seen) - 1
         while alike < _LONGEST:
-            found = seen.rfind(seen[end - alike :], 0, end)
+            found = seen.rfind(seen[end - alike :], 0, place)
             if found < 0:
                 break
             alike += 1
@@ -71,6 +73,16 @@ class PromptLookup:
         count = min(alike + 1, most)
         behind = seen[place : place + count] * count
         return list(map(ord, behind[:count].partition(_BORDER)[0]))
+
+
+def are_known(tokens: bytes, vocab_size: int) -> bool:
+    """Whether packed tokens are whole, and ids that the model knows."""
+    if not tokens:
+        return True
+    if len(tokens) % 4:
+        return False
+    ids = np.frombuffer(tokens, dtype=np.int32)
+    return bool(ids.min() >= 0 and ids.max() < vocab_size)
 
 
 def _text(tokens: bytes) -> str:
@@ -90,7 +102,7 @@ def follow(work: Work, drawn: Sampled, sampled: Iterator[Sampled]) -> tuple[list
     return right, drawn
 
 
-def behind(right: list[Sampled], output: EngineOutput) -> list[EngineOutput]:
+def behind(right: Collection[Sampled], output: EngineOutput) -> list[EngineOutput]:
     """What ``output`` tells, behind the tokens that were right. An error comes by itself."""
     ids = [each.token_id for each in right] + output.token_ids
     logprobs = [each.logprobs for each in right if each.logprobs is not None]

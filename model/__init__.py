@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from model.awq import keep_packed
 from model.config import load_config
@@ -71,7 +72,11 @@ def build_model(
         keep_packed(model, config.awq, files.packed(slots))
     model.ops = choose(device, dtype, quantization)
     own = quantization == "int8" and isinstance(model.ops, NativeOps)
-    quantized = quantizer(model.decoder.layers, "none" if own else quantization, device)
+    pictures: list[nn.Module] = []
+    if quantization == "fp8-all" and group.stage == 0:
+        pictures = [model.vision.layers, model.projector]
+    kind = "none" if own else quantization
+    quantized = quantizer(model.decoder.layers, pictures, kind, device)
 
     def filled(name: str) -> None:
         below, _, rest = name.partition(".")
@@ -91,9 +96,9 @@ def build_model(
     if group.stage == 0:
         model.vision.fit(config.tile_grid)
         model.vision.fold()
-        if quantized is not None and quantization == "fp8-all":
-            for part in (model.vision.layers, model.projector):
-                quantize_whole(part, quantized, quantization)
+        if quantized is not None:
+            for part in pictures:
+                quantize_whole(part, quantized)
     head = model.decoder.output if group.stage == 0 else None
     decoding = set(model.decoder.modules())
     model.ops.prepare(list(model.modules()), head, decoding, draws=group.is_alone)

@@ -8,7 +8,7 @@ all layers: model.ops.native.)
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -125,14 +125,18 @@ class Int8Linear(Linear):
         return found.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def quantizer(decoder_layers: nn.ModuleList, kind: str, device: torch.device) -> Quantizer | None:
-    """What takes the place of the linear layers of the decoder's layers, made when they have their
-    weights: in float8 for "fp8" and "fp8-all", in whole numbers for "int8", or by bitsandbytes
-    (``model.bnb``). None for "none".
+def quantizer(
+    decoder_layers: nn.ModuleList, others: Sequence[nn.Module], kind: str, device: torch.device
+) -> Quantizer | None:
+    """What takes the place of the linear layers of the decoder's layers and of ``others``, made
+    when they have their weights: in float8 for "fp8" and "fp8-all", in whole numbers for "int8", or
+    by bitsandbytes (``model.bnb``). None for "none".
 
     Raises CheckpointError where the device, the model's shape or what is installed does not allow
     it.
     """
+    for part in others:
+        _check_sizes(part, kind)
     if kind.startswith("fp8"):
         return functools.partial(Fp8Linear, product=_product(decoder_layers, kind, device))
     if kind == "int8":
@@ -151,13 +155,10 @@ def quantize_layer(decoder: nn.Module, name: str, quantized: Quantizer) -> None:
         decoder.set_submodule(name, quantized(layer))
 
 
-def quantize_whole(part: nn.Module, quantized: Quantizer, kind: str) -> None:
-    """Replace all linear layers of a part of the model that was loaded. Raises CheckpointError
-    where its sizes do not suit the kernels."""
-    _check_sizes(part, kind)
-    for name, layer in list(part.named_modules()):
-        if isinstance(layer, Linear):
-            part.set_submodule(name, quantized(layer))
+def quantize_whole(part: nn.Module, quantized: Quantizer) -> None:
+    """Replace all linear layers of a part of the model that was loaded, one by one."""
+    for name in [name for name, layer in part.named_modules() if isinstance(layer, Linear)]:
+        part.set_submodule(name, quantized(part.get_submodule(name)))  # type: ignore[arg-type]
 
 
 def weight_bytes(layer: nn.Module, itemsize: int, kind: str) -> int:

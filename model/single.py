@@ -22,8 +22,8 @@ from model.rotary import angles, inverse_frequencies
 
 class SingleTokens:
     """Through ``layers`` and ``head``. ``tables`` [lines, blocks] and ``last`` [lines], int64, are
-    looked up by a row's line at each call; there are no more rows than lines. A call is made with
-    ``engine.rows.Rows.decode_inputs`` of the rows."""
+    looked up by a row's line at each call. A call is made with ``engine.rows.Rows.decode_inputs``
+    of the rows. Raises ValueError for more rows than lines, as memory is set aside for so many."""
 
     def __init__(
         self,
@@ -72,7 +72,10 @@ class SingleTokens:
 
     def _call(self, inputs: "array[int]", tokens: int | None) -> None:
         (address, count), (hidden, memory) = inputs.buffer_info(), self._pointers
-        LIBRARY.internvl_single(self._single, address, count // 4, hidden, tokens, memory)
+        rows = count // 4
+        if rows >= len(self._hidden):
+            raise ValueError(f"{rows} rows are more than there are lines")
+        LIBRARY.internvl_single(self._single, address, rows, hidden, tokens, memory)
 
 
 def single_tokens(

@@ -40,7 +40,9 @@ Step = list[int] | EngineOutput | asyncio.Event | Exception
 Script = Callable[[EngineRequest], Iterable[Step]]
 
 
-def make_ready(template: PromptFormat = HF, max_model_len: int = 512) -> Ready:
+def make_ready(
+    template: PromptFormat = HF, max_model_len: int = 512, *, speculates: bool = True
+) -> Ready:
     return Ready(
         geometry=VisionGeometry(tile_size=4, tokens_per_tile=3),
         prompt_format=template,
@@ -55,6 +57,7 @@ def make_ready(template: PromptFormat = HF, max_model_len: int = 512) -> Ready:
         attention="sdpa",
         parameters=1000,
         grammars=True,
+        speculates=speculates,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from engine.core import EngineCore
 from engine.cost import CostModel, Load
 from engine.plan import EncodeItem, NewRow, Sampled, StepPlan, StepResult, Work
+from engine.speculation import max_draws
 from wire.channel import Buffer
 from wire.geometry import PromptFormat, VisionGeometry
 from wire.messages import (
@@ -208,6 +209,8 @@ class FakeRunner:
         assert not {new.id for new in plan.new_rows} & set(plan.preempted), "preempted for nothing"
         assert len(self.rows) <= self.settings.max_num_seqs
         assert sum(work.count for work in plan.work) <= self.settings.max_num_batched_tokens
+        drawn = sum(work.sample + len(work.speculated) for work in plan.work)
+        assert drawn <= max_draws(self.settings, "cpu")
         tiles = sum(item.tiles for item in plan.encode)
         assert tiles <= self.settings.max_num_encoder_tiles
         size = sum(len(tensor) for tensor in self.tensors.values()) * TOKEN_BYTES

@@ -63,11 +63,6 @@ def pack(ids: Iterable[int]) -> bytes:
     return array("i", ids).tobytes()
 
 
-def unpack(ids: bytes) -> "memoryview[int]":
-    """The ids that were packed. Raises TypeError where the last is cut."""
-    return memoryview(ids).cast("i")
-
-
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
     """Forget these requests and free what they hold; unknown ids are ignored."""
 
@@ -206,7 +201,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     engine stops at them only where a request has them among its stop ids.
     ``vocab_size`` bounds the ids the model accepts. ``vision_token_bytes`` is what one encoded
     picture token occupies (hidden size times element size); the vision cache counts with it.
-    ``grammars`` says whether requests may have one.
+    ``grammars`` says whether requests may have one, and ``speculates`` whether anybody asks what
+    they predict.
     """
 
     geometry: VisionGeometry
@@ -223,6 +219,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     max_positions: int
     vision_token_bytes: int = 0
     grammars: bool = False
+    speculates: bool = False
 
     def context(self, saved: int = 0) -> int:
         """Tokens of the longest sequence whose pictures save so many positions."""

@@ -200,10 +200,11 @@ def encoder(bench: Bench) -> None:
                 most = {1: 2.0, 32: 1.55}.get(count)
                 bench.record(f"graph tiles={count}", took * 1e3 / count, "ms/tile", most=most)
     with bench.case("fp8"), torch.inference_mode():
-        quantized = quantizer(model.decoder.layers, "fp8-all", bench.device)
+        pictures = (model.vision.layers, model.projector)
+        quantized = quantizer(model.decoder.layers, pictures, "fp8-all", bench.device)
         assert quantized is not None
-        for part in (model.vision.layers, model.projector):
-            quantize_whole(part, quantized, "fp8-all")
+        for part in pictures:
+            quantize_whole(part, quantized)
         for count in bench.pick((1, 13, 32), (1,)):
             tiles = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=bench.device)
             call = functools.partial(model.encode_tiles, tiles)

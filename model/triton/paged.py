@@ -65,7 +65,9 @@ def _rotate_write(
     # Behind the queries stand all keys, then all values, as the pages of a block do.
     page += (head - HEADS) * BLOCK_SIZE * 2 * HALF
     stored = cache_pointer + page + (slot % BLOCK_SIZE) * 2 * HALF + column
-    wanted = inside & (head >= HEADS) & (slot >= 0)
+    # Not by `slot >= 0` beside the others: of one truth for all Triton 3.9's interpreter makes a
+    # number, and then refuses the mask.
+    wanted = inside & (head >= tl.where(slot >= 0, HEADS, HEADS + 2 * KV_HEADS))
     tl.store(stored, first, mask=wanted)
     tl.store(stored + HALF, second, mask=wanted)
 

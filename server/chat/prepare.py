@@ -154,7 +154,7 @@ async def prepare(
     with span("prompt"):
         prompt = await run(model.prompts.build, canvas.segments, gallery.pictures, frames)
         predicted = b""
-        if request.prediction is not None:
+        if request.prediction is not None and model.ready.speculates:
             predicted = await run(_predicted, request.prediction, model)
     shown = account(gallery, conversation, canvas.segments, model.ready.geometry.tokens_per_tile)
     visual = [one.facts.tokens for one in shown]

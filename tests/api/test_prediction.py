@@ -2,6 +2,7 @@
 depends on it."""
 
 import threading
+from array import array
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ from tests.api.conftest import House, Houses
 from tests.api.test_errors import check_refusal
 from tests.fake_engine import FakeEngine, make_ready, say
 from tests.small_tokenizer import encode_rendered, reference
-from wire.messages import EngineRequest, pack, unpack
+from wire.messages import EngineRequest, pack
 
 HELLO: Any = [{"role": "user", "content": "Hello!"}]
 TEXT = "A red circle, 你是 café.\n"
@@ -25,6 +26,10 @@ def content(value: Any) -> dict[str, Any]:
 
 def parts(*texts: str) -> list[dict[str, Any]]:
     return [{"type": "text", "text": text} for text in texts]
+
+
+def predicted(request: EngineRequest) -> list[int]:
+    return array("i", request.prediction).tolist()
 
 
 @pytest.mark.parametrize(
@@ -49,6 +54,12 @@ async def test_all_of_it_reaches_the_engine_and_nothing_else_differs(
     without, asked = [msgspec.structs.replace(each, id="") for each in house.engine.requests]
     assert asked.prediction == pack(ids)
     assert msgspec.structs.replace(asked, prediction=b"") == without
+
+
+async def test_where_nobody_asks_for_it_it_is_not_read(houses: Houses) -> None:
+    house = await houses.open(FakeEngine(make_ready(speculates=False)))
+    assert (await house.ask(**content(TEXT))).status_code == 200
+    assert house.engine.requests[0].prediction == b""
 
 
 async def test_null_is_none(house: House) -> None:
@@ -105,11 +116,11 @@ async def test_names_in_it_are_what_they_are_in_a_users_text(house: House) -> No
         vocabulary.token_to_id(name)
         for name in ("<|im_end|>", "<|im_start|>", "<img>", "<IMG_CONTEXT>", "<|endoftext|>")
     }
-    assert special.isdisjoint(unpack(plain.prediction))
-    assert vocabulary.decode(unpack(plain.prediction)) == text
+    assert special.isdisjoint(predicted(plain))
+    assert vocabulary.decode(predicted(plain)) == text
     assert marked.prediction == pack(encode_rendered(boxes))
     for request in (plain, marked):  # the prompt's text is cut where a turn begins and ends
-        inside = unpack(request.prediction)[1:-1].tolist()
+        inside = predicted(request)[1:-1]
         found = range(len(request.prompt) - len(inside) + 1)
         assert any(request.prompt[at : at + len(inside)] == inside for at in found)
 
@@ -174,8 +185,8 @@ async def test_the_official_client_sends_it(house: House, value: Any) -> None:
     assert whole.usage is not None
     assert whole.usage.completion_tokens_details is None  # it does not tell what came of it
 
-    def predicted(request: EngineRequest) -> str:
-        return reference().decode(unpack(request.prediction))
+    def text(request: EngineRequest) -> str:
+        return reference().decode(predicted(request))
 
     expected = value if isinstance(value, str) else "A red circle."
-    assert [*map(predicted, house.engine.requests)] == [expected] * 2
+    assert [*map(text, house.engine.requests)] == [expected] * 2

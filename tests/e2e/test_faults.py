@@ -55,7 +55,8 @@ class House:
 
     def __init__(self, folder: Path, *flags: str) -> None:
         self.fault = folder / "fault.json"
-        flags = (*flags, "--engine-timeout", str(TIMEOUT), str(self.fault))
+        # What a fault waits for is in the time of steps, which must not keep prompts out.
+        flags = (*flags, "--step-budget-ms", "0", "--engine-timeout", str(TIMEOUT), str(self.fault))
         self.server = Server(folder / "log.txt", flags, module="tests.e2e.faulty_server")
         self._pool = ThreadPoolExecutor(COUNT + 1)
         self.whole: list[Texts] = []  # what is said without a fault

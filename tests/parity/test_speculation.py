@@ -1,6 +1,7 @@
 """Tokens on trial over the real model: right or wrong, they change no token and no
 log-probability of any request, however these are drawn."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from engine.core import EngineCore
+from engine.plan import StepPlan
 from engine.runner import ModelRunner
+from engine.speculation import max_draws
 from tests.checkpoints import make_checkpoint
 from tests.parity import test_native
 from tests.parity.test_on_a_device import THERE, without_kernels
@@ -132,6 +135,63 @@ def test_log_probabilities_are_those_without_it_too(
             # Torch adds up rows of different numbers in different orders, the C does not.
             assert other.logprob == pytest.approx(one.logprob, abs=1e-5 * (kind == "float32"))
             assert [token for token, _ in other.top] == [token for token, _ in one.top]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_as_many_as_may_come_in_beside_them(
+    folders: dict[str, Path], kind: str, temperature: float
+) -> None:
+    """One answer is tried while five prompts, of which all but a token is cached, enter in the same
+    step: nothing draws for more rows."""
+    seqs = 6
+    settings = EngineSettings(
+        **{"model": str(folders[kind]), "block_size": 32} | KINDS[kind],
+        max_num_seqs=seqs,
+        num_kv_blocks=64,
+        device="cpu",
+    )
+    runner, drawn = ModelRunner(settings), []
+    shared = [(7 * place) % 150 for place in range(33)]
+
+    def asked(number: int, count: int, answer: list[int]) -> EngineRequest:
+        how = SamplingParams(max_tokens=count, temperature=temperature, seed=number)
+        prompt = shared if number else shared[3:]
+        return EngineRequest(f"{number}", prompt, how, prediction=pack(answer))
+
+    def finish(core: EngineCore) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        while (report := core.step()) is not None:
+            for output in report.outputs:
+                assert output.error is None
+                found.setdefault(output.id, []).extend(output.token_ids)
+        return found
+
+    plain = EngineCore(dataclasses.replace(settings, **NONE), runner, runner.ready())
+    expected = dict[str, list[int]]()
+    for number in range(seqs):
+        plain.add(asked(number, 3 if number else 40, []))
+        expected |= finish(plain)
+    core = EngineCore(settings, runner, runner.ready())
+    core.add(asked(1, 1, []))
+    finish(core)  # its prompt is cached
+    core.add(asked(0, 40, expected["0"]))
+    begin, found = runner.begin, list[EngineOutput]()
+
+    def note(plan: StepPlan) -> None:
+        drawn.append(sum(work.sample + len(work.speculated) for work in plan.work))
+        begin(plan)
+
+    runner.begin = note  # type: ignore[method-assign]
+    while max(drawn, default=0) < 6:
+        report = core.step()
+        assert report is not None
+        found += report.outputs
+    for number in range(1, seqs):
+        core.add(asked(number, 3, []))
+    tokens = finish(core)
+    tokens["0"] = [token for output in found for token in output.token_ids] + tokens["0"]
+    assert tokens == expected
+    assert max(drawn) == max_draws(settings, "cpu") == seqs + 5
 
 
 def test_what_wrong_tokens_leave_breaks_no_other(folders: dict[str, Path]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import quantization
 from demo import CHECKPOINT
@@ -17,7 +17,7 @@ from model import InternVL, build_model, load_config, skeleton
 from model.layers import Linear
 from model.mlp import Experts
 from model.ops import Ops, choose
-from model.quantize import PRODUCTS, Fp8Linear, Int8Linear, to_fp8, to_int8
+from model.quantize import PRODUCTS, Fp8Linear, Int8Linear, quantize_whole, to_fp8, to_int8
 from model.schema import CheckpointError
 from model.stages import weight_sizes
 from tests.checkpoints import Shape, make_checkpoint
@@ -143,6 +143,18 @@ def test_it_is_as_far_from_exact_as_transformers_model_likewise(folder: Path, ki
     ours = run(build(folder, kind), ids, tiles)
     far, allowed = ((one - true).square().mean().sqrt() for one in (ours, theirs))
     assert allowed / 1.5 < far < allowed * 1.5
+
+
+def test_no_layer_of_a_part_outlives_the_one_in_its_place() -> None:
+    part = nn.Sequential(*[Linear(32, 32, bias=False) for _ in range(6)])
+    alive, held = weakref.WeakSet(list(part)), []
+
+    def note(layer: Linear) -> Linear:
+        held.append(len(alive))
+        return Fp8Linear(layer, PRODUCTS[0])
+
+    quantize_whole(part, note)
+    assert held == [6, 5, 4, 3, 2, 1]
 
 
 def test_a_layer_is_quantised_before_the_next_is_read(

@@ -92,6 +92,19 @@ def test_few_sequences_share_what_a_step_has_for_it(seqs: int, each: int) -> Non
     assert all(len(counts) + sum(counts) <= max(6, seqs) for counts in tried)
 
 
+def test_who_comes_in_beside_them_is_not_kept_out() -> None:
+    """The runner is told of no more rows than it may draw for: it checks."""
+    engine = Engine(speculative_tokens=5, draws=1, block_size=64, max_num_seqs=4)
+    engine.add("r", 3, seed=9, max_tokens=40)
+    while not engine.step().work[0].speculated:
+        pass
+    for number in range(3):
+        engine.add(f"r{number}", 1, seed=number, max_tokens=40)
+    plan = engine.step()
+    assert [work.sample + len(work.speculated) for work in plan.work] == [6, 1, 1, 1]
+    engine.finish()
+
+
 def test_right_ones_save_steps_and_are_counted() -> None:
     engine = Engine(speculative_tokens=5, draws=1, block_size=64)
     engine.add("r", 3, max_tokens=40)
@@ -217,7 +230,7 @@ def test_a_tenant_is_charged_for_those_that_were_right() -> None:
     assert charged == [{b"t": 10.0}] * 2
 
 
-@pytest.mark.parametrize(("seqs", "tokens", "rows"), [(1, 64, 6), (9, 64, 9), (1, 4, 4)])
+@pytest.mark.parametrize(("seqs", "tokens", "rows"), [(1, 64, 6), (9, 64, 14), (1, 4, 4)])
 def test_the_largest_step_draws_behind_them_too(seqs: int, tokens: int, rows: int) -> None:
     settings = EngineSettings(max_num_seqs=seqs, max_num_batched_tokens=tokens)
     *_, plan = largest_step(settings, GEOMETRY, 64, 97, torch.device("cpu"))
