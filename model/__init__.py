@@ -76,7 +76,7 @@ def build_model(
     if quantization == "fp8-all" and group.stage == 0:
         pictures = [model.vision.layers, model.projector]
     kind = "none" if own else quantization
-    quantized = quantizer(model.decoder.layers, pictures, kind, device)
+    quantized = quantizer(model.decoder.layers, kind, device, pictures)
 
     def filled(name: str) -> None:
         below, _, rest = name.partition(".")

@@ -126,7 +126,10 @@ class Int8Linear(Linear):
 
 
 def quantizer(
-    decoder_layers: nn.ModuleList, others: Sequence[nn.Module], kind: str, device: torch.device
+    decoder_layers: nn.ModuleList,
+    kind: str,
+    device: torch.device,
+    others: Sequence[nn.Module] = (),
 ) -> Quantizer | None:
     """What takes the place of the linear layers of the decoder's layers and of ``others``, made
     when they have their weights: in float8 for "fp8" and "fp8-all", in whole numbers for "int8", or

@@ -201,7 +201,7 @@ def encoder(bench: Bench) -> None:
                 bench.record(f"graph tiles={count}", took * 1e3 / count, "ms/tile", most=most)
     with bench.case("fp8"), torch.inference_mode():
         pictures = (model.vision.layers, model.projector)
-        quantized = quantizer(model.decoder.layers, pictures, "fp8-all", bench.device)
+        quantized = quantizer(model.decoder.layers, "fp8-all", bench.device, pictures)
         assert quantized is not None
         for part in pictures:
             quantize_whole(part, quantized)
