@@ -183,6 +183,7 @@ def main() -> None:
     cases = [
         case.at_most(given.requests) for case in CASES if case.name in (given.cases or case.name)
     ]
+    given.logs.mkdir(parents=True, exist_ok=True)
     servers = [our_server(given.model, flags=given.flags, log=given.logs / f"{OURS}.log")]
     servers += [peer_server(*peer, given.model, given.logs) for peer in given.peer]
     with contextlib.ExitStack() as stack:

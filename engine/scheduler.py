@@ -384,7 +384,7 @@ class Scheduler:
     ) -> tuple[list[Sampled], Sampled]:
         """The draws of tokens on trial that were right, and the one behind them."""
         right, drawn = follow(work, drawn, sampled)
-        if sequence.status is Status.RUNNING:
+        if sequence.status is Status.RUNNING:  # else it was aborted: none is preempted before this
             sequence.keep_right(work, len(right))
             self._waiting.charge((sequence,))
             self._generated_tokens += len(right)
