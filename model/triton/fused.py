@@ -9,44 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.triton.float8 import rounded, scale_of
+
 _BLOCK = 1024
-
-
-@triton.jit
-def add_norm_of(
-    row,
-    column,
-    hidden_pointer,
-    delta_pointer,
-    weight_pointer,
-    bias_pointer,
-    hidden_stride,
-    delta_stride,
-    size,
-    eps,
-    ADD: tl.constexpr,
-    CENTER: tl.constexpr,
-):
-    """One row's norm, in the type of ``hidden``; 0 in columns behind it. With ``ADD`` the sum takes
-    the place of ``hidden``; ``CENTER`` is LayerNorm."""
-    inside = column < size
-    place = hidden_pointer + row * hidden_stride + column
-    x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    dtype = hidden_pointer.dtype.element_ty
-    if ADD:
-        delta = tl.load(delta_pointer + row * delta_stride + column, mask=inside, other=0.0)
-        rounded = (x + delta.to(tl.float32)).to(dtype)
-        tl.store(place, rounded, mask=inside)
-        x = rounded.to(tl.float32)
-    weight = tl.load(weight_pointer + column, mask=inside, other=0.0).to(tl.float32)
-    if CENTER:
-        x = tl.where(inside, x - tl.sum(x, axis=0) / size, 0.0)
-        bias = tl.load(bias_pointer + column, mask=inside, other=0.0).to(tl.float32)
-        normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * weight + bias
-    else:
-        scaled = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
-        normed = scaled.to(dtype).to(tl.float32) * weight
-    return normed.to(dtype)
 
 
 @triton.jit
@@ -56,31 +21,44 @@ def _add_norm(
     weight_pointer,
     bias_pointer,
     out_pointer,
+    scale_pointer,
     hidden_stride,
     delta_stride,
     size,
     eps,
     ADD: tl.constexpr,
     CENTER: tl.constexpr,
+    ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One row. With ``ADD`` the sum takes the place of ``hidden``; ``CENTER`` is LayerNorm; with
+    ``ROUND`` the norm is in float8."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    normed = add_norm_of(
-        row,
-        column,
-        hidden_pointer,
-        delta_pointer,
-        weight_pointer,
-        bias_pointer,
-        hidden_stride,
-        delta_stride,
-        size,
-        eps,
-        ADD,
-        CENTER,
-    )
-    tl.store(out_pointer + row * size + column, normed, mask=column < size)
+    inside = column < size
+    place = hidden_pointer + row * hidden_stride + column
+    x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    dtype = hidden_pointer.dtype.element_ty
+    if ADD:
+        delta = tl.load(delta_pointer + row * delta_stride + column, mask=inside, other=0.0)
+        total = (x + delta.to(tl.float32)).to(dtype)
+        tl.store(place, total, mask=inside)
+        x = total.to(tl.float32)
+    weight = tl.load(weight_pointer + column, mask=inside, other=0.0).to(tl.float32)
+    if CENTER:
+        x = tl.where(inside, x - tl.sum(x, axis=0) / size, 0.0)
+        bias = tl.load(bias_pointer + column, mask=inside, other=0.0).to(tl.float32)
+        normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * weight + bias
+    else:
+        scaled = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
+        normed = scaled.to(dtype).to(tl.float32) * weight
+    normed = normed.to(dtype)
+    if ROUND:
+        wide = normed.to(tl.float32)
+        scale = scale_of(tl.abs(wide), wide * 0.0)
+        tl.store(scale_pointer + row, scale)
+        normed = rounded(wide, scale)
+    tl.store(out_pointer + row * size + column, normed, mask=inside)
 
 
 def add_norm(
@@ -90,31 +68,43 @@ def add_norm(
 
     LayerNorm with a ``bias`` [size], else RMSNorm. Rows may lie apart, as slices of wider ones do.
     """
+    normed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    return add_norm_into(normed, None, hidden, delta, weight, bias, eps), normed
+
+
+def add_norm_into(
+    out: Tensor,
+    scale: Tensor | None,
+    hidden: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """The same with a place for the norm: rows, or with a place for their ``scale`` rows of float8
+    as uint8. The sum alone is given back."""
     size = hidden.shape[-1]
     rows = whole_rows(hidden)
     added = rows if delta is None else whole_rows(delta)
-    normed = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    block = triton.next_power_of_2(size)
     _add_norm[(len(rows),)](
         rows,
         added,
         weight,
         weight if bias is None else bias,
-        normed,
+        out,
+        weight if scale is None else scale,
         rows.stride(0),
         added.stride(0),
         size,
         eps,
         ADD=delta is not None,
         CENTER=bias is not None,
-        **for_rows(size),
+        ROUND=scale is not None,
+        BLOCK=block,
+        num_warps=min(max(block // 256, 1), 8),
     )
-    return rows.view(hidden.shape) if delta is not None else hidden, normed.view(hidden.shape)
-
-
-def for_rows(size: int) -> dict[str, int]:
-    """How a kernel is launched whose program has a row in one block."""
-    block = triton.next_power_of_2(size)
-    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
+    return rows.view(hidden.shape) if delta is not None else hidden
 
 
 @triton.jit

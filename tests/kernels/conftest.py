@@ -10,6 +10,7 @@ import torch
 
 KERNELS = [
     "model.triton.experts",
+    "model.triton.float8",
     "model.triton.fused",
     "model.triton.int4",
     "model.triton.paged",

@@ -9,7 +9,7 @@ KERNELS = {
     *("_add_norm", "_silu_mul", "_bias_gelu"),
     *("_rotate_write", "_decode", "_reduce"),
     *("_resample", "_patches"),
-    *("_draw", "_to_fp8", "_add_norm_to_fp8", "_linear"),
+    *("_draw", "_to_fp8", "_linear"),
     *("_products", "_mix"),
 }
 # Bytes of shared memory that a program may have (CUDA C++ Programming Guide, compute capabilities).
