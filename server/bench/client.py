@@ -43,7 +43,7 @@ Content = list[dict[str, Any]]
 @dataclasses.dataclass(frozen=True)
 class Case:
     """Requests alike. ``picture`` is the width of each of their ``pictures`` in pixels, 0: they
-    have none; ``height`` 0: it is a square.
+    have none; ``height`` 0: it is a square. A ``photo`` is smooth with some noise, as JPEG.
 
     The first ``shared`` tokens are the same in all requests, and so are the pictures if ``again``;
     then one request more is sent before the measured ones.
@@ -63,6 +63,7 @@ class Case:
     again: bool = False
     height: int = 0
     pictures: int = 1
+    photo: bool = False
     rate: float = 0.0
 
     @property
@@ -145,13 +146,11 @@ class Client:
         words = round(case.input_tokens / self._tokens_per_word)
         shared = _text(chance, round(case.shared / self._tokens_per_word))
         contents = [shared + _text(chance, words) for _ in range(case.requests + case.primed)]
-        shape = (case.height or case.picture, case.picture, 3)
+        size = case.height or case.picture, case.picture
         for index, content in enumerate(contents if case.picture else ()):
             if index == 0 or not case.again:
-                pictures = [
-                    _part(noise.integers(0, 256, shape, dtype=np.uint8))
-                    for _ in range(case.pictures)
-                ]
+                paint = _photograph if case.photo else _noise
+                pictures = [_part(*paint(noise, *size)) for _ in range(case.pictures)]
             content[:0] = pictures
         return contents
 
@@ -275,8 +274,28 @@ def _text(chance: random.Random, words: int) -> Content:
     return [{"type": "text", "text": text}]
 
 
-def _part(pixels: np.ndarray) -> dict[str, Any]:
+def _noise(chance: np.random.Generator, height: int, width: int) -> tuple[str, bytes]:
+    pixels = chance.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return "png", _encoded(pixels, "PNG", compress_level=1)
+
+
+def _photograph(chance: np.random.Generator, height: int, width: int) -> tuple[str, bytes]:
+    """About as large a file as a camera's."""
+    down, across = (
+        60 * np.sin(np.arange(length)[:, None] / chance.uniform(80, 160, 3))
+        for length in (height, width)
+    )
+    smooth = (128 + down[:, None] + across[None]).astype(np.int16)
+    grain = chance.integers(-8, 8, (height, width, 1), dtype=np.int8)
+    return "jpeg", _encoded((smooth + grain).astype(np.uint8), "JPEG", quality=90)
+
+
+def _encoded(pixels: np.ndarray, format: str, **options: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    Image.fromarray(pixels).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def _part(kind: str, encoded: bytes) -> dict[str, Any]:
+    url = f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}

@@ -77,6 +77,12 @@ def add(commands: Any) -> None:
         "--same-picture", action="store_true", default=None, help="show all requests the same"
     )
     parser.add_argument(
+        "--photographs",
+        action="store_true",
+        default=None,
+        help="pictures are smooth JPEGs with some noise, not PNGs of nothing else",
+    )
+    parser.add_argument(
         "--warm-up", type=some, default=2, metavar="N", help="requests before the measured ones [2]"
     )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the contents [0]")
@@ -107,6 +113,7 @@ def run(options: argparse.Namespace) -> int:
         height=height,
         pictures=options.pictures,
         again=bool(options.same_picture),
+        photo=bool(options.photographs),
         rate=options.rate,
     )
     with asked(options) as target:

@@ -80,11 +80,29 @@ def test_pictures_have_the_size_that_was_asked_for() -> None:
         urls = [part["image_url"]["url"] for content in contents for part in content[:2]]
         assert len(set(urls)) == different
         for url in urls:
-            data = base64.b64decode(url.partition(",")[2])
-            assert Image.open(io.BytesIO(data)).size == (40, 30)
+            assert shown(url).size == (40, 30)
     begins = {content[2]["text"] for content in same[-2:]}
     assert len(begins) == 1
     assert len(begins.pop().split()) == 16
+
+
+def shown(url: str) -> Image.Image:
+    kind, _, data = url.partition(";base64,")
+    picture = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert kind == f"data:image/{(picture.format or '').lower()}"
+    return picture
+
+
+def test_photographs_are_jpegs_unlike_each_other() -> None:
+    words = ("--photographs", "--picture", "640x480", "--requests", "2", "--warm-up", "1")
+    with Api(lambda _, body: answered(body)) as api:
+        bench("--url", api.url, *words)
+        urls = [content[0]["image_url"]["url"] for content in measured(api)]
+    pictures = [shown(url) for url in urls]
+    assert [(picture.format, picture.size) for picture in pictures] == [("JPEG", (640, 480))] * 3
+    assert len({picture.tobytes() for picture in pictures}) == 3
+    # About as many bytes per pixel as a camera's files have; noise has more than two.
+    assert all(0.2 < len(url) * 3 / 4 / (640 * 480) < 0.8 for url in urls)
 
 
 def test_no_more_are_sent_at_once_than_was_said() -> None:
