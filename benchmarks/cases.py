@@ -20,6 +20,33 @@ CASES = (
 )
 
 
+def gpu_cases(shape: str) -> tuple[Case, ...]:
+    """Cases of a GPU, for the shape of this name."""
+    text = {"input_tokens": 1024, "output_tokens": 256}
+    shown: dict[str, Any] = {"input_tokens": 32, "output_tokens": 128, "concurrency": 16}
+    photo = shown | {"photo": True, "picture": 4032, "height": 3024}
+    return (
+        Case(f"{shape}-text-c1", f"{shape}: 1,024 tokens, 1 at once", 4, **text),
+        Case(f"{shape}-text-c16", f"{shape}: 16 at once", 32, concurrency=16, **text),
+        Case(f"{shape}-text-c64", f"{shape}: 64 at once", 128, concurrency=64, **text),
+        Case(f"{shape}-tile-c16", f"{shape}: 448² picture, 16 at once", 64, picture=448, **shown),
+        Case(
+            f"{shape}-1080p-c16",
+            f"{shape}: 1080p photograph, 16 at once",
+            48,
+            **(photo | {"picture": 1920, "height": 1080}),
+        ),
+        Case(
+            f"{shape}-12mp-c1",
+            f"{shape}: 12 MP photograph, 1 at once",
+            4,
+            **(photo | {"concurrency": 1}),
+        ),
+        Case(f"{shape}-12mp-c16", f"{shape}: 16 at once", 48, **photo),
+        Case(f"{shape}-again-c16", f"{shape}: all about one", 48, again=True, **photo),
+    )
+
+
 def our_client(url: str) -> Client:
     """Of the server at a URL without a path. Raises what ``Client`` raises."""
     return Client(Target(url))

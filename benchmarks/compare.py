@@ -56,31 +56,42 @@ class Comparison:
         out: Path,
         facts: dict[str, Any],
     ) -> None:
-        self.cases, self.client, self.seed, self.out = cases, client, seed, out
+        self.client, self.seed, self.out = client, seed, out
         self.records: list[dict[str, Any]] = []
-        titles = {case.name: case.title for case in cases}
-        self.found = facts | {"seed": seed, "cases": titles, "servers": {}, "records": self.records}
+        self.found = facts | {"seed": seed, "cases": {}, "servers": {}, "records": self.records}
+        self.cases: Sequence[Case] = ()
+        self.use(cases)
+
+    def use(self, cases: Sequence[Case]) -> None:
+        """Measure others from now on."""
+        self.cases = cases
+        self.found["cases"] |= {case.name: case.title for case in cases}
 
     def measure(self, server: Server, number: int) -> None:
         """The round of this number for a server: start it, send it all cases, stop it."""
         with server:
             self.found["servers"][server.name] = without_folders(server.command_line())
             start = {"ready_s": server.ready_s, "rss_gib": server.rss_gib()}
-            self._record(server, "start", number, start)
+            self.record(server, "start", number, start)
             client = (server.client or self.client)(server.url)
             for index, case in enumerate(WARM_UP):
                 client.measure(case, self.seed + index)
             for index, case in enumerate(self.cases, 1):
                 seed = self.seed + 1000 * number + 10 * index
-                self._record(server, case.name, number, _measure(server, client, case, seed))
+                self.record(server, case.name, number, _measure(server, client, case, seed))
 
-    def _record(self, server: Server, case: str, number: int, figures: dict[str, Any]) -> None:
+    def record(self, server: Server, case: str, number: int, figures: dict[str, Any]) -> None:
+        """Keep figures of a case, or of the start."""
         figures = {
             key: round(value, 4) if isinstance(value, float) else value
             for key, value in figures.items()
         }
         self.records.append({"server": server.name, "case": case, "round": number} | figures)
         print(json.dumps(self.records[-1]), file=sys.stderr, flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """What was found until now."""
         self.out.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 OURS = "ours"
+DEFAULT, TUNED = "vllm-default", "vllm-tuned"
+"""vLLM on a GPU, as ``benchmarks.gpu.beside`` starts it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +61,18 @@ LADDER = (
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """What ours divided by the peer's has to reach; at most ``value`` where less is better."""
+    """What ours divided by the peer's has to reach; at most ``value`` where less is better.
+
+    Without a ``peer`` it is set against all that are not ``UNMARKED``.
+    """
 
     case: str
     metric: Metric
     value: float
+    peer: str = ""
+
+    def applies(self, peer: str) -> bool:
+        return peer == self.peer if self.peer else peer not in UNMARKED
 
     def reached(self, ratio: float) -> bool:
         return ratio >= self.value if self.metric.higher_is_better else ratio <= self.value
@@ -85,15 +94,23 @@ MARKS = (
     Mark("prefix", TTFT, 0.6),
     Mark("start", START, 0.25),
     Mark("start", MEMORY, 0.8),
+    *(
+        Mark(f"8B-text-c{rows}", THROUGHPUT, 1.0, peer)
+        for rows in (1, 16, 64)
+        for peer in (DEFAULT, TUNED)
+    ),
+    Mark("8B-12mp-c16", REQUESTS, 1.5, DEFAULT),
+    Mark("8B-12mp-c16", REQUESTS, 1.05, TUNED),
+    Mark("1B-12mp-c16", REQUESTS, 3.0, DEFAULT),
 )
-"""Against vLLM on a CPU."""
-UNMARKED = ("transformers", "zentorch")
+"""Against vLLM on a CPU, and on a GPU in two settings."""
+UNMARKED = ("transformers", "zentorch", DEFAULT, TUNED)
 """Peers that other marks are set against, or none."""
 
 
 def marks(peer: str) -> bool:
-    """Whether the marks are set against this peer."""
-    return peer not in UNMARKED
+    """Whether any marks are set against this peer."""
+    return any(mark.applies(peer) for mark in MARKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,25 +171,27 @@ class Results:
 
 def against(results: Results, peer: str) -> str:
     """Ours beside a peer in the cases that have a mark."""
+    set_here = {(mark.case, mark.metric): mark for mark in MARKS if mark.applies(peer)}
     rows = []
-    for mark in MARKS:
-        if mark.case not in results.titles:
+    for case, metric in dict.fromkeys((mark.case, mark.metric) for mark in MARKS):
+        if case not in results.titles:
             continue
-        ours, theirs = (results.figure(server, mark.case, mark.metric) for server in (OURS, peer))
-        ratio = results.ratio(peer, mark.case, mark.metric)
-        verdict = "–" if ratio is None else "yes" if mark.reached(ratio.median) else "**no**"
-        title = mark.metric.title if mark.case == "start" else results.titles[mark.case]
-        what = "" if mark.case == "start" else f"{mark.metric.title}, "
-        rows.append(
-            [
-                title,
-                f"{what}{mark.metric.unit}",
-                _said(ours),
-                _said(theirs),
-                _said(ratio),
-                *([mark, verdict] if marks(peer) else []),
-            ]
-        )
+        ours, theirs = (results.figure(server, case, metric) for server in (OURS, peer))
+        ratio = results.ratio(peer, case, metric)
+        mark = set_here.get((case, metric))
+        verdict = "–"
+        if mark is not None and ratio is not None:
+            verdict = "yes" if mark.reached(ratio.median) else "**no**"
+        title = metric.title if case == "start" else results.titles[case]
+        what = "" if case == "start" else f"{metric.title}, "
+        row: list[object] = [
+            title,
+            f"{what}{metric.unit}",
+            _said(ours),
+            _said(theirs),
+            _said(ratio),
+        ]
+        rows.append([*row, *([mark or "–", verdict] if marks(peer) else [])])
     heads = ["case", "figure", OURS, peer, "ratio", *(["mark", "reached"] if marks(peer) else [])]
     return _markdown(heads, rows)
 
@@ -212,7 +231,8 @@ def conditions(found: dict[str, Any]) -> str:
     machine = found["machine"]
     return (
         f"Commit {found['commit']}, {found['date']}; {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB, {' '.join(machine['flags'])}; client: {found['client']}; "
+        f"{machine['memory_gib']} GiB, {' '.join([*machine['flags'], *machine.get('gpu', [])])}; "
+        f"client: {found['client']}; "
         f"`{found['command']}`"
     )
 

@@ -135,16 +135,18 @@ def make_checkpoint(
     weights: bool = True,
     change: Callable[[Tensors], None] | None = None,
     config: dict[str, Any] | None = None,
+    device: str = "cpu",
 ) -> Path:
     """Write a checkpoint folder and return it.
 
     ``format`` is "hf" or "chat"; ``spelling`` "new" (model.language_model.*) or "old"
     (language_model.model.*) for hf. ``change`` may edit the tensors, under their final keys,
     before they are saved; ``config`` overrides top-level entries of config.json (None deletes).
-    Without ``weights`` there are only the small files.
+    Without ``weights`` there are only the small files. ``device`` draws the numbers, others on
+    another one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _weights(shape, seed, dtype) if weights else {}
+    tensors = _weights(shape, seed, dtype, device) if weights else {}
     values = _hf_config(shape) if format == "hf" else _chat_config(shape)
     if format == "chat":
         tensors = _to_chat(tensors, shape)
@@ -186,16 +188,18 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 class _Generator:
     """Seeded tensors by name: a tensor's numbers do not depend on which others are made."""
 
-    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+    def __init__(self, seed: int, dtype: torch.dtype, device: str) -> None:
         self._seed = seed
         self._dtype = dtype
+        self._device = device
         self.tensors: Tensors = {}
 
     def add(self, name: str, *shape: int, std: float, mean: float = 0.0) -> None:
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        values = torch.randn(shape, generator=generator) * std + mean
-        self.tensors[name] = values.to(self._dtype)
+        generator = torch.Generator(self._device)
+        generator.manual_seed(int.from_bytes(digest[:7], "little"))
+        values = torch.randn(shape, generator=generator, device=self._device) * std + mean
+        self.tensors[name] = values.to(self._dtype).cpu()
 
     def linear(self, name: str, out: int, inp: int, bias: bool, gain: float = 1.0) -> None:
         self.add(name + ".weight", out, inp, std=gain / math.sqrt(inp))
@@ -208,9 +212,9 @@ class _Generator:
             self.add(name + ".bias", size, std=0.05)
 
 
-def _weights(shape: Shape, seed: int, dtype: torch.dtype) -> Tensors:
+def _weights(shape: Shape, seed: int, dtype: torch.dtype, device: str) -> Tensors:
     """All tensors, under the older hf keys."""
-    make = _Generator(seed, dtype)
+    make = _Generator(seed, dtype, device)
     _vision_weights(make, shape)
     joined = 4 * shape.vision_size
     make.norm("multi_modal_projector.layer_norm", joined, bias=True)
@@ -458,6 +462,7 @@ def _chat_config(shape: Shape) -> dict[str, Any]:
             "hidden_act": "gelu",
             "qkv_bias": shape.qkv_bias,
             "qk_normalization": shape.qk_norm,
+            "initializer_factor": 1.0,
             "norm_type": shape.norm,
             "layer_norm_eps": 1e-6,
         },

@@ -49,7 +49,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 """In the order of their worth, should the time not do for all."""
 MISSING = {
     "11 front end at 40,000 tokens/s": "needs no GPU",
-    "15 vLLM as a peer": "not carried to the machine",
+    "15 vLLM as a peer": "benchmarks.gpu.beside",
     "tensor parallelism": "not written",
 }
 

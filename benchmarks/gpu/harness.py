@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import engine.runner
@@ -20,14 +21,11 @@ from model import ModelConfig, load_config, skeleton
 from model.internvl import InternVL
 from model.ops import choose
 from model.quantize import quantize_layer, quantizer
-from tests.checkpoints import INTERNVL3_1B, Shape, make_checkpoint
-from wire.messages import EngineRequest
+from tests.checkpoints import IMAGE_TOKEN, INTERNVL3, Shape, make_checkpoint
+from wire.geometry import VisionGeometry
+from wire.messages import EngineRequest, VisionItem
 from wire.sampling import SamplingParams
 from wire.settings import EngineSettings
-
-INTERNVL3_8B = dataclasses.replace(
-    INTERNVL3_1B, size=3584, layers=28, heads=28, kv_heads=4, head_dim=128, mlp=18944
-)
 
 
 @dataclasses.dataclass
@@ -47,7 +45,7 @@ class Bench:
     def models(self) -> dict[str, Shape]:
         if self.dry:
             return {"tiny": Shape()}
-        return {"8B": INTERNVL3_8B, "1B": INTERNVL3_1B}
+        return {name: INTERNVL3[name] for name in ("8B", "1B")}
 
     def pick(self, usual: Any, dry: Any) -> Any:
         return dry if self.dry else usual
@@ -191,6 +189,23 @@ def ask(name: str, prompt: list[int], tokens: int, **sampling: Any) -> EngineReq
     """A request for so many tokens."""
     params = SamplingParams(**({"temperature": 0.0} | sampling), max_tokens=tokens)
     return EngineRequest(name, prompt, params)
+
+
+def shown(
+    name: str,
+    geometry: Shape | VisionGeometry,
+    tiles: int,
+    tokens: int,
+    seed: int,
+    image_token: int = IMAGE_TOKEN,
+) -> tuple[EngineRequest, list[bytes]]:
+    """A request that shows one picture of so many tiles, noise, and its pixels."""
+    length = tiles * geometry.tokens_per_tile
+    prompt = [seed % 100, *[image_token] * length, 1, 2, 3]
+    item = VisionItem(b"%d %d" % (seed, tiles), 1, length, tiles, 0)
+    pixels = np.random.default_rng(seed).bytes(tiles * 3 * geometry.tile_size**2)
+    params = SamplingParams(temperature=0.0, max_tokens=tokens)
+    return EngineRequest(name, prompt, params, [item]), [pixels]
 
 
 def decode_seconds(

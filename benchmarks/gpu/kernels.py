@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.harness import INTERNVL3_8B, Bench, make_model
+from benchmarks.gpu.harness import Bench, make_model
 from engine.graphs import TileGraphs, capture_on
 from engine.sampling.base import SampleRow
 from engine.sampling.sampler import sample
@@ -21,7 +21,7 @@ from model.mlp import Experts
 from model.ops import Ops, choose
 from model.quantize import PRODUCTS, Fp8Linear, quantize_whole, quantizer, to_fp8
 from model.schema import ExpertsConfig, TextConfig
-from tests.checkpoints import Shape
+from tests.checkpoints import INTERNVL3, Shape
 from tests.parity.test_attention import config
 from wire.sampling import SamplingParams
 
@@ -181,7 +181,7 @@ def sampler(bench: Bench) -> None:
 
 def encoder(bench: Bench) -> None:
     """8: milliseconds per tile, unfused, fused and replayed; then with layers in float8."""
-    shape = bench.pick(dataclasses.replace(INTERNVL3_8B, layers=1), Shape())
+    shape = bench.pick(dataclasses.replace(INTERNVL3["8B"], layers=1), Shape())
     model = make_model(bench, shape)
     fused, side = model.ops, model.config.geometry.tile_size
     for count in bench.pick((1, 2, 8, 13, 32), (1, 2)):

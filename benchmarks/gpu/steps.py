@@ -10,13 +10,13 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu.harness import INTERNVL3_1B, Bench, ask, core, decode_seconds, start
+from benchmarks.gpu import offline
+from benchmarks.gpu.harness import Bench, ask, core, decode_seconds, shown, start
 from engine.core import EngineCore
 from engine.runner import ModelRunner
 from model.ops import Ops
-from tests.checkpoints import IMAGE_TOKEN, Shape
-from wire.messages import EngineRequest, VisionItem
-from wire.sampling import Grammar, SamplingParams
+from tests.checkpoints import IMAGE_TOKEN
+from wire.sampling import Grammar
 
 _CONTEXT = 1024
 
@@ -193,18 +193,6 @@ def _apart() -> contextlib.AbstractContextManager[object]:
     return mock.patch.multiple(TritonOps, **{name: getattr(Ops, name) for name in names})
 
 
-def _shown(
-    name: str, shape: Shape, tiles: int, tokens: int, seed: int
-) -> tuple[EngineRequest, list[bytes]]:
-    """A request that shows one picture of so many tiles."""
-    length = tiles * shape.tokens_per_tile
-    prompt = [seed % 100, *[IMAGE_TOKEN] * length, 1, 2, 3]
-    item = VisionItem(b"%d %d" % (seed, tiles), 1, length, tiles, 0)
-    pixels = bytes([seed % 256]) * (tiles * 3 * shape.tile_size**2)
-    params = SamplingParams(temperature=0.0, max_tokens=tokens)
-    return EngineRequest(name, prompt, params, [item]), [pixels]
-
-
 def _first_token(bench: Bench, engine_core: EngineCore, add: Callable[[], None]) -> float:
     bench.synchronize()
     began = time.perf_counter()
@@ -226,9 +214,9 @@ def caches(bench: Bench) -> None:
         seen, texts, fresh = [], [], []
         for seed in range(bench.pick(9, 1)):
             for times in (fresh, seen):
-                shown, pixels = _shown(f"{name}{seed}{len(seen)}", shape, tiles, 2, seed)
+                request, pixels = shown(f"{name}{seed}{len(seen)}", shape, tiles, 2, seed)
                 times.append(
-                    _first_token(bench, engine_core, lambda: engine_core.add(shown, pixels))  # noqa: B023
+                    _first_token(bench, engine_core, lambda: engine_core.add(request, pixels))  # noqa: B023
                 )
             text = ask(f"text{seed}", [seed, 90, 91, 92, 93], 2)
             texts.append(_first_token(bench, engine_core, lambda: engine_core.add(text)))  # noqa: B023
@@ -245,10 +233,12 @@ def under_pictures(bench: Bench) -> None:
             for row in range(rows):
                 engine_core.add(ask(f"{row}", [row] * bench.pick(512, 8), bench.pick(8192, 60)))
             start(engine_core, rows)
+            tiles = bench.pick(13, 2)
+            pictures = [shown(f"p{number}", shape, tiles, 4, number) for number in range(arrivals)]
             gaps, last = [], time.perf_counter()
             for step in range(arrivals * every):
                 if step % every == every - 1:
-                    engine_core.add(*_shown(f"p{step}", shape, bench.pick(13, 2), 4, step))
+                    engine_core.add(*pictures.pop())
                 report = engine_core.step()
                 if report and any(output.id == "0" for output in report.outputs):
                     now = time.perf_counter()
@@ -266,29 +256,10 @@ def under_pictures(bench: Bench) -> None:
 
 def end_to_end(bench: Bench) -> None:
     """15, our side: requests per second through the engine, without HTTP and decoding."""
-    kinds = {"text 1k/256": (0, 256), "1 tile": (1, 128), "13 tiles": (13, 128)}
-    if bench.dry:
-        kinds = {"text": (0, 4), "2 tiles": (2, 4)}
+    cases = bench.pick(offline.CASES, {"text": (0, 4), "2 tiles": (2, 4)})
     for name, shape in bench.models.items():
         with bench.case(name), core(bench, shape) as (engine_core, _):
-            for kind, (tiles, tokens) in kinds.items():
-                for count in bench.pick((1, 16, 64), (1, 3)):
-                    _add_requests(engine_core, shape, kind, tiles, tokens, count)
-                    began = time.perf_counter()
-                    while engine_core.step() is not None:
-                        pass
-                    bench.synchronize()
-                    rate = count / (time.perf_counter() - began)
-                    bench.record(f"{name} {kind} at once={count}", rate, "requests/s")
-
-
-def _add_requests(
-    engine_core: EngineCore, shape: Shape, kind: str, tiles: int, tokens: int, count: int
-) -> None:
-    context = 1024 if shape.vocab == INTERNVL3_1B.vocab else 8
-    for number in range(count):
-        if tiles:
-            engine_core.add(*_shown(f"{kind}{number}", shape, tiles, tokens, number))
-        else:
-            prompt = [(number * 31 + i) % 100 for i in range(context)]
-            engine_core.add(ask(f"{kind}{number}", prompt, tokens))
+            run = offline.requests_of(engine_core, shape, IMAGE_TOKEN, bench.pick(_CONTEXT, 8))
+            found = offline.measure(run, cases, bench.pick((1, 16, 64), (1, 3)))
+            for case, rate in found.items():
+                bench.record(f"{name} {case}", rate, "requests/s")
