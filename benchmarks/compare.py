@@ -45,7 +45,7 @@ class Comparison:
     """Sends ``cases`` to servers; ``found`` grows by a record for each and is written to ``out``.
 
     ``client`` makes the client of a URL, for servers that need no other; ``facts`` are written as
-    they are.
+    they are. ``warm_up`` is sent first, and not measured.
     """
 
     def __init__(
@@ -55,8 +55,9 @@ class Comparison:
         seed: int,
         out: Path,
         facts: dict[str, Any],
+        warm_up: Sequence[Case] = WARM_UP,
     ) -> None:
-        self.client, self.seed, self.out = client, seed, out
+        self.client, self.seed, self.out, self.warm_up = client, seed, out, warm_up
         self.records: list[dict[str, Any]] = []
         self.found = facts | {"seed": seed, "cases": {}, "servers": {}, "records": self.records}
         self.cases: Sequence[Case] = ()
@@ -74,7 +75,7 @@ class Comparison:
             start = {"ready_s": server.ready_s, "rss_gib": server.rss_gib()}
             self.record(server, "start", number, start)
             client = (server.client or self.client)(server.url)
-            for index, case in enumerate(WARM_UP):
+            for index, case in enumerate(self.warm_up):
                 client.measure(case, self.seed + index)
             for index, case in enumerate(self.cases, 1):
                 seed = self.seed + 1000 * number + 10 * index

@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import gpu_cases, our_client
-from benchmarks.compare import Comparison, end_in_order, facts, our_server, without_folders
+from benchmarks.compare import WARM_UP, Comparison, end_in_order, facts, our_server, without_folders
 from benchmarks.gpu.checkpoint import SHAPES, make_peers_checkpoint
 from benchmarks.processes import Server
 from benchmarks.table import DEFAULT, OURS, TUNED, aligned, report
-from server.bench.client import Failed
+from server.bench.client import Case, Failed
 
 PORT = 8190
 SETTINGS = {
@@ -36,6 +36,12 @@ SETTINGS = {
     TUNED: "--api-server-count 4 --mm-processor-cache-type shm --mm-tensor-ipc torch_shm "
     """--compilation-config '{"cudagraph_mm_encoder": true}'""",
 }
+# Sizes of steps and pictures that are measured: what compiles at first sight does it before.
+_WARM_UP = (
+    *WARM_UP,
+    Case("", "", 16, concurrency=16, input_tokens=1024, output_tokens=16),
+    Case("", "", 2, concurrency=2, output_tokens=16, picture=4032, height=3024, photo=True),
+)
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 _PREPARED = "prepared"
 
@@ -84,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     os.environ.update(_ENVIRONMENT)
     settings = [*SETTINGS, _PREPARED] if given.settings is None else given.settings
-    comparison = Comparison([], our_client, given.seed, given.out, facts("our own"))
+    known = facts("our own")
+    comparison = Comparison([], our_client, given.seed, given.out, known, _WARM_UP)
     if torch.cuda.is_available():
         comparison.found["machine"]["gpu"] = [torch.cuda.get_device_name()]
     for folder in (given.work, given.logs):
