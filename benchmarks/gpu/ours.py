@@ -1,5 +1,7 @@
 """Our own kernels: their tests on the device, and pictures resized there against Pillow."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +17,25 @@ from preprocessing.grid import choose_grid
 SIDE = 448
 
 
+def kernel_tests() -> list[str]:
+    """Arguments of pytest. The project's settings and fixtures of all tests are left out: they name
+    packages that a GPU's host does not have."""
+    root = Path(__file__).parents[2]
+    folder = root / "tests" / "kernels"
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    return [
+        *("-q", "-c", os.devnull, "--rootdir", str(root), "--confcutdir", str(folder)),
+        *("--maxfail", "10", "-p", "no:cacheprovider", *workers, str(folder)),
+    ]
+
+
 def tests(bench: Bench) -> None:
     """``tests/kernels``, compiled for this device. What a dry run would interpret, CI does."""
     if bench.dry:
         bench.skip("tests/kernels", "needs a GPU")
         return
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "tests/kernels"],
+        [sys.executable, "-m", "pytest", *kernel_tests()],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -85,6 +85,22 @@ def test_videos_can_be_imported_without_their_library(tmp_path: Path) -> None:
     assert said.stdout.strip() == str(tmp_path / "av.py")
 
 
+def test_kernels_tests_want_no_package_of_the_others() -> None:
+    """As on a GPU's host, where few of what tests use is installed."""
+    program = (
+        "import pytest, sys\n"
+        "names = 'openai', 'trustme', 'httpx2', 'anthropic', 'playwright'\n"
+        "sys.modules.update(dict.fromkeys(names))\n"
+        "from benchmarks.gpu.ours import kernel_tests\n"
+        "sys.exit(pytest.main([*kernel_tests(), '--collect-only', '-p', 'no:asyncio', '-n', '0']))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "tests/kernels/test_paged_attention.py" in said.stdout
+
+
 def test_every_mark_is_of_a_case_that_is_sent() -> None:
     named = {case.name for shape in ("8B", "1B") for case in gpu_cases(shape)}
     for peer in (DEFAULT, TUNED):
