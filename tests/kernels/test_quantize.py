@@ -13,6 +13,7 @@ from model.ops.triton import TritonOps
 from model.quantize import PRODUCTS, Fp8Linear
 from model.quantize import to_fp8 as reference
 from model.triton.quantize import to_fp8
+from tests import fp8
 from tests.kernels.test_fused_ops import SIZES, filled
 
 
@@ -118,6 +119,7 @@ def test_an_activation_rounds_what_it_makes(
         assert isinstance(ops.linear_gelu_for(layer, x, plain), Tensor)
 
 
+@fp8.needed
 def test_layers_in_float8_take_what_was_rounded_for_them() -> None:
     """One behind the other, of rounded numbers as of their own; with a bias once."""
     torch.manual_seed(0)

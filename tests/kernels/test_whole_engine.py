@@ -11,6 +11,7 @@ import torch
 
 from engine.runner import ModelRunner
 from model import triton as kernels
+from tests import fp8
 from tests.checkpoints import Shape, make_checkpoint
 from tests.parity import test_parallel as parallel
 from tests.parity.direct import prompt
@@ -103,6 +104,7 @@ def test_so_it_does_beside_the_host(
     assert waits == {"event in runner.py finish"}
 
 
+@fp8.needed
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in takes its place")
 def test_steps_in_float8_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What rounds while it makes a norm or an activation is in graphs, and they change nothing."""

@@ -10,8 +10,15 @@ import torch
 from benchmarks.gpu import __main__ as visit
 from benchmarks.gpu import checks, ours
 from benchmarks.gpu.harness import Bench
+from tests import fp8
 from tests.replay import MaskedAttention, Replays
 from tests.standin import standin
+
+
+def failed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """But for what this torch cannot do without a GPU."""
+    errors = [entry for entry in found if "error" in entry]
+    return [entry for entry in errors if fp8.works() or "scaled_mm" not in entry["error"]]
 
 
 def results(out: Path) -> list[dict[str, Any]]:
@@ -27,8 +34,8 @@ def test_every_part_runs_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     out = tmp_path / "result.json"
     status = visit.main(["--dry-run", "--out", str(out)])
     found = results(out)
-    assert [entry for entry in found if "error" in entry] == []
-    assert status == 0
+    assert failed(found) == []
+    assert status == (0 if fp8.works() else 1)
     assert {entry["part"] for entry in found} == set(visit.PARTS)
     figures = [entry for entry in found if "value" in entry]
     assert {entry["part"] for entry in figures} >= {"ceilings", "decode", "encoder", "syncs"}
@@ -47,7 +54,7 @@ def test_every_part_runs_beside_the_host(monkeypatch: pytest.MonkeyPatch) -> Non
             if part not in (ours.tests, checks.tokens):
                 with bench.case(bench.part):
                     part(bench)
-    assert [entry for entry in bench.results if "error" in entry] == []
+    assert failed(bench.results) == []
     assert [entry for entry in bench.results if entry.get("passed") is False] == []
     replayed = {entry["case"] for entry in bench.results if entry["case"].startswith("graph")}
     assert replayed == {"graph tiles=1", "graph tiles=2"}

@@ -20,6 +20,7 @@ from model.ops import Ops, choose
 from model.quantize import PRODUCTS, Fp8Linear, Int8Linear, quantize_whole, to_fp8, to_int8
 from model.schema import CheckpointError
 from model.stages import weight_sizes
+from tests import fp8
 from tests.checkpoints import Shape, make_checkpoint
 from tests.parity.direct import prompt, run
 from tests.parity.reference import Reference
@@ -61,6 +62,7 @@ def test_rows_are_rounded_to_the_nearest_of_their_scale() -> None:
     assert largest.tolist() == [0.0 if row == 7 else 448.0 for row in range(50)]
 
 
+@fp8.needed
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_computes_the_product_of_what_was_rounded(product: Any, bias: bool) -> None:
@@ -108,6 +110,7 @@ def test_in_whole_numbers_answers_are_near(folder: Path) -> None:
     assert 0 < (found - true).abs().mean() / true.std() < 0.05
 
 
+@fp8.needed
 @pytest.mark.parametrize("kind", ["fp8", "fp8-all"])
 def test_the_layers_of_these_parts_are_quantised_and_nothing_else(folder: Path, kind: str) -> None:
     model = build(folder, kind)
@@ -134,6 +137,7 @@ def test_the_layers_of_these_parts_are_quantised_and_nothing_else(folder: Path, 
     assert rest + sum(each) == pytest.approx(sum(bits.values()), rel=0.02)
 
 
+@fp8.needed
 @pytest.mark.parametrize("kind", ["fp8", "fp8-all"])
 def test_it_is_as_far_from_exact_as_transformers_model_likewise(folder: Path, kind: str) -> None:
     """What `internvl verify` asks of it, on a device."""
@@ -157,6 +161,7 @@ def test_no_layer_of_a_part_outlives_the_one_in_its_place() -> None:
     assert held == [6, 5, 4, 3, 2, 1]
 
 
+@fp8.needed
 def test_a_layer_is_quantised_before_the_next_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +191,7 @@ def test_a_layer_is_quantised_before_the_next_is_read(
     assert 0 < max(held) <= 2
 
 
+@fp8.needed
 def test_operations_that_pack_weights_leave_quantised_layers_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +203,7 @@ def test_operations_that_pack_weights_leave_quantised_layers_alone(
     assert float((found - expected).abs().mean() / expected.std()) < 0.2
 
 
+@fp8.needed
 def test_a_product_that_cannot_be_used_is_passed_over(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +224,7 @@ def test_a_product_that_cannot_be_used_is_passed_over(
         use(fails, shifted)
 
 
+@fp8.needed
 def test_experts_are_quantised_and_the_choice_among_them_is_not(tmp_path: Path) -> None:
     shape = Shape(backbone="Qwen3MoeForCausalLM", text_bias=False, experts=6)
     model = build(make_checkpoint(tmp_path, shape=shape), "fp8")
@@ -241,6 +249,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
             ModelRunner(EngineSettings(model=str(odd), device="cpu", quantization=kind))
 
 
+@fp8.needed
 def test_the_gate_lets_near_answers_through_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
