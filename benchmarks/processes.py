@@ -73,12 +73,12 @@ class Server:
     def __exit__(self, *_: object) -> None:
         if self.attached:
             return
+        # Killed in the end all the same: what outlives the first process may hold a GPU's memory.
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(30)
-                return
 
     def _ready(self) -> bool:
         try:

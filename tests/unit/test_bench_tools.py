@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -268,6 +269,17 @@ def test_a_server_is_started_and_stopped(tmp_path: Path) -> None:
         assert "-m server" in server.command_line()
     with pytest.raises(ProcessLookupError):
         os.kill(server.pid, 0)
+
+
+def test_nothing_outlives_a_server(demo_server: Server, tmp_path: Path) -> None:
+    """Not even an engine that its first process does not wait for: it would hold the GPU."""
+    (tmp_path / "engine").write_text("trap '' TERM\nexec 9> pipe\nexec sleep 1000")
+    os.mkfifo(tmp_path / "pipe")
+    command = f"sh -c 'cd {tmp_path}; sh engine & wait'"
+    with Process("x", demo_server.url, command):
+        pipe = (tmp_path / "pipe").open("rb")  # returns when the engine has it open too
+    with pipe:
+        assert select.select([pipe], [], [], 10)[0]  # at its end: nobody can write any more
 
 
 def test_a_server_that_ends_is_not_waited_for() -> None:
