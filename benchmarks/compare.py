@@ -20,7 +20,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CASES, TransformersClient, our_client
-from benchmarks.processes import Sender, Server, cpu_seconds, machine, machine_seconds
+from benchmarks.processes import (
+    Sender,
+    Server,
+    cpu_seconds,
+    free_port,
+    machine,
+    machine_seconds,
+)
 from benchmarks.table import OURS, aligned, report
 from benchmarks.vllm_client import VllmClient, VllmProgram
 from server.bench.client import Case
@@ -57,16 +63,11 @@ class Comparison:
         facts: dict[str, Any],
         warm_up: Sequence[Case] = WARM_UP,
     ) -> None:
-        self.client, self.seed, self.out, self.warm_up = client, seed, out, warm_up
+        self.cases, self.client, self.seed, self.out = cases, client, seed, out
+        self.warm_up = warm_up
         self.records: list[dict[str, Any]] = []
-        self.found = facts | {"seed": seed, "cases": {}, "servers": {}, "records": self.records}
-        self.cases: Sequence[Case] = ()
-        self.use(cases)
-
-    def use(self, cases: Sequence[Case]) -> None:
-        """Measure others from now on."""
-        self.cases = cases
-        self.found["cases"] |= {case.name: case.title for case in cases}
+        titles = {case.name: case.title for case in cases}
+        self.found = facts | {"seed": seed, "cases": titles, "servers": {}, "records": self.records}
 
     def measure(self, server: Server, number: int) -> None:
         """The round of this number for a server: start it, send it all cases, stop it."""
@@ -123,9 +124,7 @@ def our_server(
     model: Path | None, name: str = OURS, flags: str = "", log: Path | None = None
 ) -> Server:
     """``internvl serve`` of this tree on a free port; without a model the demo model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = f"{shlex.quote(sys.executable)} -m server --port {port} {flags}"
     if model is not None:
         command += f" --model {shlex.quote(str(model))}"

@@ -5,6 +5,7 @@ import os
 import platform
 import shlex
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -71,14 +72,8 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.attached:
-            return
-        # Killed in the end all the same: what outlives the first process may hold a GPU's memory.
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(30)
+        if not self.attached:
+            end(self._process)
 
     def _ready(self) -> bool:
         try:
@@ -105,6 +100,27 @@ class Server:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all of its session: what outlives it may hold a GPU's memory."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+    deadline = time.monotonic() + 10
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+
+
+def free_port() -> int:
+    """One that nobody listens at on the loopback interface."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def cpu_seconds(*pids: int) -> float:

@@ -113,6 +113,9 @@ def marks(peer: str) -> bool:
     return any(mark.applies(peer) for mark in MARKS)
 
 
+_BUSY = 0.5
+
+
 @dataclasses.dataclass(frozen=True)
 class Spread:
     """Median, least and greatest."""
@@ -244,13 +247,14 @@ def notes(results: Results) -> Iterator[str]:
         if "error" in record:
             yield f"{record['server']} failed {record['case']}: {record['error']}"
     for case in results.titles:
-        tokens = {
-            record["server"]: record["output_tokens"]
-            for record in results.records
-            if record["case"] == case and "output_tokens" in record
-        }
-        if len(set(tokens.values())) > 1:
-            yield f"{case}: the servers wrote different numbers of tokens: {tokens}"
+        mine = [record for record in results.records if record["case"] == case]
+        for key, what in (("prompt_tokens", "were sent"), ("output_tokens", "wrote")):
+            tokens = {record["server"]: record[key] for record in mine if key in record}
+            if len(set(tokens.values())) > 1:
+                yield f"{case}: the servers {what} different numbers of tokens: {tokens}"
+        busy = max((record.get("client_busy", 0.0) for record in mine), default=0.0)
+        if busy > _BUSY:
+            yield f"{case}: the client was busy for {busy:.0%} of the time, and may be the limit"
 
 
 def brief(found: dict[str, Any]) -> str:

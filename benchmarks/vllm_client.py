@@ -22,7 +22,8 @@ for line in sys.stdin:
         result = asyncio.run(main_async(parser.parse_args(json.loads(line))))
     print(json.dumps(result), flush=True)
 """
-_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+"""Of all that is vLLM's: it asks nobody outside for anything."""
 _NAMES = {
     "completed": "requests",
     "total_input_tokens": "prompt_tokens",
@@ -45,7 +46,7 @@ class VllmProgram:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | _ENVIRONMENT,
+            env=os.environ | ENVIRONMENT,
             text=True,
         )
 

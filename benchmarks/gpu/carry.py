@@ -77,11 +77,15 @@ def pack(file: Path) -> None:
             archive.add(folder / "site", "site", filter=_plain)
 
 
-def unpack(file: Path, folder: Path) -> None:
+def unpack(file: Path, folder: Path, python: str = PYTHON) -> None:
     """Two environments in ``folder``, which may exist.
 
-    Not by PYTHONPATH: decode workers see nothing of the environment they were started from.
+    Not by PYTHONPATH: decode workers see nothing of the environment they were started from. Raises
+    RuntimeError for another Python than was packed for.
     """
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if here != python:
+        raise RuntimeError(f"packed for Python {python}, and this is {here}")
     with tarfile.open(file) as archive:
         archive.extractall(folder, filter="data")
     for room in ("ours", "vllm"):
@@ -114,7 +118,8 @@ def _unzip(wheel: Path, folder: Path) -> None:
 
 
 def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    return None if entry.name.endswith(("/bin", "/__pycache__")) else entry
+    # Where pip puts programs, beside the packages.
+    return None if entry.name.split("/")[2:] == ["bin"] else entry
 
 
 def only_for(library: bytes, architecture: int = ARCHITECTURE) -> bytes:
@@ -123,7 +128,8 @@ def only_for(library: bytes, architecture: int = ARCHITECTURE) -> bytes:
     Nvcc puts its output for all GPUs into containers: a header of 16 bytes (magic number, version,
     its own size, the size of the rest), then entries, each with a header (kind, 2 is machine code;
     its own size at byte 4; the content's at 8; the architecture at 28). The driver reads no entry
-    but that of its GPU, and asks for it when a kernel is first called.
+    but that of its GPU, when a kernel is first called. Kernels without one, which it would compile
+    from PTX (those of some quantised weights), can then not be called.
     """
     data, at = bytearray(library), 0
     while (at := data.find(_FAT, at)) >= 0:
@@ -134,6 +140,7 @@ def only_for(library: bytes, architecture: int = ARCHITECTURE) -> bytes:
         entry, at = at + header, at + header + size
         while entry < at:
             kind, _, own, content = struct.unpack_from("<HHIQ", data, entry)
+            assert own, "no entry has a header of no size"
             (meant,) = struct.unpack_from("<I", data, entry + 28)
             if (kind, meant) != (2, architecture):
                 data[entry + own : entry + own + content] = bytes(content)

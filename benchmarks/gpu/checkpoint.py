@@ -24,8 +24,9 @@ TINY = Shape(
     vocab=1200,
     positions=8192,
 )
-SHAPES = {"tiny": TINY, **INTERNVL3}
-"""By name; a tiny one shows that all the rest works."""
+SHAPES = {name: shape for name, shape in INTERNVL3.items() if shape.backbone == TINY.backbone}
+SHAPES["tiny"] = TINY
+"""By name, those that ``_CONFIG`` describes; a tiny one shows that all the rest works."""
 
 # vLLM has no class for the original format's config.json; published checkpoints bring theirs.
 _CONFIG = """
@@ -48,12 +49,14 @@ class InternVLChatConfig(PretrainedConfig):
 """
 
 
-def make_peers_checkpoint(folder: Path, shape: Shape, format: str, device: str) -> Path:
-    """Write a checkpoint in bfloat16, numbers drawn by ``device``.
+def make_peers_checkpoint(place: Path, shape: Shape, format: str, device: str) -> Path:
+    """Write a checkpoint in bfloat16, numbers drawn by ``device``. What is there is whole.
 
     The tokenizer is the demo's with further tokens, as all servers must send what random weights
     write.
     """
+    folder = place.with_suffix(".part")
+    shutil.rmtree(folder, ignore_errors=True)
     make_checkpoint(folder, format=format, shape=shape, dtype=torch.bfloat16, device=device)
     small = {"hf": CHECKPOINT, "chat": CHECKPOINT_CHAT}[format]
     for file in small.iterdir():
@@ -71,7 +74,7 @@ def make_peers_checkpoint(folder: Path, shape: Shape, format: str, device: str) 
         names = {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"}
         _change(folder / "config.json", auto_map=names)
         _change(folder / "preprocessor_config.json", size=shape.tile_size)
-    return folder
+    return folder.rename(place)
 
 
 def _stretch(folder: Path, shape: Shape) -> dict[str, int]:

@@ -198,10 +198,12 @@ def shown(
     tokens: int,
     seed: int,
     image_token: int = IMAGE_TOKEN,
+    question: int = 4,
 ) -> tuple[EngineRequest, list[bytes]]:
-    """A request that shows one picture of so many tiles, noise, and its pixels."""
+    """A request that shows one picture of so many tiles, noise, with so many tokens of text; and
+    its pixels."""
     length = tiles * geometry.tokens_per_tile
-    prompt = [seed % 100, *[image_token] * length, 1, 2, 3]
+    prompt = [seed % 100, *[image_token] * length, *range(1, question)]
     item = VisionItem(b"%d %d" % (seed, tiles), 1, length, tiles, 0)
     pixels = np.random.default_rng(seed).bytes(tiles * 3 * geometry.tile_size**2)
     params = SamplingParams(temperature=0.0, max_tokens=tokens)

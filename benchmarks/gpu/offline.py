@@ -1,14 +1,17 @@
 """Engines alone: requests per second of what is tokenised and cut into tiles already.
 
-    DIR/ours/bin/python -m benchmarks.gpu.offline CHECKPOINT           ours
-    DIR/vllm/bin/python -m benchmarks.gpu.offline CHECKPOINT --vllm    vLLM's, through its LLM class
+    DIR/ours/bin/python -m benchmarks.gpu.offline CHECKPOINT FILE           ours
+    DIR/vllm/bin/python -m benchmarks.gpu.offline CHECKPOINT FILE --vllm    vLLM's LLM class
 
-Prints one line of JSON, seconds and requests of each case. All requests of a case are there when it
-begins. Runs in two environments, so each engine is imported by what starts it alone.
+Writes the figures of each case as JSON. All requests of a case are there when it begins, with as
+many tokens for both; no text is made of answers. Ours is called in this process; vLLM's has one of
+its own, and gets its pixels through shared memory while time is taken. Runs in two environments, so
+each engine is imported by what starts it alone.
 """
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-TEXT = 1024
+TEXT, QUESTION = 1024, 64
+"""Tokens of a prompt without a picture, and behind one (what begins a chat counted)."""
 PICTURES = {1: (448, 448), 13: (1344, 1792)}
 """Tiles, and pixels across and down that make as many."""
 CASES = {"text": (0, 256), "1 tile": (1, 128), "13 tiles": (13, 128)}
@@ -31,25 +35,27 @@ def measure(run: Run, cases: dict[str, tuple[int, int]], counts: Sequence[int]) 
     """Requests per second by case."""
     found = {}
     for seed, (name, (tiles, tokens)) in enumerate(cases.items()):
-        run(tiles, min(tokens, 8), min(counts), seed)  # what compiles does it now
+        run(tiles, min(tokens, 8), max(counts), seed)  # what compiles does it now
         for number, count in enumerate(counts, 1):
             seconds = run(tiles, tokens, count, 1000 * number + seed)
             found[f"{name}, {count} at once"] = count / seconds
     return found
 
 
-def requests_of(core: Any, geometry: Any, image_token: int, context: int = TEXT) -> Run:
-    """Those of our engine core, for tiles of ``geometry`` and texts of ``context`` tokens."""
+def requests_of(
+    core: Any, geometry: Any, image_token: int, text: int = TEXT, question: int = QUESTION
+) -> Run:
+    """Those of our engine core, for tiles of ``geometry`` and prompts of so many tokens."""
     from benchmarks.gpu.harness import ask, shown
 
     def run(tiles: int, tokens: int, count: int, seed: int) -> float:
         requests = []
         for number in range(seed, seed + count):
             if tiles:
-                picture = shown(f"{number}", geometry, tiles, tokens, number, image_token)
-                requests.append(picture)
+                picture = geometry, tiles, tokens, number, image_token, question
+                requests.append(shown(f"{number}", *picture))
             else:
-                words = np.random.default_rng(number).integers(0, 100, context).tolist()
+                words = np.random.default_rng(number).integers(0, 100, text).tolist()
                 requests.append((ask(f"{number}", words, tokens), []))
         began = time.perf_counter()
         for request, pixels in requests:
@@ -77,29 +83,38 @@ def ours(checkpoint: Path, device: str) -> Run:
 
 def vllm(checkpoint: Path) -> Run:
     """vLLM's engine, which has a process of its own and gets what its renderer has made."""
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # which its shared memory wants
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         str(checkpoint),
         trust_remote_code=True,
         enable_prefix_caching=False,
+        gpu_memory_utilization=0.9,  # as ours
         limit_mm_per_prompt={"image": 1, "video": 0},
+        mm_tensor_ipc="torch_shm",
     )
+
+    def prepared(tiles: int, chance: np.random.Generator) -> Any:
+        if not tiles:
+            words = chance.integers(0, 100, TEXT).tolist()
+            (found,) = llm._preprocess_cmpl([{"prompt_token_ids": words}])
+            return found
+        across, down = PICTURES[tiles]
+        picture = Image.fromarray(chance.integers(0, 256, (down, across, 3), dtype=np.uint8))
+        content = [{"type": "image_pil", "image_pil": picture}, {"type": "text", "text": "1"}]
+        (found,) = llm._preprocess_chat([[{"role": "user", "content": content}]])
+        (shown,) = found["mm_placeholders"]["image"]
+        behind = QUESTION - (len(found["prompt_token_ids"]) - shown.length)
+        found["prompt_token_ids"] = [*found["prompt_token_ids"], *[5] * behind]
+        return found
 
     def run(tiles: int, tokens: int, count: int, seed: int) -> float:
         chance = np.random.default_rng(seed)
-        inputs = []
-        for _ in range(count):
-            words = chance.integers(0, 1000, 32 if tiles else TEXT).tolist()
-            if not tiles:
-                inputs += llm._preprocess_cmpl([{"prompt_token_ids": words}])
-                continue
-            across, down = PICTURES[tiles]
-            picture = Image.fromarray(chance.integers(0, 256, (down, across, 3), dtype=np.uint8))
-            content: list[dict[str, Any]] = [{"type": "image_pil", "image_pil": picture}]
-            content.append({"type": "text", "text": " ".join(map(str, words[:12]))})
-            inputs += llm._preprocess_chat([[{"role": "user", "content": content}]])
-        sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        inputs = [prepared(tiles, chance) for _ in range(count)]
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
         began = time.perf_counter()
         for one in inputs:
             llm._add_request(one, sampling)
@@ -111,9 +126,10 @@ def vllm(checkpoint: Path) -> Run:
 
 
 def main() -> None:
-    """Read the command line, measure, print."""
+    """Read the command line, measure, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("--vllm", action="store_true")
     parser.add_argument("--device", default="cuda", help="ours; vLLM finds its own")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 16, 64])
@@ -121,7 +137,7 @@ def main() -> None:
     given = parser.parse_args()
     run = vllm(given.checkpoint) if given.vllm else ours(given.checkpoint, given.device)
     cases = {name: (tiles, min(tokens, given.tokens)) for name, (tiles, tokens) in CASES.items()}
-    print(json.dumps(measure(run, cases, given.counts)), flush=True)
+    given.out.write_text(json.dumps(measure(run, cases, given.counts)), encoding="utf-8")
 
 
 if __name__ == "__main__":

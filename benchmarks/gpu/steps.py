@@ -259,7 +259,8 @@ def end_to_end(bench: Bench) -> None:
     cases = bench.pick(offline.CASES, {"text": (0, 4), "2 tiles": (2, 4)})
     for name, shape in bench.models.items():
         with bench.case(name), core(bench, shape) as (engine_core, _):
-            run = offline.requests_of(engine_core, shape, IMAGE_TOKEN, bench.pick(_CONTEXT, 8))
+            lengths = bench.pick((offline.TEXT, offline.QUESTION), (8, 4))
+            run = offline.requests_of(engine_core, shape, IMAGE_TOKEN, *lengths)
             found = offline.measure(run, cases, bench.pick((1, 16, 64), (1, 3)))
             for case, rate in found.items():
                 bench.record(f"{name} {case}", rate, "requests/s")

@@ -8,6 +8,7 @@ PNG.
 import asyncio
 import base64
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -89,11 +91,15 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of the requests of a case, in ``seconds``; why there was no answer, how often."""
+    """What became of the requests of a case, in ``seconds``; why there was no answer, how often.
+
+    For ``busy`` of the time, 0 to 1, the client itself computed.
+    """
 
     answers: list[Answer]
     errors: Counter[str]
     seconds: float
+    busy: float
 
 
 class Failed(Unservable):
@@ -127,7 +133,7 @@ class Client:
         result = self.run(case, seed)
         if result.errors:
             raise Failed(next(iter(result.errors)))
-        return summary(result.answers, result.seconds)
+        return summary(result.answers, result.seconds) | {"client_busy": result.busy}
 
     def run(self, case: Case, seed: int, ended: Callable[[], None] = lambda: None) -> Result:
         """The same for any case; ``ended`` is called after each request."""
@@ -146,12 +152,14 @@ class Client:
         words = round(case.input_tokens / self._tokens_per_word)
         shared = _text(chance, round(case.shared / self._tokens_per_word))
         contents = [shared + _text(chance, words) for _ in range(case.requests + case.primed)]
-        size = case.height or case.picture, case.picture
-        for index, content in enumerate(contents if case.picture else ()):
-            if index == 0 or not case.again:
-                paint = _photograph if case.photo else _noise
-                pictures = [_part(*paint(noise, *size)) for _ in range(case.pictures)]
-            content[:0] = pictures
+        if case.picture:
+            count = (1 if case.again else len(contents)) * case.pictures
+            draws = noise.spawn(count) if case.photo else [noise] * count
+            with ThreadPoolExecutor(None if case.photo else 1) as pool:  # draws of one keep order
+                painted = list(pool.map(functools.partial(_painted, case), draws))
+            for index, content in enumerate(contents):
+                first = 0 if case.again else index * case.pictures
+                content[:0] = painted[first : first + case.pictures]
         return contents
 
     def _whole(self, contents: list[Content], tokens: int) -> Result:
@@ -174,15 +182,17 @@ class Client:
         answers: list[Answer] = []
         errors: Counter[str] = Counter()
         limits = httpx.Limits(max_connections=None)
+        # Written before the clock starts: pictures are megabytes.
+        bodies = [json.dumps(self._body(content, tokens)).encode() for content in contents]
         client = httpx.AsyncClient(**self.target.options, timeout=3600, limits=limits)
 
-        async def one(content: Content, moment: float) -> None:
+        async def one(body: bytes, moment: float) -> None:
             await asyncio.sleep(began + moment - time.perf_counter())
             async with gate:
                 # What waits because others take their time has begun to wait when it was due.
                 start = began + moment if moment else time.perf_counter()
                 try:
-                    answers.append(await self._ask(client, content, tokens, start))
+                    answers.append(await self._ask(client, body, start))
                 except Failed as error:
                     errors[str(error)] += 1
                 except (ValueError, LookupError, TypeError):
@@ -192,9 +202,10 @@ class Client:
             ended()
 
         async with client:
-            began = time.perf_counter()
-            await asyncio.gather(*map(one, contents, due))
-            return Result(answers, errors, time.perf_counter() - began)
+            began, computed = time.perf_counter(), time.process_time()
+            await asyncio.gather(*map(one, bodies, due))
+            seconds = time.perf_counter() - began
+            return Result(answers, errors, seconds, (time.process_time() - computed) / seconds)
 
     def _body(self, content: Content, tokens: int) -> dict[str, Any]:
         """A request for so many tokens; a subclass may put it as another server wants it."""
@@ -208,13 +219,13 @@ class Client:
             "stream_options": {"include_usage": True},
         }
 
-    async def _ask(
-        self, client: httpx.AsyncClient, content: Content, tokens: int, start: float
-    ) -> Answer:
-        body = self._body(content, tokens)
+    async def _ask(self, client: httpx.AsyncClient, body: bytes, start: float) -> Answer:
+        kind = {"content-type": "application/json"}
         arrivals: list[float] = []
         usage: dict[str, int] = {}
-        async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+        async with client.stream(
+            "POST", "/v1/chat/completions", content=body, headers=kind
+        ) as reply:
             if reply.status_code != httpx.codes.OK:
                 raise Failed(f"{reply.status_code}: {said(await reply.aread())}")
             async for line in reply.aiter_lines():
@@ -274,28 +285,25 @@ def _text(chance: random.Random, words: int) -> Content:
     return [{"type": "text", "text": text}]
 
 
-def _noise(chance: np.random.Generator, height: int, width: int) -> tuple[str, bytes]:
-    pixels = chance.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return "png", _encoded(pixels, "PNG", compress_level=1)
+def _painted(case: Case, chance: np.random.Generator) -> dict[str, Any]:
+    size = case.height or case.picture, case.picture
+    buffer = io.BytesIO()
+    if case.photo:
+        Image.fromarray(_photograph(chance, *size)).save(buffer, "JPEG", quality=90)
+    else:
+        pixels = chance.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    url = f"data:image/{'jpeg' if case.photo else 'png'};base64,{encoded}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
-def _photograph(chance: np.random.Generator, height: int, width: int) -> tuple[str, bytes]:
-    """About as large a file as a camera's."""
+def _photograph(chance: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Of which a JPEG is about as large as a camera's."""
     down, across = (
-        60 * np.sin(np.arange(length)[:, None] / chance.uniform(80, 160, 3))
+        (60 * np.sin(np.arange(length)[:, None] / chance.uniform(80, 160, 3))).astype(np.int16)
         for length in (height, width)
     )
-    smooth = (128 + down[:, None] + across[None]).astype(np.int16)
-    grain = chance.integers(-8, 8, (height, width, 1), dtype=np.int8)
-    return "jpeg", _encoded((smooth + grain).astype(np.uint8), "JPEG", quality=90)
-
-
-def _encoded(pixels: np.ndarray, format: str, **options: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def _part(kind: str, encoded: bytes) -> dict[str, Any]:
-    url = f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
+    grain = chance.integers(-8, 8, (height, width, 1), dtype=np.int16)
+    pixels: np.ndarray = (down[:, None] + (across + 128) + grain).astype(np.uint8)
+    return pixels

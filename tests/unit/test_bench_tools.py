@@ -94,7 +94,15 @@ def test_what_is_missing_is_no_figure_and_no_verdict() -> None:
 def test_answers_of_different_length_are_told() -> None:
     assert "different numbers of tokens" not in report(results(RECORDS))
     other = measured("other", "text-c1", 0, tokens_per_s=9, output_tokens=12)
-    assert "different numbers of tokens" in report(results([*RECORDS, other]))
+    assert "wrote different numbers of tokens" in report(results([*RECORDS, other]))
+    sent = [record | {"prompt_tokens": 9 + len(record["server"])} for record in RECORDS]
+    assert "were sent different numbers of tokens" in report(results(sent))
+
+
+def test_a_client_that_may_be_the_limit_is_told() -> None:
+    for busy, told in ((0.4, False), (0.62, True)):
+        records = [record | {"client_busy": busy} for record in RECORDS]
+        assert ("text-c1: the client was busy for 62%" in report(results(records))) == told
 
 
 def test_every_mark_is_of_a_case_that_is_measured() -> None:

@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.cases import gpu_cases
 from benchmarks.gpu import beside, carry
+from benchmarks.gpu.beside import engine_alone
 from benchmarks.gpu.checkpoint import make_peers_checkpoint
+from benchmarks.gpu.offline import CASES
 from benchmarks.table import DEFAULT, MARKS, TUNED, marks
 from server.bench.client import Case
 from tests.checkpoints import Shape
@@ -57,7 +59,10 @@ def test_each_environment_sees_its_own_packages_first(tmp_path: Path) -> None:
     packed = tmp_path / "packed.tar.xz"
     with tarfile.open(packed, "w:xz") as archive:
         archive.add(tmp_path / "made" / "site", "site")
-    carry.unpack(packed, tmp_path / "there")
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    carry.unpack(packed, tmp_path / "there", here)
+    with pytest.raises(RuntimeError, match=rf"packed for Python 2\.7, and this is {here}"):
+        carry.unpack(packed, tmp_path / "nowhere", "2.7")
     for room, other in (("ours", "vllm"), ("vllm", "ours")):
         python = str(tmp_path / "there" / room / "bin" / "python")
         program = (
@@ -138,9 +143,10 @@ def small_cases(shape: str) -> list[Case]:
     ]
 
 
-# In place of a Python with vLLM: the same command line, by this server. The tuned one breaks down.
+# In place of a Python with vLLM: the same command line, by this server. The tuned one breaks down,
+# and so does its engine alone.
 PEER = """#!/bin/sh
-case "$*" in *api-server-count*) echo "no GPU" >&2; exit 3;; esac
+case "$*" in *api-server-count* | *offline*) echo "no GPU" >&2; exit 3;; esac
 [ "$2" = vllm.entrypoints.cli.main ] || exit 4
 exec {python} -m server --model "$4" --port "$8" --device cpu
 """
@@ -149,14 +155,15 @@ exec {python} -m server --model "$4" --port "$8" --device cpu
 def test_the_comparison_goes_on_without_a_server_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(beside.SHAPES, "8B", SHAPE)
+    make_peers_checkpoint(tmp_path / "8B-chat", SHAPE, "chat", "cpu")
     python = tmp_path / "python"
     python.write_text(PEER.format(python=sys.executable))
     python.chmod(0o755)
     out = tmp_path / "result.json"
     words = f"--out {out} --vllm {python} --work {tmp_path} --logs {tmp_path} --device cpu"
-    chosen = f"--settings {DEFAULT} {TUNED} --cases text-c1 12mp-c1 --requests 1 --seed 3"
+    chosen = "--cases text-c1 12mp-c1 --requests 1 --seed 3 --rounds 1"
     monkeypatch.setattr("benchmarks.gpu.beside.gpu_cases", small_cases)
+    monkeypatch.setattr("benchmarks.gpu.beside.engine_alone", alone)
     beside.main([*words.split(), *chosen.split()])
     found = json.loads(out.read_text())
     records = {(entry["server"], entry["case"]): entry for entry in found["records"]}
@@ -165,7 +172,16 @@ def test_the_comparison_goes_on_without_a_server_that_fails(
     for case in ("8B-text-c1", "8B-12mp-c1"):
         ours, theirs = records["ours", case], records[DEFAULT, case]
         assert ours["output_tokens"] == theirs["output_tokens"] > 0
-        assert ours["prompt_tokens"] == theirs["prompt_tokens"]
+        # This peer adds the system sentence, which a fair one does not.
+        assert 0 < theirs["prompt_tokens"] - ours["prompt_tokens"] < 200
     said = capsys.readouterr().out
     assert "≥ 1 " in said
+    assert "8B-text-c1: the servers were sent different numbers of tokens" in said
     assert str(tmp_path) not in out.read_text()
+    assert found["engines"]["ours"].keys() == {f"{case}, 1 at once" for case in CASES}
+    assert "see vllm-alone.log" in found["engines"]["vllm"]["error"]
+
+
+def alone(python: Path, checkpoint: Path, *flags: str, log: Path) -> dict[str, float]:
+    """With answers of two tokens, one request at a time."""
+    return engine_alone(python, checkpoint, *flags, "--tokens", "2", "--counts", "1", log=log)
