@@ -29,14 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CASES, TransformersClient, our_client
-from benchmarks.processes import (
-    Sender,
-    Server,
-    cpu_seconds,
-    free_port,
-    machine,
-    machine_seconds,
-)
+from benchmarks.processes import Sender, Server, cpu_seconds, free_port, machine, machine_seconds
 from benchmarks.table import OURS, aligned, report
 from benchmarks.vllm_client import VllmClient, VllmProgram
 from server.bench.client import Case

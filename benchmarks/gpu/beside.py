@@ -38,6 +38,7 @@ _WARM_UP = (
     Case("", "", 16, concurrency=16, input_tokens=1024, output_tokens=16),
     Case("", "", 2, concurrency=2, output_tokens=16, picture=4032, height=3024, photo=True),
 )
+_QUIET = ["env", *(f"{key}={value}" for key, value in ENVIRONMENT.items())]
 _PREPARED = "prepared"
 _ALONE_DEADLINE = 600.0
 
@@ -45,9 +46,8 @@ _ALONE_DEADLINE = 600.0
 def vllm_server(name: str, python: Path, checkpoint: Path, flags: str, log: Path) -> Server:
     """vLLM's server in one of the ``SETTINGS``, with further flags."""
     port = free_port()
-    quiet = shlex.join(f"{key}={value}" for key, value in ENVIRONMENT.items())
     command = (
-        f"env {quiet} {shlex.quote(str(python))} -m vllm.entrypoints.cli.main serve "
+        f"{shlex.join([*_QUIET, str(python)])} -m vllm.entrypoints.cli.main serve "
         f"{shlex.quote(str(checkpoint))} --host 127.0.0.1 --port {port} --trust-remote-code "
         f"{SETTINGS[name]} {flags}"
     )
@@ -58,8 +58,7 @@ def engine_alone(python: Path, checkpoint: Path, *flags: str, log: Path) -> dict
     """What ``benchmarks.gpu.offline`` writes. Raises RuntimeError where it does not."""
     out = log.with_suffix(".json")
     out.unlink(missing_ok=True)
-    quiet = (f"{key}={value}" for key, value in ENVIRONMENT.items())
-    words = ["env", *quiet, str(python), "-m", "benchmarks.gpu.offline", str(checkpoint), str(out)]
+    words = [*_QUIET, str(python), "-m", "benchmarks.gpu.offline", str(checkpoint), str(out)]
     with log.open("ab") as sink:
         run = subprocess.Popen([*words, *flags], stdout=sink, stderr=sink, start_new_session=True)
         try:

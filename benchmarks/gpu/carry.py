@@ -62,13 +62,8 @@ def pack(file: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for room, packages in PACKAGES.items():
-            _pip(
-                "install",
-                "--target",
-                str(folder / "site" / room),
-                "--no-compile",
-                *packages.split(),
-            )
+            target = str(folder / "site" / room)
+            _pip("install", "--no-compile", "--target", target, *packages.split())
         shutil.copyfile(Path(__file__).with_name("absent_av.py"), folder / "site/ours/av.py")
         _pip("download", "--dest", name, VLLM)
         (wheel,) = folder.glob("vllm-*.whl")
