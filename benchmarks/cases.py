@@ -47,9 +47,9 @@ def gpu_cases(shape: str) -> tuple[Case, ...]:
     )
 
 
-def our_client(url: str) -> Client:
+def our_client(url: str, processes: int = 1) -> Client:
     """Of the server at a URL without a path. Raises what ``Client`` raises."""
-    return Client(Target(url))
+    return Client(Target(url), processes=processes)
 
 
 class TransformersClient(Client):

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from server.bench.client import limit
+
 OURS = "ours"
 DEFAULT, TUNED = "vllm-default", "vllm-tuned"
 """vLLM on a GPU, as ``benchmarks.gpu.beside`` starts it."""
@@ -111,9 +113,6 @@ UNMARKED = ("transformers", "zentorch", DEFAULT, TUNED)
 def marks(peer: str) -> bool:
     """Whether any marks are set against this peer."""
     return any(mark.applies(peer) for mark in MARKS)
-
-
-_BUSY = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,8 +252,8 @@ def notes(results: Results) -> Iterator[str]:
             if len(set(tokens.values())) > 1:
                 yield f"{case}: the servers {what} different numbers of tokens: {tokens}"
         busy = max((record.get("client_busy", 0.0) for record in mine), default=0.0)
-        if busy > _BUSY:
-            yield f"{case}: the client was busy for {busy:.0%} of the time, and may be the limit"
+        if said := limit(busy):
+            yield f"{case}: {said}"
 
 
 def brief(found: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ the rest goes on.
 """
 
 import argparse
+import functools
 import json
 import shlex
 import subprocess
@@ -92,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", help="ends of their names; default: all")
     parser.add_argument("--requests", type=int, default=10**6, help="at most so many of a case")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--clients", type=int, default=4, help="processes that send")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 10**5 * 10**4)
     parser.add_argument("--flags", default="", help="for our server")
     parser.add_argument("--vllm-flags", default="", help="for vLLM's")
@@ -109,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = ["--device", given.device, str(checkpoint)]
         subprocess.run([sys.executable, *words.split(), *where], check=True)
     known = facts("our own")
+    known["client_processes"] = given.clients
     known["machine"]["gpu"] = _said("nvidia-smi", "-L").splitlines()
     engines = {OURS: (Path(sys.executable), "--device", given.device)}
     # vLLM takes the template as it is, which has no system sentence.
@@ -128,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case in gpu_cases(given.shape)
         if given.cases is None or case.name.endswith(tuple(given.cases))
     ]
-    comparison = Comparison(cases, our_client, given.seed, given.out, known, _WARM_UP)
+    client = functools.partial(our_client, processes=given.clients)
+    comparison = Comparison(cases, client, given.seed, given.out, known, _WARM_UP)
     for number in range(given.rounds):
         for server in servers[:: -1 if number % 2 else 1]:
             try:

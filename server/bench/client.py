@@ -1,11 +1,10 @@
-"""A load, a streaming client that sends it, and the figures of what came back.
+"""A load, a client that has it sent, and the figures of what came back.
 
 The client speaks the OpenAI protocol to any server. Prompts are seeded random words, as many as
 make the wanted number of tokens with the server's own tokenizer; pictures are seeded noise, sent as
 PNG.
 """
 
-import asyncio
 import base64
 import dataclasses
 import functools
@@ -13,19 +12,15 @@ import io
 import itertools
 import json
 import random
-import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import numpy as np
 from PIL import Image
 
-from server.target import Target, said
-from server.terminal import plain
-from wire.errors import Unservable
+from server.bench.send import Answer, Failed, Result, send
+from server.target import Target
 
 PERCENTILES = (50, 90, 99)
 
@@ -79,41 +74,16 @@ class Case:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """When its pieces of text came, in seconds after the request was due, and the tokens of both
-    sides."""
-
-    arrivals: list[float]
-    prompt_tokens: int
-    output_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What became of the requests of a case, in ``seconds``; why there was no answer, how often.
-
-    For ``busy`` of the time, 0 to 1, the client itself computed.
-    """
-
-    answers: list[Answer]
-    errors: Counter[str]
-    seconds: float
-    busy: float
-
-
-class Failed(Unservable):
-    """A request has no whole answer."""
-
-
 class Client:
-    """Sends cases to a server that is ready, to its first model unless one is named.
+    """Sends cases to a server that is ready, to its first model unless one is named, by so many
+    ``processes``.
 
     Raises server.target.Unreachable or Failed where it does not answer as it should.
     """
 
-    def __init__(self, target: Target, model: str = "") -> None:
+    def __init__(self, target: Target, model: str = "", processes: int = 1) -> None:
         self.target = target
+        self.processes = processes
         self.model = model or target.model()
         # Not the words of any seed, which would be in the server's cache when they are measured.
         chance = random.Random("words")  # noqa: S311
@@ -145,7 +115,8 @@ class Client:
             chance = random.Random(seed)  # noqa: S311
             due = list(itertools.accumulate(chance.expovariate(case.rate) for _ in contents))
         at_once = case.concurrency if not case.rate else len(contents)
-        return asyncio.run(self._send(contents, case.output_tokens, due, at_once, ended))
+        bodies = self._bodies(contents, case.output_tokens)
+        return send(self.target.options, bodies, due, at_once, self.processes, ended)
 
     def _contents(self, case: Case, seed: int) -> list[Content]:
         chance, noise = random.Random(seed), np.random.default_rng(seed)  # noqa: S311
@@ -164,48 +135,15 @@ class Client:
 
     def _whole(self, contents: list[Content], tokens: int) -> Result:
         """Of contents that must be answered, all at once."""
-        due = [0.0] * len(contents)
-        result = asyncio.run(self._send(contents, tokens, due, len(contents), lambda: None))
+        due, bodies = [0.0] * len(contents), self._bodies(contents, tokens)
+        result = send(self.target.options, bodies, due, len(contents))
         if result.errors:
             raise Failed(next(iter(result.errors)))
         return result
 
-    async def _send(
-        self,
-        contents: list[Content],
-        tokens: int,
-        due: list[float],
-        at_once: int,
-        ended: Callable[[], None],
-    ) -> Result:
-        gate = asyncio.Semaphore(at_once)
-        answers: list[Answer] = []
-        errors: Counter[str] = Counter()
-        limits = httpx.Limits(max_connections=None)
-        # Written before the clock starts: pictures are megabytes.
-        bodies = [json.dumps(self._body(content, tokens)).encode() for content in contents]
-        client = httpx.AsyncClient(**self.target.options, timeout=3600, limits=limits)
-
-        async def one(body: bytes, moment: float) -> None:
-            await asyncio.sleep(began + moment - time.perf_counter())
-            async with gate:
-                # What waits because others take their time has begun to wait when it was due.
-                start = began + moment if moment else time.perf_counter()
-                try:
-                    answers.append(await self._ask(client, body, start))
-                except Failed as error:
-                    errors[str(error)] += 1
-                except (ValueError, LookupError, TypeError):
-                    errors["the answer is no stream of a chat"] += 1
-                except httpx.HTTPError as error:
-                    errors[f"{type(error).__name__}: {error}"] += 1
-            ended()
-
-        async with client:
-            began, computed = time.perf_counter(), time.process_time()
-            await asyncio.gather(*map(one, bodies, due))
-            seconds = time.perf_counter() - began
-            return Result(answers, errors, seconds, (time.process_time() - computed) / seconds)
+    def _bodies(self, contents: list[Content], tokens: int) -> list[bytes]:
+        """Written before the clock starts: pictures are megabytes."""
+        return [json.dumps(self._body(content, tokens)).encode() for content in contents]
 
     def _body(self, content: Content, tokens: int) -> dict[str, Any]:
         """A request for so many tokens; a subclass may put it as another server wants it."""
@@ -218,28 +156,6 @@ class Client:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-
-    async def _ask(self, client: httpx.AsyncClient, body: bytes, start: float) -> Answer:
-        kind = {"content-type": "application/json"}
-        arrivals: list[float] = []
-        usage: dict[str, int] = {}
-        async with client.stream(
-            "POST", "/v1/chat/completions", content=body, headers=kind
-        ) as reply:
-            if reply.status_code != httpx.codes.OK:
-                raise Failed(f"{reply.status_code}: {said(await reply.aread())}")
-            async for line in reply.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    raise Failed(f"the stream broke off: {plain(str(event['error']))}")
-                usage = event.get("usage") or usage
-                if any(choice["delta"].get("content") for choice in event["choices"]):
-                    arrivals.append(time.perf_counter() - start)
-        if not arrivals or not usage:
-            raise Failed(f"{len(arrivals)} pieces of text, usage {usage}")
-        return Answer(arrivals, usage["prompt_tokens"], usage["completion_tokens"])
 
 
 def summary(answers: Sequence[Answer], seconds: float) -> dict[str, float | None]:
@@ -272,6 +188,14 @@ def summary(answers: Sequence[Answer], seconds: float) -> dict[str, float | None
         for percent in PERCENTILES:
             figures[f"{name}_p{percent}_ms"] = _ms(found, percent)
     return figures
+
+
+def limit(busy: float) -> str:
+    """What to say of figures of a client that computed for so much of the time; nothing where
+    that leaves them as they are."""
+    if busy <= 0.5:
+        return ""
+    return f"the client was busy for {busy:.0%} of the time, and may be the limit"
 
 
 def _ms(seconds: Sequence[float], percent: int) -> float | None:

@@ -18,7 +18,8 @@ from wire.settings import SettingError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from server.bench.client import Case, Client, Result
+    from server.bench.client import Case, Client
+    from server.bench.send import Result
 
 _ROWS = {
     "ttft": "to the first text, ms",
@@ -85,6 +86,13 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--warm-up", type=some, default=2, metavar="N", help="requests before the measured ones [2]"
     )
+    parser.add_argument(
+        "--processes",
+        type=some,
+        default=1,
+        metavar="N",
+        help="that send, where one cannot read all that comes [1]",
+    )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the contents [0]")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write the figures as JSON; - for standard output"
@@ -117,7 +125,8 @@ def run(options: argparse.Namespace) -> int:
         rate=options.rate,
     )
     with asked(options) as target:
-        client = Client(target, options.model if options.url and options.model else "")
+        model = options.model if options.url and options.model else ""
+        client = Client(target, model, options.processes)
         warm_up = dataclasses.replace(case, requests=options.warm_up, rate=0.0)
         client.run(warm_up, ~options.seed & 0xFFFF_FFFF)
         result = _measure(client, case, options.seed)
@@ -128,6 +137,8 @@ def run(options: argparse.Namespace) -> int:
         "seed": options.seed,
         "load": {k: v for k, v in dataclasses.asdict(case).items() if k not in ("name", "title")},
         "seconds": result.seconds,
+        "client_processes": options.processes,
+        "client_busy": result.busy,
         "failed": result.errors.total(),
         "errors": dict(result.errors),
         **summary(result.answers, result.seconds),
@@ -162,7 +173,7 @@ def _bar(total: int) -> "Iterator[Callable[[], None]]":
 
 
 def _table(figures: dict[str, Any]) -> str:
-    from server.bench.client import PERCENTILES
+    from server.bench.client import PERCENTILES, limit
 
     load, seconds = figures["load"], figures["seconds"]
     how = f"{load['rate']:g} a second" if load["rate"] else f"{load['concurrency']} at once"
@@ -182,6 +193,8 @@ def _table(figures: dict[str, Any]) -> str:
         lines.append(f"{title:32}{count:>8}" + "".join(f"{cell:>10}" for cell in shown))
     if any("–" in line for line in lines):
         lines += ["", "–: too few values to say"]
+    if said := limit(figures["client_busy"]):
+        lines += ["", f"{said}: see --processes"]
     lines += [f"failed, {count} times: {why}" for why, count in figures["errors"].items()]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -128,6 +129,61 @@ def test_no_more_are_sent_at_once_than_was_said() -> None:
     with Api(answer) as api:
         bench("--url", api.url, "--concurrency", "3", "--requests", "30")
     assert most <= 3
+
+
+@pytest.mark.parametrize("load", [("--concurrency", "5"), ("--rate", "1000")])
+def test_several_processes_share_the_requests(load: tuple[str, str]) -> None:
+    """Together they send what one sends, and have as many requests at once as it has."""
+    lock, running, most = threading.Lock(), 0, 0
+    at_once = int(load[1]) if load[0] == "--concurrency" else 12
+    all_here = threading.Barrier(at_once)
+
+    def answer(_: str, body: Any) -> Answer:
+        nonlocal running, most
+        if len(api.asked) <= 3:
+            return answered(body)  # neither the words' lengths nor the warm-up is measured
+        with lock:
+            running += 1
+            most = max(most, running)
+        if len(api.asked) <= 3 + at_once:
+            all_here.wait(60)
+        status, headers, events = answered(body)
+
+        def counted() -> Iterator[bytes]:
+            nonlocal running
+            *begin, end = events
+            yield from begin
+            with lock:
+                running -= 1
+            yield end
+
+        return status, headers, counted()
+
+    sent = []
+    for count in ("1", "3"):
+        most = 0
+        with Api(answer) as api:
+            words = (*load, "--requests", "12", "--warm-up", "1", "--processes", count)
+            figures, _ = bench("--url", api.url, *words)
+        assert (figures["requests"], figures["output_tokens"], most) == (12, 36, at_once)
+        assert figures["client_processes"] == int(count)
+        assert figures["client_busy"] > 0
+        sent.append(sorted(map(json.dumps, measured(api))))
+    assert sent[0] == sent[1]
+
+
+def test_what_fails_in_several_processes_is_counted_together() -> None:
+    count = itertools.count()
+
+    def answer(_: str, body: Any) -> Answer:
+        index = next(count)
+        refused: Answer = (500, {}, {"error": {"message": "it broke"}})
+        return refused if index > 2 and index % 2 else answered(body)
+
+    with Api(answer) as api:
+        words = ("--requests", "8", "--warm-up", "1", "--processes", "4")
+        figures, _ = bench("--url", api.url, *words, status=1)
+    assert (figures["requests"], figures["errors"]) == (4, {"500: it broke": 4})
 
 
 def test_a_rate_does_not_wait_for_answers() -> None:

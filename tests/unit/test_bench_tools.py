@@ -1,6 +1,7 @@
 """The benchmarks' client, tables and charts: that what they say is what was measured."""
 
 import json
+import multiprocessing
 import os
 import select
 from pathlib import Path
@@ -17,7 +18,9 @@ from benchmarks.compare import Comparison, facts, our_server, peer_server, witho
 from benchmarks.processes import Server as Process
 from benchmarks.table import LADDER, MARKS, TTFT, Results, aligned, report
 from benchmarks.vllm_client import VllmClient, VllmProgram
-from server.bench.client import Answer, Case, Failed, summary
+from server.bench.client import Case, summary
+from server.bench.send import Answer, Failed, send
+from tests import scripted_api
 from tests.checkpoints import make_checkpoint
 from tests.servers import ROOT, Server
 
@@ -249,6 +252,19 @@ def test_what_is_shared_was_sent_before(demo_server: Server) -> None:
 def test_a_refusal_is_an_error(demo_server: Server) -> None:
     with pytest.raises(Failed, match="400"):
         our_client(demo_server.url).measure(Case("", "", 1, input_tokens=9000), 1)
+
+
+def test_a_process_that_sends_may_end_too_soon() -> None:
+    """It is named, and nothing is waited for."""
+
+    def answer(_: str, body: Any) -> scripted_api.Answer:
+        for process in multiprocessing.active_children()[:1]:
+            process.kill()
+        return 200, {}, iter([])
+
+    with scripted_api.Api(answer) as api, pytest.raises(Failed, match="processes that send"):
+        send({"base_url": api.url}, [b"{}"] * 8, [0.0] * 8, 4, processes=2)
+    assert not multiprocessing.active_children()
 
 
 def test_a_failed_case_does_not_end_the_comparison(demo_server: Server, tmp_path: Path) -> None:
