@@ -10,7 +10,7 @@ from typing import Any
 
 from wire.native import load
 
-VERSION = 11
+VERSION = 12
 """That of the functions' arguments, here and in pool.c: one more with every change of them."""
 BEST = 4
 """For ``internvl_choose``: the best instruction set of this processor; tests choose others too."""
@@ -34,7 +34,7 @@ class Matrix(ctypes.Structure):
 
 
 class Sketch(ctypes.Structure):
-    """A head once more, in eight bits (``struct sketch``)."""
+    """A head once more, in six bits (``struct sketch``)."""
 
     _fields_ = (("whole", Matrix), ("doubts", _p), ("rest", _l))
 
@@ -99,11 +99,11 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "internvl_large_pages": [_p, ctypes.c_ulong],
     "internvl_pack": [_p, _l, _l, _p, _l],
     "internvl_pack8": [_p, _l, _l, _p, _p, _p, _l],
+    "internvl_pack6": [_p, _l, _l, _matrix, _p, _p, _p],
     "internvl_odds": [_p, _l, _l, _l, _p, _p],
     "internvl_pack12": [_p, _l, _l, _l, _p, _p, _p, _p],
     "internvl_linear_scratch": [_matrix, _l],
     "internvl_linear": [_matrix, _p, _l, _l, _p, _l, _i, _p],
-    "internvl_doubts": [_p, _matrix, _p],
     "internvl_draw_scratch": [_matrix, _l],
     "internvl_draw": [_matrix, _p, _l, _l, _p, _p],
     "internvl_add_norm": [_p, _l, _p, _l, _p, _p, _p, _l, _l, _l, _f, _i],

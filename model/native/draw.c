@@ -2,11 +2,11 @@
    written.
 
    Reading the head is a quarter of a step of few rows. These are first multiplied with a sketch of it, the
-   same weights in whole numbers of eight bits, two thirds or half the bytes. How far a logit can be from
-   what the sketch says is known: by the length of the row times that of what rounding took from the
-   output's weights (Cauchy-Schwarz). So only groups of panels with an output that may be the highest are
-   computed, a dozen of thousands, by the product that would have computed them all: tokens are the same,
-   to the bit. */
+   same weights in whole numbers of six bits, half the bytes or less. How far a logit can be from what the
+   sketch says is known: by the length of the row times that of what rounding took from the output's weights
+   (Cauchy-Schwarz). So the group of panels that promises most is computed, and then only those with an
+   output that may be higher than what that one has, some dozens of thousands, by the product that would
+   have computed them all: tokens are the same, to the bit. */
 #include "linear.h"
 #include "lanes.h"
 #include "pool.h"
@@ -14,7 +14,8 @@
 #include <math.h>
 #include <stdatomic.h>
 
-/* Rows of which the sketch is read with both halves of their numbers in registers. */
+/* Rows of which the sketch is read with both halves of their numbers in registers. Of a head in whole numbers
+   a row is whole numbers itself, which is one half. */
 enum { SKETCHED = TALLEST_BLOCK / 2 };
 /* Where one group in FEW or more had to be computed the sketch did not pay, and rests for REST draws. */
 enum { FEW = 4, REST = 15 };
@@ -67,29 +68,27 @@ CLONES static void keep_highest(const struct linear *w, float *c, long row, int 
 }
 
 struct bounds {
+  int rows;
   const float *doubts;
   float heats[SKETCHED], lengths[SKETCHED];
-  _Atomic uint64_t least[SKETCHED]; /* keys of what the highest of a row is at least */
-  float *most;                      /* [groups][rows]: what nothing of a group is above */
+  float *most; /* [groups][rows]: what nothing of a group is above */
 };
 
-/* The rows, and as many that hold what whole numbers leave of them. NaN bounds nothing. */
+/* The rows, and as many that hold what whole numbers leave of them, if anything. NaN bounds nothing. */
 CLONES static void keep_bounds(const struct linear *w, float *c, long row, int rows, long column) {
   struct bounds *b = w->y;
-  int half = rows / 2;
+  const float nothing[COLUMNS] = {0}, *rest = rows > b->rows ? c + b->rows * COLUMNS : NULL;
   (void)row; /* all rows at once */
   cut(w, c, rows, column);
-  for (int r = 0; r < half; r++) {
-    floats least = all(-INFINITY), most = least;
+  for (int r = 0; r < b->rows; r++) {
+    floats most = all(-INFINITY);
     for (int i = 0; i < COLUMNS; i += LANES) {
-      floats near = get(c + r * COLUMNS + i) * b->heats[r] + get(c + (half + r) * COLUMNS + i);
+      floats near = get(c + r * COLUMNS + i) * b->heats[r] + get((rest ? rest + r * COLUMNS : nothing) + i);
       floats doubt = get(b->doubts + column + i) * b->lengths[r] + 1e-30f; /* products that become 0 */
-      floats low = near - doubt, high = near + doubt;
-      least = larger(low, least);
+      floats high = near + doubt;
       most = larger(pick(high == high, high, all(INFINITY)), most);
     }
-    raise_to(b->least + r, key_of(largest(least), 0));
-    b->most[column / COLUMNS * half + r] = largest(most);
+    b->most[column / COLUMNS * b->rows + r] = largest(most);
   }
 }
 
@@ -116,25 +115,55 @@ CLONES static float split(const bf16 *x, long inputs, float *heat, bf16 *whole, 
 
 static long in_lines(long bytes) { return (bytes + 63) / 64 * 64; }
 
+static long halves_bytes(const struct matrix *m, long rows) { return in_lines(2 * rows * m->inputs * sizeof(bf16)); }
+
 static long groups_of(const struct matrix *m) { return (m->outputs + COLUMNS - 1) / COLUMNS; }
 
-/* The groups of panels with an output that may be the highest of a row, to chosen; how many. */
-static long choose(const struct matrix *m, const bf16 *x, long ldx, int rows, int32_t *chosen, char *scratch) {
+/* What no output of each group is above, for each row. */
+static void sketch(const struct matrix *m, const bf16 *x, long ldx, int rows, float *most, char *scratch) {
+  struct bounds b = {.rows = rows, .doubts = m->sketch->doubts, .most = most};
+  struct linear w = {.m = &m->sketch->whole, .x = x, .y = &b, .rows = rows, .ldx = ldx, .then = keep_bounds};
   bf16 *halves = (bf16 *)scratch;
-  struct bounds b = {.doubts = m->sketch->doubts};
-  scratch += in_lines(2 * rows * m->inputs * sizeof(bf16));
-  b.most = (float *)scratch;
-  scratch += in_lines(groups_of(m) * rows * sizeof(float));
-  for (long row = 0; row < rows; row++)
+  scratch += halves_bytes(m, rows);
+  for (int row = 0; row < rows; row++) {
     b.lengths[row] = split(x + row * ldx, m->inputs, b.heats + row, halves + row * m->inputs,
                            halves + (rows + row) * m->inputs);
-  linear_run(&(struct linear){.m = &m->sketch->whole, .x = halves, .y = &b, .rows = 2 * rows,
-                              .ldx = m->inputs, .then = keep_bounds}, scratch);
+    if (!m->scales) continue;
+    b.lengths[row] += b.heats[row] * sqrtf(m->inputs); /* half a step of each number, and no less */
+    b.heats[row] = 1; /* they are those of its own product */
+  }
+  if (!m->scales) {
+    w.x = halves;
+    w.ldx = m->inputs;
+    w.rows = 2 * rows;
+  }
+  linear_run(&w, scratch);
+}
+
+/* For each row the group that promises most, to chosen; how many. They promise nothing any more. */
+static long first_groups(const struct matrix *m, int rows, float *most, int32_t *chosen) {
+  for (int row = 0; row < rows; row++) {
+    float highest = -INFINITY;
+    chosen[row] = 0;
+    for (long group = 0; group < groups_of(m); group++) {
+      float bound = most[group * rows + row];
+      if (bound <= highest || bound == INFINITY) continue; /* which promises nothing */
+      highest = bound;
+      chosen[row] = (int32_t)group;
+    }
+  }
+  for (int row = 0; row < rows; row++)
+    for (int other = 0; other < rows; other++) most[chosen[row] * rows + other] = -INFINITY;
+  return rows;
+}
+
+/* The groups with an output that may be as high as the highest so far; nothing is as high as NaN. */
+static long other_groups(const struct matrix *m, int rows, const float *most, const int64_t *keys,
+                         int32_t *chosen) {
   long count = 0;
   for (long group = 0; group < groups_of(m); group++) {
     int may = 0;
-    for (long row = 0; row < rows; row++)
-      may |= !(b.most[group * rows + row] < number_of(b.least[row]));
+    for (int row = 0; row < rows; row++) may |= most[group * rows + row] >= number_of(keys[row]);
     chosen[count] = (int32_t)group;
     count += may;
   }
@@ -143,10 +172,11 @@ static long choose(const struct matrix *m, const bf16 *x, long ldx, int rows, in
 
 /* Bytes that internvl_draw needs as scratch for so many rows or fewer. */
 long internvl_draw_scratch(const struct matrix *m, long rows) {
-  long few = rows < SKETCHED ? rows : SKETCHED;
-  if (!m->sketch) return internvl_linear_scratch(m, rows);
-  return in_lines(groups_of(m) * sizeof(int32_t)) + in_lines(2 * few * m->inputs * sizeof(bf16)) +
-         in_lines(groups_of(m) * few * sizeof(float)) + internvl_linear_scratch(&m->sketch->whole, 2 * few);
+  long few = rows < SKETCHED ? rows : SKETCHED, all = internvl_linear_scratch(m, rows);
+  if (!m->sketch) return all;
+  long read = halves_bytes(m, few) + internvl_linear_scratch(&m->sketch->whole, 2 * few);
+  return in_lines(groups_of(m) * sizeof(int32_t)) + in_lines(groups_of(m) * few * sizeof(float)) +
+         (read > all ? read : all);
 }
 
 /* The token of each row of x[rows][inputs] * panels: the output that is the highest, the first of those
@@ -154,9 +184,15 @@ long internvl_draw_scratch(const struct matrix *m, long rows) {
 void internvl_draw(const struct matrix *m, const bf16 *x, long ldx, long rows, int64_t *tokens, void *scratch) {
   struct linear w = {.m = m, .x = x, .y = tokens, .rows = rows, .ldx = ldx, .then = keep_highest};
   memset(tokens, 0, rows * sizeof *tokens);
-  if (m->sketch && 0 < rows && rows <= SKETCHED && --m->sketch->rest < 0) {
-    w.chosen = scratch;
-    w.count = choose(m, x, ldx, (int)rows, scratch, (char *)scratch + in_lines(groups_of(m) * sizeof(int32_t)));
+  if (m->sketch && 0 < rows && rows <= SKETCHED && wide_fit(m, rows) && --m->sketch->rest < 0) {
+    int32_t *chosen = scratch;
+    float *most = (float *)((char *)scratch + in_lines(groups_of(m) * sizeof(int32_t)));
+    scratch = (char *)most + in_lines(groups_of(m) * rows * sizeof(float));
+    sketch(m, x, ldx, (int)rows, most, scratch);
+    w.chosen = chosen;
+    w.count = first_groups(m, (int)rows, most, chosen);
+    linear_run(&w, scratch);
+    w.count = other_groups(m, (int)rows, most, tokens, chosen);
     m->sketch->rest = w.count * FEW > groups_of(m) ? REST : 0;
   }
   linear_run(&w, scratch);

@@ -11,8 +11,9 @@ struct odd {
 
 struct sketch;
 
-/* A linear layer in panels (internvl_pack), quantised if it has scales (internvl_pack8), narrow if it
-   has bases (internvl_pack12), one for each panel, with the odds of panel i from odd_starts[i] on. */
+/* A linear layer in panels (internvl_pack), quantised if it has scales (internvl_pack8; if it has no sums
+   internvl_pack6), narrow if it has bases (internvl_pack12), one for each panel, with the odds of panel i
+   from odd_starts[i] on. */
 struct matrix {
   const void *panels;
   const float *scales;
@@ -28,16 +29,16 @@ struct matrix {
 /* A row and an output's weights that are shorter have no sum, in whatever order, that overflows. */
 #define LONGEST 1e18f
 
-/* A head once more, in eight bits: draw.c says what for. */
+/* A head once more, in six bits: draw.c says what for. */
 struct sketch {
   struct matrix whole;
-  const float *doubts; /* for each of its scales (internvl_doubts) */
+  const float *doubts; /* for each of its scales */
   long rest;           /* draws for which it is not used */
 };
 
 /* Bytes that so many inputs of a panel take. */
 static inline long panel_bytes(const struct matrix *m, long inputs) {
-  return inputs * LANES * (m->scales ? 2 : m->bases ? 3 : 4) / 2;
+  return inputs * LANES * (m->scales ? m->sums ? 4 : 3 : m->bases ? 6 : 8) / 4;
 }
 
 /* What follows a product: nothing; GELU; silu(even panel) * odd panel, half as many outputs; nothing, and
@@ -82,7 +83,7 @@ void internvl_decode(const struct decoder *d, const struct batch *batch, const i
 
 /* wide.c: products by AVX512, if wide_fit() says so, and narrow panels. More rows than MOST_ROWS at a time
    leave too little of the second cache to the panels. */
-enum { TALLEST_BLOCK = 12, MOST_ROWS = 256, PIECE = 192, EXPONENTS = 128, ZERO = 15 };
+enum { TALLEST_BLOCK = 12, MOST_ROWS = 256, PIECE = 192, EXPONENTS = 128, ZERO = 15, SIX_ZERO = 32 };
 int wide_fit(const struct matrix *m, long rows);
 /* c[rows][COLUMNS] = x[rows][..] times the group of panels at `column`; rows are ldx bytes apart. starts:
    for whole numbers, what each row's sums begin with. */

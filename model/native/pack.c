@@ -7,9 +7,10 @@
 
 struct pack {
   const bf16 *from;
+  const struct matrix *packed;
   bf16 *to;
   int8_t *to8;
-  float *scales;
+  float *scales, *doubts;
   int32_t *sums;
   uint8_t *bases;
   int32_t *starts;
@@ -69,37 +70,51 @@ void internvl_pack8(const bf16 *from, long outputs, long inputs, int8_t *to, flo
   pool_run(pack_panel8, &p, (outputs + LANES - 1) / LANES);
 }
 
-struct doubt {
-  const bf16 *from;
-  const struct matrix *whole;
-  float *doubts;
-};
+/* The weight of an output, as the matrix has it that is packed already, if there is one. */
+static float weight_at(const struct pack *p, long panel, long lane, long row, long i) {
+  if (!p->packed) return wide(p->from[row * p->inputs + i]);
+  const int8_t *whole = (const int8_t *)p->packed->panels + panel * p->inputs * LANES;
+  return whole[(i / 4 * LANES + lane) * 4 + i % 4] * p->packed->scales[row];
+}
 
-static void doubt_panel(void *context, long panel) {
-  const struct doubt *d = context;
-  long inputs = d->whole->inputs;
-  const int8_t *packed = (const int8_t *)d->whole->panels + panel * inputs * LANES;
-  for (long row = panel * LANES, lane = 0; row < d->whole->outputs && lane < LANES; row++, lane++) {
-    double lost = 0, length = 0, scale = d->whole->scales[row];
-    for (long i = 0; i < inputs; i++) {
-      double weight = wide(d->from[row * inputs + i]), gone = weight - packed[(i / 4 * LANES + lane) * 4 + i % 4] * scale;
+static void pack_panel6(void *context, long panel) {
+  const struct pack *p = context;
+  uint8_t *to = (uint8_t *)p->to8 + panel * p->inputs * LANES * 3 / 4;
+  for (int lane = 0; lane < LANES; lane++) {
+    long row = panel * LANES + lane, inside = row < p->outputs ? p->inputs : 0;
+    float most = 1e-12f;
+    for (long i = 0; i < inside; i++) most = fmaxf(most, fabsf(weight_at(p, panel, lane, row, i)));
+    float scale = most / 31;
+    double lost = 0, length = 0;
+    for (long i = 0; i < p->inputs; i++) {
+      float weight = i < inside ? weight_at(p, panel, lane, row, i) : 0, whole = rintf(weight * 31 / most);
+      double gone = weight - (double)whole * scale;
+      int six = (isfinite(whole) ? (int)whole : 0) + SIX_ZERO, word = i / 4 % 4;
+      uint8_t *at = to + i / 16 * PIECE + lane * 4 + i % 4;
+      if (word < 3) at[word * 64] = (uint8_t)six;
+      else
+        for (int line = 0; line < 3; line++) at[line * 64] |= (uint8_t)(six >> 2 * line << 6);
       lost += gone * gone;
-      length += weight * weight;
+      length += (double)weight * weight;
     }
     /* split() in draw.c loses less than 2.4e-5 of a row's largest number in each: half a step of its
        second half, 2 * 127 of the first, whose step is 1 / 127, and a rounding to bf16. And fp32 sums of
        `inputs` products, in whatever order, are off by so many times 2^-24 of what there is to add. */
-    double rest = 2.4e-5 * sqrt(inputs) + ldexp(inputs, -21);
+    double rest = 2.4e-5 * sqrt(p->inputs) + ldexp(p->inputs, -21);
     length = sqrt(length);
-    d->doubts[row] = length < LONGEST ? (float)(1.01 * (sqrt(lost) + rest * length)) : INFINITY;
+    p->scales[panel * LANES + lane] = scale;
+    p->doubts[panel * LANES + lane] = length < LONGEST ? (float)(1.01 * (sqrt(lost) + rest * length)) : INFINITY;
   }
 }
 
-/* How far, for a row of length 1, a logit can be from what internvl_pack8 made of its weights, the row's
-   numbers split as in draw.c. doubts: as scales. */
-void internvl_doubts(const bf16 *from, const struct matrix *whole, float *doubts) {
-  struct doubt d = {from, whole, doubts};
-  pool_run(doubt_panel, &d, (whole->outputs + LANES - 1) / LANES);
+/* The same in whole numbers of six bits (wide.c), the largest of each output to 31, and how far, for a row of
+   length 1, a logit can be from what they say, the row's numbers split as in draw.c. doubts: as scales.
+   packed: what the logits are computed with, if that is whole numbers of eight bits, or NULL. */
+void internvl_pack6(const bf16 *from, long outputs, long inputs, const struct matrix *packed, uint8_t *to,
+                    float *scales, float *doubts) {
+  struct pack p = {.from = from, .packed = packed, .to8 = (int8_t *)to, .scales = scales, .doubts = doubts,
+                   .outputs = outputs, .inputs = inputs};
+  pool_run(pack_panel6, &p, (outputs + LANES - 1) / LANES);
 }
 
 /* The exponents that a panel's codes stand for begin at the one from which on there are most. */

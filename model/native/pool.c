@@ -88,7 +88,7 @@ static void *help(void *context) {
 }
 
 /* VERSION in __init__.py. */
-int internvl_version(void) { return 11; }
+int internvl_version(void) { return 12; }
 
 int pool_threads(void) { return pool.threads; }
 

@@ -9,7 +9,11 @@
    each other. Those that do not are zeros here and stand in a list, to be added to the sums at the end.
    A narrow panel is [inputs / 8] pieces of 192 bytes: 32 of each of 4 pairs of inputs, then 32 words of
    16 bits that hold an exponent of each, the first lowest. The pieces of a group's panels take turns, so
-   that all of a matrix is one stream. */
+   that all of a matrix is one stream.
+
+   Six bits are whole numbers with 32 more. A panel of these is [inputs / 16] pieces of 192 bytes: three
+   words of each output in the lower bits of three lines, whose upper bits hold the fourth word, the lowest
+   in the first line. */
 #include "kernels.h"
 #include "lanes.h"
 #include "pool.h"
@@ -41,15 +45,15 @@ AVX512 INLINE __m512i widened(const uint8_t *from, __m512i codes, __m512i expone
 }
 
 /* What a product reads: panels of bf16, of twelve bits, of twelve bits that the block before has widened,
-   or of whole numbers. */
-enum form { SIXTEEN, NARROW, WIDENED, WHOLE };
+   of whole numbers, or of those in six bits. */
+enum form { SIXTEEN, NARROW, WIDENED, WHOLE, SIX };
 
 /* Some words of a block of rows times a group of panels. */
 struct product {
   const char *x;
   long ldx, words; /* bytes from row to row */
   const uint8_t *panels, *bases;
-  long apart;                 /* bytes from panel to panel, SIXTEEN and WHOLE */
+  long apart;                 /* bytes from panel to panel, SIXTEEN, WHOLE and SIX */
   const uint8_t *soon[GROUP]; /* what to fetch meanwhile, or NULL: so much further with every four words */
   long soon_step;
   uint8_t *widened;     /* where NARROW leaves bf16 for WIDENED, or NULL */
@@ -59,7 +63,7 @@ struct product {
 };
 
 #define ADD_PRODUCT(sum, form, line, word)                                                         \
-  if (form == WHOLE) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(line), "v"(word));            \
+  if (form >= WHOLE) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(line), "v"(word));            \
   else __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(line), "v"(word))
 
 /* A word in all lanes. By hand, or gcc 12 has each product load it: a core loads twice in a cycle, and
@@ -71,13 +75,13 @@ AVX512 INLINE __m512i in_all(const char *word) {
 }
 
 AVX512 INLINE void multiply(enum form form, int rows, const struct product *p) {
-  __m512i sum[TALLEST_BLOCK][GROUP], bits[GROUP], codes[GROUP];
+  __m512i sum[TALLEST_BLOCK][GROUP], bits[GROUP], codes[GROUP], fourth[GROUP];
   const __m512i flip = _mm512_set1_epi8((char)0x80);
   const uint8_t *b = p->panels, *soon[GROUP] = {p->soon[0], p->soon[1]};
   const char *x[3] = {p->x, p->x + 4 * p->ldx, p->x + 8 * p->ldx};
   long one = p->ldx, three = 3 * p->ldx;
   uint8_t *left = p->widened;
-  int bytes = form == NARROW || form == WIDENED ? PIECE : 256; /* of four words of a panel */
+  int bytes = form == SIXTEEN || form == WHOLE ? 256 : PIECE; /* of four words of a panel */
   long apart = form == NARROW ? PIECE : form == WIDENED ? 64 : p->apart;
 #pragma GCC unroll 2
   for (int i = 0; i < GROUP; i++) {
@@ -85,7 +89,7 @@ AVX512 INLINE void multiply(enum form form, int rows, const struct product *p) {
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++)
       sum[row][i] = !p->begins      ? _mm512_loadu_si512(p->sums + row * COLUMNS + i * LANES)
-                    : form == WHOLE ? _mm512_set1_epi32(p->start[row])
+                    : form >= WHOLE ? _mm512_set1_epi32(p->start[row])
                                     : _mm512_setzero_si512();
   }
   for (long at = 0; at < p->words; at += 4) {
@@ -108,6 +112,14 @@ AVX512 INLINE void multiply(enum form form, int rows, const struct product *p) {
           line[i] = widened(b + i * apart + word * 32, codes[i], bits[i]);
           codes[i] = _mm512_srli_epi16(codes[i], 4);
           if (left) _mm512_store_si512(left + (word * GROUP + i) * 64, line[i]);
+        } else if (form == SIX && word == 3) {
+          line[i] = fourth[i];
+        } else if (form == SIX) {
+          __m512i both = _mm512_loadu_si512(b + i * apart + word * 64);
+          __m512i upper = _mm512_srli_epi16(both, 6 - 2 * word);
+          __m512i known = word ? fourth[i] : _mm512_setzero_si512();
+          line[i] = _mm512_and_si512(both, _mm512_set1_epi8(63));
+          fourth[i] = _mm512_ternarylogic_epi32(upper, _mm512_set1_epi8(3 << 2 * word), known, 0xea);
         } else {
           line[i] = _mm512_loadu_si512(b + i * apart + word * (form == WIDENED ? 128 : 64));
           if (form == WHOLE) line[i] = _mm512_xor_si512(line[i], flip);
@@ -121,7 +133,7 @@ AVX512 INLINE void multiply(enum form form, int rows, const struct product *p) {
       }
     }
     for (int i = 0; i < 3; i++) x[i] += 16;
-    b += form == NARROW ? GROUP * PIECE : form == WIDENED ? 512 : 256;
+    b += form == NARROW ? GROUP * PIECE : form == SIX ? PIECE : form == WIDENED ? 512 : 256;
     if (form == NARROW && left) left += 512;
   }
 #pragma GCC unroll 2
@@ -145,6 +157,7 @@ OF(SIXTEEN)
 OF(NARROW)
 OF(WIDENED)
 OF(WHOLE)
+OF(SIX)
 
 int wide_fit(const struct matrix *m, long rows) { return block_level == 3 && (m->bases || rows <= MOST_ROWS); }
 
@@ -168,7 +181,7 @@ void wide_product(const struct matrix *m, long column, const void *x, long ldx, 
       soon[1] = soon[0] + (many ? bytes / 2 : PIECE);
     } else {
       p.apart = column + LANES < m->outputs ? apart : 0; /* the panel twice: the second result is not used */
-      p.soon_step = 256;
+      p.soon_step = m->scales && !m->sums ? PIECE : 256;
       soon[0] = at + chunk < words ? b + bytes : next;
       soon[1] = soon[0] + apart;
     }
@@ -180,7 +193,8 @@ void wide_product(const struct matrix *m, long column, const void *x, long ldx, 
       p.soon[1] = block == many ? soon[1] : NULL;
       p.start = starts ? starts + row : NULL;
       p.sums = (int32_t *)c + row * COLUMNS;
-      if (m->scales) multiply_WHOLE(height, &p);
+      if (m->scales && m->sums) multiply_WHOLE(height, &p);
+      else if (m->scales) multiply_SIX(height, &p);
       else if (!m->bases) multiply_SIXTEEN(height, &p);
       else if (block) multiply_WIDENED(height, &p);
       else multiply_NARROW(height, &p);

@@ -134,8 +134,8 @@ class NativeOps(Ops):
         named = {name: part.data_ptr() for name, part in memory.items()}
         matrix = Matrix(**named, inputs=inputs, outputs=outputs)
         kept: list[object] = [*memory.values()]
-        if draws and self._narrows and not self._int8 and inputs % STEP8 == 0:
-            sketch, behind = self._sketch(shape, panels)
+        if draws and self._narrows and inputs % STEP8 == 0:
+            sketch, behind = self._sketch(shape, panels, matrix if matrix.scales else None)
             matrix.sketch = ctypes.addressof(sketch)
             kept += [sketch, behind]
         self._packed[layer] = _Packed(matrix, kept)
@@ -169,15 +169,18 @@ class NativeOps(Ops):
         LIBRARY.internvl_pack12(*shape, gates, *(part.data_ptr() for part in memory.values()))
         return memory
 
-    def _sketch(self, shape: tuple[int, int, int], panels: int) -> tuple[Sketch, list[Tensor]]:
-        """A head in eight bits, and how far it is from what it was."""
-        weights, outputs, inputs = shape
-        memory = self._whole(shape, panels, 0)
-        named = {name: part.data_ptr() for name, part in memory.items()}
-        whole = Matrix(**named, inputs=inputs, outputs=outputs)
-        doubts = torch.zeros_like(memory["scales"])
-        LIBRARY.internvl_doubts(weights, whole, doubts.data_ptr())
-        return Sketch(whole, doubts.data_ptr(), 0), [*memory.values(), doubts]
+    def _sketch(
+        self, shape: tuple[int, int, int], panels: int, packed: Matrix | None
+    ) -> tuple[Sketch, list[Tensor]]:
+        """A head in six bits, and how far it is from what it was, in eight if ``packed``."""
+        _, outputs, inputs = shape
+        memory = self._take(panels * LANES * inputs * 3 // 8)
+        # The C reads both panels of a group, also where there is one.
+        scales, doubts = torch.zeros(2, (panels + 1) * LANES)
+        parts = (part.data_ptr() for part in (memory, scales, doubts))
+        LIBRARY.internvl_pack6(*shape, packed, *parts)
+        whole = Matrix(memory.data_ptr(), scales.data_ptr(), inputs=inputs, outputs=outputs)
+        return Sketch(whole, doubts.data_ptr(), 0), [memory, scales, doubts]
 
     def matrix(self, layer: nn.Module) -> Matrix | None:
         """A layer in panels, if it was packed; there as long as these operations."""
