@@ -27,6 +27,7 @@ from benchmarks.processes import Server, end, free_port
 from benchmarks.table import DEFAULT, OURS, TUNED, aligned, report
 from benchmarks.vllm_client import ENVIRONMENT
 from server.bench.client import Case
+from server.flags import some
 
 SETTINGS = {
     DEFAULT: "",
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", help="ends of their names; default: all")
     parser.add_argument("--requests", type=int, default=10**6, help="at most so many of a case")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--clients", type=int, default=4, help="processes that send")
+    parser.add_argument("--clients", type=some, default=4, help="processes that send")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 10**5 * 10**4)
     parser.add_argument("--flags", default="", help="for our server")
     parser.add_argument("--vllm-flags", default="", help="for vLLM's")

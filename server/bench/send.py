@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import multiprocessing
+import os
 import signal
 import time
 from collections import Counter
@@ -34,7 +35,8 @@ class Answer:
 class Result:
     """What became of the requests, in ``seconds``; why there was no answer, how often.
 
-    For ``busy`` of the time, 0 to 1, the client itself computed, or the busiest of its processes.
+    For ``busy`` of the time, 0 to 1, the client itself computed: the busiest of its processes, or
+    all of them on all processors.
     """
 
     answers: list[Answer]
@@ -58,20 +60,20 @@ def send(
     """Each body when it is ``due``, in seconds from the beginning, but no more than ``at_once``.
 
     ``options`` are those of a client of httpx; ``ended`` is called after each request. Several
-    ``processes`` share out the requests, and how many may be sent at once, before the first is
-    sent. Raises Failed if one of them ends too soon.
+    ``processes`` share out how many may be sent at once, and the requests accordingly, before the
+    first is sent. Raises Failed if one of them ends too soon.
     """
     processes = min(processes, at_once, len(bodies))
     if processes == 1:
-        return asyncio.run(_send(options, bodies, due, at_once, ended))
+        return asyncio.run(_send(_client(options), bodies, due, at_once, ended))
     with contextlib.ExitStack() as stack:
         pipes = [stack.enter_context(_process()) for _ in range(processes)]
         results: list[Result] = []
         try:
             for index, pipe in enumerate(pipes):
-                mine = slice(index, None, processes)
-                count = len(range(at_once)[mine])
-                pipe.send((options, bodies[mine], due[mine], count))
+                mine = [at for at in range(len(bodies)) if at % at_once % processes == index]
+                count = len(range(index, at_once, processes))
+                pipe.send((options, [bodies[at] for at in mine], [due[at] for at in mine], count))
             for pipe in pipes:
                 pipe.recv()  # it is ready
             for pipe in pipes:
@@ -87,11 +89,12 @@ def send(
                         pipes.remove(pipe)
         except (EOFError, ConnectionError):
             raise Failed("one of the processes that send has ended") from None
+    total = sum(result.busy for result in results)
     return Result(
         [answer for result in results for answer in result.answers],
         sum((result.errors for result in results), Counter()),
         max(result.seconds for result in results),
-        max(result.busy for result in results),
+        max(*(result.busy for result in results), total / (os.cpu_count() or 1)),
     )
 
 
@@ -116,14 +119,19 @@ def _serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is for who started it
     with contextlib.suppress(EOFError, ConnectionError):  # that has ended
         options, bodies, due, at_once = pipe.recv()
+        client = _client(options)
         pipe.send(None)
         pipe.recv()
         ended = functools.partial(pipe.send, None)
-        pipe.send(asyncio.run(_send(options, bodies, due, at_once, ended)))
+        pipe.send(asyncio.run(_send(client, bodies, due, at_once, ended)))
+
+
+def _client(options: dict[str, Any]) -> httpx.AsyncClient:
+    return httpx.AsyncClient(**options, timeout=3600, limits=httpx.Limits(max_connections=None))
 
 
 async def _send(
-    options: dict[str, Any],
+    client: httpx.AsyncClient,
     bodies: list[bytes],
     due: list[float],
     at_once: int,
@@ -132,8 +140,6 @@ async def _send(
     gate = asyncio.Semaphore(at_once)
     answers: list[Answer] = []
     errors: Counter[str] = Counter()
-    limits = httpx.Limits(max_connections=None)
-    client = httpx.AsyncClient(**options, timeout=3600, limits=limits)
 
     async def one(body: bytes, moment: float) -> None:
         await asyncio.sleep(began + moment - time.perf_counter())

@@ -137,7 +137,6 @@ def run(options: argparse.Namespace) -> int:
         "seed": options.seed,
         "load": {k: v for k, v in dataclasses.asdict(case).items() if k not in ("name", "title")},
         "seconds": result.seconds,
-        "client_processes": options.processes,
         "client_busy": result.busy,
         "failed": result.errors.total(),
         "errors": dict(result.errors),

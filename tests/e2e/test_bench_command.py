@@ -166,7 +166,6 @@ def test_several_processes_share_the_requests(load: tuple[str, str]) -> None:
             words = (*load, "--requests", "12", "--warm-up", "1", "--processes", count)
             figures, _ = bench("--url", api.url, *words)
         assert (figures["requests"], figures["output_tokens"], most) == (12, 36, at_once)
-        assert figures["client_processes"] == int(count)
         assert figures["client_busy"] > 0
         sent.append(sorted(map(json.dumps, measured(api))))
     assert sent[0] == sent[1]

@@ -1,9 +1,11 @@
 """The benchmarks' client, tables and charts: that what they say is what was measured."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import select
+import threading
 from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -24,6 +26,7 @@ from tests import scripted_api
 from tests.checkpoints import make_checkpoint
 from tests.servers import ROOT, Server
 
+USAGE = {"prompt_tokens": 1, "completion_tokens": 1}
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -252,6 +255,22 @@ def test_what_is_shared_was_sent_before(demo_server: Server) -> None:
 def test_a_refusal_is_an_error(demo_server: Server) -> None:
     with pytest.raises(Failed, match="400"):
         our_client(demo_server.url).measure(Case("", "", 1, input_tokens=9000), 1)
+
+
+def test_processes_that_send_more_at_once_send_more() -> None:
+    """Of five at once three processes have two, two and one, and of fifteen requests as much: each
+    that has an answer sends its next, and at the end none has more left than others."""
+    rounds = [threading.Barrier(5) for _ in range(3)]
+    count = itertools.count()
+
+    def answer(_: str, body: Any) -> scripted_api.Answer:
+        rounds[next(count) // 5].wait(30)  # BrokenBarrierError unless five at once come each time
+        event = {"choices": [{"delta": {"content": "a"}}], "usage": USAGE}
+        return 200, {}, iter([b"data: " + json.dumps(event).encode() + b"\n\n"])
+
+    with scripted_api.Api(answer) as api:
+        found = send({"base_url": api.url}, [b"{}"] * 15, [0.0] * 15, 5, processes=3)
+    assert (len(found.answers), found.errors.total()) == (15, 0)
 
 
 def test_a_process_that_sends_may_end_too_soon() -> None:
