@@ -2,11 +2,11 @@
    written.
 
    Reading the head is a quarter of a step of few rows. These are first multiplied with a sketch of it, the
-   same weights in whole numbers of six bits, half the bytes or less. How far a logit can be from what the
-   sketch says is known: by the length of the row times that of what rounding took from the output's weights
-   (Cauchy-Schwarz). So the group of panels that promises most is computed, and then only those with an
-   output that may be higher than what that one has, some dozens of thousands, by the product that would
-   have computed them all: tokens are the same, to the bit. */
+   same weights in whole numbers of six bits. How far a logit can be from what the sketch says is known: by
+   the length of the row times that of what rounding took from the output's weights (Cauchy-Schwarz). So the
+   group of panels that promises most is computed, and then only those with an output that may be higher
+   than what that one has, some dozens of several thousand, by the product that would have computed them
+   all: tokens are the same, to the bit. */
 #include "linear.h"
 #include "lanes.h"
 #include "pool.h"
@@ -170,12 +170,15 @@ static long other_groups(const struct matrix *m, int rows, const float *most, co
   return count;
 }
 
+/* Of all groups, or one for each row where there are fewer. */
+static long chosen_bytes(const struct matrix *m) { return in_lines((groups_of(m) + SKETCHED) * sizeof(int32_t)); }
+
 /* Bytes that internvl_draw needs as scratch for so many rows or fewer. */
 long internvl_draw_scratch(const struct matrix *m, long rows) {
   long few = rows < SKETCHED ? rows : SKETCHED, all = internvl_linear_scratch(m, rows);
   if (!m->sketch) return all;
   long read = halves_bytes(m, few) + internvl_linear_scratch(&m->sketch->whole, 2 * few);
-  return in_lines(groups_of(m) * sizeof(int32_t)) + in_lines(groups_of(m) * few * sizeof(float)) +
+  return chosen_bytes(m) + in_lines(groups_of(m) * few * sizeof(float)) +
          (read > all ? read : all);
 }
 
@@ -186,7 +189,7 @@ void internvl_draw(const struct matrix *m, const bf16 *x, long ldx, long rows, i
   memset(tokens, 0, rows * sizeof *tokens);
   if (m->sketch && 0 < rows && rows <= SKETCHED && wide_fit(m, rows) && --m->sketch->rest < 0) {
     int32_t *chosen = scratch;
-    float *most = (float *)((char *)scratch + in_lines(groups_of(m) * sizeof(int32_t)));
+    float *most = (float *)((char *)scratch + chosen_bytes(m));
     scratch = (char *)most + in_lines(groups_of(m) * rows * sizeof(float));
     sketch(m, x, ldx, (int)rows, most, scratch);
     w.chosen = chosen;

@@ -36,9 +36,12 @@ struct sketch {
   long rest;           /* draws for which it is not used */
 };
 
+/* Whether it is whole numbers of six bits. */
+static inline int is_six(const struct matrix *m) { return m->scales && !m->sums; }
+
 /* Bytes that so many inputs of a panel take. */
 static inline long panel_bytes(const struct matrix *m, long inputs) {
-  return inputs * LANES * (m->scales ? m->sums ? 4 : 3 : m->bases ? 6 : 8) / 4;
+  return inputs * LANES * (is_six(m) ? 3 : m->scales ? 4 : m->bases ? 6 : 8) / 4;
 }
 
 /* What follows a product: nothing; GELU; silu(even panel) * odd panel, half as many outputs; nothing, and

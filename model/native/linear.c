@@ -132,7 +132,7 @@ static void quantise(void *context, long index) {
       /* AVX512 wants one side without a sign: the rows get 128 more, or with wide.c the weights. */
       int more = block_level == 3 && !w->fits ? 128 : 0;
       fast_whole_numbers(x, w->m->inputs, 1 / w->heats[row], TO_WHOLE + more, to);
-      if (w->fits) w->starts[row] = -(w->m->sums ? 128 : SIX_ZERO) * sum_of(to, w->m->inputs);
+      if (w->fits) w->starts[row] = -(is_six(w->m) ? SIX_ZERO : 128) * sum_of(to, w->m->inputs);
       continue;
     }
 #endif

@@ -71,10 +71,10 @@ void internvl_pack8(const bf16 *from, long outputs, long inputs, int8_t *to, flo
 }
 
 /* The weight of an output, as the matrix has it that is packed already, if there is one. */
-static float weight_at(const struct pack *p, long panel, long lane, long row, long i) {
+static float weight_at(const struct pack *p, long row, long i) {
   if (!p->packed) return wide(p->from[row * p->inputs + i]);
-  const int8_t *whole = (const int8_t *)p->packed->panels + panel * p->inputs * LANES;
-  return whole[(i / 4 * LANES + lane) * 4 + i % 4] * p->packed->scales[row];
+  const int8_t *whole = (const int8_t *)p->packed->panels + row / LANES * p->inputs * LANES;
+  return whole[(i / 4 * LANES + row % LANES) * 4 + i % 4] * p->packed->scales[row];
 }
 
 static void pack_panel6(void *context, long panel) {
@@ -83,11 +83,11 @@ static void pack_panel6(void *context, long panel) {
   for (int lane = 0; lane < LANES; lane++) {
     long row = panel * LANES + lane, inside = row < p->outputs ? p->inputs : 0;
     float most = 1e-12f;
-    for (long i = 0; i < inside; i++) most = fmaxf(most, fabsf(weight_at(p, panel, lane, row, i)));
+    for (long i = 0; i < inside; i++) most = fmaxf(most, fabsf(weight_at(p, row, i)));
     float scale = most / 31;
     double lost = 0, length = 0;
     for (long i = 0; i < p->inputs; i++) {
-      float weight = i < inside ? weight_at(p, panel, lane, row, i) : 0, whole = rintf(weight * 31 / most);
+      float weight = i < inside ? weight_at(p, row, i) : 0, whole = rintf(weight * 31 / most);
       double gone = weight - (double)whole * scale;
       int six = (isfinite(whole) ? (int)whole : 0) + SIX_ZERO, word = i / 4 % 4;
       uint8_t *at = to + i / 16 * PIECE + lane * 4 + i % 4;

@@ -181,7 +181,7 @@ void wide_product(const struct matrix *m, long column, const void *x, long ldx, 
       soon[1] = soon[0] + (many ? bytes / 2 : PIECE);
     } else {
       p.apart = column + LANES < m->outputs ? apart : 0; /* the panel twice: the second result is not used */
-      p.soon_step = m->scales && !m->sums ? PIECE : 256;
+      p.soon_step = panel_bytes(m, 4 * inputs);
       soon[0] = at + chunk < words ? b + bytes : next;
       soon[1] = soon[0] + apart;
     }
@@ -193,8 +193,8 @@ void wide_product(const struct matrix *m, long column, const void *x, long ldx, 
       p.soon[1] = block == many ? soon[1] : NULL;
       p.start = starts ? starts + row : NULL;
       p.sums = (int32_t *)c + row * COLUMNS;
-      if (m->scales && m->sums) multiply_WHOLE(height, &p);
-      else if (m->scales) multiply_SIX(height, &p);
+      if (is_six(m)) multiply_SIX(height, &p);
+      else if (m->scales) multiply_WHOLE(height, &p);
       else if (!m->bases) multiply_SIXTEEN(height, &p);
       else if (block) multiply_WIDENED(height, &p);
       else multiply_NARROW(height, &p);

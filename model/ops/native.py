@@ -5,8 +5,8 @@ output, and activations, as they come, with one per row.
 
 Weights are packed once, in the order in which the products read them, and take the place of those
 that were loaded. With AVX512-BF16 the decoder's weights are kept in twelve bits, which say the
-same (wide.c): a step of few tokens takes as long as reading them. There the head is kept in eight
-bits too, to know for a greedy draw which of its outputs need not be computed (draw.c).
+same (wide.c): a step of few tokens takes as long as reading them. There the head is kept once more
+in six bits, to know for a greedy draw which of its outputs need not be computed (draw.c).
 
 Every row of a result depends on its own input alone: not on the rows computed beside it, nor on how
 many there are.
