@@ -62,7 +62,7 @@ class TransformersClient(Client):
     def __init__(self, url: str, model: str) -> None:
         super().__init__(Target(url), model)
 
-    def _body(self, content: Content, tokens: int) -> dict[str, Any]:
-        body = super()._body(content, tokens)
-        del body["ignore_eos"]
-        return body | {"generation_config": json.dumps({"min_new_tokens": tokens})}
+    def _request(self, content: Content, tokens: int) -> dict[str, Any]:
+        request = super()._request(content, tokens)
+        del request["ignore_eos"]
+        return request | {"generation_config": json.dumps({"min_new_tokens": tokens})}

@@ -1,8 +1,8 @@
 """A load, a client that has it sent, and the figures of what came back.
 
 The client speaks the OpenAI protocol to any server. Prompts are seeded random words, as many as
-make the wanted number of tokens with the server's own tokenizer; pictures are seeded noise, sent as
-PNG.
+make the wanted number of tokens with the server's own tokenizer; pictures are seeded too: noise
+as PNG, or smooth as JPEG.
 """
 
 import base64
@@ -87,7 +87,7 @@ class Client:
         self.model = model or target.model()
         # Not the words of any seed, which would be in the server's cache when they are measured.
         chance = random.Random("words")  # noqa: S311
-        short, long = (self._whole([_text(chance, count)], 8).answers[0] for count in (32, 96))
+        short, long = (self._ask(_text(chance, count), 8) for count in (32, 96))
         self._tokens_per_word = (long.prompt_tokens - short.prompt_tokens) / 64
         if self._tokens_per_word <= 0:
             raise Failed(f"{target.shown} does not count the tokens of a prompt")
@@ -109,13 +109,14 @@ class Client:
         """The same for any case; ``ended`` is called after each request."""
         contents = self._contents(case, seed)
         if case.primed:
-            self._whole([contents.pop()], case.output_tokens)
+            self._ask(contents.pop(), case.output_tokens)
         due = [0.0] * len(contents)
         if case.rate:
             chance = random.Random(seed)  # noqa: S311
             due = list(itertools.accumulate(chance.expovariate(case.rate) for _ in contents))
         at_once = case.concurrency if not case.rate else len(contents)
-        bodies = self._bodies(contents, case.output_tokens)
+        # Written before the clock starts: pictures are megabytes.
+        bodies = [self._body(content, case.output_tokens) for content in contents]
         return send(self.target.options, bodies, due, at_once, self.processes, ended)
 
     def _contents(self, case: Case, seed: int) -> list[Content]:
@@ -133,20 +134,18 @@ class Client:
                 content[:0] = painted[first : first + case.pictures]
         return contents
 
-    def _whole(self, contents: list[Content], tokens: int) -> Result:
-        """Of contents that must be answered, all at once."""
-        due, bodies = [0.0] * len(contents), self._bodies(contents, tokens)
-        result = send(self.target.options, bodies, due, len(contents))
+    def _ask(self, content: Content, tokens: int) -> Answer:
+        """One request, which must be answered."""
+        result = send(self.target.options, [self._body(content, tokens)], [0.0], 1)
         if result.errors:
             raise Failed(next(iter(result.errors)))
-        return result
+        return result.answers[0]
 
-    def _bodies(self, contents: list[Content], tokens: int) -> list[bytes]:
-        """Written before the clock starts: pictures are megabytes."""
-        return [json.dumps(self._body(content, tokens)).encode() for content in contents]
+    def _body(self, content: Content, tokens: int) -> bytes:
+        return json.dumps(self._request(content, tokens)).encode()
 
-    def _body(self, content: Content, tokens: int) -> dict[str, Any]:
-        """A request for so many tokens; a subclass may put it as another server wants it."""
+    def _request(self, content: Content, tokens: int) -> dict[str, Any]:
+        """For so many tokens; a subclass may put it as another server wants it."""
         return {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],

@@ -374,7 +374,7 @@ def test_transformers_is_asked_in_its_own_way(demo_server: Server, tmp_path: Pat
     assert server.client is not None
     client = server.client(server.url)
     assert isinstance(client, TransformersClient)
-    body = client._body([], 5)
+    body = client._request([], 5)
     assert "ignore_eos" not in body
     assert (body["model"], body["max_tokens"]) == ("internvl-demo", 5)
     assert json.loads(body["generation_config"]) == {"min_new_tokens": 5}
